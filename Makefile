@@ -1,0 +1,33 @@
+# Two commands a reader needs: `make train` and `make test`. Both build the environment first if need be.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/
+
+# More threads than cores make small operations tens of times slower.
+CORES := $(shell nproc 2>/dev/null || echo 2)
+export OMP_NUM_THREADS ?= $(CORES)
+export NUMBA_NUM_THREADS ?= $(CORES)
+
+TRAIN ?= --compare
+.PHONY: train test lint clean
+
+# The environment is rebuilt when what it is made of changes. --no-build-isolation is not needed: hatchling is small.
+.venv: $(VENV)/.ready
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+train: .venv
+	$(RUN)dibit train --out runs/first $(TRAIN)
+
+test: .venv
+	$(RUN)pytest $(ARGS)
+
+lint: .venv
+	$(RUN)ruff check .
+	$(RUN)ruff format --check .
+	$(RUN)mypy
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
