@@ -1,0 +1,128 @@
+"""Every operator of the codec: schema, fake and dispatch by device.
+
+`torch.library.custom_op` ties the backends together. The definition (`reference.py`) serves any device; the CPU has
+Numba kernels (`cpu.py`). All take contiguous tensors and 0-d int64 seeds.
+"""
+
+import importlib.util
+import warnings
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from dibit.codec import reference
+
+
+@custom_op("dibit::quantize", mutates_args=())
+def quantize(
+    x: Tensor, seed: Tensor, bits: int, block: int, levels: list[float], stats: torch.dtype, rounding: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Block-wise quantisation and packing of a flat tensor (PAPER: i-EXACT, section 3.1).
+
+    Args:
+        x: float32 or float64 (n,).
+        seed: int64 0-d.
+        bits: 1, 2, 4 or 8.
+        block: elements that share a range.
+        levels: 2**bits levels in [0, 2**bits - 1]; empty for uniform ones.
+        stats: dtype of the stored ranges, bfloat16 or the dtype of x.
+        rounding: 0 stochastic, 1 nearest.
+
+    Returns:
+        codes uint8 (bytes,); ranges (blocks, 2), low and high, rounded outwards, NaN where a block is not finite;
+        widths (blocks,), high - low before that rounding, in the dtype of x.
+    """
+    return reference.quantize(x, seed, bits, block, levels, stats, rounding)
+
+
+@quantize.register_fake
+def _(x, seed, bits, block, levels, stats, rounding):  # type: ignore[no-untyped-def]
+    full, tail = x.numel() // block, x.numel() % block
+    blocks = full + (tail + block - 1) // block
+    size = full * reference.packed_bytes(block, bits) + reference.packed_bytes(tail, bits)
+    return x.new_empty(size, dtype=torch.uint8), x.new_empty((blocks, 2), dtype=stats), x.new_empty(blocks)
+
+
+@custom_op("dibit::dequantize", mutates_args=())
+def dequantize(
+    codes: Tensor,
+    ranges: Tensor,
+    seed: Tensor,
+    numel: int,
+    bits: int,
+    block: int,
+    levels: list[float],
+    dither: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The inverse of `quantize`: an unbiased estimate of x, flat (numel,) of `dtype`. Arguments as there.
+
+    `dither` times (u - 1/2) bins is added to each level, u the number that rounded the element (uniform levels only).
+    All weights are unbiased. With 1 the error is uniform over one bin whatever x is: half the variance on average.
+    With 2 the error is uncorrelated with that of weight 0, so that the product of the two has mean x^2.
+    """
+    return reference.dequantize(codes, ranges, seed, numel, bits, block, levels, dither, dtype)
+
+
+@dequantize.register_fake
+def _(codes, ranges, seed, numel, bits, block, levels, dither, dtype):  # type: ignore[no-untyped-def]
+    return codes.new_empty(numel, dtype=dtype)
+
+
+@custom_op("dibit::pack_mask", mutates_args=())
+def pack_mask(x: Tensor) -> Tensor:
+    """1 bit an element, not (x <= 0): uint8 (ceil(n / 8),) for x of n elements, any shape."""
+    return reference.pack_mask(x)
+
+
+@pack_mask.register_fake
+def _(x):  # type: ignore[no-untyped-def]
+    return x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
+
+
+@custom_op("dibit::apply_mask", mutates_args=())
+def apply_mask(grad: Tensor, mask: Tensor, slope: float) -> Tensor:
+    """`grad` where the bit is set, `slope * grad` elsewhere (exactly 0 for slope 0)."""
+    return reference.apply_mask(grad, mask, slope)
+
+
+@apply_mask.register_fake
+def _(grad, mask, slope):  # type: ignore[no-untyped-def]
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
+@custom_op("dibit::dropout", mutates_args=())
+def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """Inverted dropout whose mask is a function of (seed, element): the same call gives dy from the gradient of y."""
+    return reference.dropout(x, seed, p)
+
+
+@dropout.register_fake
+def _(x, seed, p):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@custom_op("dibit::finite", mutates_args=())
+def finite(x: Tensor) -> Tensor:
+    """float32 0-d: 0 where all of `x` is finite, else NaN."""
+    return reference.finite(x)
+
+
+@finite.register_fake
+def _(x):  # type: ignore[no-untyped-def]
+    return x.new_empty((), dtype=torch.float32)
+
+
+OPS = (quantize, dequantize, pack_mask, apply_mask, dropout, finite)
+
+if importlib.util.find_spec("numba") is None:
+    warnings.warn(
+        "dibit: numba is not installed, so the CPU runs the plain-torch codec, which is slower; 'pip install numba'.",
+        stacklevel=2,
+    )
+else:
+    from dibit.codec import cpu
+
+    for _op in OPS:
+        _op.register_kernel("cpu")(getattr(cpu, _op._name))

@@ -1,0 +1,28 @@
+"""Fewer numbers before fewer bits: random projection of columns, sampling of rows. Both are drawn again, never stored."""
+
+import torch
+from torch import Tensor
+
+from dibit.codec import rng
+
+_PROJECTION, _ROWS = 0x51F7A9D3C86B2E45, 0x2B6D8E13F49AC075  # one seed, separate streams
+
+
+def projection(width: int, ratio: int, seed: Tensor, dtype: torch.dtype) -> Tensor:
+    """P (width, R), entries +-1/sqrt(R) with equal probability, R = max(1, width // ratio): E[P P^T] = I (EXACT, eq. 4)."""
+    reduced = max(1, width // ratio)
+    sign = rng.hash32(torch.arange(width * reduced, device=seed.device), seed ^ _PROJECTION) >> 31
+    return (1 - 2 * sign).to(dtype).view(width, reduced) * reduced**-0.5
+
+
+def sampled_rows(rows: int, ratio: int, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """One row of each group of `ratio` consecutive rows.
+
+    Returns:
+        index int64 (m,) increasing, m = ceil(rows / ratio); weight float32 (m,) = 1 / probability, the group's size.
+    """
+    groups = torch.arange(-(-rows // ratio), device=seed.device)
+    start = groups * ratio
+    size = (rows - start).clamp_(max=ratio)
+    # 32 random bits times the size, cut: bias below size / 2^32
+    return start + ((rng.hash32(groups, seed ^ _ROWS) * size) >> 32), size.to(torch.float32)

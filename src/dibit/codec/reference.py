@@ -1,0 +1,179 @@
+"""The codec's definition in plain torch, for any device. The other backends must agree with it code for code.
+
+A flat tensor is cut into blocks of `block` elements; the last, short one is a block like any other. In a block of G
+elements byte j holds the codes of elements j, j + Q, j + 2Q, ... with Q = ceil(G * bits / 8), lowest bits first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dibit.codec import rng
+
+STOCHASTIC, NEAREST = 0, 1  # rounding modes as the operators take them
+
+
+def quantize(
+    x: Tensor, seed: Tensor, bits: int, block: int, levels: list[float], stats: torch.dtype, rounding: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, ranges as stored, and true widths of the blocks of a flat float32 or float64 tensor; see `ops.quantize`."""
+    full = x.numel() // block * block
+    parts = [
+        _quantize_rows(part.view(rows, -1), start, seed, bits, levels, stats, rounding)
+        for part, rows, start in ((x[:full], full // block, 0), (x[full:], 1, full))
+        if part.numel()
+    ]
+    if not parts:
+        return x.new_empty(0, dtype=torch.uint8), x.new_empty((0, 2), dtype=stats), x.new_empty(0)
+    codes, ranges, widths = zip(*parts, strict=True)
+    return torch.cat(codes), torch.cat(ranges), torch.cat(widths)
+
+
+def dequantize(
+    codes: Tensor,
+    ranges: Tensor,
+    seed: Tensor,
+    numel: int,
+    bits: int,
+    block: int,
+    levels: list[float],
+    dither: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The flat tensor of `numel` elements that `quantize` encoded, in `dtype`; see `ops.dequantize`."""
+    full = numel // block
+    bytes_full = full * packed_bytes(block, bits)
+    parts = [
+        _dequantize_rows(part.view(rows, -1), rng_part, start, size, seed, bits, levels, dither, dtype)
+        for part, rng_part, rows, size, start in (
+            (codes[:bytes_full], ranges[:full], full, block, 0),
+            (codes[bytes_full:], ranges[full:], 1, numel - full * block, full * block),
+        )
+        if rows and size
+    ]
+    return torch.cat([part.reshape(-1) for part in parts]) if parts else ranges.new_empty(0, dtype=dtype)
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes that `count` codes of a block take."""
+    return -(-count // (8 // bits))
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes (blocks, G) below 2^bits to bytes (blocks, Q)."""
+    blocks, count = codes.shape
+    slots, size = 8 // bits, packed_bytes(count, bits)
+    padded = torch.nn.functional.pad(codes, (0, slots * size - count)).view(blocks, slots, size)
+    shift = torch.arange(slots, device=codes.device, dtype=torch.int32) * bits
+    return (padded.int() << shift[:, None]).sum(1).to(torch.uint8)  # int: torch sums only into int64, bytes never overlap
+
+
+def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
+    """Bytes (blocks, Q) to uint8 codes (blocks, count)."""
+    shift = torch.arange(8 // bits, device=packed.device, dtype=torch.uint8) * bits
+    codes = (packed[:, None, :] >> shift[:, None]) & (2**bits - 1)
+    return codes.reshape(packed.shape[0], -1)[:, :count]
+
+
+def unpack_all(packed: Tensor, numel: int, block: int, bits: int) -> Tensor:
+    """All codes of a flat tensor of `numel` elements in blocks of `block`: uint8 (numel,)."""
+    full, size = numel // block, packed_bytes(block, bits)
+    head, tail = packed[: full * size], packed[full * size :]
+    codes = unpack(head.view(full, size), block, bits).reshape(-1)
+    return torch.cat((codes, unpack(tail.view(1, -1), numel - full * block, bits).view(-1)))
+
+
+def outward(low: Tensor, high: Tensor, stats: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`low` rounded down and `high` rounded up to `stats`, so that every element lies inside the stored range."""
+    if stats == low.dtype:
+        return low, high
+    down, up = low.to(stats), high.to(stats)
+    infinity = torch.tensor(float("inf"), dtype=stats, device=low.device)
+    down = torch.where(down.to(low.dtype) > low, torch.nextafter(down, -infinity), down)
+    up = torch.where(up.to(high.dtype) < high, torch.nextafter(up, infinity), up)
+    return down, up
+
+
+def _quantize_rows(
+    x: Tensor, start: int, seed: Tensor, bits: int, levels: list[float], stats: torch.dtype, rounding: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    top = 2**bits - 1
+    low, high = x.aminmax(dim=1, keepdim=True)
+    finite = low.isfinite() & high.isfinite()
+    nan = torch.full_like(low, float("nan"))  # a block with NaN or inf decodes to NaN: never a finite lie
+    low, high = torch.where(finite, low, nan), torch.where(finite, high, nan)
+    stored = outward(low, high, stats)
+    zero, width, scale = _affine(*(end.to(x.dtype) for end in stored))
+    h = torch.where(width > 0, (x * scale - zero) / width * top, 0)
+    if levels:
+        grid = torch.tensor(levels, dtype=x.dtype, device=x.device)
+        below = torch.bucketize(h, grid[1:-1], right=True)
+        fraction = (h - grid[below]) / (grid[below + 1] - grid[below])
+    else:
+        below = h.to(torch.int32)
+        fraction = h - below
+    if rounding == NEAREST:
+        up = fraction >= 0.5
+    else:
+        up = rng.uniform_range(start, start + x.numel(), seed).view(x.shape) < fraction
+    codes = (below + up).clamp_(max=top).to(torch.uint8)
+    return pack(codes, bits).reshape(-1), torch.cat(stored, dim=1), (high - low).reshape(-1)
+
+
+def _dequantize_rows(
+    packed: Tensor,
+    ranges: Tensor,
+    start: int,
+    count: int,
+    seed: Tensor,
+    bits: int,
+    levels: list[float],
+    dither: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    codes = unpack(packed, count, bits)
+    h = torch.tensor(levels, dtype=work, device=packed.device)[codes.int()] if levels else codes.to(work)
+    low, high = ranges[:, :1].to(work), ranges[:, 1:].to(work)
+    zero, width, scale = _affine(low, high)
+    step = width / (2**bits - 1)
+    if dither:
+        u = rng.uniform_range(start, start + codes.numel(), seed).view(codes.shape).to(work)
+        return ((h + (u - (0.5 - rng.UNIT / 2)) * dither) * step + zero).div(scale).to(dtype)
+    value = (h * step + zero) / scale
+    return torch.where(value > high, high, torch.where(value < low, low, value)).to(dtype)
+
+
+def _affine(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Zero point, width and scale of ranges; the scale is 1/2 where high - low would overflow."""
+    scale = torch.where((high - low).isinf(), 0.5, 1.0).to(low.dtype)
+    zero = low * scale
+    return zero, high * scale - zero, scale
+
+
+def pack_mask(x: Tensor) -> Tensor:
+    """1 bit an element: not (x <= 0), torch's own rule for ReLU's gradient. Flat bytes, laid out as one block."""
+    return pack((x <= 0).logical_not_().view(1, -1).to(torch.uint8), 1).view(-1)
+
+
+def apply_mask(grad: Tensor, mask: Tensor, slope: float) -> Tensor:
+    """`grad` where the bit is set, `grad * slope` elsewhere (0 for slope 0, whatever `grad` is)."""
+    bits = unpack(mask.view(1, -1), grad.numel(), 1).view(grad.shape).bool()
+    return torch.where(bits, grad, grad * slope if slope else torch.zeros_like(grad))
+
+
+def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """x * m, m = 1 / (1 - p) with probability 1 - p (element i kept where uniform(seed, i) >= p), else 0."""
+    keep = rng.uniform_range(0, x.numel(), seed).view(x.shape) >= p
+    return x * torch.where(keep, dropout_scale(p, x.dtype), 0.0).to(x.dtype)
+
+
+def dropout_scale(p: float, dtype: torch.dtype) -> float:
+    """1 / (1 - p) rounded as torch's CPU dropout rounds it."""
+    return float(torch.ones((), dtype=dtype).div_(1 - p))
+
+
+def finite(x: Tensor) -> Tensor:
+    """float32 0-d: 0 where all of `x` is finite, else NaN; to be added to whatever stands for `x`."""
+    return torch.where(x.isfinite().all(), 0.0, float("nan")).to(torch.float32)

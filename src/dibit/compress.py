@@ -1,0 +1,256 @@
+"""`compress`, `decompress`, `track`: hooks on an unmodified model that set and remove the mode around its forward."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+
+from dibit.config import Config, nearest, recipe
+from dibit.functions import RULES
+from dibit.intercept import Intercept, Rule, Step
+from dibit.ledger import Ledger, storages
+
+Setting = Config | str | None
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass
+class State:
+    """What `compress` attaches to a model, shared by the hooks of its modules; copied and pickled with them."""
+
+    root: nn.Module
+    rules: dict[Any, Rule] = field(default_factory=dict)
+    passive: bool = False  # only observe: `track` on a plain model
+    ledger: Ledger | None = None
+    warned: bool = False
+
+    def constants(self) -> Iterator[Tensor]:
+        """Tensors that live as long as the model: parameters, buffers, cached graph structure."""
+        yield from self.root.parameters()
+        yield from self.root.buffers()
+        for module in self.root.modules():
+            for value in vars(module).values():
+                for x in value if isinstance(value, tuple | list) else (value,):
+                    if isinstance(x, Tensor) and not x.requires_grad and storages(x):
+                        yield x
+                    elif hasattr(x, "to_torch_sparse_csr_tensor"):  # a cached SparseTensor
+                        yield from (part for part in x.coo() if part is not None)
+                        yield x.storage.rowptr()
+
+
+@dataclass
+class Active:
+    """The forward pass that is running in this thread."""
+
+    step: Step
+    mode: Intercept
+    hooks: Any
+
+
+class _Local(threading.local):
+    active: Active | None = None
+
+
+_local = _Local()
+
+
+class Enter:
+    """Forward pre-hook: the outermost module starts a step, every module tells its name and config."""
+
+    def __init__(self, state: State, name: str, config: Config | None) -> None:
+        self.state, self.name, self.config = state, name, config
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        active = _local.active
+        if active is not None and not active.mode.running():
+            _abandon()  # Ctrl-C ended a forward pass without running any hook
+            active = None
+        if active is None:
+            if not (module.training and torch.is_grad_enabled()):
+                return
+            active = _local.active = _start(self.state, (args, kwargs))
+        active.step.names.append(self.name)
+        active.step.configs.append(self.config)
+
+
+class Exit:
+    """Forward hook, also called when the forward pass raised."""
+
+    def __init__(self, state: State, name: str) -> None:
+        self.state, self.name = state, name
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        active = _local.active
+        if active is None or not active.step.names:
+            return
+        active.step.names.pop()
+        active.step.configs.pop()
+        if not active.step.names:
+            _local.active = None
+            active.mode.__exit__(None, None, None)
+            active.hooks.__exit__(None, None, None)
+            active.step.end(output)
+            _warn_if_unseen(active.step)
+
+
+def _start(state: State, inputs: Any) -> Active:
+    step = Step(state, inputs)
+    mode = Intercept(step, {} if state.passive else {**RULES, **state.rules} if state.rules else RULES)
+    mode.frame = sys._getframe(2)  # Module._call_impl of the outermost module, below Enter.__call__
+    hooks = torch.autograd.graph.saved_tensors_hooks(*mode.hooks)
+    hooks.__enter__()
+    mode.__enter__()
+    return Active(step, mode, hooks)
+
+
+def _abandon() -> None:
+    """Remove a mode and hooks that an interrupted forward pass left behind in this thread."""
+    active, _local.active = _local.active, None
+    assert active is not None
+    above = []
+    while active.mode in _get_current_function_mode_stack():
+        mode = _pop_mode()
+        if mode is active.mode:
+            break
+        above.append(mode)
+    for mode in reversed(above):
+        _push_mode(mode)
+    top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if top is not None and top[0] == active.mode.hooks[0]:
+        active.hooks.__exit__(None, None, None)
+
+
+def _warn_if_unseen(step: Step) -> None:
+    state = step.state
+    if not step.seen and not state.passive and not state.warned:
+        state.warned = True
+        warnings.warn(
+            f"dibit: a training forward pass of the compressed {type(state.root).__name__} had no operation that Dibit "
+            "knows, so nothing was compressed; dibit.track(model) lists what is kept.",
+            stacklevel=3,
+        )
+
+
+def compress(
+    model: M,
+    config: Setting | Mapping[str, Setting] = "default",
+    *,
+    rules: Mapping[Any, Rule] | None = None,
+) -> M:
+    """Keep compressed activations for the backward pass of a model; the forward pass stays as it is.
+
+    Nothing of the model changes but forward hooks: parameters, buffers, `state_dict`, class and `repr` stay. In eval
+    mode and under `torch.no_grad` nothing is compressed and nothing is spent. Compressing again replaces the setting.
+
+    Args:
+        model: any `torch.nn.Module`; parts of it may be called on their own.
+        config: a recipe's name ("default", "exact", "iexact"), a `Config`, `None` (everything exact), or a mapping from
+            module names to those. A name stands for the module and all within; `*` and `?` match as in file names; the
+            first entry that matches counts, and modules without a match stay exact.
+        rules: more entries for the table, or others for its functions: function -> `rule(step, *args, **kwargs)`, see
+            `dibit.functions`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: `model` is no module, or a setting is neither a name nor a `Config`.
+        ValueError: a recipe or a module name is unknown; the message gives the nearest.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"compress got a {type(model).__name__}; expected a torch.nn.Module.")
+    settings = _resolve(model, config)
+    decompress(model)
+    _attach(model, State(model, dict(rules or {})), settings)
+    return model
+
+
+def decompress(model: M) -> M:
+    """Remove what `compress` attached, from the model and every module in it."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, Enter | Exit)]:
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+                module._forward_hooks_with_kwargs.pop(key, None)
+                module._forward_hooks_always_called.pop(key, None)
+    return model
+
+
+@contextlib.contextmanager
+def track(model: nn.Module) -> Iterator[Ledger]:
+    """The ledger of the training forward passes in this block: one row a residual.
+
+    Works on a plain model too: then `total` equals `plain`. Put one training step in the block; several add up.
+
+    Example:
+        >>> with dibit.track(model) as saved:
+        ...     loss = step(model)
+        >>> print(saved); saved.total, saved.plain
+    """
+    ledger = Ledger()
+    state = state_of(model)
+    if state is None:
+        _attach(model, State(model, passive=True, ledger=ledger), {name: None for name, _ in model.named_modules()})
+        try:
+            yield ledger
+        finally:
+            decompress(model)
+    else:
+        before, state.ledger = state.ledger, ledger
+        try:
+            yield ledger
+        finally:
+            state.ledger = before
+
+
+def state_of(model: nn.Module) -> State | None:
+    """What `compress` attached to this module, if anything."""
+    return next((hook.state for hook in model._forward_pre_hooks.values() if isinstance(hook, Enter)), None)
+
+
+def _attach(model: nn.Module, state: State, settings: Mapping[str, Config | None]) -> None:
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(Enter(state, name, settings[name]), prepend=True, with_kwargs=True)
+        module.register_forward_hook(Exit(state, name), always_call=True)
+
+
+def _config(setting: Setting) -> Config | None:
+    if setting is None or setting == "none":
+        return None
+    if isinstance(setting, str):
+        return recipe(setting)
+    if isinstance(setting, Config):
+        return setting
+    raise TypeError(f"a setting of type {type(setting).__name__} was given; expected a recipe's name or a dibit.Config.")
+
+
+def _resolve(model: nn.Module, config: Setting | Mapping[str, Setting]) -> dict[str, Config | None]:
+    names = [name for name, _ in model.named_modules()]
+    if not isinstance(config, Mapping):
+        one = _config(config)
+        return dict.fromkeys(names, one)
+    patterns = {pattern: _config(setting) for pattern, setting in config.items()}
+    for pattern in patterns:
+        if not any(_matches(name, pattern) for name in names):
+            raise ValueError(f"no module is named {pattern!r}; {nearest(pattern, [n for n in names if n])}.")
+    return {
+        name: next((setting for pattern, setting in patterns.items() if _matches(name, pattern)), None)
+        for name in names
+    }
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a module's name, or that of a module around it, matches."""
+    parts = name.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[: i + 1]), pattern) for i in range(len(parts)))

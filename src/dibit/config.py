@@ -1,0 +1,146 @@
+"""What is kept, and how: `Config`, its reductions and the named recipes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+BITS = (1, 2, 4, 8)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error sentence: what there is, and what was probably meant."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return (f"did you mean {close[0]!r}? " if close else "") + "known: " + ", ".join(map(repr, known))
+
+
+@dataclass(frozen=True)
+class Project:
+    r"""Random projection of the columns (EXACT, section 3): :math:`H P`, :math:`P \in \{\pm 1/\sqrt R\}^{D \times R}`.
+
+    `P` is drawn again from the seed wherever it is needed, so it is never stored.
+
+    Args:
+        ratio: D / R, the number of columns that become one.
+    """
+
+    ratio: int = 8
+
+    def __post_init__(self) -> None:
+        _positive("Project.ratio", self.ratio)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row (node) of every `ratio` consecutive rows, chosen uniformly and scaled by the size of its group.
+
+    Unbiased, a fixed number of rows (ceil(N / ratio)), and the rows are drawn again from the seed, never stored.
+
+    Args:
+        ratio: rows in a group.
+    """
+
+    ratio: int = 8
+
+    def __post_init__(self) -> None:
+        _positive("Sample.ratio", self.ratio)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a residual is reduced, quantised and packed, and what of a layer is kept at all.
+
+    Args:
+        bits: bits an element: 1, 2, 4 or 8.
+        block: elements that share one range; `"row"` takes each row for a block (EXACT).
+        reduce: `None`, `Project(ratio)` or `Sample(ratio)`, before quantisation.
+        levels: `"uniform"`; `"normal"`, the levels of least expected variance for a clipped normal
+            (i-EXACT, section 3.2); or 2**bits increasing numbers from 0 to 2**bits - 1.
+        stats: dtype in which a block's range is stored, `torch.bfloat16` or `torch.float32`.
+        rounding: `"stochastic"` (unbiased); `"dither"`: the same codes, but the decoder subtracts the random numbers
+            that rounded them: unbiased, half the variance on dense data (uniform levels only); `"nearest"` (biased).
+        norm: the codec for the normalised input of a norm layer, which enters gradients of what comes before it.
+            `None`: the codec above without its reduction.
+        dropout: `"seed"` keeps nothing of a dropout mask and draws it again (from Dibit's own stream); `"mask"` keeps
+            1 bit an element of the mask that torch drew.
+        inputs: `"reference"`: tensors the caller holds anyway (features) are kept by reference, exact and free;
+            `"compress"`: they are treated like any other activation, as the papers do.
+    """
+
+    bits: int = 2
+    block: int | Literal["row"] = 1024
+    reduce: Project | Sample | None = None
+    levels: Literal["uniform", "normal"] | tuple[float, ...] = "uniform"
+    stats: torch.dtype = torch.bfloat16
+    rounding: Literal["stochastic", "dither", "nearest"] = "stochastic"
+    norm: Config | None = None
+    dropout: Literal["seed", "mask"] = "seed"
+    inputs: Literal["reference", "compress"] = "reference"
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise ValueError(f"bits = {self.bits!r} was given; choose one of 1, 2, 4, 8.")
+        if self.block != "row":
+            _positive("block", self.block, " (elements that share a range) or 'row'")
+        if not (self.reduce is None or isinstance(self.reduce, Project | Sample)):
+            raise TypeError(f"reduce = {self.reduce!r} was given; expected None, Project(ratio) or Sample(ratio).")
+        _choice("rounding", self.rounding, ("stochastic", "dither", "nearest"))
+        _choice("dropout", self.dropout, ("seed", "mask"))
+        _choice("inputs", self.inputs, ("reference", "compress"))
+        if self.stats not in (torch.bfloat16, torch.float32):
+            raise ValueError(f"stats = {self.stats} was given; choose torch.bfloat16 or torch.float32.")
+        if self.norm is not None and not isinstance(self.norm, Config):
+            raise TypeError(f"norm = {self.norm!r} was given; expected None or a dibit.Config.")
+        self._check_levels()
+        if self.rounding == "dither" and self.levels != "uniform":
+            raise ValueError("rounding='dither' needs levels='uniform'; use rounding='stochastic' with other levels.")
+
+    def _check_levels(self) -> None:
+        if isinstance(self.levels, str):
+            return _choice("levels", self.levels, ("uniform", "normal"))
+        object.__setattr__(self, "levels", tuple(float(level) for level in self.levels))
+        top, levels = 2**self.bits - 1, self.levels
+        rising = all(a < b for a, b in zip(levels, levels[1:], strict=False))
+        if len(levels) != top + 1 or not rising or levels[0] != 0 or levels[-1] != top:
+            raise ValueError(
+                f"levels = {levels} was given; for bits = {self.bits} give {top + 1} increasing numbers "
+                f"that start at 0 and end at {top}."
+            )
+        return None
+
+
+def _positive(name: str, value: object, more: str = "") -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} = {value!r} was given; expected a whole number of at least 1{more}.")
+
+
+def _choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} = {value!r} was given; {nearest(str(value), known)}.")
+
+
+# The papers keep the projected input of every linear layer (features included), a dropout mask of 1 bit, and the
+# whole normalised input of BatchNorm.
+_papers = {"bits": 2, "reduce": Project(8), "dropout": "mask", "inputs": "compress"}
+
+RECIPES: dict[str, Config] = {
+    "default": Config(bits=2, block=1024, reduce=Sample(8), norm=Config(bits=2, block=1024, reduce=Sample(8))),
+    "exact": Config(block="row", **_papers),  # type: ignore[arg-type]
+    "iexact": Config(block=1024, **_papers),  # type: ignore[arg-type]
+}
+
+
+def recipe(name: str) -> Config:
+    """The `Config` behind a recipe's name.
+
+    Raises:
+        ValueError: the name is unknown; the message gives the nearest.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"recipe {name!r} is unknown; {nearest(str(name), RECIPES)}.")
+    return RECIPES[name]

@@ -1,0 +1,192 @@
+"""Element-wise activations.
+
+Piecewise linear ones keep one exact bit an element. Smooth ones keep their *derivative*, computed exactly in the
+forward pass: its estimate enters dX once, so dX is unbiased; from a quantised input it would not be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dibit.codec import ops
+from dibit.functions.common import dense, unreduced
+from dibit.intercept import Step
+from dibit.residual import Mask, load, save
+
+aten = torch.ops.aten
+
+
+class Masked(torch.autograd.Function):
+    """dx = dy where the bit is set, slope * dy elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plain: Callable[[Tensor], Tensor], mask: Mask, inplace: bool) -> Tensor:
+        save(ctx, mask)
+        if inplace:
+            ctx.mark_dirty(x)
+        return plain(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        (mask,) = load(ctx)
+        return mask.apply(dy), None, None, None
+
+
+class Smooth(torch.autograd.Function):
+    """dx = dy * f'(x), from the kept derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plain: Callable[[Tensor], Tensor], derivative: Any, inplace: bool) -> Tensor:
+        save(ctx, derivative)
+        if inplace:
+            ctx.mark_dirty(x)
+        return plain(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        (derivative,) = load(ctx)
+        return dy * derivative.value().to(dy.dtype), None, None, None
+
+
+class PReLU(torch.autograd.Function):
+    """y = max(x, 0) + w min(x, 0); dw sums dy * min(x, 0), which enters no other gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Mask, negative: Any) -> Tensor:
+        save(ctx, mask, negative, weight)
+        return F.prelu(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        mask, negative, weight = load(ctx)
+        shape = [1] * dy.dim()
+        if weight.numel() > 1:
+            shape[1] = -1
+        dx = mask.apply(dy) + (dy - mask.apply(dy)) * weight.view(shape) if ctx.needs_input_grad[0] else None
+        dw = None
+        if negative is not None:
+            dw = (dy * negative.value()).sum_to_size(weight.view(shape).shape).view(weight.shape)
+        return dx, dw, None, None
+
+
+def masked(plain: Callable[..., Tensor], slope_at: float, saves: str) -> Callable[..., Any]:
+    """A rule for a piecewise linear activation; `saves`: what plain torch keeps, "input" or "output"."""
+
+    def rule(step: Step, input: Tensor, negative_slope: float = slope_at, inplace: bool = False) -> Any:
+        if not dense(input) or not input.requires_grad or negative_slope < 0:
+            return NotImplemented
+        mask = step.note(Mask(ops.pack_mask(input.detach().contiguous()), float(negative_slope)))
+        if saves == "input" and not inplace:
+            step.plain(input)
+        y = Masked.apply(input, lambda x: plain(x, negative_slope, inplace), mask, inplace)
+        if saves == "output" or inplace:
+            step.plain(y)
+        return y
+
+    return rule
+
+
+_relu = masked(lambda x, _, inplace: torch.relu_(x) if inplace else torch.relu(x), 0.0, "output")
+leaky_relu = masked(lambda x, slope, inplace: F.leaky_relu(x, slope, inplace), 0.01, "input")
+
+
+def relu(step: Step, input: Tensor, inplace: bool = False) -> Any:
+    return _relu(step, input, 0.0, inplace)
+
+
+def relu_(step: Step, input: Tensor) -> Any:
+    return _relu(step, input, 0.0, True)
+
+
+def leaky_relu_(step: Step, input: Tensor, negative_slope: float = 0.01) -> Any:
+    return leaky_relu(step, input, negative_slope, True)
+
+
+def prelu(step: Step, input: Tensor, weight: Tensor) -> Any:
+    if not dense(input, weight) or not (input.requires_grad or weight.requires_grad) or input.dim() < 2:
+        return NotImplemented
+    step.plain(input)
+    x = input.detach()
+    # torch's rule here is x > 0, so NaN takes the weight: the 0/1 tensor packs just that
+    mask = step.note(Mask(ops.pack_mask((x > 0).to(torch.float32)), 0.0))
+    negative = step.keep(x.clamp(max=0), leaf=False) if weight.requires_grad else None
+    return PReLU.apply(input, weight, mask, negative)
+
+
+def smooth(
+    plain: Callable[..., Tensor], derivative: Callable[..., Tensor], saves: str = "input"
+) -> Callable[..., Any]:
+    """A rule for a smooth activation. `plain(x, inplace, *args)`, `derivative(x, *args)` exact and in the dtype of x."""
+
+    def rule(step: Step, input: Tensor, *args: Any, inplace: bool = False) -> Any:
+        config = step.config
+        if config is None or not dense(input) or not input.requires_grad:
+            return NotImplemented
+        kept = step.keep(derivative(input.detach(), *args), leaf=False, config=unreduced(config))
+        if saves == "input" and not inplace:
+            step.plain(input)
+        y = Smooth.apply(input, lambda x: plain(x, inplace, *args), kept, inplace)
+        if saves == "output" or inplace:
+            step.plain(y)
+        return y
+
+    return rule
+
+
+def _sigmoid_slope(x: Tensor) -> Tensor:
+    y = torch.sigmoid(x)
+    return y * (1 - y)
+
+
+_sigmoid = smooth(lambda x, inplace: x.sigmoid_() if inplace else torch.sigmoid(x), _sigmoid_slope, "output")
+_tanh = smooth(lambda x, inplace: x.tanh_() if inplace else torch.tanh(x), lambda x: 1 - torch.tanh(x) ** 2, "output")
+_silu = smooth(lambda x, inplace: F.silu(x, inplace), lambda x: aten.silu_backward(torch.ones_like(x), x))
+_gelu = smooth(
+    lambda x, _, approximate: F.gelu(x, approximate=approximate),
+    lambda x, approximate: aten.gelu_backward(torch.ones_like(x), x, approximate=approximate),
+)
+_elu = smooth(
+    lambda x, inplace, alpha: F.elu(x, alpha, inplace),
+    lambda x, alpha: aten.elu_backward(torch.ones_like(x), alpha, 1, 1, False, x),
+)
+
+
+def sigmoid(step: Step, input: Tensor, *, out: Any = None) -> Any:
+    return _sigmoid(step, input) if out is None else NotImplemented
+
+
+def tanh(step: Step, input: Tensor, *, out: Any = None) -> Any:
+    return _tanh(step, input) if out is None else NotImplemented
+
+
+def sigmoid_(step: Step, input: Tensor) -> Any:
+    return _sigmoid(step, input, inplace=True)
+
+
+def tanh_(step: Step, input: Tensor) -> Any:
+    return _tanh(step, input, inplace=True)
+
+
+def silu(step: Step, input: Tensor, inplace: bool = False) -> Any:
+    return _silu(step, input, inplace=inplace)
+
+
+def gelu(step: Step, input: Tensor, *, approximate: str = "none") -> Any:
+    return _gelu(step, input, approximate)
+
+
+def elu(step: Step, input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Any:
+    return _elu(step, input, alpha, inplace=inplace)
+
+
+def elu_(step: Step, input: Tensor, alpha: float = 1.0) -> Any:
+    return _elu(step, input, alpha, inplace=True)

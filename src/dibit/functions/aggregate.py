@@ -1,0 +1,176 @@
+"""Aggregation with constant weights keeps the graph and nothing else; max and min keep who won.
+
+The forward pass is torch's own. The backward pass multiplies by the transpose in CSR form: one counting sort and a
+parallel product, where torch sorts and converts at each backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dibit.codec import ops
+from dibit.functions.common import dense
+from dibit.functions.linear import addmm as dense_addmm
+from dibit.functions.linear import matmul as dense_matmul
+from dibit.intercept import Step
+from dibit.residual import load, save
+
+_ARG = {"max": "amax", "min": "amin", "amax": "amax", "amin": "amin"}
+
+
+class Graph:
+    """A constant sparse matrix in compressed rows, by its parts: autograd keeps and checks those."""
+
+    def __init__(self, step: Step, matrix: Tensor) -> None:
+        csr = matrix if matrix.layout == torch.sparse_csr else matrix.to_sparse_csr()
+        parts = csr.crow_indices(), csr.col_indices(), csr.values()
+        if not step.held(matrix):  # made in the forward pass: kept once for all layers, indices in int32
+            parts = tuple(step.share(part) for part in parts)  # type: ignore[assignment]
+            if parts[0].dtype != parts[1].dtype:
+                parts = parts[0].long(), parts[1].long(), parts[2]
+            if step.ledger is not None and step.row is not None:
+                for part in parts:
+                    step.ledger.kept_tensor(step.row, part)
+        self.parts = parts
+        self.shape = matrix.shape
+
+
+def transpose_product(crow: Tensor, col: Tensor, values: Tensor, shape: torch.Size, dy: Tensor) -> Tensor:
+    """A^T dY for A in CSR, (columns, D) for dy (rows, D)."""
+    rows, columns = shape
+    if dy.device.type != "cpu" or dy.dim() != 2 or not values.numel():
+        transposed = torch.sparse_csc_tensor(crow, col, values.to(dy.dtype), (columns, rows), check_invariants=False)
+        return transposed @ dy
+    from scipy.sparse import csc_array
+
+    # A's CSR arrays are A^T's CSC arrays; scipy's conversion is a counting sort
+    csr = csc_array((values.numpy(), col.numpy(), crow.numpy()), shape=(columns, rows)).tocsr()
+    parts = (torch.from_numpy(part) for part in (csr.indptr, csr.indices, csr.data))
+    transposed = torch.sparse_csr_tensor(*parts, (columns, rows), check_invariants=False)
+    return torch.sparse.mm(transposed, dy.contiguous(), "sum")
+
+
+class Aggregate(torch.autograd.Function):
+    """y = A x, sum or mean over the stored elements of each row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: Tensor, reduce: str | None, graph: Graph) -> Tensor:
+        save(ctx, *graph.parts)
+        ctx.shape, ctx.mean = graph.shape, reduce == "mean"
+        return torch.sparse.mm(matrix, x) if reduce is None else torch.sparse.mm(matrix, x, reduce)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        crow, col, values = load(ctx)
+        if ctx.mean:
+            dy = dy / crow.diff().clamp_(min=1).to(dy.dtype)[:, None]
+        return transpose_product(crow, col, values, ctx.shape, dy), None, None, None
+
+
+class AggregateExtreme(torch.autograd.Function):
+    """y = max or min over the stored elements of each row; kept: the element that won, torch's own choice at ties."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: Tensor, reduce: str, graph: Graph, step: Step) -> Tensor:
+        with torch.enable_grad():
+            y = torch.sparse.mm(matrix, x.detach().requires_grad_(), reduce)
+            winner = y.grad_fn._saved_arg_out  # type: ignore[union-attr]
+        crow, col, values = graph.parts
+        step.plain(winner.nbytes)
+        # relative to the row's first element a byte or two usually hold it; nnz marks a row without elements
+        offset = winner - crow[:-1, None]
+        empty = (winner >= values.numel()) | (winner < 0)
+        widest = int(crow.diff().max()) if crow.numel() > 1 else 0
+        small = torch.uint8 if widest < 2**8 else torch.int16 if widest < 2**15 else torch.int32
+        offset = offset.masked_fill_(empty, 0).to(small)
+        if step.ledger is not None and step.row is not None:
+            step.row.how = f"winner in {offset.element_size()} B"
+            step.ledger.kept_tensor(step.row, offset)
+        save(ctx, offset, crow, col, values)
+        ctx.shape = x.shape
+        return y.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        offset, crow, col, values = load(ctx)
+        occupied = (crow.diff() > 0)[:, None]
+        edge = (offset.long() + crow[:-1, None]).clamp_(max=max(values.numel() - 1, 0))
+        dx = dy.new_zeros(ctx.shape)
+        if values.numel():
+            dx.scatter_add_(0, col[edge].long(), dy * values[edge] * occupied)
+        return dx, None, None, None, None
+
+
+class ScatterExtreme(torch.autograd.Function):
+    """out.scatter_reduce_(amax or amin): one bit an element for who attains the result; ties share, as torch has it."""
+
+    @staticmethod
+    def forward(ctx: Any, src: Tensor, out: Tensor, dim: int, index: Tensor, reduce: str, step: Step) -> Tensor:
+        start = out.clone()
+        ctx.mark_dirty(out)
+        out.scatter_reduce_(dim, index, src, reduce, include_self=False)
+        attained = ops.pack_mask((src == out.gather(dim, index)).to(torch.float32))
+        initial = ops.pack_mask((start == out).to(torch.float32))
+        kept = step.pack_index(index)
+        step.plain(start.nbytes, src, index)
+        if step.ledger is not None and step.row is not None:
+            step.row.how = "1-bit mask of the winners"
+            for x in (attained, initial):
+                step.ledger.kept_tensor(step.row, x)
+        save(ctx, attained, initial, kept.x)
+        ctx.index, ctx.dim, ctx.shape = kept.on(torch.empty(0)), dim, src.shape
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        attained, initial, index = load(ctx)
+        index = ctx.index.on(index).restore()
+        ones = torch.ones(1, dtype=dy.dtype, device=dy.device)
+        won = ops.apply_mask(ones.expand(ctx.shape).contiguous(), attained, 0.0)
+        winners = ops.apply_mask(ones.expand(dy.shape).contiguous(), initial, 0.0)
+        winners.scatter_add_(ctx.dim, index, won)
+        return won * (dy / winners).gather(ctx.dim, index), None, None, None, None, None
+
+
+def sparse_mm(step: Step, mat1: Tensor, mat2: Tensor, reduce: str | None = None) -> Any:
+    if type(mat1) is not Tensor or mat1.layout == torch.strided or mat1.requires_grad:
+        return NotImplemented
+    if mat1.dim() != 2 or not dense(mat2) or mat2.dim() != 2 or not mat2.requires_grad:
+        return NotImplemented
+    if reduce not in (None, "sum", "mean", "max", "min", "amax", "amin") or mat1.dtype != mat2.dtype:
+        return NotImplemented
+    if reduce is not None:
+        step.plain(mat2)
+    graph = Graph(step, mat1)
+    if reduce in _ARG:
+        return AggregateExtreme.apply(mat2, mat1, reduce, graph, step)
+    return Aggregate.apply(mat2, mat1, reduce, graph)
+
+
+def matmul(step: Step, input: Tensor, other: Tensor, *, out: Any = None) -> Any:
+    if out is None and isinstance(input, Tensor) and input.layout != torch.strided:
+        return sparse_mm(step, input, other)
+    return dense_matmul(step, input, other, out=out)
+
+
+def addmm(step: Step, input: Tensor, mat1: Tensor, mat2: Tensor, **kwargs: Any) -> Any:
+    if isinstance(mat1, Tensor) and mat1.layout != torch.strided:
+        return NotImplemented
+    return dense_addmm(step, input, mat1, mat2, **kwargs)
+
+
+def scatter_reduce_(
+    step: Step, input: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True
+) -> Any:
+    if reduce not in ("amax", "amin") or include_self or not dense(input, src) or input.requires_grad:
+        return NotImplemented
+    if not src.requires_grad or src.shape != index.shape:
+        return NotImplemented
+    return ScatterExtreme.apply(src, input, dim, index, reduce, step)

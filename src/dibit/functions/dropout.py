@@ -1,0 +1,89 @@
+"""Dropout: nothing but a seed, from which the mask is drawn again; or one bit an element of the mask torch drew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dibit.codec import ops
+from dibit.functions.common import dense, write
+from dibit.intercept import Step
+from dibit.residual import Mask, Reseeded, load, save
+
+
+class SeededDropout(torch.autograd.Function):
+    """y = x * m, m a function of (seed, element)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Reseeded, inplace: bool) -> Tensor:
+        save(ctx, residual)
+        if inplace:
+            ctx.mark_dirty(x)
+        return write(x, ops.dropout(x.contiguous(), residual.seed, residual.p), inplace)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        (residual,) = load(ctx)
+        return residual.apply(dy), None, None
+
+
+class MaskedDropout(torch.autograd.Function):
+    """The mask and the product are torch's own, draw for draw; one bit an element of the mask stays."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Step, p: float, inplace: bool) -> Tensor:
+        if x.device.type == "cpu":
+            noise = torch.empty_like(x).bernoulli_(1 - p)
+            kept = noise.detach().contiguous()
+            mask = Mask(ops.pack_mask(kept), 0.0)
+            noise.div_(1 - p)
+            y = x.mul_(noise) if inplace else x * noise
+            step.plain(noise.nbytes)
+        else:
+            y, kept = torch.native_dropout(x, p, True)
+            mask = Mask(ops.pack_mask(kept.to(torch.float32).contiguous()), 0.0)
+            y = write(x, y, inplace)
+            step.plain(kept.nbytes)
+        step.note(mask)
+        save(ctx, mask)
+        ctx.keep = 1 - p
+        if inplace:
+            ctx.mark_dirty(x)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        (mask,) = load(ctx)
+        scale = torch.ones((), dtype=dy.dtype, device=dy.device).div_(ctx.keep)
+        return mask.apply(dy) * scale, None, None, None
+
+
+def dropout(step: Step, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    config = step.config
+    if config is None or not training or not 0 < p < 1 or not dense(input):
+        return NotImplemented
+    if config.dropout == "mask":
+        return MaskedDropout.apply(input, step, p, inplace) if input.requires_grad else NotImplemented
+    if not input.requires_grad and inplace:
+        return NotImplemented
+    residual = Reseeded(step.seed("dropout", input.device), float(p))
+    if input.requires_grad:
+        step.plain(input.numel() * (input.element_size() if input.device.type == "cpu" else 1))
+        step.note(residual)
+    y = SeededDropout.apply(input, residual, inplace)
+    if not inplace:
+        step.dropped(y, residual, input)
+    return y
+
+
+def torch_dropout(step: Step, input: Tensor, p: float, train: bool) -> Any:
+    return dropout(step, input, p, train)
+
+
+def torch_dropout_(step: Step, input: Tensor, p: float, train: bool) -> Any:
+    return dropout(step, input, p, train, True)

@@ -1,0 +1,95 @@
+"""Linear layers and products with a weight. dX is exact; dW = dY^T X needs the input, which enters nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dibit.functions.common import dense, flat
+from dibit.intercept import Step
+from dibit.residual import Reference, load, save
+
+
+class Linear(torch.autograd.Function):
+    """y = x W^T + b, W (O, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Any) -> Tensor:
+        save(ctx, residual, weight if ctx.needs_input_grad[0] else None)
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        residual, weight = load(ctx)
+        x_dtype, w_dtype, b_dtype = ctx.dtypes
+        rows = flat(dy)
+        dx = (dy @ weight.to(dy.dtype)).to(x_dtype) if ctx.needs_input_grad[0] else None
+        dw = residual.outer(rows).to(w_dtype) if ctx.needs_input_grad[1] else None
+        db = rows.sum(0).to(b_dtype) if ctx.needs_input_grad[2] else None
+        return dx, dw, db, None
+
+
+class MatMul(torch.autograd.Function):
+    """y = alpha x W (+ beta c), W (D, O)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, c: Tensor | None, beta: float, alpha: float, residual: Any
+    ) -> Tensor:
+        save(ctx, residual, weight if ctx.needs_input_grad[0] else None)
+        ctx.scale = beta, alpha
+        ctx.types = x.dtype, weight.dtype, None if c is None else (c.dtype, c.shape)
+        return x @ weight if c is None else torch.addmm(c, x, weight, beta=beta, alpha=alpha)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        residual, weight = load(ctx)
+        beta, alpha = ctx.scale
+        x_dtype, w_dtype, c_type = ctx.types
+        scaled = dy if alpha == 1 else dy * alpha
+        dx = (scaled @ weight.T.to(dy.dtype)).to(x_dtype) if ctx.needs_input_grad[0] else None
+        dw = residual.outer(flat(scaled)).T.to(w_dtype) if ctx.needs_input_grad[1] else None
+        dc = None
+        if ctx.needs_input_grad[2]:
+            dc = (dy if beta == 1 else dy * beta).sum_to_size(c_type[1]).to(c_type[0])
+        return dx, dw, dc, None, None, None
+
+
+def keep_input(step: Step, x: Tensor, weight: Tensor) -> Any:
+    """The residual of a product's input, and what the plain product would keep."""
+    step.plain(x if weight.requires_grad else None, weight if x.requires_grad else None)
+    if x.requires_grad and not step.held(weight):
+        step.note(Reference(weight, weight.shape))  # a weight that was itself computed: exact, as in the plain model
+    # One draw may serve several weights, but not one that depends on x itself: then it would be used twice on a path.
+    return step.keep(x, leaf=weight.is_leaf) if weight.requires_grad else None
+
+
+def linear(step: Step, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    if not (dense(input, weight) and weight.dim() == 2 and weight.requires_grad):
+        return NotImplemented  # a frozen weight keeps no input, in plain torch too
+    return Linear.apply(input, weight, bias, keep_input(step, input, weight))
+
+
+def matmul(step: Step, input: Tensor, other: Tensor, *, out: Any = None) -> Any:
+    if out is not None or not (dense(input, other) and input.dim() >= 2 and other.dim() == 2 and other.requires_grad):
+        return NotImplemented
+    return MatMul.apply(input, other, None, 1, 1, keep_input(step, input, other))
+
+
+def rmatmul(step: Step, input: Tensor, other: Tensor) -> Any:
+    return matmul(step, other, input)
+
+
+def addmm(
+    step: Step, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, out: Any = None
+) -> Any:
+    if out is not None or not (dense(input, mat1, mat2) and mat2.requires_grad):
+        return NotImplemented
+    return MatMul.apply(mat1, mat2, input, beta, alpha, keep_input(step, mat1, mat2))

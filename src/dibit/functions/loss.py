@@ -1,0 +1,243 @@
+"""Softmax, log-softmax and losses called inside the model: their gradients are linear in the probabilities.
+
+Probabilities are kept at 8 bits whatever the recipe: they lie in [0, 1], and a trained model's gradient p - y is small.
+What the model returns is the caller's, so a log-softmax whose result is returned keeps nothing of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dibit.config import Config
+from dibit.functions.common import dense
+from dibit.intercept import Exact, Step
+from dibit.ledger import storage_key
+from dibit.residual import Residual, load, save
+
+
+def probability_config(step: Step) -> Config:
+    config = step.config
+    assert config is not None
+    return replace(config, bits=8, reduce=None, levels="uniform", block=1024)
+
+
+class Deferred:
+    """A result whose form is settled when the forward pass ends: by reference if returned, else as a residual."""
+
+    def __init__(self, step: Step, y: Tensor) -> None:
+        self.exact: Exact | None = Exact(y.detach(), y._version)
+        self.residual: Residual | None = None
+        self.config = probability_config(step)
+        self.row = step.row
+        step.deferred.append(self)
+
+    def settle(self, step: Step, returned: set[int]) -> None:
+        assert self.exact is not None
+        step.row = self.row
+        if storage_key(self.exact.x) in returned:
+            if step.ledger is not None and self.row is not None:
+                self.row.how = "reference (returned)"
+                step.ledger.kept_tensor(self.row, self.exact.x)
+        else:
+            step.configs.append(self.config)
+            self.residual = step.keep(self.exact.restore().exp(), leaf=False, config=self.config)
+            step.configs.pop()
+            self.exact = None
+        step.row = None
+
+    def probabilities(self) -> Tensor:
+        if self.residual is not None:
+            return self.residual.value()
+        assert self.exact is not None
+        return self.exact.restore().exp()
+
+
+class LogSoftmax(torch.autograd.Function):
+    """dx = dy - p sum(dy), linear in p."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, dtype: torch.dtype | None, step: Step) -> Tensor:
+        y = torch.log_softmax(x, dim, dtype=dtype)
+        ctx.cell, ctx.dim, ctx.dtype = Deferred(step, y), dim, x.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        p = ctx.cell.probabilities().to(dy.dtype)
+        return (dy - p * dy.sum(ctx.dim, keepdim=True)).to(ctx.dtype), None, None, None
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Class indices (N,) against scores (N, C): dx = w_target (p - onehot) / normaliser."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, target: Tensor, weight: Any, ignore: int, reduction: str, step: Step) -> Tensor:
+        loss = F.cross_entropy(x, target, weight, ignore_index=ignore, reduction=reduction)
+        p = step.keep(torch.softmax(x.detach(), 1), leaf=False, config=probability_config(step))
+        scale = _target_scale(target, weight, ignore, reduction, x.dtype)
+        kept = step.pack_index(target)
+        save(ctx, p, kept.x, scale)
+        ctx.target = kept.on(torch.empty(0))
+        if step.ledger is not None and step.row is not None and scale is not None:
+            step.ledger.kept_tensor(step.row, scale)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        p, target, scale = load(ctx)
+        target = ctx.target.on(target).restore()
+        per_row = scale * dy
+        dx = p.value().to(dy.dtype) * per_row[:, None]
+        # an ignored target has scale 0; its index may lie outside
+        dx.scatter_add_(1, target.clamp(0, dx.shape[1] - 1)[:, None], -per_row[:, None])
+        return dx, None, None, None, None, None
+
+
+class NLL(torch.autograd.Function):
+    """dx = -w_target / normaliser at the target: nothing of x is needed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, target: Tensor, weight: Any, ignore: int, reduction: str, step: Step) -> Tensor:
+        scale = _target_scale(target, weight, ignore, reduction, x.dtype)
+        kept = step.pack_index(target)
+        save(ctx, kept.x, scale)
+        ctx.target, ctx.shape = kept.on(torch.empty(0)), x.shape
+        if step.ledger is not None and step.row is not None:
+            step.row.how = "target"
+            step.ledger.kept_tensor(step.row, scale)
+        return F.nll_loss(x, target, weight, ignore_index=ignore, reduction=reduction)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        target, scale = load(ctx)
+        target = ctx.target.on(target).restore()
+        dx = dy.new_zeros(ctx.shape)
+        dx.scatter_(1, target.clamp(0, dx.shape[1] - 1)[:, None], -(scale * dy)[:, None])
+        return dx, None, None, None, None, None
+
+
+class SquaredError(torch.autograd.Function):
+    """dx = 2 (x - t) dy (/ n for the mean): the difference enters once on either side."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, target: Tensor, reduction: str, kept: Any) -> Tensor:
+        save(ctx, kept)
+        ctx.scale = 2 / x.numel() if reduction == "mean" else 2
+        return F.mse_loss(x, target, reduction=reduction)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        (kept,) = load(ctx)
+        dx = kept.value() * (dy * ctx.scale)
+        return dx, -dx if ctx.needs_input_grad[1] else None, None, None
+
+
+class BinaryCrossEntropy(torch.autograd.Function):
+    """With logits: dx = (sigmoid(x) - t) dy, linear in the probability; the target is kept by reference."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, target: Tensor, weight: Any, reduction: str, step: Step) -> Tensor:
+        loss = F.binary_cross_entropy_with_logits(x, target, weight, reduction=reduction)
+        kept = step.keep(torch.sigmoid(x.detach()) - target, leaf=False, config=probability_config(step))
+        save(ctx, kept, weight)
+        ctx.scale = 1 / x.numel() if reduction == "mean" else 1
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        kept, weight = load(ctx)
+        dx = kept.value() * (dy * ctx.scale)
+        return dx if weight is None else dx * weight, None, None, None, None
+
+
+def _target_scale(target: Tensor, weight: Any, ignore: int, reduction: str, dtype: torch.dtype) -> Tensor:
+    """w_target over the normaliser: (N,), 0 where the target is ignored."""
+    used = target != ignore
+    scale = used.to(dtype) if weight is None else weight[target.clamp(0, len(weight) - 1)].to(dtype) * used
+    return scale / scale.sum() if reduction == "mean" else scale
+
+
+def log_softmax(
+    step: Step, input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Any:
+    if dim is None or not dense(input) or not input.requires_grad or input.dim() == 0:
+        return NotImplemented
+    y = LogSoftmax.apply(input, dim, dtype, step)
+    step.plain(y)
+    return y
+
+
+def torch_log_softmax(step: Step, input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Any:
+    return log_softmax(step, input, dim, dtype=dtype)
+
+
+def _indexed(input: Tensor, target: Tensor, reductions: tuple[Any, Any], reduction: str) -> bool:
+    return (
+        dense(input)
+        and input.requires_grad
+        and input.dim() == 2
+        and target.dtype == torch.int64
+        and target.dim() == 1
+        and target.numel() > 0
+        and reductions == (None, None)
+        and reduction in ("mean", "sum", "none")
+    )
+
+
+def cross_entropy(
+    step: Step, input: Tensor, target: Tensor, weight: Any = None, size_average: Any = None,
+    ignore_index: int = -100, reduce: Any = None, reduction: str = "mean", label_smoothing: float = 0.0,
+) -> Any:  # fmt: skip
+    if label_smoothing or not _indexed(input, target, (size_average, reduce), reduction):
+        return NotImplemented
+    step.plain(input.nbytes, target)
+    return CrossEntropy.apply(input, target, weight, ignore_index, reduction, step)
+
+
+def nll_loss(
+    step: Step, input: Tensor, target: Tensor, weight: Any = None, size_average: Any = None,
+    ignore_index: int = -100, reduce: Any = None, reduction: str = "mean",
+) -> Any:  # fmt: skip
+    if not _indexed(input, target, (size_average, reduce), reduction):
+        return NotImplemented
+    step.plain(input, target)
+    return NLL.apply(input, target, weight, ignore_index, reduction, step)
+
+
+def mse_loss(
+    step: Step, input: Tensor, target: Tensor, size_average: Any = None, reduce: Any = None,
+    reduction: str = "mean", weight: Any = None,
+) -> Any:  # fmt: skip
+    config = step.config
+    if config is None or (size_average, reduce, weight) != (None, None, None) or input.shape != target.shape:
+        return NotImplemented
+    if not dense(input, target) or not (input.requires_grad or target.requires_grad):
+        return NotImplemented
+    step.plain(input, target)
+    kept = step.keep(input.detach() - target.detach(), leaf=False, config=replace(config, reduce=None))
+    return SquaredError.apply(input, target, reduction, kept)
+
+
+def binary_cross_entropy_with_logits(
+    step: Step, input: Tensor, target: Tensor, weight: Any = None, size_average: Any = None, reduce: Any = None,
+    reduction: str = "mean", pos_weight: Any = None,
+) -> Any:  # fmt: skip
+    if (size_average, reduce, pos_weight) != (None, None, None) or input.shape != target.shape:
+        return NotImplemented
+    if not dense(input, target) or not input.requires_grad or target.requires_grad:
+        return NotImplemented
+    if weight is not None and (weight.requires_grad or weight.shape != input.shape):
+        return NotImplemented
+    step.plain(input, target)
+    return BinaryCrossEntropy.apply(input, target, weight, reduction, step)

@@ -1,0 +1,208 @@
+r"""BatchNorm and LayerNorm keep the normalised input :math:`\hat x`, never x.
+
+.. math:: dx = \gamma / \sigma \, (dy - \mathrm{mean}(dy) - \hat x \, \mathrm{mean}(dy \, \hat x))
+
+uses it twice. Where one draw serves both uses (no reduction), the two decode the same codes with dither 0 and 2,
+whose errors are uncorrelated, so that even the element's own term is unbiased; other levels than uniform subtract an
+estimate of the rounding variance instead. A reduction takes two independent draws.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dibit.config import Config, Project, Sample
+from dibit.functions.common import dense, unreduced
+from dibit.intercept import Step
+from dibit.residual import Compressed, load, save
+
+
+def norm_config(step: Step) -> Config:
+    config = step.config
+    assert config is not None
+    return config.norm or unreduced(config)
+
+
+class BatchNorm(torch.autograd.Function):
+    """Statistics over all dimensions but 1, of the batch (training) or given (evaluation)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Any, bias: Any, running: tuple[Any, Any], training: bool, momentum: float,
+        eps: float, step: Step,
+    ) -> Tensor:  # fmt: skip
+        y, mean, inverse, *_ = torch._batch_norm_impl_index(
+            x, weight, bias, *running, training, momentum, eps, torch.backends.cudnn.enabled
+        )
+        if not training:
+            mean, inverse = running[0], torch.rsqrt(running[1] + eps)
+        outer = inner = None
+        if training or ctx.needs_input_grad[1]:
+            rows = (x.detach().movedim(1, -1) - mean) * inverse
+            config = norm_config(step)
+            inner = step.keep(rows, leaf=False, config=config)
+            if training and ctx.needs_input_grad[0]:
+                outer = step.keep(rows, leaf=False, config=config) if config.reduce else inner
+        step.plain(mean.nbytes + inverse.nbytes if training else 0)
+        ctx.shared = outer is inner
+        save(ctx, None if ctx.shared else outer, inner, inverse, weight)
+        ctx.training, ctx.dtypes = training, (x.dtype, weight.dtype if weight is not None else None)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        outer, inner, inverse, weight = load(ctx)
+        g = dy.movedim(1, -1)
+        shape = g.shape
+        g = g.reshape(-1, shape[-1]).to(inverse.dtype)
+        count = g.shape[0]
+        total = g.sum(0)
+        product = column_sums(inner, g) if inner is not None else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            scale = inverse if weight is None else inverse * weight
+            if ctx.training:
+                dx = g - total / count
+                subtract_outer(dx, inner if ctx.shared else outer, product / count, g / count if ctx.shared else None)
+            else:
+                dx = g.clone()
+            dx = dx.mul_(scale).view(shape).movedim(-1, 1).to(ctx.dtypes[0])
+        dw = product.to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
+        db = total.to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
+        return dx, dw, db, None, None, None, None, None
+
+
+class LayerNorm(torch.autograd.Function):
+    """Statistics over the last dimensions, for each row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: list[int], weight: Any, bias: Any, eps: float, step: Step) -> Tensor:
+        y, mean, inverse = torch.native_layer_norm(x, shape, weight, bias, eps)
+        width = int(torch.Size(shape).numel())
+        rows = ((x.detach() - mean) * inverse).reshape(-1, width)
+        config = norm_config(step)
+        outer = step.keep(rows, leaf=False, config=config)
+        inner = step.keep(rows, leaf=False, config=config) if isinstance(config.reduce, Project) else None
+        inverse = inverse.reshape(-1, 1)
+        step.plain(mean.nbytes + inverse.nbytes)
+        if step.ledger is not None and step.row is not None:
+            step.ledger.kept_tensor(step.row, inverse)
+        save(ctx, outer, inner, inverse, weight)
+        ctx.dtypes = x.dtype, None if weight is None else weight.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        outer, inner, inverse, weight = load(ctx)
+        rows = dy.reshape(inverse.shape[0], -1).to(inverse.dtype)
+        g = rows if weight is None else rows * weight.reshape(-1)
+        dx = g - g.mean(1, keepdim=True)
+        if inner is not None:
+            dx -= outer.value() * (g * inner.value()).mean(1, keepdim=True)
+        else:  # both uses lie in one row: one draw, sampled rows take their weight once
+            packed = outer.packed
+            sample = packed.sample(g.dtype)
+            part = g if sample is None else g.index_select(0, sample[0])
+            first, second = pair(outer)
+            term = first * (part * second).mean(1, keepdim=True)
+            if correction(outer):
+                term -= part * packed.variance() / part.shape[1]
+            if sample is None:
+                dx -= term
+            else:
+                dx.index_add_(0, sample[0], term * sample[1][:, None], alpha=-1)
+        dx = (dx * inverse).view(dy.shape).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
+        dw = column_sums(outer, rows).view(weight.shape).to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
+        db = rows.sum(0).to(ctx.dtypes[1]) if ctx.needs_input_grad[3] else None
+        if dw is None and db is not None:
+            db = db.view(dy.shape[-1:]) if db.numel() == dy.shape[-1] else db
+        elif db is not None and weight is not None:
+            db = db.view(weight.shape)
+        return dx, None, dw, db, None, None
+
+
+def correction(kept: Any) -> bool:
+    """Whether one draw used twice needs the rounding variance taken off (levels that dither cannot serve)."""
+    return isinstance(kept, Compressed) and kept.packed.config.levels != "uniform" and _random(kept.packed.config)
+
+
+def pair(kept: Any) -> tuple[Tensor, Tensor]:
+    """Two estimates of one draw (reduced rows) whose errors are uncorrelated, where levels are uniform."""
+    if not isinstance(kept, Compressed):
+        return kept.value(), kept.value()
+    packed = kept.packed
+    if packed.config.levels != "uniform" or not _random(packed.config):
+        value = packed.reduced(0.0)
+        return value, value
+    return packed.reduced(0.0), packed.reduced(2.0)
+
+
+def _random(config: Config) -> bool:
+    return config.rounding != "nearest"
+
+
+def column_sums(kept: Any, g: Tensor) -> Tensor:
+    """sum over rows of g * x_hat: (D,) for g (N, D)."""
+    if not isinstance(kept, Compressed) or isinstance(kept.packed.config.reduce, Project):
+        return (g * kept.value().reshape(g.shape)).sum(0)
+    packed = kept.packed
+    if (sample := packed.sample(g.dtype)) is not None:
+        index, weight = sample
+        return (g.index_select(0, index) * weight[:, None] * packed.reduced()).sum(0)
+    return (g * pair(kept)[1]).sum(0)
+
+
+def subtract_outer(dx: Tensor, kept: Any, mean: Tensor, own: Tensor | None) -> None:
+    """dx -= x_hat * mean, in place; `own` = dy / N where the same draw made `mean`."""
+    if not isinstance(kept, Compressed) or isinstance(kept.packed.config.reduce, Project):
+        dx -= kept.value().reshape(dx.shape) * mean
+        return
+    packed = kept.packed
+    if (sample := packed.sample(dx.dtype)) is not None:
+        index, weight = sample
+        dx.index_add_(0, index, packed.reduced() * weight[:, None] * mean, alpha=-1)
+        return
+    if own is not None and correction(kept):
+        dx += own * packed.variance()
+    dx -= packed.reduced(0.0 if own is not None else None) * mean
+
+
+def batch_norm(
+    step: Step, input: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
+    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> Any:  # fmt: skip
+    needs = any(t is not None and t.requires_grad for t in (input, weight, bias))
+    if not needs or not dense(input) or input.dim() < 2 or (not training and running_mean is None):
+        return NotImplemented
+    if training and input.numel() <= input.shape[1]:
+        return NotImplemented  # torch's own error, or an empty batch
+    step.plain(input)
+    return BatchNorm.apply(input, weight, bias, (running_mean, running_var), training, momentum, eps, step)
+
+
+def torch_batch_norm(
+    step: Step, input: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool,
+    momentum: float, eps: float, cudnn_enabled: bool,
+) -> Any:  # fmt: skip
+    return batch_norm(step, input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def layer_norm(
+    step: Step, input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Any:  # fmt: skip
+    needs = any(t is not None and t.requires_grad for t in (input, weight, bias))
+    if not needs or not dense(input) or input.numel() == 0:
+        return NotImplemented
+    step.plain(input)
+    return LayerNorm.apply(input, list(normalized_shape), weight, bias, eps, step)
+
+
+__all__ = ["Sample", "batch_norm", "layer_norm", "replace", "torch_batch_norm"]

@@ -1,0 +1,347 @@
+"""The mode that sees every operation of a compressed model's forward pass, and what lives as long as that pass.
+
+A `TorchFunctionMode` looks each function up in a table (`dibit.functions.RULES`). A rule computes the plain forward and
+keeps a residual; everything else runs as it is under `saved_tensors_hooks`, which keep floats exactly and pack bools
+and integers losslessly: a hook sees a tensor, not the operation, so it cannot know what rounding would do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from dibit.codec import encode, mix, ops, reference, seed_tensor
+from dibit.config import Config
+from dibit.ledger import Ledger, Row, storage_key, storages
+from dibit.residual import Compressed, Reference, Reseeded, Residual
+
+if TYPE_CHECKING:
+    from dibit.compress import State
+
+Rule = Callable[..., Any]
+_INT32 = torch.iinfo(torch.int32)
+_DEEPEST = 6  # nested containers that are searched for the caller's tensors
+
+
+@dataclass
+class Exact:
+    """A tensor kept as it is by a hook. Hooks switch autograd's version check off, so the check is made here."""
+
+    x: Tensor
+    version: int
+
+    def restore(self) -> Tensor:
+        if self.x._version != self.version:
+            raise RuntimeError(
+                f"a tensor of shape {tuple(self.x.shape)} that the backward pass needs was changed in place after the "
+                f"forward pass (version {self.x._version}, expected {self.version}); use the out-of-place operation."
+            )
+        return self.x
+
+    def on(self, x: Tensor) -> Exact:
+        return Exact(x, x._version)
+
+
+@dataclass
+class Narrowed:
+    """A tensor kept in fewer bytes without loss: bools as bits, int64 as int32, expanded dimensions as one."""
+
+    x: Tensor
+    dtype: torch.dtype
+    base: torch.Size
+    shape: torch.Size
+
+    def restore(self) -> Tensor:
+        if self.dtype == torch.bool:
+            flat = reference.unpack(self.x.view(1, -1), self.base.numel(), 1).view(self.base).bool()
+            return flat.expand(self.shape)
+        return self.x.to(self.dtype).expand(self.shape)
+
+    def on(self, x: Tensor) -> Narrowed:
+        """The same on a tensor that comes back from autograd."""
+        return Narrowed(x, self.dtype, self.base, self.shape)
+
+
+class Step:
+    """One forward pass of a compressed model: its seeds, what is shared within it, its entries in the ledger.
+
+    Args:
+        state: of the compressed model.
+        inputs: arguments of the outermost module; data among them (no gradient history) is held by the caller.
+    """
+
+    def __init__(self, state: State, inputs: Any) -> None:
+        self.state = state
+        self.names: list[str] = []
+        self.configs: list[Config | None] = []
+        self.ledger: Ledger | None = state.ledger
+        self.seen = 0  # operations that a rule took over
+        self.function: Any = None  # the function now running, for the ledger
+        self.row: Row | None = None
+        self.inside = False  # a rule is saving tensors of its own
+        self._rng = torch.get_rng_state()
+        self._key = int.from_bytes(hashlib.blake2b(self._rng.numpy().tobytes(), digest_size=8).digest(), "little")
+        self._draws = 0
+        self.deferred: list[Any] = []  # residuals whose form depends on what the model returns
+        self._held: set[int] = set()
+        self._alive: list[Any] = []  # keeps identities in the tables below from being used again
+        self._shared: dict[Any, Any] = {}
+        self._dropped: dict[Any, Reseeded] = {}
+        self._content: dict[Any, list[Exact | Narrowed]] = {}
+        for x in tensors_in(inputs):
+            if not x.requires_grad or x.is_leaf:
+                self._hold(x)
+        for x in state.constants():
+            self._hold(x)
+
+    # -- randomness -------------------------------------------------------------------------------------------------
+
+    def seed(self, purpose: str, device: torch.device) -> Tensor:
+        """A fresh seed. The stream is a function of torch's default generator and draws nothing from it."""
+        self._draws += 1
+        return seed_tensor(mix(self._key, purpose, self._draws), device)
+
+    def end(self, outputs: Any) -> None:
+        """Leave the generator in a state that the next pass has not seen: a model that draws moves it by itself."""
+        if self._draws and torch.equal(torch.get_rng_state(), self._rng):
+            torch.empty((), dtype=torch.int64).random_()
+        outputs = list(tensors_in(outputs))
+        returned = {storage_key(part) for x in outputs for part in storages(x)}
+        for cell in self.deferred:
+            cell.settle(self, returned)
+        if self.ledger is not None:
+            self.ledger.close(outputs)
+        for table in (self._shared, self._dropped, self._content, self._alive, self._held, self.deferred):
+            table.clear()  # autograd may keep the hooks, and with them this object, as long as the graph
+
+    # -- sharing and holding ----------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Config | None:
+        """Of the innermost module that is running; `None` leaves everything exact."""
+        return self.configs[-1] if self.configs else None
+
+    def _hold(self, x: Tensor) -> None:
+        for part in storages(x):
+            self._alive.append(StorageWeakRef(part.untyped_storage()))
+            self._held.add(storage_key(part))
+
+    def held(self, x: Tensor) -> bool:
+        """Whether someone else keeps the memory of x through the backward pass: inputs, parameters, buffers."""
+        return all(storage_key(part) in self._held for part in storages(x))
+
+    def key(self, x: Tensor) -> tuple[Any, ...]:
+        """Identity of a tensor's content: live storage, version, geometry. Never its address."""
+        self._alive.append(StorageWeakRef(x.untyped_storage()))
+        return storage_key(x), x._version, x.storage_offset(), x.shape, x.stride(), x.dtype
+
+    # -- residuals --------------------------------------------------------------------------------------------------
+
+    def keep(self, x: Tensor, *, leaf: bool, config: Config | None = None) -> Residual:
+        """A residual of x.
+
+        Args:
+            x: floating point (..., D).
+            leaf: it enters gradients of parameters only, so one draw may serve all leaves of the same tensor. A path
+                residual enters gradients of what comes before and is always drawn anew.
+            config: default: that of the running module.
+        """
+        own = self.config
+        assert own is not None
+        config = config or own
+        if own.inputs == "reference":
+            if self.held(x):
+                return self.note(Reference(x, x.shape))
+            if self._dropped and (dropped := self._dropped.get(self.key(x))) is not None:
+                return self.note(dropped)
+        if not leaf:
+            return self.note(Compressed(encode(x, config, self.seed("path", x.device))))
+        key = (self.key(x), config)
+        found = self._shared.get(key)
+        if found is None:
+            found = self._shared[key] = Compressed(encode(x, config, self.seed("leaf", x.device)))
+        return self.note(found)
+
+    def dropped(self, y: Tensor, residual: Reseeded, x: Tensor) -> None:
+        """Remember that y is the dropout of x, which the caller holds: y can be had again for nothing."""
+        if self.held(x):
+            self._dropped[self.key(y)] = Reseeded(residual.seed, residual.p, x)
+
+    def share(self, x: Tensor) -> Tensor:
+        """A constant of the graph structure, kept once for equal content; int64 as int32 where it fits."""
+        if self.held(x):
+            return x
+        packed = self._lossless(x)
+        return packed.x if isinstance(packed, Exact | Narrowed) else x
+
+    def pack_index(self, index: Tensor) -> Exact | Narrowed:
+        """An index for a rule that saves it itself: by reference, or once and in int32."""
+        kept: Exact | Narrowed = Exact(index, index._version) if self.held(index) else self._lossless(index)
+        if self.ledger is not None and self.row is not None and not self.held(index):
+            self.ledger.kept_tensor(self.row, kept.x)
+        return kept
+
+    # -- the ledger -------------------------------------------------------------------------------------------------
+
+    def note(self, residual: Residual | Any) -> Any:
+        """Enter a residual in the ledger under the operation that is running."""
+        if self.ledger is not None and self.row is not None:
+            self.row.how = f"{self.row.how}; {residual.how}" if self.row.how else residual.how
+            for x in residual.tensors:
+                if not self.held(x):
+                    self.ledger.kept_tensor(self.row, x)
+        return residual
+
+    def plain(self, *saved: Tensor | int | None) -> None:
+        """What the running operation would keep without Dibit: tensors, or bytes that only it would allocate."""
+        if self.ledger is None or self.row is None:
+            return
+        for x in saved:
+            if isinstance(x, int):
+                self.row.plain += x
+            elif x is not None and not self.held(x):
+                self.ledger.plain_tensor(self.row, x)
+                self.row.shape = self.row.shape or tuple(x.shape)
+
+    def open(self, function: Any) -> None:
+        """Begin a ledger row for an operation that a rule takes."""
+        if self.ledger is not None:
+            self.row = self.ledger.add(Row(".".join(self.names[-1:]), function_name(function), "", ()))
+
+    # -- hooks ------------------------------------------------------------------------------------------------------
+
+    def pack(self, x: Tensor) -> Exact | Narrowed:
+        if self.inside:  # a rule's own tensors: entered in the ledger where they were made
+            return Exact(x, x._version)
+        config = self.config
+        free = self.held(x)
+        kept: Exact | Narrowed
+        kept = Exact(x, x._version) if free or config is None or x.layout != torch.strided else self._lossless(x)
+        if self.ledger is not None and not free:
+            how = "lossless" if isinstance(kept, Narrowed) else "exact"
+            row = Row(".".join(self.names[-1:]), function_name(self.function), how, tuple(x.shape))
+            self.ledger.add(row)
+            self.ledger.plain_tensor(row, x)
+            self.ledger.kept_tensor(row, kept.x)
+        return kept
+
+    @staticmethod
+    def unpack(kept: Exact | Narrowed) -> Tensor:
+        return kept.restore()
+
+    def _lossless(self, x: Tensor) -> Exact | Narrowed:
+        if x.is_floating_point() and x.numel() != max(x.shape, default=0):
+            return Exact(x, x._version)  # an activation: its content is its own
+        key = ("lossless", self.key(x))
+        if key not in self._shared:
+            self._shared[key] = self._once(_narrow(x), x.shape)
+        return self._shared[key]
+
+    def _once(self, kept: Exact | Narrowed, shape: torch.Size) -> Exact | Narrowed:
+        """An earlier constant with the same content: indices and normalised weights are made anew in each layer."""
+        known = self._content.setdefault((type(kept), kept.x.dtype, kept.x.shape, shape), [])
+        for other in known:
+            unchanged = not isinstance(other, Exact) or other.x._version == other.version
+            if unchanged and torch.equal(other.x, kept.x):
+                return other
+        known.append(kept)
+        return kept
+
+
+def _narrow(x: Tensor) -> Exact | Narrowed:
+    strides = zip(x.shape, x.stride(), strict=True)
+    base = x[tuple(slice(0, 1) if stride == 0 and size > 1 else slice(None) for size, stride in strides)]
+    if x.dtype == torch.bool and base.numel() >= 16:
+        return Narrowed(ops.pack_mask(base.to(torch.float32)), x.dtype, base.shape, x.shape)
+    if x.dtype == torch.int64 and base.numel() >= 4:
+        low, high = base.aminmax()
+        if low >= _INT32.min and high <= _INT32.max:
+            return Narrowed(base.to(torch.int32), x.dtype, base.shape, x.shape)
+    return Exact(x, x._version)
+
+
+class Intercept(TorchFunctionMode):
+    """Looks up each function of the forward pass in the table."""
+
+    def __init__(self, step: Step, rules: Mapping[Any, Rule]) -> None:
+        super().__init__()
+        self.step = step
+        self.rules = rules
+        self.hooks = (step.pack, step.unpack)
+        self.frame: FrameType | None = None  # of the outermost module's call; set at entry
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        step = self.step
+        rule = self.rules.get(func)
+        if rule is not None and not self.running():
+            return func(*args, **kwargs)
+        if rule is not None and step.config is not None and torch.is_grad_enabled() and self._outermost():
+            step.function = func
+            result = run_rule(step, func, rule, args, kwargs)
+            if result is not NotImplemented:
+                step.seen += 1
+                return result
+        step.function = func
+        return func(*args, **kwargs)
+
+    def running(self) -> bool:
+        """Whether the forward pass that set this mode is still on the stack: Ctrl-C ends one without any hook."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame is not self.frame:
+            frame = frame.f_back
+        return frame is not None
+
+    def _outermost(self) -> bool:
+        """False inside someone else's saved-tensor hooks (activation checkpointing): there everything stays exact."""
+        top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return top is not None and top[0] == self.hooks[0]
+
+
+def run_rule(step: Step, func: Any, rule: Rule, args: Any, kwargs: Any) -> Any:
+    """Call a rule; an entry in the ledger is opened for it and dropped where it declines."""
+    step.open(func)
+    step.inside = True
+    try:
+        result = rule(step, *args, **kwargs)
+    finally:
+        step.inside = False
+        row, step.row = step.row, None
+    if result is NotImplemented and step.ledger is not None and row is not None:
+        step.ledger.rows.remove(row)
+    return result
+
+
+def function_name(function: Any) -> str:
+    name = resolve_name(function) or getattr(function, "__name__", str(function))
+    return name.removeprefix("torch.").removeprefix("nn.functional.").removeprefix("Tensor.")
+
+
+def tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:
+    """All tensors in nested containers, graph objects (`Data`, `SparseTensor`) included."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth >= _DEEPEST or value is None or isinstance(value, int | float | str):
+        return
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from tensors_in(item, depth + 1)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item, depth + 1)
+    elif hasattr(value, "__dict__") and not isinstance(value, torch.nn.Module | type):
+        yield from tensors_in(vars(value), depth + 1)
+    elif hasattr(value, "storage"):  # torch_sparse.SparseTensor keeps a scripted storage
+        for name in ("row", "rowptr", "col", "value", "colptr", "csr2csc", "csc2csr"):
+            part = getattr(value.storage, f"_{name}", None)
+            if isinstance(part, Tensor):
+                yield part

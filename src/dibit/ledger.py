@@ -1,0 +1,116 @@
+"""The ledger: what autograd keeps of one training step, by module and operation, and what it would have kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+MB = 2**20
+
+
+def storage_key(x: Tensor) -> int:
+    """Identity of a live storage. Only valid while the tensor, or a `StorageWeakRef` to its storage, is held."""
+    return x.untyped_storage()._cdata
+
+
+def storages(x: Tensor) -> list[Tensor]:
+    """The strided tensors that hold a tensor's memory: itself, or the parts of a sparse one."""
+    if x.layout == torch.strided:
+        return [x]
+    if x.layout == torch.sparse_coo:
+        return [x._indices(), x._values()]
+    if x.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [x.crow_indices(), x.col_indices(), x.values()]
+    if x.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [x.ccol_indices(), x.row_indices(), x.values()]
+    return []
+
+
+@dataclass
+class Row:
+    """One residual: `plain` bytes without Dibit, `kept` bytes with it, and how it is kept."""
+
+    module: str
+    operation: str
+    how: str
+    shape: tuple[int, ...]
+    plain: int = 0
+    kept: int = 0
+
+
+@dataclass
+class Ledger:
+    """Filled by `dibit.track`; bytes of distinct storages, without parameters, the model's inputs and its outputs.
+
+    Attributes:
+        rows: one a residual, in the order of the forward pass.
+        total: bytes kept.
+        plain: bytes that the model would keep without Dibit.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    _plain: dict[int, tuple[Row, int]] = field(default_factory=dict, repr=False)
+    _kept: dict[int, tuple[Row, int]] = field(default_factory=dict, repr=False)
+    _alive: list[StorageWeakRef] = field(default_factory=list, repr=False)
+
+    @property
+    def total(self) -> int:
+        return sum(row.kept for row in self.rows)
+
+    @property
+    def plain(self) -> int:
+        return sum(row.plain for row in self.rows)
+
+    def add(self, row: Row) -> Row:
+        self.rows.append(row)
+        return row
+
+    def plain_tensor(self, row: Row, x: Tensor) -> None:
+        """Without Dibit, `row` would keep the storage of x; the first to claim a storage bears its bytes."""
+        for part in storages(x):
+            self._claim(self._plain, row, part, "plain")
+
+    def kept_tensor(self, row: Row, x: Tensor) -> None:
+        """`row` keeps the storage of x."""
+        for part in storages(x):
+            self._claim(self._kept, row, part, "kept")
+
+    def _claim(self, claims: dict[int, tuple[Row, int]], row: Row, x: Tensor, side: str) -> None:
+        key = storage_key(x)
+        if key not in claims:
+            # The weak reference keeps the storage's identity (not its memory) from being given to another tensor.
+            self._alive.append(StorageWeakRef(x.untyped_storage()))
+            size = x.untyped_storage().nbytes()
+            claims[key] = (row, size)
+            setattr(row, side, getattr(row, side) + size)
+
+    def close(self, outputs: Iterable[Tensor]) -> None:
+        """End of a forward pass: what it returned is the caller's, and its identities may be used again."""
+        for x in outputs:
+            for part in storages(x):
+                key = storage_key(part)
+                for claims, side in ((self._plain, "plain"), (self._kept, "kept")):
+                    if key in claims:
+                        row, size = claims.pop(key)
+                        setattr(row, side, getattr(row, side) - size)
+        self._plain.clear()
+        self._kept.clear()
+        self._alive.clear()
+
+    def __str__(self) -> str:
+        rows = [row for row in self.rows if row.plain or row.kept]
+        head = ("module", "operation", "kept as", "shape", "plain MB", "kept MB")
+        lines = [
+            (r.module, r.operation, r.how, "x".join(map(str, r.shape)), f"{r.plain / MB:.3f}", f"{r.kept / MB:.3f}")
+            for r in rows
+        ]
+        lines.append(("total", "", "", "", f"{self.plain / MB:.3f}", f"{self.total / MB:.3f}"))
+        widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
+        return "\n".join(
+            "  ".join(c.ljust(w) if i < 4 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+            for line in [head, *lines]
+        )

@@ -1,0 +1,177 @@
+"""What one operation keeps for its backward pass.
+
+A residual is asked for as little as its user needs: a linear layer takes `outer`, which never rebuilds N x D.
+Its tensors travel through `save_for_backward`, so that torch frees them with the graph and notices changes in place;
+the rest of it, its description, is an attribute of the context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dibit.codec import Packed, decode, ops
+
+
+class Residual(Protocol):
+    """What all kinds have in common."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Everything that takes memory."""
+
+    @property
+    def how(self) -> str:
+        """For the ledger: in what form the tensor is kept."""
+
+    def bind(self, tensors: Sequence[Tensor]) -> Residual:
+        """The same residual on tensors that come back from autograd (an empty sequence: its description alone)."""
+
+    def value(self) -> Tensor:
+        """The tensor, or an unbiased estimate of it, in its own shape and dtype."""
+
+    def outer(self, dy: Tensor) -> Tensor:
+        """dY^T X, or an unbiased estimate: (O, D) for dy (N, O) and x (N, D)."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Kept by someone else (features, parameters): exact, and free."""
+
+    x: Tensor | None
+    shape: torch.Size
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return () if self.x is None else (self.x,)
+
+    how = "reference"
+
+    def bind(self, tensors: Sequence[Tensor]) -> Reference:
+        return Reference(tensors[0] if tensors else None, self.shape)
+
+    def value(self) -> Tensor:
+        assert self.x is not None
+        return self.x
+
+    def outer(self, dy: Tensor) -> Tensor:
+        return dy.T @ self.value().reshape(-1, self.shape[-1])
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """Reduced, quantised and packed by the codec."""
+
+    packed: Packed
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.packed.tensors
+
+    @property
+    def how(self) -> str:
+        config = self.packed.config
+        reduce = f", {type(config.reduce).__name__.lower()} 1/{config.reduce.ratio}" if config.reduce else ""
+        return f"{config.bits} bit, block {config.block}{reduce}"
+
+    def bind(self, tensors: Sequence[Tensor]) -> Compressed:
+        return Compressed(self.packed.with_tensors(tuple(tensors)) if tensors else self.packed.without_tensors())
+
+    def value(self) -> Tensor:
+        return decode(self.packed)
+
+    def outer(self, dy: Tensor) -> Tensor:
+        packed = self.packed
+        if (sample := packed.sample(dy.dtype)) is not None:
+            index, weight = sample
+            dy = dy.index_select(0, index) * weight[:, None]
+        grad = dy.T @ packed.reduced().to(dy.dtype)
+        p = packed.projection(dy.dtype)
+        return grad if p is None else grad @ p.T
+
+
+@dataclass(frozen=True)
+class Mask:
+    """One bit an element, exact: where a gradient passes, and by how much it is scaled where it does not."""
+
+    bits: Tensor
+    slope: float
+    how = "1-bit mask"
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.bits,)
+
+    def bind(self, tensors: Sequence[Tensor]) -> Mask:
+        return Mask(tensors[0] if tensors else torch.empty(0), self.slope)
+
+    def apply(self, grad: Tensor) -> Tensor:
+        return ops.apply_mask(grad.contiguous(), self.bits, self.slope)
+
+    def value(self) -> Tensor:
+        raise TypeError("a mask stands for no tensor: use apply(grad).")
+
+    def outer(self, dy: Tensor) -> Tensor:
+        raise TypeError("a mask stands for no tensor: use apply(grad).")
+
+
+@dataclass(frozen=True)
+class Reseeded:
+    """Dropout: nothing but the seed, and the source where the dropped tensor itself is asked for."""
+
+    seed: Tensor
+    p: float
+    source: Tensor | None = None
+    how = "seed"
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.seed,) if self.source is None else (self.seed, self.source)
+
+    def bind(self, tensors: Sequence[Tensor]) -> Reseeded:
+        seed, *source = tensors or (torch.empty(0),)
+        return Reseeded(seed, self.p, source[0] if source else None)
+
+    def apply(self, grad: Tensor) -> Tensor:
+        """The gradient of dropout: the mask is drawn again."""
+        return ops.dropout(grad.contiguous(), self.seed, self.p)
+
+    def value(self) -> Tensor:
+        assert self.source is not None
+        return ops.dropout(self.source, self.seed, self.p)
+
+    def outer(self, dy: Tensor) -> Tensor:
+        value = self.value()
+        return dy.T @ value.reshape(-1, value.shape[-1])
+
+
+def save(ctx: Any, *parts: Residual | Tensor | None) -> None:
+    """Keep residuals and tensors for the backward pass of an `autograd.Function`; `load` gives them back in order."""
+    tensors: list[Tensor] = []
+    layout: list[tuple[Residual | None, int]] = []
+    for part in parts:
+        if part is None:
+            layout.append((None, 0))
+        elif isinstance(part, Tensor):
+            tensors.append(part)
+            layout.append((None, 1))
+        else:
+            tensors += part.tensors
+            layout.append((part.bind(()), len(part.tensors)))
+    ctx.layout = layout
+    ctx.save_for_backward(*tensors)
+
+
+def load(ctx: Any) -> list[Any]:
+    """What `save` kept: residuals on the tensors that autograd held, tensors, `None`."""
+    tensors = ctx.saved_tensors
+    found: list[Any] = []
+    at = 0
+    for residual, count in ctx.layout:
+        held, at = tensors[at : at + count], at + count
+        found.append(residual.bind(held) if residual is not None else held[0] if count else None)
+    return found
