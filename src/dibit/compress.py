@@ -76,11 +76,12 @@ class Enter:
             _abandon()  # Ctrl-C ended a forward pass without running any hook
             active = None
         if active is None:
-            if not (module.training and torch.is_grad_enabled()):
-                return
+            if not (module.training and torch.is_grad_enabled()) or _top_hooks() is not None:
+                return  # also inside someone else's hooks, such as an activation checkpoint's recomputation
             active = _local.active = _start(self.state, (args, kwargs))
         active.step.names.append(self.name)
         active.step.configs.append(self.config)
+        active.step.compresses |= self.config is not None
 
 
 class Exit:
@@ -125,14 +126,18 @@ def _abandon() -> None:
         above.append(mode)
     for mode in reversed(above):
         _push_mode(mode)
-    top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    top = _top_hooks()
     if top is not None and top[0] == active.mode.hooks[0]:
         active.hooks.__exit__(None, None, None)
 
 
+def _top_hooks() -> Any:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
 def _warn_if_unseen(step: Step) -> None:
     state = step.state
-    if not step.seen and not state.passive and not state.warned:
+    if step.compresses and not step.seen and not state.warned:
         state.warned = True
         warnings.warn(
             f"dibit: a training forward pass of the compressed {type(state.root).__name__} had no operation that Dibit "
@@ -201,7 +206,11 @@ def track(model: nn.Module) -> Iterator[Ledger]:
     ledger = Ledger()
     state = state_of(model)
     if state is None:
-        _attach(model, State(model, passive=True, ledger=ledger), {name: None for name, _ in model.named_modules()})
+        _attach(
+            model,
+            State(model, passive=True, ledger=ledger),
+            {name: None for name, _ in model.named_modules()},
+        )
         try:
             yield ledger
         finally:
@@ -232,7 +241,9 @@ def _config(setting: Setting) -> Config | None:
         return recipe(setting)
     if isinstance(setting, Config):
         return setting
-    raise TypeError(f"a setting of type {type(setting).__name__} was given; expected a recipe's name or a dibit.Config.")
+    raise TypeError(
+        f"a setting of type {type(setting).__name__} was given; expected a recipe's name or a dibit.Config."
+    )
 
 
 def _resolve(model: nn.Module, config: Setting | Mapping[str, Setting]) -> dict[str, Config | None]:

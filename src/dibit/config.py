@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -105,7 +106,7 @@ class Config:
             return _choice("levels", self.levels, ("uniform", "normal"))
         object.__setattr__(self, "levels", tuple(float(level) for level in self.levels))
         top, levels = 2**self.bits - 1, self.levels
-        rising = all(a < b for a, b in zip(levels, levels[1:], strict=False))
+        rising = all(a < b for a, b in itertools.pairwise(levels))
         if len(levels) != top + 1 or not rising or levels[0] != 0 or levels[-1] != top:
             raise ValueError(
                 f"levels = {levels} was given; for bits = {self.bits} give {top + 1} increasing numbers "

@@ -84,6 +84,7 @@ class Step:
         self.names: list[str] = []
         self.configs: list[Config | None] = []
         self.ledger: Ledger | None = state.ledger
+        self.compresses = False  # some module of this pass has a config
         self.seen = 0  # operations that a rule took over
         self.function: Any = None  # the function now running, for the ledger
         self.row: Row | None = None
@@ -330,6 +331,9 @@ def tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:
     """All tensors in nested containers, graph objects (`Data`, `SparseTensor`) included."""
     if isinstance(value, Tensor):
         yield value
+        if hasattr(value, "__tensor_flatten__"):  # a subclass around other tensors, such as EdgeIndex
+            for name in value.__tensor_flatten__()[0]:
+                yield from tensors_in(getattr(value, name), depth + 1)
     elif depth >= _DEEPEST or value is None or isinstance(value, int | float | str):
         return
     elif isinstance(value, list | tuple | set):

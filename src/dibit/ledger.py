@@ -105,7 +105,14 @@ class Ledger:
         rows = [row for row in self.rows if row.plain or row.kept]
         head = ("module", "operation", "kept as", "shape", "plain MB", "kept MB")
         lines = [
-            (r.module, r.operation, r.how, "x".join(map(str, r.shape)), f"{r.plain / MB:.3f}", f"{r.kept / MB:.3f}")
+            (
+                r.module,
+                r.operation,
+                r.how,
+                "x".join(map(str, r.shape)),
+                f"{r.plain / MB:.3f}",
+                f"{r.kept / MB:.3f}",
+            )
             for r in rows
         ]
         lines.append(("total", "", "", "", f"{self.plain / MB:.3f}", f"{self.total / MB:.3f}"))

@@ -62,7 +62,7 @@ class Packed:
 
     @property
     def width(self) -> int:
-        return self.shape[-1]
+        return self.shape[-1] if self.shape else 1
 
     def projection(self, dtype: torch.dtype) -> Tensor | None:
         """P (D, R) where columns were projected."""
@@ -83,7 +83,15 @@ class Packed:
         if dither is None:
             dither = float(self.config.rounding == "dither")
         flat = ops.dequantize(
-            self.codes, self.ranges, self.seed, rows * width, self.config.bits, block, levels, dither, self.dtype
+            self.codes,
+            self.ranges,
+            self.seed,
+            rows * width,
+            self.config.bits,
+            block,
+            levels,
+            dither,
+            self.dtype,
         )
         return flat.view(rows, width)
 
@@ -125,8 +133,8 @@ def encode(x: Tensor, config: Config, seed: Tensor | int) -> Packed:
     if not isinstance(seed, Tensor):
         seed = seed_tensor(seed, x.device)
     x = x.detach()
-    shape, dtype = x.shape if x.dim() else torch.Size((1,)), x.dtype
-    x = x.reshape(shape[:-1].numel(), shape[-1])
+    shape, dtype = x.shape, x.dtype
+    x = x.reshape(shape[:-1].numel(), shape[-1] if shape else 1)
     if config.reduce is not None and config.reduce.ratio == 1:
         config = replace(config, reduce=None)
     poison = None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import FunctionType
+from typing import Any
+
 import numba as nb
 import numpy as np
 import torch
@@ -10,13 +13,29 @@ from torch import Tensor
 from dibit.codec import reference
 from dibit.codec.rng import C1, C2, C3, UNIT
 
-_jit = nb.njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+
+class _Kernel:
+    """A kernel compiled twice, when first used: starting threads costs more than a small array brings."""
+
+    def __init__(self, function: Any) -> None:
+        options: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
+        self.parallel = nb.njit(parallel=True, **options)(function)
+        twin = FunctionType(function.__code__, function.__globals__, function.__name__)
+        twin.__qualname__ = f"{function.__qualname__}_serial"  # Numba's file cache knows functions by this name
+        self.serial = nb.njit(**options)(twin)
+
+    def __call__(self, elements: int, *args: Any) -> Any:
+        return (self.serial if elements < SMALL else self.parallel)(*args)
+
+
+_jit = _Kernel
 _inline = nb.njit(inline="always", error_model="numpy")
 
 u32, u64, i32, f32 = np.uint32, np.uint64, np.int32, np.float32
 _C1, _C2, _C3, _UNIT = u32(C1), u32(C2), u32(C3), f32(UNIT)
 _MAGNITUDE, _INF = i32(0x7FFFFFFF), i32(0x7F800000)
-CHUNK = 1 << 14  # elements that one task takes at the least: below that, threads cost more than they bring
+CHUNK = 1 << 14  # elements that one task takes at the least
+SMALL = 1 << 16  # below this many elements one thread does it all
 
 
 @_inline
@@ -45,6 +64,8 @@ def _quantize(x, xbits, out, ranges, rbits, widths, key0, key1, bits, block, lev
     stride = (block + slots - 1) // slots
     group = max(1, CHUNK // block)
     for task in nb.prange((blocks + group - 1) // group):
+        edge = np.empty(2, np.int32)
+        ends = edge.view(np.float32)
         for b in range(task * group, min(blocks, (task + 1) * group)):
             first = b * block
             count = min(block, n - first)
@@ -54,9 +75,7 @@ def _quantize(x, xbits, out, ranges, rbits, widths, key0, key1, bits, block, lev
                 key = _ordered(xbits[first + k])
                 lowest, highest = min(lowest, key), max(highest, key)
             # _ordered is its own inverse
-            edge = np.empty(2, np.int32)
             edge[0], edge[1] = _ordered(lowest), _ordered(highest)
-            ends = edge.view(np.float32)
             low, high = ends[0], ends[1]
             if highest >= _INF or lowest <= _ordered(i32(_INF | i32(-2147483648))):
                 low, high = f32(np.nan), f32(np.nan)
@@ -102,10 +121,7 @@ def _quantize(x, xbits, out, ranges, rbits, widths, key0, key1, bits, block, lev
                         for m in range(1, levels.size - 1):
                             code += i32(h >= levels[m])
                         fraction = (h - levels[code]) / (levels[code + 1] - levels[code])
-                    if rounding == 1:
-                        up = fraction >= f32(0.5)
-                    else:
-                        up = _uniform(u64(k), key0, key1) < fraction
+                    up = fraction >= f32(0.5) if rounding == 1 else _uniform(u64(k), key0, key1) < fraction
                     code = min(i32(code + i32(up)), topcode)
                     out[base + j] |= np.uint8(u32(code) << shift)
 
@@ -219,7 +235,7 @@ def quantize(
         packed = ranges.view(torch.int16).numpy() if half else np.empty((0, 2), np.int16)
         data = x.contiguous().numpy()
         _quantize(
-            data, data.view(np.int32), codes.numpy(), plain, packed, widths.numpy(), *_keys(seed), bits, block,
+            n, data, data.view(np.int32), codes.numpy(), plain, packed, widths.numpy(), *_keys(seed), bits, block,
             np.array(levels, f32), half, rounding,
         )  # fmt: skip
     return codes, ranges, widths
@@ -241,7 +257,15 @@ def dequantize(
     out = torch.empty(numel)
     if numel:
         _dequantize(
-            codes.numpy(), _ranges32(ranges), out.numpy(), *_keys(seed), bits, block, np.array(levels, f32), f32(dither)
+            numel,
+            codes.numpy(),
+            _ranges32(ranges),
+            out.numpy(),
+            *_keys(seed),
+            bits,
+            block,
+            np.array(levels, f32),
+            f32(dither),
         )
     return out.to(dtype)
 
@@ -251,7 +275,7 @@ def pack_mask(x: Tensor) -> Tensor:
         return reference.pack_mask(x)
     out = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
     if x.numel():
-        _pack_mask(x.numpy().reshape(-1), out.numpy())
+        _pack_mask(x.numel(), x.numpy().reshape(-1), out.numpy())
     return out
 
 
@@ -260,7 +284,7 @@ def apply_mask(grad: Tensor, mask: Tensor, slope: float) -> Tensor:
         return reference.apply_mask(grad, mask, slope)
     out = torch.empty_like(grad, memory_format=torch.contiguous_format)
     if grad.numel():
-        _apply_mask(grad.numpy().reshape(-1), mask.numpy(), out.numpy().reshape(-1), f32(slope))
+        _apply_mask(grad.numel(), grad.numpy().reshape(-1), mask.numpy(), out.numpy().reshape(-1), f32(slope))
     return out
 
 
@@ -270,11 +294,11 @@ def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel():
         scale = f32(reference.dropout_scale(p, x.dtype))
-        _dropout(x.numpy().reshape(-1), out.numpy().reshape(-1), *_keys(seed), f32(p), scale)
+        _dropout(x.numel(), x.numpy().reshape(-1), out.numpy().reshape(-1), *_keys(seed), f32(p), scale)
     return out
 
 
 def finite(x: Tensor) -> Tensor:
     if x.dtype != torch.float32 or not x.is_contiguous():
         return reference.finite(x)
-    return torch.tensor(0.0 if _finite(x.numpy().view(np.int32).reshape(-1)) else float("nan"))
+    return torch.tensor(0.0 if _finite(x.numel(), x.numpy().view(np.int32).reshape(-1)) else float("nan"))

@@ -1,8 +1,8 @@
 r"""Levels of least expected variance for a clipped normal (i-EXACT, section 3.2).
 
 The normalised activation in [0, B] is modelled by CN[1/D]: mean :math:`\mu = B/2`, deviation
-:math:`\sigma = -\mu / \Phi^{-1}(1/D)`, the mass outside put on the two ends; D elements share a range. Stochastic rounding
-at h in :math:`[a_{i-1}, a_i]` has variance :math:`(h - a_{i-1})(a_i - h)`; the levels minimise its expectation.
+:math:`\sigma = -\mu / \Phi^{-1}(1/D)`, the mass outside put on the two ends; D elements share a range. Stochastic
+rounding at h in :math:`[a_{i-1}, a_i]` has variance :math:`(h - a_{i-1})(a_i - h)`; the levels minimise its expectation.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ def normal_levels(bits: int, count: int) -> tuple[float, ...]:
     def slope(inner: np.ndarray) -> np.ndarray:
         a = np.concatenate(([0.0], inner, [top]))
         m0, m1, _ = _moments(a, mu, sd)
-        left, right = m1 - a[:-1] * m0, a[1:] * m0 - m1  # integrals of (h - a_(i-1)) p and (a_i - h) p over bin i
+        left, right = (
+            m1 - a[:-1] * m0,
+            a[1:] * m0 - m1,
+        )  # integrals of (h - a_(i-1)) p and (a_i - h) p over bin i
         return left[:-1] - right[1:]
 
     def curvature(inner: np.ndarray) -> np.ndarray:

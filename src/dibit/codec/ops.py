@@ -6,6 +6,8 @@ Numba kernels (`cpu.py`). All take contiguous tensors and 0-d int64 seeds.
 
 import importlib.util
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,13 +118,23 @@ def _(x):  # type: ignore[no-untyped-def]
 
 OPS = (quantize, dequantize, pack_mask, apply_mask, dropout, finite)
 
+
+def _numba(name: str) -> Callable[..., Any]:
+    """The CPU kernel of this name; Numba is imported when the first one runs."""
+
+    def kernel(*args: Any) -> Any:
+        from dibit.codec import cpu
+
+        return getattr(cpu, name)(*args)
+
+    return kernel
+
+
 if importlib.util.find_spec("numba") is None:
     warnings.warn(
         "dibit: numba is not installed, so the CPU runs the plain-torch codec, which is slower; 'pip install numba'.",
         stacklevel=2,
     )
 else:
-    from dibit.codec import cpu
-
     for _op in OPS:
-        _op.register_kernel("cpu")(getattr(cpu, _op._name))
+        _op.register_kernel("cpu")(_numba(_op._name))

@@ -1,4 +1,4 @@
-"""Fewer numbers before fewer bits: random projection of columns, sampling of rows. Both are drawn again, never stored."""
+"""Fewer numbers before fewer bits: projection of columns, sampling of rows. Neither is stored: both are drawn again."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ _PROJECTION, _ROWS = 0x51F7A9D3C86B2E45, 0x2B6D8E13F49AC075  # one seed, separat
 
 
 def projection(width: int, ratio: int, seed: Tensor, dtype: torch.dtype) -> Tensor:
-    """P (width, R), entries +-1/sqrt(R) with equal probability, R = max(1, width // ratio): E[P P^T] = I (EXACT, eq. 4)."""
+    """P (width, R), entries +-1/sqrt(R) with equal probability, R = max(1, width // ratio): E[P P^T] = I (EXACT)."""
     reduced = max(1, width // ratio)
     sign = rng.hash32(torch.arange(width * reduced, device=seed.device), seed ^ _PROJECTION) >> 31
     return (1 - 2 * sign).to(dtype).view(width, reduced) * reduced**-0.5

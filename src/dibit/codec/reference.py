@@ -17,7 +17,7 @@ STOCHASTIC, NEAREST = 0, 1  # rounding modes as the operators take them
 def quantize(
     x: Tensor, seed: Tensor, bits: int, block: int, levels: list[float], stats: torch.dtype, rounding: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, ranges as stored, and true widths of the blocks of a flat float32 or float64 tensor; see `ops.quantize`."""
+    """Codes, ranges as stored, and true widths of the blocks of a flat float32 or float64 x; see `ops.quantize`."""
     full = x.numel() // block * block
     parts = [
         _quantize_rows(part.view(rows, -1), start, seed, bits, levels, stats, rounding)
@@ -66,7 +66,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     slots, size = 8 // bits, packed_bytes(count, bits)
     padded = torch.nn.functional.pad(codes, (0, slots * size - count)).view(blocks, slots, size)
     shift = torch.arange(slots, device=codes.device, dtype=torch.int32) * bits
-    return (padded.int() << shift[:, None]).sum(1).to(torch.uint8)  # int: torch sums only into int64, bytes never overlap
+    return (
+        (padded.int() << shift[:, None]).sum(1).to(torch.uint8)
+    )  # int: torch sums only into int64, bytes never overlap
 
 
 def unpack(packed: Tensor, count: int, bits: int) -> Tensor:

@@ -122,20 +122,20 @@ def prelu(step: Step, input: Tensor, weight: Tensor) -> Any:
     return PReLU.apply(input, weight, mask, negative)
 
 
-def smooth(
-    plain: Callable[..., Tensor], derivative: Callable[..., Tensor], saves: str = "input"
-) -> Callable[..., Any]:
-    """A rule for a smooth activation. `plain(x, inplace, *args)`, `derivative(x, *args)` exact and in the dtype of x."""
+def smooth(plain: Callable[..., Tensor], derivative: Callable[..., Tensor], saves: str = "input") -> Callable[..., Any]:
+    """A rule for a smooth activation. `plain(x, inplace, *args)`, `derivative(x, *args)` exact, in the dtype of x."""
 
     def rule(step: Step, input: Tensor, *args: Any, inplace: bool = False) -> Any:
         config = step.config
         if config is None or not dense(input) or not input.requires_grad:
             return NotImplemented
         kept = step.keep(derivative(input.detach(), *args), leaf=False, config=unreduced(config))
-        if saves == "input" and not inplace:
+        if saves == "input":
             step.plain(input)
+        elif saves == "copy in place":
+            step.plain(input.nbytes if inplace else input)
         y = Smooth.apply(input, lambda x: plain(x, inplace, *args), kept, inplace)
-        if saves == "output" or inplace:
+        if saves == "output":
             step.plain(y)
         return y
 
@@ -149,7 +149,11 @@ def _sigmoid_slope(x: Tensor) -> Tensor:
 
 _sigmoid = smooth(lambda x, inplace: x.sigmoid_() if inplace else torch.sigmoid(x), _sigmoid_slope, "output")
 _tanh = smooth(lambda x, inplace: x.tanh_() if inplace else torch.tanh(x), lambda x: 1 - torch.tanh(x) ** 2, "output")
-_silu = smooth(lambda x, inplace: F.silu(x, inplace), lambda x: aten.silu_backward(torch.ones_like(x), x))
+_silu = smooth(
+    lambda x, inplace: F.silu(x, inplace),
+    lambda x: aten.silu_backward(torch.ones_like(x), x),
+    "copy in place",
+)
 _gelu = smooth(
     lambda x, _, approximate: F.gelu(x, approximate=approximate),
     lambda x, approximate: aten.gelu_backward(torch.ones_like(x), x, approximate=approximate),

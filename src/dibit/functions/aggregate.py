@@ -49,8 +49,8 @@ def transpose_product(crow: Tensor, col: Tensor, values: Tensor, shape: torch.Si
 
     # A's CSR arrays are A^T's CSC arrays; scipy's conversion is a counting sort
     csr = csc_array((values.numpy(), col.numpy(), crow.numpy()), shape=(columns, rows)).tocsr()
-    parts = (torch.from_numpy(part) for part in (csr.indptr, csr.indices, csr.data))
-    transposed = torch.sparse_csr_tensor(*parts, (columns, rows), check_invariants=False)
+    indptr, indices, data = (torch.from_numpy(part) for part in (csr.indptr, csr.indices, csr.data))
+    transposed = torch.sparse_csr_tensor(indptr, indices, data, (columns, rows), check_invariants=False)
     return torch.sparse.mm(transposed, dy.contiguous(), "sum")
 
 
@@ -79,7 +79,7 @@ class AggregateExtreme(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, matrix: Tensor, reduce: str, graph: Graph, step: Step) -> Tensor:
         with torch.enable_grad():
             y = torch.sparse.mm(matrix, x.detach().requires_grad_(), reduce)
-            winner = y.grad_fn._saved_arg_out  # type: ignore[union-attr]
+            winner = y.grad_fn._saved_result1  # type: ignore[union-attr]
         crow, col, values = graph.parts
         step.plain(winner.nbytes)
         # relative to the row's first element a byte or two usually hold it; nnz marks a row without elements
@@ -146,8 +146,7 @@ def sparse_mm(step: Step, mat1: Tensor, mat2: Tensor, reduce: str | None = None)
         return NotImplemented
     if reduce not in (None, "sum", "mean", "max", "min", "amax", "amin") or mat1.dtype != mat2.dtype:
         return NotImplemented
-    if reduce is not None:
-        step.plain(mat2)
+    step.plain(mat1, mat2 if reduce is not None else None)
     graph = Graph(step, mat1)
     if reduce in _ARG:
         return AggregateExtreme.apply(mat2, mat1, reduce, graph, step)
@@ -173,4 +172,6 @@ def scatter_reduce_(
         return NotImplemented
     if not src.requires_grad or src.shape != index.shape:
         return NotImplemented
-    return ScatterExtreme.apply(src, input, dim, index, reduce, step)
+    out = ScatterExtreme.apply(src, input, dim, index, reduce, step)
+    step.plain(out)
+    return out

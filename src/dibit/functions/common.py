@@ -14,8 +14,7 @@ from dibit.config import Config
 def dense(*tensors: Any) -> bool:
     """Whether all are plain strided floating-point tensors: subclasses and other layouts stay with torch."""
     return all(
-        type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided and x.is_floating_point()
-        for x in tensors
+        type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided and x.is_floating_point() for x in tensors
     )
 
 

@@ -88,7 +88,14 @@ def rmatmul(step: Step, input: Tensor, other: Tensor) -> Any:
 
 
 def addmm(
-    step: Step, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, out: Any = None
+    step: Step,
+    input: Tensor,
+    mat1: Tensor,
+    mat2: Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+    out: Any = None,
 ) -> Any:
     if out is not None or not (dense(input, mat1, mat2) and mat2.requires_grad):
         return NotImplemented

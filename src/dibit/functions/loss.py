@@ -201,7 +201,7 @@ def cross_entropy(
 ) -> Any:  # fmt: skip
     if label_smoothing or not _indexed(input, target, (size_average, reduce), reduction):
         return NotImplemented
-    step.plain(input.nbytes, target)
+    step.plain(input.nbytes, target, weight, input.element_size())  # the last: the sum of weights
     return CrossEntropy.apply(input, target, weight, ignore_index, reduction, step)
 
 
@@ -211,7 +211,7 @@ def nll_loss(
 ) -> Any:  # fmt: skip
     if not _indexed(input, target, (size_average, reduce), reduction):
         return NotImplemented
-    step.plain(input, target)
+    step.plain(input, target, weight, input.element_size())  # the last: the sum of weights
     return NLL.apply(input, target, weight, ignore_index, reduction, step)
 
 
@@ -239,5 +239,5 @@ def binary_cross_entropy_with_logits(
         return NotImplemented
     if weight is not None and (weight.requires_grad or weight.shape != input.shape):
         return NotImplemented
-    step.plain(input, target)
+    step.plain(input, target, weight)
     return BinaryCrossEntropy.apply(input, target, weight, reduction, step)

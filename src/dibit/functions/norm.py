@@ -9,14 +9,13 @@ estimate of the rounding variance instead. A reduction takes two independent dra
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dibit.config import Config, Project, Sample
+from dibit.config import Config, Project
 from dibit.functions.common import dense, unreduced
 from dibit.intercept import Step
 from dibit.residual import Compressed, load, save
@@ -68,12 +67,13 @@ class BatchNorm(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             scale = inverse if weight is None else inverse * weight
             if ctx.training:
+                assert product is not None
                 dx = g - total / count
                 subtract_outer(dx, inner if ctx.shared else outer, product / count, g / count if ctx.shared else None)
             else:
                 dx = g.clone()
             dx = dx.mul_(scale).view(shape).movedim(-1, 1).to(ctx.dtypes[0])
-        dw = product.to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
+        dw = None if product is None or not ctx.needs_input_grad[1] else product.to(ctx.dtypes[1])
         db = total.to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
         return dx, dw, db, None, None, None, None, None
 
@@ -203,6 +203,3 @@ def layer_norm(
         return NotImplemented
     step.plain(input)
     return LayerNorm.apply(input, list(normalized_shape), weight, bias, eps, step)
-
-
-__all__ = ["Sample", "batch_norm", "layer_norm", "replace", "torch_batch_norm"]

@@ -1,0 +1,64 @@
+"""The command ``dibit``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from dibit.train.errors import Interrupted, TrainingError, UserError, nearest
+
+_USAGE = """\
+usage: dibit [--help] [--version] COMMAND ...
+
+Train graph neural networks on a fraction of the memory.
+
+commands:
+  train       train a model on a graph, with compressed activations (dibit train --help)
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The words after ``dibit``; those of the process by default.
+
+    Returns:
+        Exit status: 0 done, 1 training failed, 2 bad input, 130 interrupted.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except UserError as error:
+        return _say(f"dibit: error: {error}", 2)
+    except TrainingError as error:
+        return _say(f"dibit: {error}", 1)
+    except Interrupted as stop:
+        return _say(f"dibit: {stop}", 130)
+    except KeyboardInterrupt:
+        return _say("dibit: interrupted.", 130)
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words:
+        print(_USAGE, end="")
+        return 2
+    command, rest = words[0], words[1:]
+    if command in ("-h", "--help", "help"):
+        print(_USAGE, end="")
+        return 0
+    if command in ("-V", "--version"):
+        print(f"dibit {version('dibit')}")
+        return 0
+    if command != "train":
+        known = ("train", "--help", "--version")
+        raise UserError(f"There is no command {command!r}.{nearest(command, known)} See dibit --help.")
+    from dibit.train.command import train  # late: `dibit --version` needs none of it
+
+    return train(rest)
+
+
+def _say(sentence: str, status: int) -> int:
+    print(sentence, file=sys.stderr)
+    return status

@@ -1,0 +1,89 @@
+"""``dibit train``: from the words of the command line to the table."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from dibit.train.checkpoint import write_atomically
+from dibit.train.errors import Interrupted, UserError, require
+from dibit.train.folder import RunFolder, how_to_go_on
+from dibit.train.parser import build_parser, parse
+from dibit.train.settings import Settings
+
+
+def train(argv: Sequence[str]) -> int:
+    """Run ``dibit train``; returns the exit status."""
+    if any(word in ("-h", "--help") for word in argv):
+        build_parser().print_help()
+        return 0
+    settings = parse(argv)
+    settings.check()
+    for module in ("rich", "tensorboard"):  # before the training, not after it
+        require(module)
+    json_path = _writable(settings.run.json)
+    folder = RunFolder(settings)
+    folder.check()
+    from dibit.train.data import load_graph  # late: torch_geometric takes seconds
+    from dibit.train.loop import train_one
+    from dibit.train.report import print_table, to_json
+    from dibit.train.task import Task, compression_config, pick_device
+
+    pick_device(settings.run.device)
+    if settings.compression.recipe != "none":
+        compression_config(settings.compression)
+    with warnings.catch_warnings():
+        # torch says that CSR is in beta whenever one is made.
+        warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
+        graph = load_graph(settings.data, settings.run.seed)
+        if graph.metric != "accuracy":
+            require("torchmetrics")
+        seeds = range(settings.run.seed, settings.run.seed + settings.run.seeds)
+        for seed in seeds:
+            graph.split(seed)  # an empty part is said now
+        task = Task.build(folder.settings, graph)
+        folder.open()
+        if not settings.run.quiet:
+            print(
+                f"{_headline(folder.settings)}; files in {shlex.quote(str(folder.path))}",
+                file=sys.stderr,
+                flush=True,
+            )
+        runs = [(recipe, seed) for seed in seeds for recipe in _recipes(settings)]
+        try:
+            results = [train_one(task, recipe, seed, folder.of(recipe, seed)) for recipe, seed in runs]
+        except KeyboardInterrupt as stop:  # between two epochs' ends; the last checkpoint is whole
+            raise Interrupted(f"interrupted; {how_to_go_on(folder.path)}") from stop
+    results.sort(key=lambda r: _recipes(settings).index(r.recipe))
+    print_table(results, task)
+    if json_path is not None:
+        write_atomically(json_path, to_json(results, task))
+    return 0
+
+
+def _recipes(settings: Settings) -> list[str]:
+    recipe = settings.compression.recipe
+    return ["none", recipe] if settings.run.compare else [recipe]
+
+
+def _headline(settings: Settings) -> str:
+    model = settings.model
+    return (
+        f"Training {model.model}, {model.layers} layers of {model.hidden}, on {settings.data.dataset}, "
+        f"{settings.optimisation.epochs} epochs"
+    )
+
+
+def _writable(json: str | None) -> Path | None:
+    """Return the path for the JSON file, or say why it cannot be written."""
+    if json is None:
+        return None
+    path = Path(json)
+    if path.is_dir():
+        raise UserError(f"--json {path} is a folder, expected a file.")
+    if not path.parent.is_dir():
+        raise UserError(f"--json {path}: the folder {path.parent} does not exist; create it first.")
+    return path

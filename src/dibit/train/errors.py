@@ -1,0 +1,43 @@
+"""What goes wrong because of what was typed, as one sentence."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+
+class UserError(ValueError):
+    """Input that cannot be used: what was given, what was expected, what to do.
+
+    The command line prints the sentence and ends with status 2; nothing has been written by then.
+    """
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on, such as a loss that is no longer finite (status 1)."""
+
+
+class Interrupted(Exception):
+    """Training stopped by Ctrl-C after its checkpoint was written (status 130)."""
+
+
+def nearest(word: str, known: Iterable[str], most: int = 3) -> str:
+    """Return ``" Did you mean 'a' or 'b'?"`` with the known words nearest to `word`, or ``""``."""
+    by_lower = {k.lower(): k for k in known}
+    close = difflib.get_close_matches(word.lower(), list(by_lower), n=most, cutoff=0.55)
+    if not close:
+        return ""
+    return f" Did you mean {' or '.join(repr(by_lower[c]) for c in close)}?"
+
+
+def require(module: str, extra: str = "train") -> ModuleType:
+    """Import `module`, or say in one sentence which extra of Dibit brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        if error.name is not None and error.name.partition(".")[0] != package:
+            package = f"{package} ({error.name} is missing)"
+        raise UserError(f"This needs {package}, which is not installed: pip install 'dibit[{extra}]'") from error

@@ -1,0 +1,274 @@
+"""Training one model with one seed: epochs, evaluation, checkpoints, and going on from them."""
+
+from __future__ import annotations
+
+import math
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from dibit.train import checkpoint
+from dibit.train.errors import Interrupted, TrainingError, UserError, require
+from dibit.train.folder import how_to_go_on
+from dibit.train.progress import Progress
+from dibit.train.task import Measured, Task, adam, apply_recipe, measure
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one training reached.
+
+    Attributes:
+        recipe: How it was compressed.
+        seed: Of weights, dropout and split.
+        test: Metric on the test nodes at the best validation epoch, 0 to 1.
+        val: Best metric on the validation nodes, 0 to 1.
+        best_epoch: Where that was, from 1.
+        epochs: Epochs trained.
+        saved_bytes: See `Measured`.
+        plain_bytes: See `Measured`.
+        peak_bytes: See `Measured`.
+        seconds_per_epoch: Median over the epochs, of the training step alone.
+        loss: Training loss of every epoch.
+    """
+
+    recipe: str
+    seed: int
+    test: float
+    val: float
+    best_epoch: int
+    epochs: int
+    saved_bytes: int
+    plain_bytes: int
+    peak_bytes: int
+    seconds_per_epoch: float
+    loss: list[float] = field(repr=False)
+
+
+@dataclass
+class State:
+    """Where a training stands, beside the weights: all of it goes into a checkpoint."""
+
+    epoch: int = 0
+    val: float = -1.0
+    test: float = 0.0
+    best_epoch: int = 0
+    last_val: float | None = None
+    since_best: int = 0
+    loss: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+def train_one(task: Task, recipe: str, seed: int, folder: Path) -> Result:
+    """Train one model, from its checkpoint in `folder` if there is one.
+
+    Args:
+        task: Graph and settings.
+        recipe: "none" or the recipe of the settings.
+        seed: Of weights, dropout and split.
+        folder: Of checkpoint.pt, best.pt and the TensorBoard logs; created if need be.
+
+    Raises:
+        Interrupted: After Ctrl-C, once the epoch is finished and the checkpoint written.
+        TrainingError: The loss is not finite.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    return _Training(task, recipe, seed, folder).run()
+
+
+class _Training:
+    """Everything that one training holds while it runs."""
+
+    def __init__(self, task: Task, recipe: str, seed: int, folder: Path) -> None:
+        self.task, self.recipe, self.seed, self.folder = task, recipe, seed, folder
+        self.settings = task.settings
+        self.split = task.split(seed)
+        self.fingerprint = task.graph.fingerprint()
+        self.state = State()
+        self.best: dict[str, torch.Tensor] = {}
+        self.best_is_written = True
+        self.model: nn.Module = task.model(seed)
+        loaded = self._load()
+        self.measured = Measured(**loaded["measured"]) if loaded else measure(task, self.model, recipe, self.split)
+        apply_recipe(self.model, replace(self.settings.compression, recipe=recipe))
+        self.optimizer = adam(self.model, self.settings.optimisation)
+        if loaded:
+            self._restore(loaded)
+
+    def run(self) -> Result:
+        optimisation, every = self.settings.optimisation, self.settings.run.checkpoint_every
+        y_train = self.task.y[self.split.train]
+        self.model.train()
+        label = f"{self.recipe:<7} seed {self.seed}"
+        with (
+            Progress(label, optimisation.epochs, self.state.epoch, self.settings.run.quiet) as progress,
+            self._log() as log,
+            _stop_after_epoch(progress) as stop,
+        ):
+            while self.state.epoch < optimisation.epochs and not self._out_of_patience():
+                self._epoch(y_train, log)
+                state = self.state
+                progress.epoch(state.epoch, state.loss[-1], state.last_val, state.seconds[-1])
+                last = state.epoch == optimisation.epochs or self._out_of_patience()
+                if last or stop.is_set() or state.epoch % every == 0:
+                    self._save()
+                if stop.is_set() and not last:
+                    raise Interrupted(self._how_to_go_on())
+        if stop.is_set() and self.settings.run.compare | (self.settings.run.seeds > 1):
+            raise Interrupted(self._how_to_go_on())  # other trainings of the command were still to come
+        return self._result()
+
+    def _epoch(self, y_train: torch.Tensor, log: Any) -> None:
+        state, optimisation = self.state, self.settings.optimisation
+        start = time.perf_counter()
+        loss = float(self.task.step(self.model, self.optimizer, self.split.train, y_train))  # float: waits for a GPU
+        if self.task.device.type == "cuda":
+            torch.cuda.synchronize(self.task.device)
+        seconds = time.perf_counter() - start
+        state.epoch += 1
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss of {self.recipe}, seed {self.seed}, is {loss} in epoch {state.epoch}; try a lower "
+                "--lr, or --clip 0.5."
+            )
+        state.loss.append(loss)
+        state.seconds.append(seconds)
+        log.add_scalar("loss/train", loss, state.epoch)
+        log.add_scalar("seconds/epoch", seconds, state.epoch)
+        if state.epoch % optimisation.eval_every and state.epoch != optimisation.epochs:
+            return
+        val, test = self.task.evaluate(self.model, self.split)
+        log.add_scalar(f"{self.task.graph.metric}/val", val, state.epoch)
+        log.add_scalar(f"{self.task.graph.metric}/test", test, state.epoch)
+        state.last_val = val
+        state.since_best += 1
+        if val > state.val:
+            state.val, state.test, state.best_epoch, state.since_best = val, test, state.epoch, 0
+            self.best = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
+            self.best_is_written = False
+
+    def _out_of_patience(self) -> bool:
+        patience = self.settings.optimisation.patience
+        return patience is not None and self.state.since_best >= patience
+
+    def _save(self) -> None:
+        """Write best.pt, if it is new, and then the checkpoint, which holds the best weights too."""
+        if not self.best_is_written:
+            checkpoint.save(
+                self.folder / "best.pt",
+                {
+                    "state_dict": self.best,
+                    "settings": {**self.settings.flat(), "recipe": self.recipe, "seed": self.seed},
+                    "in_channels": self.task.x.shape[1],
+                    "num_classes": self.task.graph.num_classes,
+                    "epoch": self.state.best_epoch,
+                    "val": self.state.val,
+                    "test": self.state.test,
+                },
+            )
+            self.best_is_written = True
+        cuda = self.task.device.type == "cuda"
+        checkpoint.save(
+            self.folder / "checkpoint.pt",
+            {
+                "recipe": self.recipe,
+                "seed": self.seed,
+                "graph": self.fingerprint,
+                "state": asdict(self.state),
+                "measured": asdict(self.measured),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "best": self.best,
+                "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state(self.task.device) if cuda else None,
+            },
+        )
+
+    def _load(self) -> dict[str, Any] | None:
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            return None
+        loaded = checkpoint.load(path)
+        if loaded["graph"] != self.fingerprint:
+            raise UserError(
+                f"The checkpoint {path} was made on another graph ({loaded['graph']}, now "
+                f"{self.fingerprint}): {self.settings.data.dataset} has changed since; start anew with "
+                "another --out."
+            )
+        return loaded
+
+    def _restore(self, loaded: dict[str, Any]) -> None:
+        self.state = State(**loaded["state"])
+        self.best = loaded["best"]
+        # A kill between the two writes leaves a newer best.pt than the checkpoint knows: the same epochs
+        # follow again.
+        self.best_is_written = False
+        self.model.load_state_dict(loaded["model"])
+        self.optimizer.load_state_dict(loaded["optimizer"])
+        torch.set_rng_state(loaded["rng"])
+        if loaded["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(loaded["cuda_rng"], self.task.device)
+
+    @contextmanager
+    def _log(self) -> Iterator[Any]:
+        """TensorBoard's writer; what an interrupted run logged after its checkpoint is hidden."""
+        tensorboard = require("torch.utils.tensorboard")
+        log = tensorboard.SummaryWriter(str(self.folder), purge_step=self.state.epoch + 1)
+        try:
+            yield log
+        finally:
+            log.close()
+
+    def _how_to_go_on(self) -> str:
+        assert self.settings.run.out is not None  # the folder is in the settings by now
+        return (
+            f"interrupted after epoch {self.state.epoch} of {self.settings.optimisation.epochs} "
+            f"({self.recipe}, seed {self.seed}); {how_to_go_on(self.settings.run.out)}"
+        )
+
+    def _result(self) -> Result:
+        state = self.state
+        return Result(
+            recipe=self.recipe,
+            seed=self.seed,
+            test=state.test,
+            val=state.val,
+            best_epoch=state.best_epoch,
+            epochs=state.epoch,
+            saved_bytes=self.measured.saved,
+            plain_bytes=self.measured.plain,
+            peak_bytes=self.measured.peak,
+            seconds_per_epoch=statistics.median(state.seconds),
+            loss=state.loss,
+        )
+
+
+@contextmanager
+def _stop_after_epoch(progress: Progress) -> Iterator[threading.Event]:
+    """Let Ctrl-C finish the epoch, so that the checkpoint is of a whole step; a second one stops at once."""
+    stop = threading.Event()
+
+    def note(_signal: int, _frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        progress.say("Finishing this epoch; Ctrl-C again stops at once, at the last checkpoint.")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # Python lets only the main thread set handlers
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)

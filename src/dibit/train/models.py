@@ -1,0 +1,130 @@
+"""PyTorch Geometric's own models, and the adjacency each of them is given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch_geometric.nn import GAT, GCN, GIN, GCN2Conv, GraphSAGE
+from torch_geometric.nn.conv.gcn_conv import gcn_norm
+from torch_geometric.nn.resolver import normalization_resolver
+from torch_geometric.utils import to_torch_csr_tensor
+
+from dibit.train.settings import ModelSettings
+
+# Class of each --norm and its arguments; LayerNorm by default would take one mean over the whole graph.
+_NORMS: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "none": (None, {}),
+    "batch": ("BatchNorm", {}),
+    "layer": ("LayerNorm", {"mode": "node"}),
+    "graph": ("GraphNorm", {}),
+    "pair": ("PairNorm", {}),
+}
+
+
+class GCN2(nn.Module):
+    r"""GCNII: deep graph convolution with an initial residual and identity mapping (arXiv:2007.02133).
+
+    A linear layer to the hidden width, `num_layers` of `GCN2Conv` with normalisation, ReLU and dropout, and a
+    linear layer to the classes.
+
+    Args:
+        in_channels: Features a node.
+        hidden_channels: Width of the layers.
+        num_layers: Number of `GCN2Conv` layers.
+        out_channels: Classes.
+        dropout: Probability of dropping an element.
+        norm: Name of a normalisation layer for `normalization_resolver`, or None.
+        norm_kwargs: Its arguments.
+        alpha: Share of the first layer's output in every layer.
+        theta: beta = log(theta / layer + 1).
+
+    Shapes:
+        x: (N, in_channels); adj: sparse CSR (N, N), normalised; output: (N, out_channels).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        num_layers: int,
+        out_channels: int,
+        dropout: float = 0.0,
+        norm: str | None = None,
+        norm_kwargs: dict[str, Any] | None = None,
+        alpha: float = 0.5,
+        theta: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.lin_in = nn.Linear(in_channels, hidden_channels)
+        self.convs = nn.ModuleList(
+            GCN2Conv(hidden_channels, alpha, theta, layer=i + 1, normalize=False) for i in range(num_layers)
+        )
+        self.norms = nn.ModuleList(
+            nn.Identity() if norm is None else normalization_resolver(norm, hidden_channels, **(norm_kwargs or {}))
+            for _ in range(num_layers)
+        )
+        self.lin_out = nn.Linear(hidden_channels, out_channels)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, adj: Tensor) -> Tensor:
+        """Return the logits."""
+        x = initial = F.relu(self.lin_in(self.dropout(x)))
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.relu(norm(conv(self.dropout(x), initial, adj)))
+        return self.lin_out(self.dropout(x))
+
+
+def build_model(settings: ModelSettings, in_channels: int, out_channels: int) -> nn.Module:
+    """Build the model, its weights drawn from torch's default generator; call it as ``model(x, adjacency)``.
+
+    Args:
+        settings: Which model.
+        in_channels: Features a node.
+        out_channels: Classes.
+    """
+    norm, norm_kwargs = _NORMS[settings.norm]
+    common: dict[str, Any] = {
+        "in_channels": in_channels,
+        "hidden_channels": settings.hidden,
+        "num_layers": settings.layers,
+        "out_channels": out_channels,
+        "dropout": settings.dropout,
+        "norm": norm,
+        "norm_kwargs": norm_kwargs,
+    }
+    aggr = {} if settings.aggr is None else {"aggr": settings.aggr}
+    match settings.model:
+        case "gcn":
+            return GCN(**common, normalize=False)  # the adjacency is normalised already
+        case "sage":
+            return GraphSAGE(**common, **aggr)
+        case "gin":
+            return GIN(**common, **aggr)
+        case "gat":
+            return GAT(**common, heads=settings.heads)
+        case _:
+            return GCN2(**common, alpha=settings.alpha, theta=settings.theta)
+
+
+def build_adjacency(settings: ModelSettings, edge_index: Tensor, num_nodes: int, device: torch.device) -> Tensor:
+    """Return the graph in the form that the model takes, on `device`.
+
+    Sparse CSR with a row for each target; for gcn and gcn2 with self-loops and normalised once, here. For
+    gat, and for what CUDA's sparse product cannot do (max), the edge list.
+
+    Args:
+        settings: Which model.
+        edge_index: int64 (2, E), from row 0 to row 1.
+        num_nodes: N.
+        device: Where to.
+    """
+    if settings.model == "gat" or (settings.aggr == "max" and device.type == "cuda"):
+        return edge_index.to(device)
+    weight = None
+    if settings.model in ("gcn", "gcn2"):
+        edge_index, weight = gcn_norm(edge_index, None, num_nodes)
+    adjacency = to_torch_csr_tensor(edge_index.flip(0), weight, size=(num_nodes, num_nodes))
+    return adjacency.to(device)

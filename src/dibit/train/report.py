@@ -1,0 +1,163 @@
+"""Results as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dibit.train.errors import require
+from dibit.train.loop import Result
+from dibit.train.metrics import TITLES
+from dibit.train.task import Task
+
+MB = 2**20
+
+
+def summarise(results: Sequence[Result]) -> dict[str, Any]:
+    """Summarise the results by recipe, and compare the recipe with "none" where both are there.
+
+    Returns:
+        {"by_recipe": {recipe: means over the seeds}, "ratios": none over recipe, or recipe over none for the
+        time; "difference": test metric, recipe minus none, paired by seed}; the last two are None without a
+        comparison. Metrics from 0 to 1, bytes, seconds.
+    """
+    recipes = list(dict.fromkeys(r.recipe for r in results))
+    by_recipe = {recipe: _mean([r for r in results if r.recipe == recipe]) for recipe in recipes}
+    summary: dict[str, Any] = {"by_recipe": by_recipe, "ratios": None, "difference": None}
+    if len(recipes) == 2:
+        plain, other = (by_recipe[recipe] for recipe in recipes)
+        summary["ratios"] = {
+            "saved": plain["saved_bytes"] / other["saved_bytes"],
+            "peak": plain["peak_bytes"] / max(1, other["peak_bytes"]),
+            "time": other["seconds_per_epoch"] / plain["seconds_per_epoch"],
+        }
+        tests = [{r.seed: r.test for r in results if r.recipe == recipe} for recipe in recipes]
+        summary["difference"] = paired_difference([tests[1][seed] - tests[0][seed] for seed in tests[0]])
+    return summary
+
+
+def paired_difference(differences: Sequence[float]) -> dict[str, Any]:
+    """Return the mean difference and its 95 % confidence interval (Student's t; None for one pair)."""
+    mean, n = statistics.fmean(differences), len(differences)
+    if n < 2:
+        return {"mean": mean, "low": None, "high": None, "pairs": n}
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, n - 1)) * statistics.stdev(differences) / math.sqrt(n)
+    return {"mean": mean, "low": mean - half, "high": mean + half, "pairs": n}
+
+
+def print_table(results: Sequence[Result], task: Task) -> None:
+    """Print one row a recipe on stdout, and under a comparison the ratios and the difference."""
+    tables, consoles = require("rich.table"), require("rich.console")
+    summary = summarise(results)
+    title = TITLES[task.graph.metric]
+    graph = task.graph
+    table = tables.Table(
+        title=f"{task.settings.model.model} on {graph.name} ({graph.num_nodes:,} nodes, "
+        f"{graph.edge_index.shape[1]:,} edges), {task.device}"
+    )
+    for heading in ("recipe", f"test {title} %", "saved MB", "peak MB", "s/epoch"):
+        table.add_column(heading, justify="left" if heading == "recipe" else "right", no_wrap=True)
+    for recipe, row in summary["by_recipe"].items():
+        spread = "" if row["test_std"] is None else f" ± {100 * row['test_std']:.2f}"
+        table.add_row(
+            recipe,
+            f"{100 * row['test']:.2f}{spread}",
+            f"{row['saved_bytes'] / MB:.2f}",
+            f"{row['peak_bytes'] / MB:.2f}",
+            f"{row['seconds_per_epoch']:.4f}",
+        )
+    ratios, difference = summary["ratios"], summary["difference"]
+    if ratios is not None:
+        table.add_section()
+        table.add_row(
+            "ratio",
+            f"{100 * difference['mean']:+.2f}",
+            _less(ratios["saved"]),
+            _less(ratios["peak"]),
+            f"{ratios['time']:.2f}x",
+        )
+    console = consoles.Console() if sys.stdout.isatty() else consoles.Console(width=100)
+    console.print(table)
+    if difference is not None and difference["low"] is not None:
+        low, high = 100 * difference["low"], 100 * difference["high"]
+        text = f"{100 * difference['mean']:+.2f} points, 95 % confidence interval {low:+.2f} to {high:+.2f}"
+        console.print(f"Test {title}, recipe minus none, {difference['pairs']} seeds: {text}", highlight=False)
+
+
+def to_json(results: Sequence[Result], task: Task) -> bytes:
+    """Return settings, results, versions and machine as JSON; metrics from 0 to 1, bytes, seconds."""
+    graph = task.graph
+    content = {
+        "settings": task.settings.flat(),
+        "graph": {
+            "name": graph.name,
+            "nodes": graph.num_nodes,
+            "edges": graph.edge_index.shape[1],
+            "features": graph.x.shape[1],
+            "classes": graph.num_classes,
+            "metric": graph.metric,
+            "fingerprint": graph.fingerprint(),
+        },
+        "runs": [asdict(result) for result in results],
+        "summary": summarise(results),
+        "versions": versions(),
+        "machine": machine(task),
+    }
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computed the results."""
+    from importlib.metadata import version
+
+    packages = {name: version(name) for name in ("dibit", "torch", "torch_geometric", "numpy", "numba", "scipy")}
+    return {**packages, "python": platform.python_version()}
+
+
+def machine(task: Task) -> dict[str, Any]:
+    """Describe where the results were computed; no names of hosts, users or folders."""
+    import torch
+
+    gpu = torch.cuda.get_device_name(task.device) if task.device.type == "cuda" else None
+    return {
+        "device": str(task.device),
+        "gpu": gpu,
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _less(ratio: float) -> str:
+    """Say how many times less memory the recipe takes, or more."""
+    return f"{ratio:.1f}x less" if ratio >= 1 else f"{1 / ratio:.1f}x more"
+
+
+def _processor() -> str:
+    """Return the processor's model where Linux tells it, else its architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _mean(results: Sequence[Result]) -> dict[str, Any]:
+    tests = [r.test for r in results]
+    return {
+        "seeds": len(results),
+        "test": statistics.fmean(tests),
+        "test_std": statistics.stdev(tests) if len(tests) > 1 else None,
+        "val": statistics.fmean(r.val for r in results),
+        "saved_bytes": statistics.fmean(r.saved_bytes for r in results),
+        "peak_bytes": statistics.fmean(r.peak_bytes for r in results),
+        "seconds_per_epoch": statistics.fmean(r.seconds_per_epoch for r in results),
+    }

@@ -1,0 +1,275 @@
+"""Every setting of ``dibit train``, once: flags, YAML keys, help texts and checks come from here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import Any
+
+from dibit.train.errors import UserError, nearest
+
+MODELS = ("gcn", "sage", "gin", "gat", "gcn2")
+NORMS = ("none", "batch", "layer", "graph", "pair")
+AGGRS = ("mean", "sum", "max")
+RECIPES = ("default", "exact", "iexact", "none")
+BITS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The graph, its features and its split.
+
+    Attributes:
+        dataset: 'planted' (generated; 'planted:100000' sets the number of nodes), the name of a data set of
+            PyTorch Geometric or OGB, such as 'cora', 'flickr' or 'ogbn-arxiv', or the path of an .npz file
+            (docs/data.md).
+        root: Folder of downloaded data sets.
+        svd: Replace the features by their K leading singular directions (truncated SVD).
+        standardize: Give every feature mean 0 and variance 1 over the nodes.
+        undirected: Add the reverse of every edge.
+    """
+
+    dataset: str = "planted"
+    root: str = "data"
+    svd: int | None = None
+    standardize: bool = False
+    undirected: bool = False
+
+    def check(self) -> None:
+        """Raise `UserError` for a value that cannot be meant."""
+        if not self.dataset:
+            raise UserError("--dataset is empty; give the name of a data set or the path of an .npz file.")
+        if self.svd is not None:
+            _at_least("svd", self.svd, 1)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The network, from torch_geometric.nn.
+
+    Attributes:
+        model: One of gcn, sage, gin, gat, gcn2.
+        layers: Number of graph layers.
+        hidden: Width of the hidden layers; for gat the heads together.
+        dropout: Probability of dropping an element, from 0 up to but not including 1.
+        norm: Normalisation between layers, one of none, batch, layer, graph, pair.
+        heads: Attention heads (gat).
+        aggr: Aggregation (sage, gin), one of mean, sum, max; without it the layer's own: mean for sage, sum
+            for gin.
+        alpha: Share of the first layer's output in every layer (gcn2).
+        theta: Strength of the weights, falling with depth: beta = log(theta / layer + 1) (gcn2).
+    """
+
+    model: str = "sage"
+    layers: int = 3
+    hidden: int = 128
+    dropout: float = 0.5
+    norm: str = "batch"
+    heads: int = 4
+    aggr: str | None = None
+    alpha: float = 0.5
+    theta: float = 1.0
+
+    def check(self) -> None:
+        """Raise `UserError` for a value that cannot be meant."""
+        _one_of("model", self.model, MODELS)
+        _at_least("layers", self.layers, 1)
+        _at_least("hidden", self.hidden, 1)
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"--dropout is {self.dropout}, expected a number from 0 up to but not including 1.")
+        _one_of("norm", self.norm, NORMS)
+        _at_least("heads", self.heads, 1)
+        if self.model == "gat" and self.hidden % self.heads:
+            raise UserError(
+                f"--hidden {self.hidden} cannot be shared among --heads {self.heads}; "
+                "expected a multiple of the number of heads."
+            )
+        if self.aggr is not None:
+            _one_of("aggr", self.aggr, AGGRS)
+            if self.model not in ("sage", "gin"):
+                raise UserError(
+                    f"--aggr {self.aggr} does not apply to --model {self.model}, only to sage and gin; leave it out."
+                )
+        if not 0 <= self.alpha <= 1:
+            raise UserError(f"--alpha is {self.alpha}, expected a number from 0 to 1.")
+        _positive("theta", self.theta)
+
+
+@dataclass(frozen=True)
+class OptimisationSettings:
+    """Adam on the full graph.
+
+    Attributes:
+        epochs: Number of epochs; one epoch is one step on the full graph.
+        lr: Learning rate.
+        weight_decay: L2 penalty, as Adam's weight_decay.
+        clip: Clip the norm of the gradient to this.
+        patience: Stop after this many evaluations without a better validation result.
+        eval_every: Evaluate on the validation and test nodes every N epochs, and after the last one.
+    """
+
+    epochs: int = 100
+    lr: float = 0.01
+    weight_decay: float = 0.0
+    clip: float | None = None
+    patience: int | None = None
+    eval_every: int = 1
+
+    def check(self) -> None:
+        """Raise `UserError` for a value that cannot be meant."""
+        _at_least("epochs", self.epochs, 1)
+        _positive("lr", self.lr)
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise UserError(f"--weight-decay is {self.weight_decay}, expected 0 or a positive number.")
+        if self.clip is not None:
+            _positive("clip", self.clip)
+        if self.patience is not None:
+            _at_least("patience", self.patience, 1)
+        _at_least("eval-every", self.eval_every, 1)
+
+
+@dataclass(frozen=True)
+class CompressionSettings:
+    """What is kept for the backward pass.
+
+    Attributes:
+        recipe: 'default'; 'exact' or 'iexact', the papers' settings; or 'none', plain training.
+        bits: Bits an element, one of 1, 2, 4, 8, instead of the recipe's own.
+        block: Elements that share one range, instead of the recipe's own.
+    """
+
+    recipe: str = "default"
+    bits: int | None = None
+    block: int | None = None
+
+    def check(self) -> None:
+        """Raise `UserError` for a value that cannot be meant."""
+        _one_of("recipe", self.recipe, RECIPES)
+        if self.bits is not None and self.bits not in BITS:
+            raise UserError(f"--bits is {self.bits}, expected 1, 2, 4 or 8.")
+        if self.block is not None:
+            _at_least("block", self.block, 1)
+        for name in ("bits", "block"):
+            if self.recipe == "none" and getattr(self, name) is not None:
+                raise UserError(
+                    f"--{name} {getattr(self, name)} has no meaning with --recipe none, which keeps "
+                    "everything as it is; leave one of the two out."
+                )
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Seeds, comparison and what is written.
+
+    Attributes:
+        seed: Seed of the weights, the dropout, the split (where the data set has none) and the generated
+            graph.
+        seeds: Train K times, with the seeds seed .. seed + K - 1.
+        compare: Train without compression too, with the same seeds, and end in a table of both.
+        out: Folder of the checkpoints, the best model, the TensorBoard logs and settings.yaml; without it a
+            new folder in runs/.
+        json: Write settings, results and versions to this file.
+        resume: Go on with the run in the folder --out, from its last checkpoint.
+        overwrite: Replace the run in the folder --out.
+        checkpoint_every: Write a checkpoint every N epochs, and after the last one.
+        device: 'auto' (a GPU if there is one), 'cpu', 'cuda' or 'cuda:N'.
+        quiet: Print the result and nothing else.
+    """
+
+    seed: int = 0
+    seeds: int = 1
+    compare: bool = False
+    out: str | None = None
+    json: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+    checkpoint_every: int = 10
+    device: str = "auto"
+    quiet: bool = False
+
+    def check(self) -> None:
+        """Raise `UserError` for a value that cannot be meant."""
+        _at_least("seed", self.seed, 0)
+        _at_least("seeds", self.seeds, 1)
+        if self.seed + self.seeds > 2**63:
+            raise UserError(f"--seed is {self.seed}, expected a number below 2**63.")
+        _at_least("checkpoint-every", self.checkpoint_every, 1)
+        if self.resume and self.overwrite:
+            raise UserError("--resume goes on with the run in --out, --overwrite replaces it; leave one of them out.")
+        if self.resume and self.out is None:
+            raise UserError("--resume needs --out, the folder of the run to go on with.")
+        for name in ("out", "json"):
+            if getattr(self, name) == "":
+                raise UserError(f"--{name} is empty, expected a path.")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings, by topic; flat (`flat`, `from_flat`) on the command line and in YAML."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    optimisation: OptimisationSettings = field(default_factory=OptimisationSettings)
+    compression: CompressionSettings = field(default_factory=CompressionSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+
+    def check(self) -> None:
+        """Raise `UserError` for the first value, or pair of values, that cannot be meant."""
+        for group in (self.data, self.model, self.optimisation, self.compression, self.run):
+            group.check()
+        if self.run.compare and self.compression.recipe == "none":
+            raise UserError("--compare with --recipe none compares plain training with itself; give another recipe.")
+
+    def flat(self) -> dict[str, Any]:
+        """Return every setting by its name, in the order of the help text."""
+        return {name: getattr(getattr(self, group), name) for group, name in _places()}
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> Settings:
+        """Build settings from names and values; what is not named keeps its default."""
+        return cls().updated(**values)
+
+    def updated(self, **values: Any) -> Settings:
+        """Return a copy with these settings (by their flat names) changed."""
+        known = {name: group for group, name in _places()}
+        for name in values:
+            if name not in known:
+                raise UserError(f"There is no setting {name!r}.{nearest(name, known)}")
+        result = self
+        for group in {known[name]: None for name in values}:
+            part = {name: value for name, value in values.items() if known[name] == group}
+            result = replace(result, **{group: replace(getattr(result, group), **part)})
+        return result
+
+
+def groups() -> dict[str, type]:
+    """Return the dataclass of each group of settings, by the group's name."""
+    return {f.name: f.default_factory for f in fields(Settings)}  # type: ignore[misc]
+
+
+def group_fields(group: type) -> tuple[Field[Any], ...]:
+    """Return the settings of one group."""
+    return fields(group)
+
+
+def _places() -> Iterable[tuple[str, str]]:
+    for group, kind in groups().items():
+        for f in fields(kind):
+            yield group, f.name
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        hint = nearest(value, known)
+        raise UserError(f"--{name} is {value!r}, expected one of {', '.join(known)}.{hint}")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise UserError(f"--{name} is {value}, expected a whole number of at least {least}.")
+
+
+def _positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise UserError(f"--{name} is {value}, expected a positive number.")

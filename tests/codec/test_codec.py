@@ -1,0 +1,256 @@
+"""The codec against its formulas: statistics for what is random, equality for what is not."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from dibit import Config, Project, Sample, decode, encode
+from dibit.codec import mix, ops, reference, seed_tensor
+from dibit.codec.levels import expected_variance, normal_levels
+from tests.unbiased import bias_of
+
+BITS = (1, 2, 4, 8)
+CONFIGS = {
+    "row": Config(block="row"),
+    "block": Config(block=48),
+    "1 bit": Config(bits=1, block=7),
+    "4 bit": Config(bits=4, block=100),
+    "8 bit": Config(bits=8, block=1024),
+    "normal": Config(bits=2, block=64, levels="normal"),
+    "normal 4 bit": Config(bits=4, block=64, levels="normal"),
+    "explicit": Config(bits=2, block=64, levels=(0, 0.5, 2, 3)),
+    "float32 ranges": Config(block=16, stats=torch.float32),
+    "dither": Config(block=48, rounding="dither"),
+    "project": Config(block=48, reduce=Project(4)),
+    "sample": Config(block=48, reduce=Sample(4)),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_unbiased(config: Config) -> None:
+    x = torch.randn(41, 20) * 2 + 0.5
+    bias = bias_of(lambda i: decode(encode(x, config, mix(i, "draw"))), x, 400)
+    assert bias.unbiased, bias
+    assert not bias.exact
+
+
+def test_nearest_is_biased_and_within_half_a_bin() -> None:
+    x = torch.rand(1000)
+    config = Config(block=1000, rounding="nearest", stats=torch.float32)
+    error = decode(encode(x, config, 1)) - x
+    assert error.abs().max() <= (x.max() - x.min()) / 3 / 2 * 1.0001
+    assert torch.equal(decode(encode(x, config, 1)), decode(encode(x, config, 2)))
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "dither"])
+def test_variance_as_predicted(rounding: str) -> None:
+    """f (1 - f) bins^2 for stochastic rounding, 1/12 with the dither subtracted, element by element."""
+    draws = 4000
+    x = torch.rand(64)
+    config = Config(bits=2, block=64, stats=torch.float32, rounding=rounding)  # type: ignore[arg-type]
+    bins = (x.max() - x.min()) / 3
+    samples = torch.stack([decode(encode(x, config, mix(i))) for i in range(draws)]) / bins
+    f = ((x - x.min()) / bins).double().frac()
+    predicted = f * (1 - f) if rounding == "stochastic" else torch.full_like(f, 1 / 12)
+    measured = samples.double().var(0)
+    # the standard error of a variance, from the fourth moment: at most sqrt((1/4)^2 / n)
+    assert (measured - predicted).abs().max() < 5 * 0.25 / draws**0.5
+
+
+def test_normal_levels_reduce_the_variance_as_expected() -> None:
+    count, draws = 1024, 200
+    x = torch.randn(count)
+    config = Config(bits=2, block=count, stats=torch.float32)
+    lower, upper = x.min(), x.max()
+    h = ((x - lower) / (upper - lower) * 3).double()
+    for levels in ((0.0, 1.0, 2.0, 3.0), normal_levels(2, count)):
+        grid = torch.tensor(levels, dtype=torch.float64)
+        i = torch.bucketize(h, grid[1:-1], right=True)
+        predicted = ((h - grid[i]) * (grid[i + 1] - h)).mean()
+        used = Config(bits=2, block=count, stats=torch.float32, levels=levels)
+        samples = torch.stack([decode(encode(x, used, mix(j))) for j in range(draws)]).double()
+        measured = ((samples - x) / (upper - lower) * 3).square().mean(1)
+        assert abs(measured.mean() - predicted) < 5 * measured.std() / draws**0.5
+        if levels[1] != 1:
+            assert predicted < 0.9 * expected_variance((0, 1, 2, 3), count)
+    assert config.levels == "uniform"
+
+
+@pytest.mark.parametrize("levels", ["uniform", "normal"])
+def test_one_draw_gives_an_unbiased_square(levels: str) -> None:
+    x = torch.randn(16, 8) + 1
+    config = Config(bits=2, block=32, levels=levels)  # type: ignore[arg-type]
+
+    def square(i: int) -> Tensor:
+        packed = encode(x, config, mix(i))
+        if levels == "uniform":
+            return packed.reduced(0.0) * packed.reduced(2.0)
+        return packed.reduced(0.0) ** 2 - packed.variance()
+
+    assert (bias := bias_of(square, x**2, 1500)).unbiased, bias
+    naive = bias_of(lambda i: encode(x, config, mix(i)).reduced(0.0) ** 2, x**2, 1500)
+    assert naive.z > 50, "the plain square of a draw is biased: the test can fail"
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 5, 63, 1000, 4103])
+@pytest.mark.parametrize("block", [1, 3, 16, 1000, 1024])
+def test_backends_agree_code_for_code(n: int, block: int) -> None:
+    x = torch.randn(n) * 3 + 1
+    seed = seed_tensor(mix(n, block))
+    for bits, stats, rounding in itertools.product(BITS, (torch.bfloat16, torch.float32), (0, 1)):
+        for levels in ([], list(normal_levels(bits, block))):
+            fast = ops.quantize(x, seed, bits, block, levels, stats, rounding)
+            plain = reference.quantize(x, seed, bits, block, levels, stats, rounding)
+            for a, b in zip(fast, plain, strict=True):
+                assert torch.equal(a, b)
+            for dither in (0.0, 1.0, 2.0):
+                a, b = (
+                    f(*fast[:2], seed, n, bits, block, levels, dither, torch.float32)
+                    for f in (ops.dequantize, reference.dequantize)
+                )
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 1000, 70_001])
+def test_masks_and_dropout_agree(n: int) -> None:
+    x = torch.randn(n)
+    x[::5] = 0
+    x[3::50] = float("nan")
+    seed = seed_tensor(7)
+    bits = ops.pack_mask(x)
+    assert torch.equal(bits, reference.pack_mask(x))
+    assert bits.numel() == (n + 7) // 8
+    grad = torch.randn(n)
+    for slope in (0.0, 0.2):
+        expected = torch.where(x <= 0, grad * slope, grad)
+        for f in (ops.apply_mask, reference.apply_mask):
+            assert torch.equal(f(grad, bits, slope), expected)
+    for p in (0.1, 0.5, 0.75):
+        assert torch.equal(ops.dropout(x, seed, p).nan_to_num(9), reference.dropout(x, seed, p).nan_to_num(9))
+
+
+def test_dropout_frequency_and_scale() -> None:
+    n, p = 200_000, 0.3
+    y = ops.dropout(torch.ones(n), seed_tensor(1), p)
+    assert set(y.unique().tolist()) == {0.0, float(torch.ones(()).div_(1 - p))}
+    assert abs((y == 0).double().mean() - p) < 5 * (p * (1 - p) / n) ** 0.5
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("block", [1, 5, 16, 1024, "row"])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (100, 48), (33, 128)], ids=str)
+def test_bytes(bits: int, block: int | str, shape: tuple[int, int]) -> None:
+    """ceil(G bits / 8) a block and 4 bytes of bfloat16 range, the tail being a block like any other; 8 of seed."""
+    rows, width = shape
+    for reduce, n in (
+        (None, rows * width),
+        (Project(8), rows * max(1, width // 8)),
+        (Sample(8), -(-rows // 8) * width),
+    ):
+        packed = encode(torch.randn(shape), Config(bits=bits, block=block, reduce=reduce, stats=torch.bfloat16), 1)  # type: ignore[arg-type]
+        size = (n // (n // width if reduce is None else 1) if block == "row" else block) if n else 1
+        if block == "row":
+            size = max(1, width // 8) if isinstance(reduce, Project) else width
+        full, tail = divmod(n, int(size))
+        codes = full * -(-int(size) * bits // 8) + -(-tail * bits // 8)
+        blocks = full + bool(tail)
+        ranges = 4 if packed.ranges.dtype == torch.bfloat16 else 8
+        poison = 4 if isinstance(reduce, Sample) else 0
+        assert packed.nbytes == codes + ranges * blocks + 8 + poison
+
+
+def test_elements_lie_inside_their_stored_range() -> None:
+    x = torch.cat([torch.randn(4096) * s for s in (1e-38, 1e-6, 1.0, 1e30)])
+    codes, ranges, _ = ops.quantize(x, seed_tensor(1), 2, 64, [], torch.bfloat16, 0)
+    low, high = ranges.float().repeat_interleave(64, 0).T
+    assert (low <= x).all()
+    assert (x <= high).all()
+    value = ops.dequantize(codes, ranges, seed_tensor(1), x.numel(), 2, 64, [], 0.0, torch.float32)
+    assert (low <= value).all()
+    assert (value <= high).all()
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(0, 4),
+        torch.zeros(5),
+        torch.full((9,), 3.3),
+        torch.tensor(2.5),
+        torch.tensor([[1.0]]),
+        torch.tensor([3e38, -3e38, 1.0]),
+        torch.tensor([1e-45, 3e-45, 1e-40]),
+        torch.linspace(-1, 1, 50).half(),
+        torch.linspace(-1, 1, 50).bfloat16(),
+        torch.linspace(-1, 1, 50).double(),
+    ],
+    ids=["empty", "zeros", "constant", "0-d", "one", "huge", "tiny", "fp16", "bf16", "fp64"],
+)
+def test_edge_values(x: Tensor) -> None:
+    for bits in BITS:
+        y = decode(encode(x, Config(bits=bits, stats=torch.float32), 3))
+        assert (y.shape, y.dtype) == (x.shape, x.dtype)
+        if x.numel():
+            width = x.double().max() - x.double().min()
+            assert (y.double() - x.double()).abs().max() <= width / (2**bits - 1) * 1.01
+    if x.numel() and (x == x.flatten()[0]).all():
+        assert torch.equal(decode(encode(x, Config(), 1)), x)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_not_finite_is_never_a_finite_lie(bad: float, config: Config) -> None:
+    for row in range(4):  # sampled or not
+        x = torch.randn(41, 20)
+        x[row, 3] = bad
+        y = decode(encode(x, config, 1))
+        assert y[row, 3].isnan()
+        if config.reduce is None and config.block != 1024:
+            assert y.isfinite().any(), "other blocks are untouched"
+
+
+def test_ranges_stay_float32_where_bfloat16_would_blow_them_up() -> None:
+    x = torch.randn(3000) * 0.01 + 1000
+    packed = encode(x, Config(), 1)
+    assert packed.ranges.dtype == torch.float32
+    assert (decode(packed) - x).std() < 0.02
+    assert encode(torch.randn(3000), Config(), 1).ranges.dtype == torch.bfloat16
+
+
+def test_same_seed_same_codes() -> None:
+    x = torch.randn(100, 16)
+    for config in CONFIGS.values():
+        a, b, c = (encode(x, config, seed) for seed in (1, 1, 2))
+        assert torch.equal(a.codes, b.codes)
+        assert not torch.equal(a.codes, c.codes) or not torch.equal(decode(a), decode(c))
+
+
+def test_encode_refuses_integers() -> None:
+    with pytest.raises(TypeError, match=r"torch.int64; expected a floating-point"):
+        encode(torch.arange(3), Config(), 1)
+
+
+SAMPLES = {
+    "quantize": lambda: (torch.randn(100), seed_tensor(1), 2, 16, [], torch.bfloat16, 0),
+    "dequantize": lambda: (
+        *ops.quantize(torch.randn(100), seed_tensor(1), 2, 16, [], torch.bfloat16, 0)[:2],
+        seed_tensor(1), 100, 2, 16, [], 0.0, torch.float32,
+    ),
+    "pack_mask": lambda: (torch.randn(5, 9),),
+    "apply_mask": lambda: (torch.randn(5, 9), ops.pack_mask(torch.randn(5, 9)), 0.1),
+    "dropout": lambda: (torch.randn(5, 9), seed_tensor(1), 0.5),
+    "finite": lambda: (torch.randn(5, 9),),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck(name: str) -> None:
+    op = getattr(ops, name)
+    assert op in ops.OPS
+    torch.library.opcheck(op, SAMPLES[name]())
+
+
+def test_every_operator_is_checked() -> None:
+    assert {op._name for op in ops.OPS} == set(SAMPLES)

@@ -1,0 +1,26 @@
+"""Threads that suit the machine (before torch starts), real graphs where they are present, one seed for every test."""
+
+import os
+
+_CORES = str(len(os.sched_getaffinity(0)))
+for _name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+    os.environ.setdefault(_name, _CORES)
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    if not DATA.is_dir():
+        pytest.skip(f"the real graphs are not here: no folder {DATA}")
+    return DATA

@@ -1,0 +1,1 @@
+"""Tests of dibit.train, dibit.bench.memory and the command."""

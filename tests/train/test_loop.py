@@ -1,0 +1,171 @@
+"""Training in this process: what is reached, measured, written, and gone on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dibit
+from dibit.train import Settings, TrainingError, UserError, checkpoint
+from dibit.train.data import load_graph
+from dibit.train.loop import Result, train_one
+from dibit.train.task import Task, compression_config, measure, pick_device
+from tests.train.conftest import small_arrays
+
+
+def _task(small: Path, **settings: Any) -> Task:
+    defaults = {
+        "dataset": str(small),
+        "hidden": 16,
+        "layers": 2,
+        "epochs": 12,
+        "quiet": True,
+        "device": "cpu",
+    }
+    chosen = Settings.from_flat({**defaults, "out": str(small.parent), **settings})
+    chosen.check()
+    return Task.build(chosen, load_graph(chosen.data, chosen.run.seed))
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(folder / "checkpoint.pt")["model"]
+
+
+def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_learns_and_keeps_the_best(small: Path, tmp_path: Path) -> None:
+    task = _task(small, epochs=30, recipe="none")
+    result = train_one(task, "none", 0, tmp_path / "run")
+    assert result.test > 0.6  # three classes
+    assert result.loss[-1] < result.loss[0]
+    assert (result.epochs, len(result.loss)) == (30, 30)
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    assert (best["epoch"], best["val"], best["test"]) == (result.best_epoch, result.val, result.test)
+    model = task.model(5)
+    model.load_state_dict(best["state_dict"])
+    assert task.evaluate(model, task.split(0)) == (result.val, result.test)
+    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("recipe", ["none", "default", "iexact"])
+def test_going_on_gives_the_same_as_never_stopping(small: Path, tmp_path: Path, recipe: str) -> None:
+    whole = train_one(_task(small, recipe=recipe), recipe, 3, tmp_path / "whole")
+    train_one(_task(small, recipe=recipe, epochs=5), recipe, 3, tmp_path / "parts")
+    torch.manual_seed(999)  # what this process drew in between must not matter
+    parts = train_one(_task(small, recipe=recipe), recipe, 3, tmp_path / "parts")
+    assert parts.loss == whole.loss
+    assert (parts.test, parts.val, parts.best_epoch) == (whole.test, whole.val, whole.best_epoch)
+    assert _same(_weights(tmp_path / "parts"), _weights(tmp_path / "whole"))
+
+
+def test_a_finished_run_is_not_trained_again(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = _task(small, recipe="none")
+    first = train_one(task, "none", 0, tmp_path / "run")
+    monkeypatch.setattr(Task, "step", None)
+    assert train_one(task, "none", 0, tmp_path / "run") == first
+
+
+def test_measuring_changes_nothing(small: Path) -> None:
+    task = _task(small)
+    model = task.model(0)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.get_rng_state()
+    measured = measure(task, model, "default", task.split(0))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert _same(dict(model.state_dict()), before)
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks for m in model.modules())
+    assert 0 < measured.saved < measured.plain
+
+
+def test_plain_training_saves_what_it_saves(small: Path) -> None:
+    """By hand: two layers of SAGE with BatchNorm on 60 nodes, 8 features, width 16, 36 training nodes."""
+    task = _task(small, recipe="none")
+    measured = measure(task, task.model(0), "none", task.split(0))
+    assert measured.saved == measured.plain
+    # aggregated inputs; the norm's input, its mean and deviation; relu's output, dropout's output; targets
+    floats = 60 * 8 + 60 * 16 + 60 * 16 + 2 * 16 + 60 * 16 + 60 * 16
+    mask = {60 * 16, 60 * 16 * 4}  # one byte an element, or four, by torch's version and device
+    graph_free = measured.saved - 4 * floats - 8 * 36
+    assert graph_free in mask, graph_free
+    assert measured.peak >= measured.saved - 8 * 36
+
+
+def test_same_seed_same_start_for_both(small: Path, tmp_path: Path) -> None:
+    """Compression does not change the forward pass: without dropout the first loss is the plain one."""
+    losses = [
+        train_one(_task(small, recipe=r, epochs=1, dropout=0), r, 4, tmp_path / r).loss[0] for r in ("none", "default")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_early_stop_and_sparse_evaluation(small: Path, tmp_path: Path) -> None:
+    result = train_one(_task(small, epochs=60, recipe="none", patience=2, eval_every=3), "none", 0, tmp_path / "run")
+    assert result.epochs < 60
+    assert result.epochs == result.best_epoch + 2 * 3
+    assert result.best_epoch % 3 == 0
+
+
+def test_several_labels(tmp_path: Path) -> None:
+    import numpy as np
+
+    arrays = small_arrays(nodes=90)
+    arrays["y"] = np.stack([arrays["y"] == 0, arrays["y"] != 1], axis=1)
+    path = tmp_path / "multi.npz"
+    np.savez(path, **arrays)
+    result: Result = train_one(_task(path, epochs=30, recipe="none"), "none", 0, tmp_path / "run")
+    assert result.test > 0.7
+
+
+def test_a_loss_that_is_not_finite(small: Path, tmp_path: Path) -> None:
+    task = _task(small, recipe="none", norm="none", lr=1e30, epochs=20)
+    with pytest.raises(TrainingError, match="lower --lr"):
+        train_one(task, "none", 0, tmp_path / "run")
+
+
+def test_another_graph_under_the_same_checkpoint(small: Path, tmp_path: Path) -> None:
+    train_one(_task(small, recipe="none", epochs=1), "none", 0, tmp_path / "run")
+    with pytest.raises(UserError, match="made on another graph"):
+        train_one(_task(small, recipe="none", standardize=True), "none", 0, tmp_path / "run")
+
+
+def test_a_broken_checkpoint(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"PK half")
+    with pytest.raises(UserError, match="cannot be read"):
+        train_one(_task(small, recipe="none"), "none", 0, tmp_path / "run")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    checkpoint.write_atomically(path, b"old")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_overrides_reach_the_recipe() -> None:
+    settings = Settings.from_flat({"recipe": "exact", "bits": 4, "block": 64}).compression
+    config = compression_config(settings)
+    assert (config.bits, config.block) == (4, 64)
+    assert config.reduce == dibit.recipe("exact").reduce
+    default = compression_config(Settings.from_flat({"bits": 8}).compression)
+    assert default.bits == 8
+    assert default.norm is None or default.norm.bits == 8
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "mps:x", "meta"])
+def test_devices_that_are_not_there(name: str) -> None:
+    with pytest.raises(UserError, match="--device is"):
+        pick_device(name)

@@ -1,0 +1,172 @@
+"""Settings: one definition, from flags and YAML, checked in sentences."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from dibit.train import Settings, UserError
+from dibit.train.parser import build_parser, parse, to_yaml
+from dibit.train.settings import groups
+
+
+def test_defaults_are_sound() -> None:
+    settings = parse([])
+    settings.check()
+    assert settings == Settings()
+
+
+def test_names_are_unique_and_described() -> None:
+    names = [f.name for kind in groups().values() for f in fields(kind)]
+    assert len(names) == len(set(names))
+    text = build_parser().format_help()
+    assert all(f"--{name.replace('_', '-')}" in text for name in names)
+    assert "Number of epochs" in text
+
+
+def test_yaml_round_trip(tmp_path: Path) -> None:
+    settings = Settings.from_flat(
+        {
+            "layers": 2,
+            "lr": 1e-5,
+            "clip": 0.5,
+            "compare": True,
+            "dataset": "planted:300",
+            "norm": "none",
+            "bits": 4,
+        }
+    )
+    path = tmp_path / "run.yaml"
+    path.write_text(to_yaml(settings))
+    assert parse(["--config", str(path)]) == settings
+
+
+@pytest.mark.parametrize("order", [("flag", "file"), ("file", "flag")], ids=lambda order: "-".join(order))
+def test_flags_win_over_the_file(tmp_path: Path, order: tuple[str, str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("layers: 5\nlr: 1e-3\nweight-decay: 0.1\ncompare: true\nrecipe: none\n")
+    words = {"flag": ["--layers", "2", "--no-compare"], "file": [f"--config={path}"]}
+    settings = parse([word for part in order for word in words[part]])
+    assert (settings.model.layers, settings.run.compare) == (2, False)
+    assert (settings.optimisation.lr, settings.optimisation.weight_decay) == (1e-3, 0.1)
+    assert settings.compression.recipe == "none"  # the word, not a missing value
+
+
+def test_a_later_file_wins(tmp_path: Path) -> None:
+    for name, layers in (("a", 5), ("b", 6)):
+        (tmp_path / name).write_text(f"layers: {layers}\n")
+    assert parse(["--config", str(tmp_path / "a"), "--config", str(tmp_path / "b")]).model.layers == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--layrs 3", "no flag --layrs. Did you mean '--layers'"),
+        ("--lay 3", "no flag --lay"),
+        ("--layers three", "--layers is 'three', expected a whole number"),
+        ("--layers 2.5", "--layers is '2.5', expected a whole number"),
+        ("--lr fast", "--lr is 'fast', expected a finite number"),
+        ("--clip much", "--clip is 'much', expected a finite number"),
+        ("--layers", "--layers: expected one argument"),
+        ("cora", "nothing to do with 'cora'"),
+        ("--config missing.yaml", "Cannot read the settings file missing.yaml: No such file"),
+        ("--config", "--config needs the path"),
+    ],
+)
+def test_words_that_cannot_be_parsed(words: str, sentence: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse(words.split())
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("layrs: 3", "unknown key 'layrs'. Did you mean 'layers'"),
+        ("layers: three", "--layers is 'three', expected a whole number"),
+        ("layers: [3", "is not valid YAML"),
+        ("- 3", "holds no settings"),
+        ("compare: perhaps", "compare is 'perhaps', expected true or false"),
+    ],
+)
+def test_yaml_that_cannot_be_parsed(tmp_path: Path, text: str, sentence: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        parse(["--config", str(path)])
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--bits 3", "--bits is 3, expected 1, 2, 4 or 8"),
+        ("--block 0", "--block is 0, expected a whole number of at least 1"),
+        ("--layers 0", "--layers is 0, expected a whole number of at least 1"),
+        ("--hidden 0", "--hidden is 0"),
+        ("--dropout 1", "--dropout is 1.0, expected a number from 0 up to but not including 1"),
+        ("--dropout -0.1", "--dropout is -0.1"),
+        ("--dropout nan", "--dropout is 'nan', expected a finite number"),
+        ("--lr 0", "--lr is 0.0, expected a positive number"),
+        ("--lr inf", "--lr is 'inf', expected a finite number"),
+        ("--weight-decay -1", "--weight-decay is -1.0"),
+        ("--clip 0", "--clip is 0.0"),
+        ("--epochs 0", "--epochs is 0"),
+        ("--seeds 0", "--seeds is 0"),
+        ("--seed -1", "--seed is -1"),
+        ("--svd 0", "--svd is 0"),
+        ("--eval-every 0", "--eval-every is 0"),
+        ("--checkpoint-every 0", "--checkpoint-every is 0"),
+        ("--patience 0", "--patience is 0"),
+        (
+            "--model sagee",
+            "--model is 'sagee', expected one of gcn, sage, gin, gat, gcn2. Did you mean 'sage'",
+        ),
+        (
+            "--recipe excat",
+            "--recipe is 'excat', expected one of default, exact, iexact, none. Did you mean 'exact'",
+        ),
+        (
+            "--norm bach",
+            "--norm is 'bach', expected one of none, batch, layer, graph, pair. Did you mean 'batch'",
+        ),
+        ("--aggr median", "--aggr is 'median', expected one of mean, sum, max"),
+        ("--model gcn --aggr max", "--aggr max does not apply to --model gcn"),
+        ("--model gat --hidden 10", "--hidden 10 cannot be shared among --heads 4"),
+        ("--model gat --heads 0", "--heads is 0"),
+        ("--recipe none --bits 2", "--bits 2 has no meaning with --recipe none"),
+        ("--recipe none --compare", "--compare with --recipe none"),
+        ("--resume", "--resume needs --out"),
+        ("--resume --overwrite --out x", "leave one of them out"),
+        ("--alpha 2", "--alpha is 2.0"),
+        ("--theta 0", "--theta is 0.0"),
+    ],
+)
+def test_values_that_cannot_be_meant(words: str, sentence: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse(words.split()).check()
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_name_in_code() -> None:
+    with pytest.raises(UserError, match=r"no setting 'layer'. Did you mean 'layers'"):
+        Settings().updated(layer=3)
+
+
+def test_import_is_light() -> None:
+    """`dibit.train` loads neither PyTorch Geometric nor what the extra brings."""
+    heavy = ("torch_geometric", "jsonargparse", "rich", "tensorboard", "torchmetrics")
+    code = f"import sys, dibit.train.settings; print([m for m in {heavy} if m in sys.modules])"
+    core = f"import sys, dibit; print([m for m in {heavy} if m in sys.modules])"
+    outputs = [
+        subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, check=True).stdout
+        for c in (core, code)
+    ]
+    assert outputs[1] == outputs[0]
