@@ -148,7 +148,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("ratio", [0, -1, 2.5, True])
     def test_ratio(self, ratio: object) -> None:
-        with pytest.raises(ValueError, match="Sample.ratio = .* was given; expected a whole number"):
+        with pytest.raises(ValueError, match=r"Sample.ratio = .* was given; expected a whole number"):
             Sample(ratio)  # type: ignore[arg-type]
 
 

@@ -1,8 +1,9 @@
 r"""Levels of least expected variance for a clipped normal (i-EXACT, section 3.2).
 
 The normalised activation in [0, B] is modelled by CN[1/D]: mean :math:`\mu = B/2`, deviation
-:math:`\sigma = -\mu / \Phi^{-1}(1/D)`, the mass outside put on the two ends; D elements share a range. Stochastic
-rounding at h in :math:`[a_{i-1}, a_i]` has variance :math:`(h - a_{i-1})(a_i - h)`; the levels minimise its expectation.
+:math:`\sigma = -\mu / \Phi^{-1}(1/D)`, the mass outside put on the two ends; D elements share a range. Rounding
+stochastically at h in :math:`[a_{i-1}, a_i]` has variance :math:`(h - a_{i-1})(a_i - h)`; the levels minimise its
+expectation.
 """
 
 from __future__ import annotations
