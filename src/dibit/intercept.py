@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
@@ -21,8 +22,9 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from dibit.codec import encode, mix, ops, reference, seed_tensor
 from dibit.config import Config
+from dibit.graph import Graph
 from dibit.ledger import Ledger, Row, storage_key, storages
-from dibit.residual import Compressed, Reference, Reseeded, Residual
+from dibit.residual import Compressed, Reference, Residual
 
 if TYPE_CHECKING:
     from dibit.compress import State
@@ -64,7 +66,7 @@ class Narrowed:
         if self.dtype == torch.bool:
             flat = reference.unpack(self.x.view(1, -1), self.base.numel(), 1).view(self.base).bool()
             return flat.expand(self.shape)
-        return self.x.to(self.dtype).expand(self.shape)
+        return self.x.to(self.dtype).view(self.base).expand(self.shape)
 
     def on(self, x: Tensor) -> Narrowed:
         """The same on a tensor that comes back from autograd."""
@@ -96,7 +98,8 @@ class Step:
         self._held: set[int] = set()
         self._alive: list[Any] = []  # keeps identities in the tables below from being used again
         self._shared: dict[Any, Any] = {}
-        self._dropped: dict[Any, Reseeded] = {}
+        self._derived: dict[Any, Residual] = {}  # tensors that can be had again from what others hold
+        self._aggregates: dict[Any, tuple[Graph, weakref.ref[Tensor], int]] = {}
         self._content: dict[Any, list[Exact | Narrowed]] = {}
         for x in tensors_in(inputs):
             if not x.requires_grad or x.is_leaf:
@@ -121,7 +124,15 @@ class Step:
             cell.settle(self, returned)
         if self.ledger is not None:
             self.ledger.close(outputs)
-        for table in (self._shared, self._dropped, self._content, self._alive, self._held, self.deferred):
+        for table in (
+            self._shared,
+            self._derived,
+            self._aggregates,
+            self._content,
+            self._alive,
+            self._held,
+            self.deferred,
+        ):
             table.clear()  # autograd may keep the hooks, and with them this object, as long as the graph
 
     # -- sharing and holding ----------------------------------------------------------------------------------------
@@ -162,8 +173,8 @@ class Step:
         if own.inputs == "reference":
             if self.held(x):
                 return self.note(Reference(x, x.shape))
-            if self._dropped and (dropped := self._dropped.get(self.key(x))) is not None:
-                return self.note(dropped)
+            if self._derived and (derived := self._derived.get(self.key(x))) is not None:
+                return self.note(derived)
         if not leaf:
             return self.note(Compressed(encode(x, config, self.seed("path", x.device))))
         key = (self.key(x), config)
@@ -172,10 +183,24 @@ class Step:
             found = self._shared[key] = Compressed(encode(x, config, self.seed("leaf", x.device)))
         return self.note(found)
 
-    def dropped(self, y: Tensor, residual: Reseeded, x: Tensor) -> None:
-        """Remember that y is the dropout of x, which the caller holds: y can be had again for nothing."""
-        if self.held(x):
-            self._dropped[self.key(y)] = Reseeded(residual.seed, residual.p, x)
+    def derived(self, y: Tensor, residual: Residual) -> None:
+        """Remember that y can be had again from what others hold (features, their dropout, their aggregate)."""
+        self._derived[self.key(y)] = residual
+
+    def aggregated(self, y: Tensor, graph: Graph, x: Tensor) -> None:
+        """Remember that y = A x, as long as somebody else keeps x alive."""
+        self._aggregates[self.key(y)] = graph, weakref.ref(x), x._version
+
+    def source(self, y: Tensor) -> tuple[Graph, Tensor] | None:
+        """A and x of a y = A x whose gradient nobody has asked for, where the recipe does not insist on keeping y."""
+        found = self._aggregates.get(self.key(y)) if self._aggregates else None
+        if found is None or self.config is None or self.config.inputs != "reference":
+            return None
+        graph, ref, version = found
+        x = ref()
+        if x is None or x._version != version or y._backward_hooks or y.retains_grad:
+            return None
+        return graph, x
 
     def share(self, x: Tensor) -> Tensor:
         """A constant of the graph structure, kept once for equal content; int64 as int32 where it fits."""
@@ -244,16 +269,16 @@ class Step:
             return Exact(x, x._version)  # an activation: its content is its own
         key = ("lossless", self.key(x))
         if key not in self._shared:
-            self._shared[key] = self._once(_narrow(x), x.shape)
+            self._shared[key] = self._once(_narrow(x))
         return self._shared[key]
 
-    def _once(self, kept: Exact | Narrowed, shape: torch.Size) -> Exact | Narrowed:
-        """An earlier constant with the same content: indices and normalised weights are made anew in each layer."""
-        known = self._content.setdefault((type(kept), kept.x.dtype, kept.x.shape, shape), [])
+    def _once(self, kept: Exact | Narrowed) -> Exact | Narrowed:
+        """On an earlier constant of the same content: indices and normalised weights are made anew in each layer."""
+        known = self._content.setdefault((type(kept), kept.x.dtype, kept.x.shape), [])
         for other in known:
             unchanged = not isinstance(other, Exact) or other.x._version == other.version
             if unchanged and torch.equal(other.x, kept.x):
-                return other
+                return kept.on(other.x)
         known.append(kept)
         return kept
 
@@ -266,7 +291,7 @@ def _narrow(x: Tensor) -> Exact | Narrowed:
     if x.dtype == torch.int64 and base.numel() >= 4:
         low, high = base.aminmax()
         if low >= _INT32.min and high <= _INT32.max:
-            return Narrowed(base.to(torch.int32), x.dtype, base.shape, x.shape)
+            return Narrowed(base.to(torch.int32).reshape(-1), x.dtype, base.shape, x.shape)
     return Exact(x, x._version)
 
 

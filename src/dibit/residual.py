@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dibit.codec import Packed, decode, ops
+from dibit.graph import Graph
 
 
 class Residual(Protocol):
@@ -147,6 +148,28 @@ class Reseeded:
     def outer(self, dy: Tensor) -> Tensor:
         value = self.value()
         return dy.T @ value.reshape(-1, value.shape[-1])
+
+
+@dataclass(frozen=True)
+class Aggregated:
+    """A x of a constant graph, by what is kept of x: (A x)^T dY = x^T (A^T dY) needs no aggregate."""
+
+    graph: Graph
+    source: Residual
+    how = "aggregate of the source"
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.graph.parts, *self.source.tensors)
+
+    def bind(self, tensors: Sequence[Tensor]) -> Aggregated:
+        return Aggregated(self.graph.bind(tensors[:3]), self.source.bind(tensors[3:]))
+
+    def value(self) -> Tensor:
+        return self.graph.product(self.source.value())
+
+    def outer(self, dy: Tensor) -> Tensor:
+        return self.source.outer(self.graph.transposed_product(dy))
 
 
 def save(ctx: Any, *parts: Residual | Tensor | None) -> None:

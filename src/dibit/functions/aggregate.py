@@ -1,8 +1,4 @@
-"""Aggregation with constant weights keeps the graph and nothing else; max and min keep who won.
-
-The forward pass is torch's own. The backward pass multiplies by the transpose in CSR form: one counting sort and a
-parallel product, where torch sorts and converts at each backward.
-"""
+"""Aggregation with constant weights keeps the graph alone; max and min keep who won. Forward: torch's own."""
 
 from __future__ import annotations
 
@@ -16,42 +12,25 @@ from dibit.codec import ops
 from dibit.functions.common import dense
 from dibit.functions.linear import addmm as dense_addmm
 from dibit.functions.linear import matmul as dense_matmul
+from dibit.graph import Graph
 from dibit.intercept import Step
-from dibit.residual import load, save
+from dibit.residual import Aggregated, Reference, load, save
 
 _ARG = {"max": "amax", "min": "amin", "amax": "amax", "amin": "amin"}
 
 
-class Graph:
-    """A constant sparse matrix in compressed rows, by its parts: autograd keeps and checks those."""
-
-    def __init__(self, step: Step, matrix: Tensor) -> None:
-        csr = matrix if matrix.layout == torch.sparse_csr else matrix.to_sparse_csr()
-        parts = csr.crow_indices(), csr.col_indices(), csr.values()
-        if not step.held(matrix):  # made in the forward pass: kept once for all layers, indices in int32
-            parts = tuple(step.share(part) for part in parts)  # type: ignore[assignment]
-            if parts[0].dtype != parts[1].dtype:
-                parts = parts[0].long(), parts[1].long(), parts[2]
-            if step.ledger is not None and step.row is not None:
-                for part in parts:
-                    step.ledger.kept_tensor(step.row, part)
-        self.parts = parts
-        self.shape = matrix.shape
-
-
-def transpose_product(crow: Tensor, col: Tensor, values: Tensor, shape: torch.Size, dy: Tensor) -> Tensor:
-    """A^T dY for A in CSR, (columns, D) for dy (rows, D)."""
-    rows, columns = shape
-    if dy.device.type != "cpu" or dy.dim() != 2 or not values.numel():
-        transposed = torch.sparse_csc_tensor(crow, col, values.to(dy.dtype), (columns, rows), check_invariants=False)
-        return transposed @ dy
-    from scipy.sparse import csc_array
-
-    # A's CSR arrays are A^T's CSC arrays; scipy's conversion is a counting sort
-    csr = csc_array((values.numpy(), col.numpy(), crow.numpy()), shape=(columns, rows)).tocsr()
-    indptr, indices, data = (torch.from_numpy(part) for part in (csr.indptr, csr.indices, csr.data))
-    transposed = torch.sparse_csr_tensor(indptr, indices, data, (columns, rows), check_invariants=False)
-    return torch.sparse.mm(transposed, dy.contiguous(), "sum")
+def constant_graph(step: Step, matrix: Tensor, reduce: str | None) -> Graph:
+    """The parts of a sparse matrix, entered in the ledger where nobody else holds them."""
+    csr = matrix if matrix.layout == torch.sparse_csr else matrix.to_sparse_csr()
+    parts = csr.crow_indices(), csr.col_indices(), csr.values()
+    if not step.held(matrix):  # made in the forward pass: kept once for all layers, indices in int32
+        parts = step.share(parts[0]), step.share(parts[1]), step.share(parts[2])
+        if parts[0].dtype != parts[1].dtype:
+            parts = parts[0].long(), parts[1].long(), parts[2]
+        if step.ledger is not None and step.row is not None:
+            for part in parts:
+                step.ledger.kept_tensor(step.row, part)
+    return Graph(parts, matrix.shape, reduce == "mean")
 
 
 class Aggregate(torch.autograd.Function):
@@ -60,16 +39,13 @@ class Aggregate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrix: Tensor, reduce: str | None, graph: Graph) -> Tensor:
         save(ctx, *graph.parts)
-        ctx.shape, ctx.mean = graph.shape, reduce == "mean"
+        ctx.graph = graph.bind(())
         return torch.sparse.mm(matrix, x) if reduce is None else torch.sparse.mm(matrix, x, reduce)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        crow, col, values = load(ctx)
-        if ctx.mean:
-            dy = dy / crow.diff().clamp_(min=1).to(dy.dtype)[:, None]
-        return transpose_product(crow, col, values, ctx.shape, dy), None, None, None
+        return ctx.graph.bind(load(ctx)).transposed_product(dy), None, None, None
 
 
 class AggregateExtreme(torch.autograd.Function):
@@ -142,15 +118,28 @@ class ScatterExtreme(torch.autograd.Function):
 def sparse_mm(step: Step, mat1: Tensor, mat2: Tensor, reduce: str | None = None) -> Any:
     if type(mat1) is not Tensor or mat1.layout == torch.strided or mat1.requires_grad:
         return NotImplemented
-    if mat1.dim() != 2 or not dense(mat2) or mat2.dim() != 2 or not mat2.requires_grad:
+    if mat1.dim() != 2 or not dense(mat2) or mat2.dim() != 2 or mat1.dtype != mat2.dtype:
         return NotImplemented
-    if reduce not in (None, "sum", "mean", "max", "min", "amax", "amin") or mat1.dtype != mat2.dtype:
+    if reduce not in (None, "sum", "mean", "max", "min", "amax", "amin"):
         return NotImplemented
+    if not mat2.requires_grad:
+        return aggregate_features(step, mat1, mat2, reduce)
     step.plain(mat1, mat2 if reduce is not None else None)
-    graph = Graph(step, mat1)
+    graph = constant_graph(step, mat1, reduce)
     if reduce in _ARG:
         return AggregateExtreme.apply(mat2, mat1, reduce, graph, step)
-    return Aggregate.apply(mat2, mat1, reduce, graph)
+    y = Aggregate.apply(mat2, mat1, reduce, graph)
+    step.aggregated(y, graph, mat2)
+    return y
+
+
+def aggregate_features(step: Step, matrix: Tensor, x: Tensor, reduce: str | None) -> Any:
+    """Features that the caller holds, aggregated: had again from both for nothing, so a linear layer keeps neither."""
+    if reduce in _ARG or not (step.held(matrix) and step.held(x)):
+        return NotImplemented
+    y = torch.sparse.mm(matrix, x) if reduce is None else torch.sparse.mm(matrix, x, reduce)
+    step.derived(y, Aggregated(constant_graph(step, matrix, reduce), Reference(x, x.shape)))
+    return y
 
 
 def matmul(step: Step, input: Tensor, other: Tensor, *, out: Any = None) -> Any:

@@ -76,8 +76,8 @@ def dropout(step: Step, input: Tensor, p: float = 0.5, training: bool = True, in
         step.plain(input.numel() * (input.element_size() if input.device.type == "cpu" else 1))
         step.note(residual)
     y = SeededDropout.apply(input, residual, inplace)
-    if not inplace:
-        step.dropped(y, residual, input)
+    if not inplace and step.held(input):
+        step.derived(y, Reseeded(residual.seed, residual.p, input))
     return y
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dibit.functions.common import dense, flat
+from dibit.graph import Graph
 from dibit.intercept import Step
 from dibit.residual import Reference, load, save
 
@@ -33,6 +35,40 @@ class Linear(torch.autograd.Function):
         dw = residual.outer(rows).to(w_dtype) if ctx.needs_input_grad[1] else None
         db = rows.sum(0).to(b_dtype) if ctx.needs_input_grad[2] else None
         return dx, dw, db, None
+
+
+class AggregatedLinear(torch.autograd.Function):
+    """y = (A x) W^T + b, joined to x: one product A^T dY serves dW = (A^T dY)^T x and dX = (A^T dY) W.
+
+    The aggregate is not kept, and its own gradient is never formed; whoever asked for that one gets an error.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, aggregate: Tensor, watched: Any, residual: Any,
+        graph: Graph,
+    ) -> Tensor:  # fmt: skip
+        save(ctx, residual, weight, *graph.parts)
+        ctx.graph, ctx.aggregate = graph.bind(()), watched
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        return F.linear(aggregate, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        aggregate = ctx.aggregate()
+        if aggregate is not None and (aggregate._backward_hooks or aggregate.retains_grad):
+            raise RuntimeError(
+                "the gradient of an aggregate was asked for after a linear layer had used it; ask before (hook or "
+                "retain_grad right after the aggregation), or leave that module uncompressed."
+            )
+        residual, weight, *parts = load(ctx)
+        x_dtype, w_dtype, b_dtype = ctx.dtypes
+        z = ctx.graph.bind(parts).transposed_product(dy)
+        dx = (z @ weight.to(z.dtype)).to(x_dtype) if ctx.needs_input_grad[0] else None
+        dw = residual.outer(z).to(w_dtype) if ctx.needs_input_grad[1] else None
+        db = dy.sum(0).to(b_dtype) if ctx.needs_input_grad[2] else None
+        return dx, dw, db, None, None, None, None
 
 
 class MatMul(torch.autograd.Function):
@@ -74,6 +110,12 @@ def keep_input(step: Step, x: Tensor, weight: Tensor) -> Any:
 def linear(step: Step, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if not (dense(input, weight) and weight.dim() == 2 and weight.requires_grad):
         return NotImplemented  # a frozen weight keeps no input, in plain torch too
+    if weight.is_leaf and (found := step.source(input)) is not None:
+        graph, x = found
+        step.plain(input)
+        residual = step.keep(x, leaf=True)
+        # detached: otherwise autograd would walk through the aggregation as well, with zeros
+        return AggregatedLinear.apply(x, weight, bias, input.detach(), weakref.ref(input), residual, graph)
     return Linear.apply(input, weight, bias, keep_input(step, input, weight))
 
 

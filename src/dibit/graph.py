@@ -1,0 +1,54 @@
+"""A constant sparse matrix and its transposed product, which is all that an aggregation needs to go back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A constant matrix in compressed rows, by its parts: autograd keeps those, and checks them.
+
+    Attributes:
+        parts: row pointers (N + 1,), columns (E,), values (E,); int64 or int32, and floating point.
+        shape: (N, M).
+        mean: each row is divided by its number of stored elements.
+    """
+
+    parts: tuple[Tensor, ...]
+    shape: torch.Size
+    mean: bool
+
+    def bind(self, parts: Sequence[Tensor]) -> Graph:
+        """The same on parts that come back from autograd."""
+        return replace(self, parts=tuple(parts))
+
+    def product(self, x: Tensor) -> Tensor:
+        """A x: (N, D) for x (M, D)."""
+        crow, col, values = self.parts
+        matrix = torch.sparse_csr_tensor(crow, col, values, self.shape, check_invariants=False)
+        return torch.sparse.mm(matrix, x, "mean") if self.mean else torch.sparse.mm(matrix, x)
+
+    def transposed_product(self, dy: Tensor) -> Tensor:
+        """A^T dY: (M, D) for dy (N, D), in the dtype of the values.
+
+        On the CPU one counting sort and one parallel product; torch sorts and converts at each backward pass.
+        """
+        crow, col, values = self.parts
+        rows, columns = self.shape
+        dy = dy.to(values.dtype)
+        if self.mean:
+            dy = dy / crow.diff().clamp_(min=1).to(dy.dtype)[:, None]
+        if dy.device.type != "cpu" or not values.numel():
+            return torch.sparse_csc_tensor(crow, col, values, (columns, rows), check_invariants=False) @ dy
+        from scipy.sparse import csc_array
+
+        # A's arrays in compressed rows are A^T's in compressed columns
+        csr = csc_array((values.numpy(), col.numpy(), crow.numpy()), shape=(columns, rows)).tocsr()
+        indptr, indices, data = (torch.from_numpy(part) for part in (csr.indptr, csr.indices, csr.data))
+        transposed = torch.sparse_csr_tensor(indptr, indices, data, (columns, rows), check_invariants=False)
+        return torch.sparse.mm(transposed, dy.contiguous(), "sum")
