@@ -130,7 +130,7 @@ def _choice(name: str, value: object, known: tuple[str, ...]) -> None:
 _papers = {"bits": 2, "reduce": Project(8), "dropout": "mask", "inputs": "compress"}
 
 RECIPES: dict[str, Config] = {
-    # Measured on the gradient of whole models at equal bytes (docs/operations.md): the linear inputs' error weighs most.
+    # Measured on the gradient of whole models at equal bytes (docs/operations.md): linear inputs weigh most.
     "default": Config(
         bits=2, block=256, reduce=Sample(3), norm=Config(bits=2, block=1024, reduce=Sample(10), rounding="dither")
     ),

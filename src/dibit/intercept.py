@@ -115,25 +115,20 @@ class Step:
         return seed_tensor(mix(self._key, purpose, self._draws), device)
 
     def end(self, outputs: Any) -> None:
-        """Leave the generator in a state that the next pass has not seen: a model that draws moves it by itself."""
-        if self._draws and torch.equal(torch.get_rng_state(), self._rng):
-            torch.empty((), dtype=torch.int64).random_()
+        """Settle what depends on the outputs, and leave torch's generator in a state that the next pass has not seen."""
         outputs = list(tensors_in(outputs))
         returned = {storage_key(part) for x in outputs for part in storages(x)}
         for cell in self.deferred:
             cell.settle(self, returned)
+        if self._draws and torch.equal(torch.get_rng_state(), self._rng):
+            torch.empty((), dtype=torch.int64).random_()  # a model that draws moves the generator by itself
         if self.ledger is not None:
             self.ledger.close(outputs)
-        for table in (
-            self._shared,
-            self._derived,
-            self._aggregates,
-            self._content,
-            self._alive,
-            self._held,
-            self.deferred,
-        ):
-            table.clear()  # autograd may keep the hooks, and with them this object, as long as the graph
+        # autograd may keep the hooks, and with them this object, as long as the graph
+        for table in (self._shared, self._derived, self._aggregates, self._content):
+            table.clear()
+        for kept in (self._alive, self._held, self.deferred):
+            kept.clear()
 
     # -- sharing and holding ----------------------------------------------------------------------------------------
 
