@@ -2,9 +2,10 @@
 
     python benchmarks/gradient_error.py GRAPH.npz [--epochs 0 10 60] [--draws 8]
 
-Trains PyG's GraphSAGE (3 x 128, BatchNorm, dropout .5; 100 SVD features) plainly; at each stage the same step is repeated
-with every setting: same weights, same dropout masks, other draws of the codec. `error` is the mean of |g - g_plain|^2 over
-|g_plain|^2 for all parameters together. Bytes are those of `dibit.track`, a node, dropout masks not counted.
+Trains PyG's GraphSAGE (3 x 128, BatchNorm, dropout .5; 100 SVD features) plainly; at each stage the same step is
+repeated with every setting: same weights, same dropout masks, other draws of the codec. The figures are the mean of
+|g - g_plain|^2 over |g_plain|^2 for all parameters together. Bytes are those of `dibit.track`, a node, dropout masks
+not counted.
 """
 
 import argparse

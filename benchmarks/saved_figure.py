@@ -62,7 +62,7 @@ def main() -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_title("all", loc="left")
     axes[1].set_title("compressed alone", loc="left")
-    axes[1].legend(frameon=False, loc="lower right", fontsize="small")
+    axes[0].legend(frameon=False, loc="lower right", fontsize="small")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, metadata={"Date": None})
     print(f"{args.out}: " + ", ".join(f"{recipe} {sum(kept[recipe].values()):.1f} MB" for recipe in recipes))

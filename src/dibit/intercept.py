@@ -115,7 +115,7 @@ class Step:
         return seed_tensor(mix(self._key, purpose, self._draws), device)
 
     def end(self, outputs: Any) -> None:
-        """Settle what depends on the outputs, and leave torch's generator in a state that the next pass has not seen."""
+        """Settle what depends on the outputs; leave torch's generator in a state that the next pass has not seen."""
         outputs = list(tensors_in(outputs))
         returned = {storage_key(part) for x in outputs for part in storages(x)}
         for cell in self.deferred:

@@ -332,3 +332,22 @@ class TestNothingThatIsNotNeeded:
         with dibit.track(net) as saved:
             net(torch.randn(N, D))
         assert saved.total > 0
+
+
+@pytest.mark.parametrize("levels", ["uniform", "normal"])
+@pytest.mark.parametrize("kind", ["batch", "layer"])
+def test_one_draw_of_a_norms_input_serves_both_of_its_uses(kind: str, levels: str) -> None:
+    """Few rows and columns: the element's own term, x_hat times itself, is a large part, and must be unbiased too."""
+    torch.manual_seed(2)
+    norm: nn.Module = nn.BatchNorm1d(6, affine=False) if kind == "batch" else nn.LayerNorm(6, elementwise_affine=False)
+    x, readout = torch.randn(8, 6), torch.randn(8, 6)
+    truth = gradient(norm.train(), x, readout)
+    # one wide block with an outlier: the bins are coarse, and the rounding variance large
+    dibit.compress(norm, Config(bits=2, block=48, levels=levels))  # type: ignore[arg-type]
+
+    def draw(i: int) -> Tensor:
+        torch.manual_seed(i)
+        return gradient(norm, x, readout)
+
+    bias = bias_of(draw, truth, 4000)
+    assert bias.unbiased, bias
