@@ -8,7 +8,7 @@ CORES := $(shell nproc 2>/dev/null || echo 2)
 export OMP_NUM_THREADS ?= $(CORES)
 export NUMBA_NUM_THREADS ?= $(CORES)
 
-TRAIN ?= --compare
+TRAIN ?= --compare --overwrite
 .PHONY: train test lint clean
 
 # The environment is rebuilt when what it is made of changes. --no-build-isolation is not needed: hatchling is small.

@@ -1,6 +1,8 @@
 """compress, decompress, track: what they attach, when they act, and what they never disturb."""
 
+import copy
 import gc
+import pickle
 import threading
 import warnings
 import weakref
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 import dibit
 from dibit import Config, Sample
+from dibit.compress import state_of
 from tests.unbiased import gradient
 
 
@@ -102,6 +105,18 @@ class TestAttachment:
             net(x)
         assert {row.how for row in saved.rows if row.module == "decoder"} == {"exact"}
         assert all(row.how != "exact" for row in saved.rows if row.module.startswith("encoder") and row.kept)
+
+    @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+    def test_a_copy_is_compressed_and_on_its_own(self, how: str) -> None:
+        net, x = make(0.5)
+        dibit.compress(net)
+        twin = copy.deepcopy(net) if how == "deepcopy" else pickle.loads(pickle.dumps(net))
+        assert saved_bytes(twin, x) == saved_bytes(net, x)
+        assert state_of(twin).root is twin  # type: ignore[union-attr]
+        dibit.decompress(net)
+        with dibit.track(twin) as saved:
+            twin(x)
+        assert saved.total < saved.plain
 
 
 class TestBadInput:
