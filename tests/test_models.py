@@ -180,3 +180,18 @@ def test_training_follows_the_plain_curve() -> None:
             optimizer.step()
         scores[recipe] = (model.eval()(x, adj).argmax(1) == y)[1::2].float().mean().item()
     assert all(score > scores[None] - 0.03 for score in scores.values()), scores
+
+
+def test_autocast_trains_with_the_plain_forward() -> None:
+    model, x, adj = build("gcn cached")
+    outputs = []
+    for recipe in (None, "default", "iexact"):
+        dibit.compress(model, recipe)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(x, adj)
+        outputs.append(out.detach())
+        out.float().square().sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])

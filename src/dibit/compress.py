@@ -8,44 +8,21 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from dibit.config import Config, nearest, recipe
 from dibit.functions import RULES
 from dibit.intercept import Intercept, Rule, Step
-from dibit.ledger import Ledger, storages
+from dibit.ledger import Ledger
+from dibit.state import State
 
 Setting = Config | str | None
 M = TypeVar("M", bound=nn.Module)
-
-
-@dataclass
-class State:
-    """What `compress` attaches to a model, shared by the hooks of its modules; copied and pickled with them."""
-
-    root: nn.Module
-    rules: dict[Any, Rule] = field(default_factory=dict)
-    passive: bool = False  # only observe: `track` on a plain model
-    ledger: Ledger | None = None
-    warned: bool = False
-
-    def constants(self) -> Iterator[Tensor]:
-        """Tensors that live as long as the model: parameters, buffers, cached graph structure."""
-        yield from self.root.parameters()
-        yield from self.root.buffers()
-        for module in self.root.modules():
-            for value in vars(module).values():
-                for x in value if isinstance(value, tuple | list) else (value,):
-                    if isinstance(x, Tensor) and not x.requires_grad and storages(x):
-                        yield x
-                    elif hasattr(x, "to_torch_sparse_csr_tensor"):  # a cached SparseTensor
-                        yield from (part for part in x.coo() if part is not None)
-                        yield x.storage.rowptr()
 
 
 @dataclass

@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +25,8 @@ from dibit.config import Config
 from dibit.graph import Graph
 from dibit.ledger import Ledger, Row, storage_key, storages
 from dibit.residual import Compressed, Reference, Residual
+from dibit.state import Rule, State
 
-if TYPE_CHECKING:
-    from dibit.compress import State
-
-Rule = Callable[..., Any]
 _INT32 = torch.iinfo(torch.int32)
 _DEEPEST = 6  # nested containers that are searched for the caller's tensors
 

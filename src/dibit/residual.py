@@ -60,7 +60,7 @@ class Reference:
         return self.x
 
     def outer(self, dy: Tensor) -> Tensor:
-        return dy.T @ self.value().reshape(-1, self.shape[-1])
+        return dy.T @ self.value().reshape(-1, self.shape[-1]).to(dy.dtype)
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Reseeded:
 
     def outer(self, dy: Tensor) -> Tensor:
         value = self.value()
-        return dy.T @ value.reshape(-1, value.shape[-1])
+        return dy.T @ value.reshape(-1, value.shape[-1]).to(dy.dtype)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,37 @@
+"""What `compress` attaches to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from dibit.ledger import Ledger, storages
+
+Rule = Callable[..., Any]
+
+
+@dataclass
+class State:
+    """Shared by the hooks of a model's modules; copied and pickled with them."""
+
+    root: nn.Module
+    rules: dict[Any, Rule] = field(default_factory=dict)
+    passive: bool = False  # only observe: `track` on a plain model
+    ledger: Ledger | None = None
+    warned: bool = False
+
+    def constants(self) -> Iterator[Tensor]:
+        """Tensors that live as long as the model: parameters, buffers, cached graph structure."""
+        yield from self.root.parameters()
+        yield from self.root.buffers()
+        for module in self.root.modules():
+            for value in vars(module).values():
+                for x in value if isinstance(value, tuple | list) else (value,):
+                    if isinstance(x, Tensor) and not x.requires_grad and storages(x):
+                        yield x
+                    elif hasattr(x, "to_torch_sparse_csr_tensor"):  # a cached SparseTensor
+                        yield from (part for part in x.coo() if part is not None)
+                        yield x.storage.rowptr()
