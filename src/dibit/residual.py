@@ -94,6 +94,10 @@ class Compressed:
         p = packed.projection(dy.dtype)
         return grad if p is None else grad @ p.T
 
+    def apply(self, grad: Tensor) -> Tensor:
+        """The gradient of an element-wise operation whose derivative this is."""
+        return grad * self.value().to(grad.dtype)
+
 
 @dataclass(frozen=True)
 class Mask:

@@ -94,6 +94,9 @@ LOSSY = {
     "nn.LayerNorm": module(lambda: nn.LayerNorm(D)),
     "nn.LayerNorm without affine": module(lambda: nn.LayerNorm(D, elementwise_affine=False)),
     "nn.LayerNorm 2 dimensions": lambda: Net(lambda x, net: net.parts[0](x.view(-1, 4, D)), nn.LayerNorm((4, D))),
+    "F.layer_norm bias alone": with_weight(
+        lambda x, w: F.layer_norm(x.view(-1, 16, D), (16, D), None, w[:16]).reshape(N, D)
+    ),
     "F.linear": with_weight(lambda x, w: F.linear(x, w)),
     "F.linear 3-d": with_weight(lambda x, w: F.linear(x.view(8, 8, D), w).view(N, D)),
     "torch.matmul": with_weight(torch.matmul),

@@ -17,17 +17,19 @@ from torch.autograd.function import once_differentiable
 from dibit.codec import ops
 from dibit.functions.common import dense, unreduced
 from dibit.intercept import Step
-from dibit.residual import Mask, load, save
+from dibit.residual import Compressed, Mask, load, save
 
 aten = torch.ops.aten
 
 
-class Masked(torch.autograd.Function):
-    """dx = dy where the bit is set, slope * dy elsewhere."""
+class Elementwise(torch.autograd.Function):
+    """dx = dy * f'(x), from an exact mask of a piecewise linear f or from the kept derivative of a smooth one."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plain: Callable[[Tensor], Tensor], mask: Mask, inplace: bool) -> Tensor:
-        save(ctx, mask)
+    def forward(
+        ctx: Any, x: Tensor, plain: Callable[[Tensor], Tensor], slope: Mask | Compressed, inplace: bool
+    ) -> Tensor:
+        save(ctx, slope)
         if inplace:
             ctx.mark_dirty(x)
         return plain(x)
@@ -35,25 +37,8 @@ class Masked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        (mask,) = load(ctx)
-        return mask.apply(dy), None, None, None
-
-
-class Smooth(torch.autograd.Function):
-    """dx = dy * f'(x), from the kept derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, plain: Callable[[Tensor], Tensor], derivative: Any, inplace: bool) -> Tensor:
-        save(ctx, derivative)
-        if inplace:
-            ctx.mark_dirty(x)
-        return plain(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        (derivative,) = load(ctx)
-        return dy * derivative.value().to(dy.dtype), None, None, None
+        (slope,) = load(ctx)
+        return slope.apply(dy), None, None, None
 
 
 class PReLU(torch.autograd.Function):
@@ -87,7 +72,7 @@ def masked(plain: Callable[..., Tensor], slope_at: float, saves: str) -> Callabl
         mask = step.note(Mask(ops.pack_mask(input.detach().contiguous()), float(negative_slope)))
         if saves == "input" and not inplace:
             step.plain(input)
-        y = Masked.apply(input, lambda x: plain(x, negative_slope, inplace), mask, inplace)
+        y = Elementwise.apply(input, lambda x: plain(x, negative_slope, inplace), mask, inplace)
         if saves == "output" or inplace:
             step.plain(y)
         return y
@@ -134,7 +119,7 @@ def smooth(plain: Callable[..., Tensor], derivative: Callable[..., Tensor], save
             step.plain(input)
         elif saves == "copy in place":
             step.plain(input.nbytes if inplace else input)
-        y = Smooth.apply(input, lambda x: plain(x, inplace, *args), kept, inplace)
+        y = Elementwise.apply(input, lambda x: plain(x, inplace, *args), kept, inplace)
         if saves == "output":
             step.plain(y)
         return y

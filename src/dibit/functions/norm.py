@@ -94,7 +94,7 @@ class LayerNorm(torch.autograd.Function):
         if step.ledger is not None and step.row is not None:
             step.ledger.kept_tensor(step.row, inverse)
         save(ctx, outer, inner, inverse, weight)
-        ctx.dtypes = x.dtype, None if weight is None else weight.dtype
+        ctx.shape, ctx.dtypes = shape, (x.dtype, y.dtype if weight is None else weight.dtype)
         return y
 
     @staticmethod
@@ -119,12 +119,8 @@ class LayerNorm(torch.autograd.Function):
             else:
                 dx.index_add_(0, sample[0], term * sample[1][:, None], alpha=-1)
         dx = (dx * inverse).view(dy.shape).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
-        dw = column_sums(outer, rows).view(weight.shape).to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
-        db = rows.sum(0).to(ctx.dtypes[1]) if ctx.needs_input_grad[3] else None
-        if dw is None and db is not None:
-            db = db.view(dy.shape[-1:]) if db.numel() == dy.shape[-1] else db
-        elif db is not None and weight is not None:
-            db = db.view(weight.shape)
+        dw = column_sums(outer, rows).view(ctx.shape).to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
+        db = rows.sum(0).view(ctx.shape).to(ctx.dtypes[1]) if ctx.needs_input_grad[3] else None
         return dx, None, dw, db, None, None
 
 
