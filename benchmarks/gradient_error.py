@@ -10,7 +10,6 @@ not counted.
 
 import argparse
 import warnings
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +18,8 @@ from torch_geometric.nn import GraphSAGE
 from torch_geometric.utils import to_torch_csr_tensor
 
 import dibit
-import dibit.intercept
 from dibit import Config, Project, Sample
+from dibit.study import gradient_error
 from dibit.train.data.load import load_graph
 from dibit.train.settings import DataSettings
 
@@ -64,20 +63,16 @@ def main() -> None:
     table: dict[str, list[float]] = {name: [] for name in SETTINGS}
     for epoch in range(max(args.epochs) + 1):
         if epoch in args.epochs:
-            plain = gradient(model, x, adj, train, y, 0)
             for name, config in SETTINGS.items():
-                dibit.compress(model, config)
                 if not table[name]:
+                    dibit.compress(model, config)
                     with dibit.track(model) as saved:
-                        gradient(model, x, adj, train, y, 0)
+                        step(model, x, adj, train, y)
+                    dibit.decompress(model)
                     masks = sum(row.kept for row in saved.rows if row.operation == "dropout")
                     table[name].append((saved.total - masks) / n)
-                errors = [
-                    (gradient(model, x, adj, train, y, draw) - plain).square().sum() / plain.square().sum()
-                    for draw in range(1, args.draws + 1)
-                ]
-                table[name].append(float(torch.stack(errors).mean()))
-            dibit.decompress(model)
+                error = gradient_error(model, lambda: step(model, x, adj, train, y), config, args.draws)
+                table[name].append(error.mean)
             print(f"epoch {epoch} measured", flush=True)
         step(model, x, adj, train, y)
         optimizer.step()
@@ -90,15 +85,6 @@ def main() -> None:
 def step(model: nn.Module, x: Tensor, adj: Tensor, train: Tensor, y: Tensor) -> None:
     model.zero_grad()
     F.cross_entropy(model(x, adj)[train], y[train]).backward()
-
-
-def gradient(model: nn.Module, x: Tensor, adj: Tensor, train: Tensor, y: Tensor, draw: int) -> Tensor:
-    """The gradient with the same dropout masks for every `draw`, which changes the codec's numbers alone."""
-    mix = dibit.intercept.mix
-    torch.manual_seed(7)
-    with mock.patch.object(dibit.intercept, "mix", lambda seed, *labels: mix(seed, draw, *labels)):
-        step(model, x, adj, train, y)
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Dibit: train graph neural networks on a fraction of the memory."""
 
+from types import ModuleType
+
 from dibit.codec import Packed, decode, encode
 from dibit.compress import compress, decompress, track
-from dibit.config import Config, Project, Sample, recipe
+from dibit.config import Config, Project, Rows, Sample, recipe
 
 __version__ = "0.1.0"
 
@@ -10,6 +12,7 @@ __all__ = [
     "Config",
     "Packed",
     "Project",
+    "Rows",
     "Sample",
     "__version__",
     "compress",
@@ -19,3 +22,12 @@ __all__ = [
     "recipe",
     "track",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`dibit.study` without an import of its own; loaded when it is first asked for."""
+    if name == "study":
+        import importlib
+
+        return importlib.import_module("dibit.study")
+    raise AttributeError(f"module 'dibit' has no attribute {name!r}")

@@ -53,12 +53,35 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """A block of whole rows: i-EXACT's G / R, whose experiments never take more than 1,024 elements.
+
+    Args:
+        count: rows of the reduced matrix that share one range (G / R).
+        most: no block has more elements than this.
+    """
+
+    count: int = 1
+    most: int | None = None
+
+    def __post_init__(self) -> None:
+        _positive("Rows.count", self.count)
+        if self.most is not None:
+            _positive("Rows.most", self.most)
+
+    def __str__(self) -> str:
+        text = "row" if self.count == 1 else f"{self.count} rows"
+        return text if self.most is None else f"{text}, at most {self.most}"
+
+
+@dataclass(frozen=True)
 class Config:
     """How a residual is reduced, quantised and packed, and what of a layer is kept at all.
 
     Args:
         bits: bits an element: 1, 2, 4 or 8.
-        block: elements that share one range; `"row"` takes each row for a block (EXACT).
+        block: elements that share one range; `"row"` takes each row for a block (EXACT), `Rows(n)` n rows (i-EXACT's
+            G / R), `"tensor"` everything.
         reduce: `None`, `Project(ratio)` or `Sample(ratio)`, before quantisation.
         levels: `"uniform"`; `"normal"`, the levels of least expected variance for a clipped normal
             (i-EXACT, section 3.2); or 2**bits increasing numbers from 0 to 2**bits - 1.
@@ -74,7 +97,7 @@ class Config:
     """
 
     bits: int = 2
-    block: int | Literal["row"] = 1024
+    block: int | Literal["row", "tensor"] | Rows = 1024
     reduce: Project | Sample | None = None
     levels: Literal["uniform", "normal"] | tuple[float, ...] = "uniform"
     stats: torch.dtype = torch.bfloat16
@@ -86,8 +109,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise ValueError(f"bits = {self.bits!r} was given; choose one of 1, 2, 4, 8.")
-        if self.block != "row":
-            _positive("block", self.block, " (elements that share a range) or 'row'")
+        if self.block not in ("row", "tensor") and not isinstance(self.block, Rows):
+            _positive("block", self.block, " (elements that share a range), 'row', 'tensor' or dibit.Rows(n)")
         if not (self.reduce is None or isinstance(self.reduce, Project | Sample)):
             raise TypeError(f"reduce = {self.reduce!r} was given; expected None, Project(ratio) or Sample(ratio).")
         _choice("rounding", self.rounding, ("stochastic", "dither", "nearest"))
@@ -100,6 +123,18 @@ class Config:
         self._check_levels()
         if self.rounding == "dither" and self.levels != "uniform":
             raise ValueError("rounding='dither' needs levels='uniform'; use rounding='stochastic' with other levels.")
+
+    def elements(self, rows: int, width: int) -> int:
+        """Elements that share one range in a reduced matrix of this size (G; at least 1)."""
+        match self.block:
+            case "tensor":
+                return max(1, rows * width)
+            case "row":
+                return max(1, width)
+            case Rows(count, most):
+                return max(1, min(count * width, most or count * width))
+            case _:
+                return int(self.block)
 
     def _check_levels(self) -> None:
         if isinstance(self.levels, str):

@@ -106,10 +106,10 @@ class Step:
 
     # -- randomness -------------------------------------------------------------------------------------------------
 
-    def seed(self, purpose: str, device: torch.device) -> Tensor:
+    def seed(self, purpose: str, device: torch.device, *more: int) -> Tensor:
         """A fresh seed. The stream is a function of torch's default generator and draws nothing from it."""
         self._draws += 1
-        return seed_tensor(mix(self._key, purpose, self._draws), device)
+        return seed_tensor(mix(self._key, purpose, self._draws, *more), device)
 
     def end(self, outputs: Any) -> None:
         """Settle what depends on the outputs; leave torch's generator in a state that the next pass has not seen."""
@@ -133,6 +133,11 @@ class Step:
     def config(self) -> Config | None:
         """Of the innermost module that is running; `None` leaves everything exact."""
         return self.configs[-1] if self.configs else None
+
+    @property
+    def module(self) -> str:
+        """Name of the innermost module that is running; empty for the outermost."""
+        return self.names[-1] if self.names else ""
 
     def _hold(self, x: Tensor) -> None:
         for part in storages(x):
@@ -168,12 +173,19 @@ class Step:
             if self._derived and (derived := self._derived.get(self.key(x))) is not None:
                 return self.note(derived)
         if not leaf:
-            return self.note(Compressed(encode(x, config, self.seed("path", x.device))))
+            return self.note(self._encode(x, config, "path"))
         key = (self.key(x), config)
         found = self._shared.get(key)
         if found is None:
-            found = self._shared[key] = Compressed(encode(x, config, self.seed("leaf", x.device)))
+            found = self._shared[key] = self._encode(x, config, "leaf")
         return self.note(found)
+
+    def _encode(self, x: Tensor, config: Config, purpose: str) -> Compressed:
+        salt = (self.state.salt,) if self.state.salt else ()
+        packed = encode(x, config, self.seed(purpose, x.device, *salt))
+        if self.state.observer is not None:
+            self.state.observer(self.module, function_name(self.function), x, packed)
+        return Compressed(packed)
 
     def derived(self, y: Tensor, residual: Residual) -> None:
         """Remember that y can be had again from what others hold (features, their dropout, their aggregate)."""
@@ -233,7 +245,7 @@ class Step:
     def open(self, function: Any) -> None:
         """Begin a ledger row for an operation that a rule takes."""
         if self.ledger is not None:
-            self.row = self.ledger.add(Row(".".join(self.names[-1:]), function_name(function), "", ()))
+            self.row = self.ledger.add(Row(self.module, function_name(function), "", ()))
 
     # -- hooks ------------------------------------------------------------------------------------------------------
 
@@ -246,7 +258,7 @@ class Step:
         kept = Exact(x, x._version) if free or config is None or x.layout != torch.strided else self._lossless(x)
         if self.ledger is not None and not free:
             how = "lossless" if isinstance(kept, Narrowed) else "exact"
-            row = Row(".".join(self.names[-1:]), function_name(self.function), how, tuple(x.shape))
+            row = Row(self.module, function_name(self.function), how, tuple(x.shape))
             self.ledger.add(row)
             self.ledger.plain_tensor(row, x)
             self.ledger.kept_tensor(row, kept.x)

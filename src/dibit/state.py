@@ -8,9 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dibit.codec import Packed
 from dibit.ledger import Ledger, storages
 
 Rule = Callable[..., Any]
+# Sees what is compressed: module, operation, the tensor before its reduction, what is kept of it.
+Observer = Callable[[str, str, Tensor, Packed], None]
 
 
 @dataclass
@@ -21,6 +24,8 @@ class State:
     rules: dict[Any, Rule] = field(default_factory=dict)
     passive: bool = False  # only observe: `track` on a plain model
     ledger: Ledger | None = None
+    salt: int = 0  # other draws of the codec, the same dropout masks: the study of a gradient's error
+    observer: Observer | None = None
     warned: bool = False
 
     def constants(self) -> Iterator[Tensor]:

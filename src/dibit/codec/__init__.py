@@ -11,7 +11,7 @@ from dibit.codec.reduce import projection, sampled_rows
 from dibit.codec.rng import UNIT, mix, seed_tensor, uniform_range
 from dibit.config import Config, Project, Sample
 
-__all__ = ["Packed", "decode", "encode", "mix", "seed_tensor"]
+__all__ = ["Packed", "decode", "encode", "mix", "reduced", "seed_tensor"]
 
 _BLOW_UP = 1.5  # above this, ranges rounded to bfloat16 are so much wider than the true ones that float32 pays
 
@@ -53,6 +53,11 @@ class Packed:
         return replace(self, codes=none, ranges=none, seed=none, poison=None if self.poison is None else none)
 
     @property
+    def block(self) -> int:
+        """Elements that share one range."""
+        return self.config.elements(*_reduced_shape(self.rows, self.width, self.config))
+
+    @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors)
 
@@ -79,7 +84,7 @@ class Packed:
     def reduced(self, dither: float | None = None) -> Tensor:
         """The reduced tensor (rows kept, columns kept), unpacked, in `dtype`; `dither` as in `ops.dequantize`."""
         rows, width = _reduced_shape(self.rows, self.width, self.config)
-        block, levels = _blocks(self.config, width)
+        block, levels = _blocks(self.config, rows, width)
         if dither is None:
             dither = float(self.config.rounding == "dither")
         flat = ops.dequantize(
@@ -102,7 +107,7 @@ class Packed:
         draw of x gives an unbiased x^2. Plain torch; uniform levels have a cheaper way (`dither` 0 times 2).
         """
         rows, width = _reduced_shape(self.rows, self.width, self.config)
-        block, levels = _blocks(self.config, width)
+        block, levels = _blocks(self.config, rows, width)
         top = 2**self.config.bits - 1
         gaps = torch.tensor(levels or range(top + 1), dtype=torch.float32, device=self.codes.device).diff()
         squares = torch.cat((gaps.new_zeros(1), (gaps**2).cumsum(0)))
@@ -132,18 +137,13 @@ def encode(x: Tensor, config: Config, seed: Tensor | int) -> Packed:
         raise TypeError(f"encode got a tensor of {x.dtype}; expected a floating-point one (integers are kept exactly).")
     if not isinstance(seed, Tensor):
         seed = seed_tensor(seed, x.device)
-    x = x.detach()
     shape, dtype = x.shape, x.dtype
-    x = x.reshape(shape[:-1].numel(), shape[-1] if shape else 1)
     if config.reduce is not None and config.reduce.ratio == 1:
         config = replace(config, reduce=None)
-    poison = None
-    if isinstance(config.reduce, Project):
-        x = x @ projection(x.shape[1], config.reduce.ratio, seed, x.dtype)
-    elif isinstance(config.reduce, Sample):
-        poison = ops.finite(x)
-        x = x.index_select(0, sampled_rows(x.shape[0], config.reduce.ratio, seed)[0])
-    block, levels = _blocks(config, x.shape[1])
+    x = x.detach().reshape(shape[:-1].numel(), shape[-1] if shape else 1)
+    poison = ops.finite(x) if isinstance(config.reduce, Sample) else None
+    x = reduced(x, config, seed)
+    block, levels = _blocks(config, *x.shape)
     rounding = reference.NEAREST if config.rounding == "nearest" else reference.STOCHASTIC
     work = x.reshape(-1).contiguous()
     if work.dtype not in (torch.float32, torch.float64):
@@ -153,6 +153,16 @@ def encode(x: Tensor, config: Config, seed: Tensor | int) -> Packed:
     if stats == torch.bfloat16 and x.device.type == "cpu" and _blown_up(ranges, widths):
         codes, ranges, _ = ops.quantize(work, seed, config.bits, block, levels, torch.float32, rounding)
     return Packed(codes, ranges, seed, poison, shape, dtype, config)
+
+
+def reduced(x: Tensor, config: Config, seed: Tensor) -> Tensor:
+    """What is quantised of a matrix x (N, D): its projection (N, R), its sampled rows (m, D), or x itself."""
+    match config.reduce:
+        case Project(ratio):
+            return x @ projection(x.shape[1], ratio, seed, x.dtype)
+        case Sample(ratio):
+            return x.index_select(0, sampled_rows(x.shape[0], ratio, seed)[0])
+    return x
 
 
 def decode(packed: Packed) -> Tensor:
@@ -178,9 +188,9 @@ def _reduced_shape(rows: int, width: int, config: Config) -> tuple[int, int]:
     return rows, width
 
 
-def _blocks(config: Config, width: int) -> tuple[int, list[float]]:
-    """Block and levels (empty: uniform) as the operators take them, for a matrix of this width."""
-    block = max(1, width) if config.block == "row" else config.block
+def _blocks(config: Config, rows: int, width: int) -> tuple[int, list[float]]:
+    """Block and levels (empty: uniform) as the operators take them, for a reduced matrix of this size."""
+    block = config.elements(rows, width)
     levels: tuple[float, ...] = ()
     if config.levels == "normal":
         if config.bits > 1 and block > 2:
