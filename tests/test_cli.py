@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+import dibit
 from dibit.cli import main
-from dibit.train import checkpoint
+from dibit.train import checkpoint, loop
+from dibit.train.task import Task
 from tests.train.conftest import command, small
 
 __all__ = ["small"]  # a fixture
@@ -51,6 +53,9 @@ def test_version_and_help() -> None:
         (["train", "--dataset", "coar"], "Did you mean 'cora'"),
         (["train", "--dataset", "missing.npz"], "missing.npz does not exist"),
         (["train", "--device", "gpu"], "--device is 'gpu'"),
+        (["train", "--config", "arxiv-saeg"], "Did you mean 'arxiv-sage'"),
+        (["train", "--block", "rwo"], "--block is 'rwo', expected a whole number or 'row'"),
+        (["train", "--residual"], "--residual does not apply to --model sage"),
         (["train", "--json", "missing/x.json"], "--json missing/x.json: the folder missing does not exist"),
         (["train", "--resume", "--out", "missing"], "holds no run to go on with"),
         (["train", "--dataset", "planted:200", "--svd", "500"], "--svd is 500"),
@@ -147,6 +152,52 @@ def test_compare_ends_in_a_table_and_json(small: Path, tmp_path: Path, capsys: p
     assert low <= mean <= high
     assert {p.name for p in out.iterdir()} == {"settings.yaml", "none", "iexact"}
     assert (out / "iexact" / "seed6" / "best.pt").is_file()
+
+
+def test_the_papers_settings_with_other_levels(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By their name, on a file found by its name in --root; what was changed holds on resume."""
+    out, file = tmp_path / "run", tmp_path / "result.json"
+    words = ["train", "--config", "flickr-sage", "--dataset", "Small", "--root", str(small.parent), *FAST, "--quiet"]
+    words += ["--recipe", "default", "--levels", "normal", "--block", "row", "--compare", "--out", str(out)]
+    configs: list[Any] = []
+
+    def spy(task: Task, name: str, config: dibit.Config | None, *rest: Any) -> loop.Result:
+        configs.append(config)
+        return train_one(task, name, config, *rest)
+
+    train_one = loop.train_one
+    monkeypatch.setattr(loop, "train_one", spy)
+    assert main([*words, "--epochs", "2", "--json", str(file)]) == 0
+    plain, packed = configs
+    assert plain is None
+    assert (packed.block, packed.levels, packed.norm.block, packed.norm.levels) == ("row", "normal", "row", "normal")
+    content = json.loads(file.read_text())
+    assert {k: content["settings"][k] for k in ("levels", "block", "clip", "epochs")} == {
+        "levels": "normal",
+        "block": "row",
+        "clip": 0.5,
+        "epochs": 2,
+    }
+    assert content["graph"]["nodes"] == 60
+    assert [r["recipe"] for r in content["runs"]] == ["none", "default"]
+    assert content["summary"]["ratios"]["saved"] > 2
+    assert main(["train", "--resume", "--out", str(out), "--epochs", "3", "--quiet"]) == 0
+    capsys.readouterr()
+    assert main(["train", "--resume", "--out", str(out), "--block", "64"]) == 2
+    assert "was started with --block row, and cannot go on with --block 64" in capsys.readouterr().err
+
+
+def test_a_config_that_is_impossible_is_said_before_anything_is_written(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = dibit.Config(bits=1, levels=(0.0, 1.0))
+    monkeypatch.setattr(dibit, "recipe", lambda name: own)
+    out = tmp_path / "run"
+    assert main(["train", "--dataset", str(small), *FAST, "--bits", "2", "--compare", "--out", str(out)]) == 2
+    assert "--recipe default cannot be changed so: levels = " in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_settings_can_be_passed_back(small: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import dibit
 from dibit.train import Settings, TrainingError, UserError, checkpoint
 from dibit.train.data import load_graph
 from dibit.train.loop import Result, train_one
+from dibit.train.settings import RECIPES
 from dibit.train.task import Task, compression_config, measure, pick_device
 from tests.train.conftest import small_arrays
 
@@ -40,7 +42,7 @@ def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def test_learns_and_keeps_the_best(small: Path, tmp_path: Path) -> None:
     task = _task(small, epochs=30, recipe="none")
-    result = train_one(task, "none", 0, tmp_path / "run")
+    result = train_one(task, "none", None, 0, tmp_path / "run")
     assert result.test > 0.6  # three classes
     assert result.loss[-1] < result.loss[0]
     assert (result.epochs, len(result.loss)) == (30, 30)
@@ -54,10 +56,11 @@ def test_learns_and_keeps_the_best(small: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recipe", ["none", "default", "iexact"])
 def test_going_on_gives_the_same_as_never_stopping(small: Path, tmp_path: Path, recipe: str) -> None:
-    whole = train_one(_task(small, recipe=recipe), recipe, 3, tmp_path / "whole")
-    train_one(_task(small, recipe=recipe, epochs=5), recipe, 3, tmp_path / "parts")
+    config = None if recipe == "none" else dibit.recipe(recipe)
+    whole = train_one(_task(small, recipe=recipe), recipe, config, 3, tmp_path / "whole")
+    train_one(_task(small, recipe=recipe, epochs=5), recipe, config, 3, tmp_path / "parts")
     torch.manual_seed(999)  # what this process drew in between must not matter
-    parts = train_one(_task(small, recipe=recipe), recipe, 3, tmp_path / "parts")
+    parts = train_one(_task(small, recipe=recipe), recipe, config, 3, tmp_path / "parts")
     assert parts.loss == whole.loss
     assert (parts.test, parts.val, parts.best_epoch) == (whole.test, whole.val, whole.best_epoch)
     assert _same(_weights(tmp_path / "parts"), _weights(tmp_path / "whole"))
@@ -65,9 +68,9 @@ def test_going_on_gives_the_same_as_never_stopping(small: Path, tmp_path: Path, 
 
 def test_a_finished_run_is_not_trained_again(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = _task(small, recipe="none")
-    first = train_one(task, "none", 0, tmp_path / "run")
+    first = train_one(task, "none", None, 0, tmp_path / "run")
     monkeypatch.setattr(Task, "step", None)
-    assert train_one(task, "none", 0, tmp_path / "run") == first
+    assert train_one(task, "none", None, 0, tmp_path / "run") == first
 
 
 def test_measuring_changes_nothing(small: Path) -> None:
@@ -75,7 +78,7 @@ def test_measuring_changes_nothing(small: Path) -> None:
     model = task.model(0)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     state = torch.get_rng_state()
-    measured = measure(task, model, "default", task.split(0))
+    measured = measure(task, model, dibit.recipe("default"), task.split(0))
     assert torch.equal(torch.get_rng_state(), state)
     assert _same(dict(model.state_dict()), before)
     assert all(p.grad is None for p in model.parameters())
@@ -86,7 +89,7 @@ def test_measuring_changes_nothing(small: Path) -> None:
 def test_plain_training_saves_what_it_saves(small: Path) -> None:
     """By hand: two layers of SAGE with BatchNorm on 60 nodes, 8 features, width 16, 36 training nodes."""
     task = _task(small, recipe="none")
-    measured = measure(task, task.model(0), "none", task.split(0))
+    measured = measure(task, task.model(0), None, task.split(0))
     assert measured.saved == measured.plain
     # aggregated inputs; the norm's input, its mean and deviation; relu's output, dropout's output; targets
     floats = 60 * 8 + 60 * 16 + 60 * 16 + 2 * 16 + 60 * 16 + 60 * 16
@@ -98,14 +101,16 @@ def test_plain_training_saves_what_it_saves(small: Path) -> None:
 
 def test_same_seed_same_start_for_both(small: Path, tmp_path: Path) -> None:
     """Compression does not change the forward pass: without dropout the first loss is the plain one."""
-    losses = [
-        train_one(_task(small, recipe=r, epochs=1, dropout=0), r, 4, tmp_path / r).loss[0] for r in ("none", "default")
-    ]
+    task = _task(small, epochs=1, dropout=0)
+    configs = {"none": None, "default": dibit.recipe("default")}
+    losses = [train_one(task, name, config, 4, tmp_path / name).loss[0] for name, config in configs.items()]
     assert losses[0] == losses[1]
 
 
 def test_early_stop_and_sparse_evaluation(small: Path, tmp_path: Path) -> None:
-    result = train_one(_task(small, epochs=60, recipe="none", patience=2, eval_every=3), "none", 0, tmp_path / "run")
+    result = train_one(
+        _task(small, epochs=60, recipe="none", patience=2, eval_every=3), "none", None, 0, tmp_path / "run"
+    )
     assert result.epochs < 60
     assert result.epochs == result.best_epoch + 2 * 3
     assert result.best_epoch % 3 == 0
@@ -118,27 +123,27 @@ def test_several_labels(tmp_path: Path) -> None:
     arrays["y"] = np.stack([arrays["y"] == 0, arrays["y"] != 1], axis=1)
     path = tmp_path / "multi.npz"
     np.savez(path, **arrays)
-    result: Result = train_one(_task(path, epochs=30, recipe="none"), "none", 0, tmp_path / "run")
+    result: Result = train_one(_task(path, epochs=30, recipe="none"), "none", None, 0, tmp_path / "run")
     assert result.test > 0.7
 
 
 def test_a_loss_that_is_not_finite(small: Path, tmp_path: Path) -> None:
     task = _task(small, recipe="none", norm="none", lr=1e30, epochs=20)
     with pytest.raises(TrainingError, match="lower --lr"):
-        train_one(task, "none", 0, tmp_path / "run")
+        train_one(task, "none", None, 0, tmp_path / "run")
 
 
 def test_another_graph_under_the_same_checkpoint(small: Path, tmp_path: Path) -> None:
-    train_one(_task(small, recipe="none", epochs=1), "none", 0, tmp_path / "run")
+    train_one(_task(small, recipe="none", epochs=1), "none", None, 0, tmp_path / "run")
     with pytest.raises(UserError, match="made on another graph"):
-        train_one(_task(small, recipe="none", standardize=True), "none", 0, tmp_path / "run")
+        train_one(_task(small, recipe="none", standardize=True), "none", None, 0, tmp_path / "run")
 
 
 def test_a_broken_checkpoint(small: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"PK half")
     with pytest.raises(UserError, match="cannot be read"):
-        train_one(_task(small, recipe="none"), "none", 0, tmp_path / "run")
+        train_one(_task(small, recipe="none"), "none", None, 0, tmp_path / "run")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,14 +160,52 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_overrides_reach_the_recipe() -> None:
-    settings = Settings.from_flat({"recipe": "exact", "bits": 4, "block": 64}).compression
-    config = compression_config(settings)
-    assert (config.bits, config.block) == (4, 64)
-    assert config.reduce == dibit.recipe("exact").reduce
-    default = compression_config(Settings.from_flat({"bits": 8}).compression)
-    assert default.bits == 8
-    assert default.norm is None or default.norm.bits == 8
+def _config(**settings: Any) -> dibit.Config:
+    config = compression_config(Settings.from_flat(settings).compression)
+    assert config is not None
+    return config
+
+
+def test_any_config_under_any_name(small: Path, tmp_path: Path) -> None:
+    """The config decides what is kept, whatever the settings' recipe; the name is a label."""
+    task = _task(small, epochs=8, dropout=0)
+    configs = {"default": None, "8 bits": dibit.Config(bits=8), "2 bits": dibit.Config(bits=2)}
+    plain, eight, two = (train_one(task, name, config, 0, tmp_path / name) for name, config in configs.items())
+    assert two.saved_bytes < eight.saved_bytes < eight.plain_bytes == plain.saved_bytes
+    assert plain.loss[0] == eight.loss[0] == two.loss[0]  # compression enters with the first gradient
+    assert len({plain.loss[-1], eight.loss[-1], two.loss[-1]}) == 3
+    assert eight.recipe == "8 bits"
+    assert checkpoint.load(tmp_path / "8 bits" / "checkpoint.pt")["recipe"] == "8 bits"
+    assert checkpoint.load(tmp_path / "8 bits" / "best.pt")["settings"]["recipe"] == "8 bits"
+
+
+def test_settings_become_a_config() -> None:
+    assert compression_config(Settings.from_flat({"recipe": "none"}).compression) is None
+    assert _config() == dibit.recipe("default")
+    exact = dibit.recipe("exact")
+    assert _config(recipe="exact", bits=4, block=64) == replace(exact, bits=4, block=64)
+    assert _config(recipe="iexact", block="row", levels="normal").levels == "normal"
+    default = _config(bits=8, block="row")
+    assert default.norm is not None
+    assert (default.bits, default.norm.bits, default.block, default.norm.block) == (8, 8, "row", "row")
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r != "none"])
+def test_other_levels_go_with_every_recipe(recipe: str) -> None:
+    own, normal, uniform = dibit.recipe(recipe), _config(recipe=recipe, levels="normal"), _config(levels="uniform")
+    for part, before in ((normal, own), (normal.norm, own.norm)):
+        if before is not None:
+            rounding = "stochastic" if before.rounding == "dither" else before.rounding
+            assert part is not None
+            assert part == replace(before, levels="normal", rounding=rounding, norm=part.norm)
+    assert uniform == dibit.recipe("default")  # its norm keeps the dither
+
+
+def test_a_recipe_that_cannot_be_changed_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = dibit.Config(bits=1, levels=(0.0, 1.0))
+    monkeypatch.setattr(dibit, "recipe", lambda name: own)
+    with pytest.raises(UserError, match=r"--recipe exact cannot be changed so: levels = .* bits = 2"):
+        _config(recipe="exact", bits=2)
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "mps:x", "meta"])

@@ -41,6 +41,23 @@ def test_every_parameter_is_trained(name: str, norm: str, layers: int) -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_gcn2_with_and_without_a_residual(residual: bool) -> None:
+    """relu(norm(conv(dropout(x), x0)) + x), and without it bit for bit what it was: the same draws, the same sums."""
+    settings = ModelSettings(model="gcn2", layers=3, hidden=8, dropout=0.5, residual=residual)
+    torch.manual_seed(0)
+    model = build_model(settings, 6, 3)
+    adjacency = build_adjacency(settings, EDGES, 5, CPU)
+    torch.manual_seed(1)
+    out = model(X, adjacency)
+    torch.manual_seed(1)
+    x = x0 = model.lin_in(model.dropout(X)).relu()
+    for conv, norm in zip(model.convs, model.norms, strict=True):
+        h = norm(conv(model.dropout(x), x0, adjacency))
+        x = (h + x).relu() if residual else h.relu()
+    assert torch.equal(out, model.lin_out(model.dropout(x)))
+
+
 def test_gcn2_is_the_papers_formula() -> None:
     """arXiv:2007.02133, equation 5, one layer without norm: relu(((1-a) P h + a h0) ((1-b) I + b W))."""
     settings = ModelSettings(model="gcn2", layers=1, hidden=4, norm="none", alpha=0.3, theta=0.7)

@@ -237,3 +237,59 @@ def test_files_that_are_no_graph(tmp_path: Path) -> None:
 def test_svd_of_too_high_rank(small: Path) -> None:
     with pytest.raises(UserError, match="--svd is 8, expected less than 8"):
         load(small, svd=8)
+
+
+@pytest.mark.parametrize(
+    ("file", "given"),
+    [
+        ("cora", "Cora"),
+        ("amazon_computers", "amazon-computers"),
+        ("facebook_pagepage", "facebookpagepage"),
+        ("OGBN-Arxiv", "ogbn_arxiv"),
+        ("my-schools", "my_schools"),  # a name that no package knows
+    ],
+)
+def test_a_name_is_looked_for_as_a_file_first(tmp_path: Path, file: str, given: str) -> None:
+    arrays = small_arrays()
+    save(tmp_path / f"{file}.npz", **arrays)
+    save(tmp_path / f"{file}2.npz", **small_arrays(seed=1))  # another name
+    (tmp_path / given).mkdir()  # where PyTorch Geometric keeps its own
+    found = load_graph(DataSettings(dataset=given, root=str(tmp_path)), seed=0)
+    assert found.name == file
+    assert torch.equal(found.x, torch.from_numpy(arrays["x"]))
+
+
+def test_a_file_is_treated_as_the_data_set_of_its_name(tmp_path: Path) -> None:
+    """`ogbn-arxiv` is made undirected, `ogbn-proteins` judged by ROC-AUC; a file of another name is as it is."""
+    arrays = small_arrays() | {"edge_index": np.array([[0, 1], [1, 2]])}
+    several = arrays | {"y": np.eye(3, dtype=bool)[arrays["y"]]}
+    for name in ("ogbn-arxiv", "cora", "mine"):
+        save(tmp_path / f"{name}.npz", **arrays)
+    for name in ("ogbn-proteins", "yelp", "others"):
+        save(tmp_path / f"{name}.npz", **several)
+    graphs = {p.stem: load_graph(DataSettings(dataset=p.stem, root=str(tmp_path)), 0) for p in tmp_path.iterdir()}
+    assert {n: g.edge_index.shape[1] for n, g in graphs.items() if g.y.ndim == 1} == {
+        "ogbn-arxiv": 4,
+        "cora": 2,
+        "mine": 2,
+    }
+    assert {n: g.metric for n, g in graphs.items() if g.y.ndim == 2} == {
+        "ogbn-proteins": "rocauc",
+        "yelp": "f1",
+        "others": "f1",
+    }
+
+
+def test_files_of_one_name_and_of_no_name(tmp_path: Path) -> None:
+    for name in ("amazon_photo", "AmazonPhoto", "schools"):
+        save(tmp_path / f"{name}.npz", **small_arrays())
+    sentence = r"AmazonPhoto.npz and amazon_photo.npz both bear the name 'amazon-photo'; expected one. Give --dataset"
+    with pytest.raises(UserError, match=sentence):
+        load_graph(DataSettings(dataset="amazon-photo", root=str(tmp_path)), seed=0)
+    with pytest.raises(UserError, match=r"no data set 'shcools'\. Did you mean 'schools'"):
+        load_graph(DataSettings(dataset="shcools", root=str(tmp_path)), seed=0)
+
+
+def test_real_graphs_by_name(real: Callable[[str], Path]) -> None:
+    root = str(real("facebook_pagepage").parent)
+    assert load_graph(DataSettings(dataset="facebookpagepage", root=root, svd=4), seed=0).num_nodes == 22_470

@@ -38,11 +38,26 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
             "dataset": "planted:300",
             "norm": "none",
             "bits": 4,
+            "block": "row",
+            "levels": "normal",
         }
     )
     path = tmp_path / "run.yaml"
     path.write_text(to_yaml(settings))
     assert parse(["--config", str(path)]) == settings
+
+
+@pytest.mark.parametrize(
+    ("given", "block"), [("64", 64), ("row", "row"), ("null", None)], ids=["number", "word", "none"]
+)
+def test_block_is_a_number_or_a_word(tmp_path: Path, given: str, block: object) -> None:
+    (tmp_path / "run.yaml").write_text(f"block: {given}\n")
+    for words in (["--block", given], ["--config", str(tmp_path / "run.yaml")]):
+        settings = parse(words)
+        settings.check()
+        assert settings.compression.block == block
+        assert type(settings.compression.block) is type(block)
+    assert "--block N|row" in build_parser().format_help()
 
 
 @pytest.mark.parametrize("order", [("flag", "file"), ("file", "flag")], ids=lambda order: "-".join(order))
@@ -71,6 +86,9 @@ def test_a_later_file_wins(tmp_path: Path) -> None:
         ("--layers 2.5", "--layers is '2.5', expected a whole number"),
         ("--lr fast", "--lr is 'fast', expected a finite number"),
         ("--clip much", "--clip is 'much', expected a finite number"),
+        ("--block rwo", "--block is 'rwo', expected a whole number or 'row'."),
+        ("--block 0.5", "--block is '0.5', expected a whole number or 'row'."),
+        ("--block true", "--block is 'true', expected a whole number or 'row'."),
         ("--layers", "--layers: expected one argument"),
         ("cora", "nothing to do with 'cora'"),
         ("--config missing.yaml", "Cannot read the settings file missing.yaml: No such file"),
@@ -92,6 +110,12 @@ def test_words_that_cannot_be_parsed(words: str, sentence: str) -> None:
         ("layers: [3", "is not valid YAML"),
         ("- 3", "holds no settings"),
         ("compare: perhaps", "compare is 'perhaps', expected true or false"),
+        ("residual: perhaps", "residual is 'perhaps', expected true or false"),
+        ("block: rwo", "--block is 'rwo', expected a whole number or 'row'."),
+        ("block: 0.5", "--block is '0.5', expected a whole number or 'row'."),
+        ("block: true", "--block is 'True', expected a whole number or 'row'."),
+        ("levels: [0, 3]", "--levels is '[0, 3]', expected a text."),
+        ("clip: true", "--clip is 'True', expected a finite number."),
     ],
 )
 def test_yaml_that_cannot_be_parsed(tmp_path: Path, text: str, sentence: str) -> None:
@@ -107,7 +131,7 @@ def test_yaml_that_cannot_be_parsed(tmp_path: Path, text: str, sentence: str) ->
     ("words", "sentence"),
     [
         ("--bits 3", "--bits is 3, expected 1, 2, 4 or 8"),
-        ("--block 0", "--block is 0, expected a whole number of at least 1"),
+        ("--block 0", "--block is 0, expected a whole number of at least 1, or 'row'."),
         ("--layers 0", "--layers is 0, expected a whole number of at least 1"),
         ("--hidden 0", "--hidden is 0"),
         ("--dropout 1", "--dropout is 1.0, expected a number from 0 up to but not including 1"),
@@ -141,6 +165,11 @@ def test_yaml_that_cannot_be_parsed(tmp_path: Path, text: str, sentence: str) ->
         ("--model gat --hidden 10", "--hidden 10 cannot be shared among --heads 4"),
         ("--model gat --heads 0", "--heads is 0"),
         ("--recipe none --bits 2", "--bits 2 has no meaning with --recipe none"),
+        ("--recipe none --block row", "--block row has no meaning with --recipe none"),
+        ("--recipe none --levels normal", "--levels normal has no meaning with --recipe none"),
+        ("--levels gaussian", "--levels is 'gaussian', expected one of uniform, normal."),
+        ("--levels normla", "Did you mean 'normal'"),
+        ("--residual", "--residual does not apply to --model sage, only to gcn2; leave it out."),
         ("--recipe none --compare", "--compare with --recipe none"),
         ("--resume", "--resume needs --out"),
         ("--resume --overwrite --out x", "leave one of them out"),
@@ -153,6 +182,11 @@ def test_values_that_cannot_be_meant(words: str, sentence: str) -> None:
         parse(words.split()).check()
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_block_in_code_that_cannot_be_meant() -> None:
+    with pytest.raises(UserError, match="--block is rwo, expected a whole number of at least 1, or 'row'"):
+        Settings().updated(block="rwo").check()
 
 
 def test_unknown_name_in_code() -> None:

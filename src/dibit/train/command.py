@@ -6,6 +6,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dibit.train.checkpoint import write_atomically
@@ -33,8 +34,8 @@ def train(argv: Sequence[str]) -> int:
     from dibit.train.task import Task, compression_config, pick_device
 
     pick_device(settings.run.device)
-    if settings.compression.recipe != "none":
-        compression_config(settings.compression)
+    recipes = _recipes(settings)
+    configs = {name: compression_config(replace(settings.compression, recipe=name)) for name in recipes}
     with warnings.catch_warnings():
         # torch says that CSR is in beta whenever one is made.
         warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
@@ -52,12 +53,12 @@ def train(argv: Sequence[str]) -> int:
                 file=sys.stderr,
                 flush=True,
             )
-        runs = [(recipe, seed) for seed in seeds for recipe in _recipes(settings)]
+        runs = [(name, seed) for seed in seeds for name in recipes]
         try:
-            results = [train_one(task, recipe, seed, folder.of(recipe, seed)) for recipe, seed in runs]
+            results = [train_one(task, name, configs[name], seed, folder.of(name, seed)) for name, seed in runs]
         except KeyboardInterrupt as stop:  # between two epochs' ends; the last checkpoint is whole
             raise Interrupted(f"interrupted; {how_to_go_on(folder.path)}") from stop
-    results.sort(key=lambda r: _recipes(settings).index(r.recipe))
+    results.sort(key=lambda r: recipes.index(r.recipe))
     print_table(results, task)
     if json_path is not None:
         write_atomically(json_path, to_json(results, task))

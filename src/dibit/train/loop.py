@@ -7,9 +7,9 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
+import dibit
 from dibit.train import checkpoint
 from dibit.train.errors import Interrupted, TrainingError, UserError, require
 from dibit.train.folder import how_to_go_on
 from dibit.train.progress import Progress
-from dibit.train.task import Measured, Task, adam, apply_recipe, measure
+from dibit.train.task import Measured, Task, adam, compressed, measure
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Result:
     """What one training reached.
 
     Attributes:
-        recipe: How it was compressed.
+        recipe: Name of how it was compressed.
         seed: Of weights, dropout and split.
         test: Metric on the test nodes at the best validation epoch, 0 to 1.
         val: Best metric on the validation nodes, 0 to 1.
@@ -69,28 +70,37 @@ class State:
     seconds: list[float] = field(default_factory=list)
 
 
-def train_one(task: Task, recipe: str, seed: int, folder: Path) -> Result:
+def train_one(
+    task: Task,
+    name: str,
+    config: dibit.Config | None,
+    seed: int,
+    folder: Path,
+    on_epoch: Callable[[int, int], None] | None = None,
+) -> Result:
     """Train one model, from its checkpoint in `folder` if there is one.
 
     Args:
         task: Graph and settings.
-        recipe: "none" or the recipe of the settings.
+        name: What to call the way of compression, in the result, the checkpoint and messages.
+        config: How to compress; None trains plainly.
         seed: Of weights, dropout and split.
         folder: Of checkpoint.pt, best.pt and the TensorBoard logs; created if need be.
+        on_epoch: Called after each epoch with its number and that of the last.
 
     Raises:
         Interrupted: After Ctrl-C, once the epoch is finished and the checkpoint written.
         TrainingError: The loss is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    return _Training(task, recipe, seed, folder).run()
+    return _Training(task, name, config, seed, folder).run(on_epoch)
 
 
 class _Training:
     """Everything that one training holds while it runs."""
 
-    def __init__(self, task: Task, recipe: str, seed: int, folder: Path) -> None:
-        self.task, self.recipe, self.seed, self.folder = task, recipe, seed, folder
+    def __init__(self, task: Task, name: str, config: dibit.Config | None, seed: int, folder: Path) -> None:
+        self.task, self.name, self.seed, self.folder = task, name, seed, folder
         self.settings = task.settings
         self.split = task.split(seed)
         self.fingerprint = task.graph.fingerprint()
@@ -99,17 +109,18 @@ class _Training:
         self.best_is_written = True
         self.model: nn.Module = task.model(seed)
         loaded = self._load()
-        self.measured = Measured(**loaded["measured"]) if loaded else measure(task, self.model, recipe, self.split)
-        apply_recipe(self.model, replace(self.settings.compression, recipe=recipe))
+        self.measured = Measured(**loaded["measured"]) if loaded else measure(task, self.model, config, self.split)
+        compressed(self.model, config)  # in place
         self.optimizer = adam(self.model, self.settings.optimisation)
         if loaded:
             self._restore(loaded)
 
-    def run(self) -> Result:
+    def run(self, on_epoch: Callable[[int, int], None] | None = None) -> Result:
+        """Train to the end."""
         optimisation, every = self.settings.optimisation, self.settings.run.checkpoint_every
         y_train = self.task.y[self.split.train]
         self.model.train()
-        label = f"{self.recipe:<7} seed {self.seed}"
+        label = f"{self.name:<7} seed {self.seed}"
         with (
             Progress(label, optimisation.epochs, self.state.epoch, self.settings.run.quiet) as progress,
             self._log() as log,
@@ -119,6 +130,8 @@ class _Training:
                 self._epoch(y_train, log)
                 state = self.state
                 progress.epoch(state.epoch, state.loss[-1], state.last_val, state.seconds[-1])
+                if on_epoch is not None:
+                    on_epoch(state.epoch, optimisation.epochs)
                 last = state.epoch == optimisation.epochs or self._out_of_patience()
                 if last or stop.is_set() or state.epoch % every == 0:
                     self._save()
@@ -138,7 +151,7 @@ class _Training:
         state.epoch += 1
         if not math.isfinite(loss):
             raise TrainingError(
-                f"the loss of {self.recipe}, seed {self.seed}, is {loss} in epoch {state.epoch}; try a lower "
+                f"the loss of {self.name}, seed {self.seed}, is {loss} in epoch {state.epoch}; try a lower "
                 "--lr, or --clip 0.5."
             )
         state.loss.append(loss)
@@ -168,7 +181,7 @@ class _Training:
                 self.folder / "best.pt",
                 {
                     "state_dict": self.best,
-                    "settings": {**self.settings.flat(), "recipe": self.recipe, "seed": self.seed},
+                    "settings": {**self.settings.flat(), "recipe": self.name, "seed": self.seed},
                     "in_channels": self.task.x.shape[1],
                     "num_classes": self.task.graph.num_classes,
                     "epoch": self.state.best_epoch,
@@ -181,7 +194,7 @@ class _Training:
         checkpoint.save(
             self.folder / "checkpoint.pt",
             {
-                "recipe": self.recipe,
+                "recipe": self.name,
                 "seed": self.seed,
                 "graph": self.fingerprint,
                 "state": asdict(self.state),
@@ -233,13 +246,13 @@ class _Training:
         assert self.settings.run.out is not None  # the folder is in the settings by now
         return (
             f"interrupted after epoch {self.state.epoch} of {self.settings.optimisation.epochs} "
-            f"({self.recipe}, seed {self.seed}); {how_to_go_on(self.settings.run.out)}"
+            f"({self.name}, seed {self.seed}); {how_to_go_on(self.settings.run.out)}"
         )
 
     def _result(self) -> Result:
         state = self.state
         return Result(
-            recipe=self.recipe,
+            recipe=self.name,
             seed=self.seed,
             test=state.test,
             val=state.val,

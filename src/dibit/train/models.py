@@ -28,7 +28,8 @@ class GCN2(nn.Module):
     r"""GCNII: deep graph convolution with an initial residual and identity mapping (arXiv:2007.02133).
 
     A linear layer to the hidden width, `num_layers` of `GCN2Conv` with normalisation, ReLU and dropout, and a
-    linear layer to the classes.
+    linear layer to the classes. With `residual`, a layer is relu(norm(conv(dropout(x), x0)) + x), after
+    EXACT's GCNII (whose code adds dropout(x) there).
 
     Args:
         in_channels: Features a node.
@@ -40,6 +41,7 @@ class GCN2(nn.Module):
         norm_kwargs: Its arguments.
         alpha: Share of the first layer's output in every layer.
         theta: beta = log(theta / layer + 1).
+        residual: Add each layer's input x to its output, before the ReLU.
 
     Shapes:
         x: (N, in_channels); adj: sparse CSR (N, N), normalised; output: (N, out_channels).
@@ -56,6 +58,7 @@ class GCN2(nn.Module):
         norm_kwargs: dict[str, Any] | None = None,
         alpha: float = 0.5,
         theta: float = 1.0,
+        residual: bool = False,
     ) -> None:
         super().__init__()
         self.lin_in = nn.Linear(in_channels, hidden_channels)
@@ -68,12 +71,14 @@ class GCN2(nn.Module):
         )
         self.lin_out = nn.Linear(hidden_channels, out_channels)
         self.dropout = nn.Dropout(dropout)
+        self.residual = residual
 
     def forward(self, x: Tensor, adj: Tensor) -> Tensor:
         """Return the logits."""
         x = initial = F.relu(self.lin_in(self.dropout(x)))
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = F.relu(norm(conv(self.dropout(x), initial, adj)))
+            h = norm(conv(self.dropout(x), initial, adj))
+            x = F.relu(h + x if self.residual else h)
         return self.lin_out(self.dropout(x))
 
 
@@ -106,7 +111,7 @@ def build_model(settings: ModelSettings, in_channels: int, out_channels: int) ->
         case "gat":
             return GAT(**common, heads=settings.heads)
         case _:
-            return GCN2(**common, alpha=settings.alpha, theta=settings.theta)
+            return GCN2(**common, alpha=settings.alpha, theta=settings.theta, residual=settings.residual)
 
 
 def build_adjacency(settings: ModelSettings, edge_index: Tensor, num_nodes: int, device: torch.device) -> Tensor:

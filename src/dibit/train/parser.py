@@ -6,9 +6,10 @@ import argparse
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from dibit.train.errors import UserError, nearest, require
+from dibit.train.recipes import settings_file
 from dibit.train.settings import Settings, group_fields, groups
 
 _DESCRIPTION = """\
@@ -29,7 +30,12 @@ def build_parser() -> Any:
         exit_on_error=False,
         formatter_class=argparse.HelpFormatter,  # the parser's own adds types in Python's words
     )
-    parser.add_argument("--config", metavar="FILE", help="Read settings from a YAML file; flags win over it.")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="Read settings from a YAML file, or one of the papers' settings by its name, such as arxiv-sage "
+        "(docs/train.md); flags win over it.",
+    )
     for kind in groups().values():
         doc = docstrings.parse(kind.__doc__ or "")
         texts = {p.arg_name: " ".join((p.description or "").split()) for p in doc.params}
@@ -61,7 +67,7 @@ def parse(argv: Sequence[str]) -> Settings:
     flags, configs = _flags_and_configs(argv, parser)
     values: dict[str, Any] = {}
     for path in configs:
-        values |= read_yaml(path)
+        values |= read_yaml(settings_file(path))
     if "--resume" in flags:
         values |= _settings_of_run(flags, values)
     try:
@@ -155,11 +161,10 @@ def _flag(name: str) -> str:
 
 
 def _metavar(hint: Any) -> str:
-    """Name a flag's value by its type: N for whole numbers, X for numbers, TEXT."""
-    text = str(hint)
-    if "int" in text:
-        return "N"
-    return "X" if "float" in text else "TEXT"
+    """Name a flag's value by its type: N for whole numbers, X for numbers, TEXT; and the words it may be instead."""
+    kinds = get_args(hint) or (hint,)
+    kind = "N" if int in kinds else "X" if float in kinds else "TEXT"
+    return "|".join((kind, *(word for part in kinds if get_origin(part) is Literal for word in get_args(part))))
 
 
 def _sentence(message: str) -> str:
@@ -167,10 +172,11 @@ def _sentence(message: str) -> str:
     message = " ".join(message.split())
     if message.startswith('Parser key "'):
         key, _, rest = message.removeprefix('Parser key "').partition('":')
-        value = re.search(r"(?:Got|Given) value: (.*)$", rest)
-        kinds = [_KINDS[kind] for kind in re.findall(r"class '(\w+)'", rest) if kind in _KINDS]
-        if value and kinds:
-            return f"{_flag(key)} is {value[1]!r}, expected {kinds[0]}."
+        value = re.search(r".*(?:Got|Given) value: (.*)$", rest)  # the last: a union names it more than once
+        types, _, _ = (rest.partition("Subtypes:")[2] or rest).partition("Errors:")
+        kinds = [_KINDS.get(kind, word) for kind, word in re.findall(r"class '(\w+)'|Literal\[(.*?)\]", types)]
+        if value and any(kinds):
+            return f"{_flag(key)} is {value[1]!r}, expected {' or '.join(filter(None, kinds))}."
         return f"{_flag(key)}: {rest.strip()}"
     if message.startswith("unrecognized arguments: "):
         words = message.removeprefix("unrecognized arguments: ")

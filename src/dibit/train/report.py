@@ -12,6 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dibit.train.errors import require
 from dibit.train.loop import Result
 from dibit.train.metrics import TITLES
@@ -110,7 +112,7 @@ def to_json(results: Sequence[Result], task: Task) -> bytes:
         "runs": [asdict(result) for result in results],
         "summary": summarise(results),
         "versions": versions(),
-        "machine": machine(task),
+        "machine": describe_machine(task.device),
     }
     return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
@@ -123,14 +125,12 @@ def versions() -> dict[str, str]:
     return {**packages, "python": platform.python_version()}
 
 
-def machine(task: Task) -> dict[str, Any]:
+def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Describe where the results were computed; no names of hosts, users or folders."""
-    import torch
-
-    gpu = torch.cuda.get_device_name(task.device) if task.device.type == "cuda" else None
+    device = torch.device(device)
     return {
-        "device": str(task.device),
-        "gpu": gpu,
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from dibit.train.errors import UserError, nearest
 
@@ -14,6 +14,7 @@ NORMS = ("none", "batch", "layer", "graph", "pair")
 AGGRS = ("mean", "sum", "max")
 RECIPES = ("default", "exact", "iexact", "none")
 BITS = (1, 2, 4, 8)
+LEVELS = ("uniform", "normal")
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class DataSettings:
         dataset: 'planted' (generated; 'planted:100000' sets the number of nodes), the name of a data set of
             PyTorch Geometric or OGB, such as 'cora', 'flickr' or 'ogbn-arxiv', or the path of an .npz file
             (docs/data.md).
-        root: Folder of downloaded data sets.
+        root: Folder of data sets: downloaded ones, and .npz files, which are looked at first: cora.npz for
+            'cora', amazon_computers.npz for 'amazon-computers'.
         svd: Replace the features by their K leading singular directions (truncated SVD).
         standardize: Give every feature mean 0 and variance 1 over the nodes.
         undirected: Add the reverse of every edge.
@@ -59,6 +61,7 @@ class ModelSettings:
             for gin.
         alpha: Share of the first layer's output in every layer (gcn2).
         theta: Strength of the weights, falling with depth: beta = log(theta / layer + 1) (gcn2).
+        residual: Add each layer's input to its output, after the norm and before the activation (gcn2).
     """
 
     model: str = "sage"
@@ -70,6 +73,7 @@ class ModelSettings:
     aggr: str | None = None
     alpha: float = 0.5
     theta: float = 1.0
+    residual: bool = False
 
     def check(self) -> None:
         """Raise `UserError` for a value that cannot be meant."""
@@ -94,6 +98,8 @@ class ModelSettings:
         if not 0 <= self.alpha <= 1:
             raise UserError(f"--alpha is {self.alpha}, expected a number from 0 to 1.")
         _positive("theta", self.theta)
+        if self.residual and self.model != "gcn2":
+            raise UserError(f"--residual does not apply to --model {self.model}, only to gcn2; leave it out.")
 
 
 @dataclass(frozen=True)
@@ -136,21 +142,28 @@ class CompressionSettings:
     Attributes:
         recipe: 'default'; 'exact' or 'iexact', the papers' settings; or 'none', plain training.
         bits: Bits an element, one of 1, 2, 4, 8, instead of the recipe's own.
-        block: Elements that share one range, instead of the recipe's own.
+        block: Elements that share one range, or 'row' (each row has its own, as in EXACT), instead of the
+            recipe's own.
+        levels: 'uniform', or 'normal' (i-EXACT's levels of least variance for a clipped normal), instead of the
+            recipe's own; what the recipe rounds with a dither, which needs uniform levels, is then rounded
+            stochastically.
     """
 
     recipe: str = "default"
     bits: int | None = None
-    block: int | None = None
+    block: int | Literal["row"] | None = None
+    levels: str | None = None
 
     def check(self) -> None:
         """Raise `UserError` for a value that cannot be meant."""
         _one_of("recipe", self.recipe, RECIPES)
         if self.bits is not None and self.bits not in BITS:
             raise UserError(f"--bits is {self.bits}, expected 1, 2, 4 or 8.")
-        if self.block is not None:
-            _at_least("block", self.block, 1)
-        for name in ("bits", "block"):
+        if self.block is not None and self.block != "row" and not (isinstance(self.block, int) and self.block >= 1):
+            raise UserError(f"--block is {self.block}, expected a whole number of at least 1, or 'row'.")
+        if self.levels is not None:
+            _one_of("levels", self.levels, LEVELS)
+        for name in ("bits", "block", "levels"):
             if self.recipe == "none" and getattr(self, name) is not None:
                 raise UserError(
                     f"--{name} {getattr(self, name)} has no meaning with --recipe none, which keeps "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import dibit
 from dibit.bench.memory import peak_bytes
 from dibit.train import metrics
 from dibit.train.data import Graph, Split
@@ -90,13 +91,18 @@ class Measured:
     peak: int
 
 
-def measure(task: Task, model: nn.Module, recipe: str, split: Split) -> Measured:
-    """Measure on a copy of a plain model; the model and torch's random state are left as they were."""
-    import dibit
+def measure(task: Task, model: nn.Module, config: dibit.Config | None, split: Split) -> Measured:
+    """Measure on a copy of a plain model; the model and torch's random state are left as they were.
 
+    Args:
+        task: Graph and settings.
+        model: Not compressed.
+        config: How to compress the copy; None leaves it plain.
+        split: Its training nodes enter the loss.
+    """
     cuda = [task.device] if task.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
-        trial = apply_recipe(copy.deepcopy(model), replace(task.settings.compression, recipe=recipe))
+        trial = compressed(copy.deepcopy(model), config)
         trial.train()
         y_train = task.y[split.train]
         targets = y_train.numel() * y_train.element_size()
@@ -110,31 +116,33 @@ def measure(task: Task, model: nn.Module, recipe: str, split: Split) -> Measured
     return Measured(saved.total + targets, saved.plain + targets, peak)
 
 
-def apply_recipe(model: nn.Module, settings: CompressionSettings) -> nn.Module:
-    """Compress the model as the settings say; with recipe "none" return it untouched."""
-    if settings.recipe == "none":
-        return model
-    import dibit
-
-    return dibit.compress(model, compression_config(settings))
+def compressed(model: nn.Module, config: dibit.Config | None) -> nn.Module:
+    """Compress the model, in place; without a config return it untouched."""
+    return model if config is None else dibit.compress(model, config)
 
 
-def compression_config(settings: CompressionSettings) -> Any:
-    """Return the recipe's `dibit.Config` with the bits and the block of the settings, also for norm layers.
+def compression_config(settings: CompressionSettings) -> dibit.Config | None:
+    """Return the recipe's config with the settings' bits, block and levels, also for norm layers; None for "none".
 
     Raises:
         UserError: The combination is not possible.
     """
-    import dibit
-
-    changes: dict[str, Any] = {k: v for k, v in (("bits", settings.bits), ("block", settings.block)) if v is not None}
+    if settings.recipe == "none":
+        return None
+    given = {name: getattr(settings, name) for name in ("bits", "block", "levels")}
+    changes = {name: value for name, value in given.items() if value is not None}
     try:
         config = dibit.recipe(settings.recipe)
-        if changes and config.norm is not None:
-            config = replace(config, norm=replace(config.norm, **changes))
-        return replace(config, **changes)
+        norm = None if config.norm is None else _changed(config.norm, changes)
+        return replace(_changed(config, changes), norm=norm)
     except (TypeError, ValueError) as error:
         raise UserError(f"--recipe {settings.recipe} cannot be changed so: {error}") from error
+
+
+def _changed(config: dibit.Config, changes: dict[str, Any]) -> dibit.Config:
+    if config.rounding == "dither" and changes.get("levels", "uniform") != "uniform":
+        changes = {**changes, "rounding": "stochastic"}  # a dither needs uniform levels
+    return replace(config, **changes)
 
 
 def adam(model: nn.Module, settings: OptimisationSettings) -> torch.optim.Adam:

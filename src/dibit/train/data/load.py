@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from dibit.train.data.generated import planted
 from dibit.train.data.graph import Graph, Raw, prepare
@@ -22,23 +26,58 @@ def load_graph(settings: DataSettings, seed: int) -> Graph:
     Raises:
         UserError: The data set is unknown, cannot be loaded, or does not fit the format.
     """
-    return prepare(_load_raw(settings, seed), settings, seed)
+    return prepare(load_raw(settings, seed), settings, seed)
 
 
-def _load_raw(settings: DataSettings, seed: int) -> Raw:
+def load_raw(settings: DataSettings, seed: int) -> Raw:
+    """The graph named by the settings as its source gives it; `seed` draws the generated one."""
     dataset = settings.dataset
     if dataset.lower().split(":")[0] == "planted":
         return planted(_size_of_planted(dataset), seed)
     if dataset.lower().endswith(".npz") or "/" in dataset or Path(dataset).is_file():
         return load_npz(dataset)
-    name = canonical(dataset)
+    name, root = canonical(dataset), Path(settings.root)
+    file = _file_of(name, root)
+    if file is not None:
+        return _as_named(load_npz(file), name)
     if name not in NAMES:
-        hint = nearest(name, ("planted", *NAMES))
+        files = [canonical(path.stem) for path in _files(root)]
+        hint = nearest(name, ("planted", *NAMES, *files))
         raise UserError(
             f"There is no data set {dataset!r}.{hint} Give 'planted', a name listed in docs/data.md, or the "
             "path of an .npz file."
         )
-    return load_named(name, Path(settings.root))
+    return load_named(name, root)
+
+
+def _files(root: Path) -> list[Path]:
+    return sorted(path for path in root.glob("*.npz") if path.is_file()) if root.is_dir() else []
+
+
+def _file_of(name: str, root: Path) -> Path | None:
+    """Return the .npz file in `root` that bears a data set's name, however it writes dashes, underscores and case."""
+
+    def key(text: str) -> str:
+        return re.sub(r"[-_\s]+", "", text.lower())
+
+    found = [path for path in _files(root) if key(path.stem) == key(name)]
+    if len(found) > 1:
+        names = " and ".join(path.name for path in found)
+        raise UserError(
+            f"In --root {root}, {names} both bear the name {name!r}; expected one. Give --dataset the path of the one "
+            "that is meant, or rename the other."
+        )
+    return found[0] if found else None
+
+
+def _as_named(raw: Raw, name: str) -> Raw:
+    """Give a file what loading the data set by its name would give it: both directions of edges, the metric."""
+    if name not in NAMES:
+        return raw
+    source = NAMES[name]
+    if source.undirected:
+        raw = replace(raw, edge_index=np.concatenate([raw.edge_index, raw.edge_index[::-1]], axis=1))
+    return replace(raw, metric=source.metric) if raw.y.ndim == 2 and source.metric != "accuracy" else raw
 
 
 def _size_of_planted(dataset: str) -> int:

@@ -1,0 +1,37 @@
+"""The papers' settings as files: where they are, and by which names ``--config`` finds them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dibit.train.errors import UserError, nearest
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+def recipe_files() -> dict[str, Path]:
+    """Return the papers' settings, files for ``dibit train --config``, by name (arxiv-sage, ...).
+
+    They are in the package's own folder ``recipes`` or, in a checkout, in the repository's.
+    """
+    folder = _PACKAGE / "recipes"
+    repository = _PACKAGE.parents[1]
+    if not folder.is_dir() and (repository / "pyproject.toml").is_file():
+        folder = repository / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def settings_file(given: str) -> Path:
+    """Return the file that ``--config`` means: a path that exists, else one of `recipe_files` by its name.
+
+    Raises:
+        UserError: It is neither, and does not look like the path of a file either.
+    """
+    path = Path(given)
+    if given and (path.exists() or path.name != given or path.suffix):
+        return path  # reading it says what is wrong with it
+    files = recipe_files()
+    if given not in files:
+        known = f", or one of {', '.join(files)}" if files else ""
+        raise UserError(f"--config is {given!r}, expected the path of a YAML file{known}.{nearest(given, files)}")
+    return files[given]
