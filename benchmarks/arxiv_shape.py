@@ -7,8 +7,6 @@ a `torch.sparse` adjacency. Saved bytes depend on shapes alone. Each recipe runs
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import statistics
 import subprocess
@@ -21,27 +19,13 @@ warnings.filterwarnings("ignore", ".*[Ss]parse.*")
 N, E, TRAIN, CLASSES, MB = 169_343, 2_315_598, 90_941, 40, 2**20
 
 
-_FIELDS = ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"]
-
-
-class MallInfo2(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in _FIELDS]
-
-
-def allocated() -> int:
-    """Bytes that the C allocator has handed out, mapped blocks included."""
-    mallinfo2 = ctypes.CDLL("libc.so.6").mallinfo2
-    mallinfo2.restype = MallInfo2
-    info = mallinfo2()
-    return info.uordblks + info.hblkhd
-
-
 def measure(recipe: str, steps: int) -> dict[str, float]:
     import torch
     from torch_geometric.nn import GraphSAGE
     from torch_geometric.utils import to_torch_csr_tensor
 
     import dibit
+    from dibit.bench.memory import allocated_bytes
 
     torch.manual_seed(0)
     adj = to_torch_csr_tensor(torch.randint(N, (2, E)), size=(N, N))
@@ -63,11 +47,9 @@ def measure(recipe: str, steps: int) -> dict[str, float]:
     with dibit.track(model) as saved:
         out = model(x, adj)
     del out
-    gc.collect()
-    before = allocated()
+    before = allocated_bytes() or 0
     out = model(x, adj)
-    gc.collect()
-    held = allocated() - before - out.nbytes
+    held = (allocated_bytes() or 0) - before - out.nbytes
     targets = y[train].nbytes
     return {
         "saved_mb": (saved.total + targets) / MB,

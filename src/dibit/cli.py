@@ -15,6 +15,7 @@ Train graph neural networks on a fraction of the memory.
 
 commands:
   train       train a model on a graph, with compressed activations (dibit train --help)
+  reproduce   repeat what the papers measured, with their numbers beside ours (dibit reproduce --help)
 """
 
 
@@ -51,12 +52,17 @@ def _dispatch(words: list[str]) -> int:
     if command in ("-V", "--version"):
         print(f"dibit {version('dibit')}")
         return 0
-    if command != "train":
-        known = ("train", "--help", "--version")
-        raise UserError(f"There is no command {command!r}.{nearest(command, known)} See dibit --help.")
-    from dibit.train.command import train  # late: `dibit --version` needs none of it
+    # late: `dibit --version` needs none of it
+    if command == "train":
+        from dibit.train.command import train
 
-    return train(rest)
+        return train(rest)
+    if command == "reproduce":
+        from dibit.reproduce.command import reproduce
+
+        return reproduce(rest)
+    known = ("train", "reproduce", "--help", "--version")
+    raise UserError(f"There is no command {command!r}.{nearest(command, known)} See dibit --help.")
 
 
 def _say(sentence: str, status: int) -> int:

@@ -1,0 +1,1 @@
+"""`dibit reproduce`: the measurements of EXACT and i-EXACT, repeated."""

@@ -1,0 +1,96 @@
+"""Test accuracy over seeds: models, real graphs, and the papers' own data sets where they can be loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dibit.reproduce.paper import remembered
+from dibit.reproduce.study import Done, Study, Unit
+from dibit.reproduce.training import MODELS, Case, case, training
+from dibit.reproduce.variants import ACCURACY
+from dibit.train.errors import UserError
+from dibit.train.report import paired_difference
+from dibit.train.settings import Settings
+
+PAPERS = ("arxiv-sage", "arxiv-gcn", "arxiv-gcn2", "arxiv-gat", "flickr-sage", "flickr-gcn", "flickr-gcn2")
+ON_EVERY_GRAPH = ("sage", "gcn")  # at the small size the others run on the first graph alone
+
+
+def units(study: Study) -> list[Unit]:
+    """One a graph, model, setting and seed."""
+    seeds = range(study.plan.seeds)
+    return [training(study, each, setting, seed) for each in cases(study) for seed in seeds for setting in ACCURACY]
+
+
+def table(study: Study, done: Done) -> dict[str, Any]:
+    """By graph, model and setting, with the paired difference to FP32."""
+    rows = []
+    for each in cases(study):
+        runs = {
+            setting: {
+                seed: done[name]
+                for seed in range(study.plan.seeds)
+                if (name := f"{each.name} {setting} seed {seed}") in done
+            }
+            for setting in ACCURACY
+        }
+        rows += [_row(each, setting, runs) for setting in ACCURACY if runs[setting]]
+    skipped = [{"graph": graph, "why": why} for graph, why in study.missing.items()]
+    if not study.plan.full:
+        skipped.append({"graph": "ogbn-arxiv, Flickr", "why": "The papers' own data sets are part of --full."})
+    return {"rows": rows, "skipped": skipped, "paper": remembered()}
+
+
+def cases(study: Study) -> list[Case]:
+    """Models on graphs; in full the papers' settings too."""
+    graphs = study.graphs()
+    found = [
+        case(study, graph, model)
+        for graph in graphs
+        for model in MODELS
+        if study.plan.full or graph is graphs[0] or model in ON_EVERY_GRAPH
+    ]
+    return found + (_papers(study) if study.plan.full and not study.plan.datasets else [])
+
+
+def _papers(study: Study) -> list[Case]:
+    """The papers' hyper-parameters on their own data sets, as far as those can be loaded."""
+    from dibit.train.parser import read_yaml
+    from dibit.train.recipes import recipe_files
+
+    files: dict[str, Path] = recipe_files()
+    found = []
+    for name in PAPERS:
+        settings = Settings.from_flat(read_yaml(files[name])).updated(root=study.plan.root)
+        if settings.data.dataset in study.missing:
+            continue
+        try:
+            from dibit.train.data.load import load_graph
+
+            found.append(Case(load_graph(settings.data, 0), settings))
+        except UserError as error:
+            study.missing[settings.data.dataset] = str(error)
+    return found
+
+
+def _row(case: Case, setting: str, runs: dict[str, dict[int, Any]]) -> dict[str, Any]:
+    own, plain = runs[setting], runs["FP32"]
+    first = next(iter(own.values()))
+    paired = [own[seed]["test"] - plain[seed]["test"] for seed in own if seed in plain]
+    model = case.settings.model
+    difference = paired_difference(paired) if setting != "FP32" and paired else None
+    return {
+        "graph": case.graph.name,
+        "model": model.model,
+        "layers": model.layers,
+        "hidden": model.hidden,
+        "epochs": case.settings.optimisation.epochs,
+        "recipe": setting,
+        "seeds": list(own),
+        "test": [run["test"] for run in own.values()],
+        "saved_mb": first["saved_mb"],
+        "peak_mb": first["peak_mb"],
+        "seconds": first["seconds"],
+        "difference": difference,
+    }

@@ -1,0 +1,146 @@
+"""``dibit reproduce``: from the words of the command line to the tables and the page."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dibit.reproduce.progress import Progress
+from dibit.reproduce.store import SECTIONS, Store, write
+from dibit.reproduce.study import Plan, Study
+from dibit.train.errors import Interrupted, UserError, nearest, require
+
+_DESCRIPTION = """\
+Repeat what EXACT and i-EXACT measured, with their numbers beside ours: as tables here, as JSON and as one
+self-contained page, DIR/report.html. Each result is written as soon as it exists; the same command goes on where it
+was stopped, and sections that are run one by one end up in the same page.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message[:1].upper()}{message[1:]}. See dibit reproduce --help.")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of ``dibit reproduce``."""
+    parser = _Parser(prog="dibit reproduce", description=_DESCRIPTION)
+    parser.add_argument("section", metavar="SECTION", help="memory, blocks, variance, distribution, accuracy or all")
+    parser.add_argument("--out", metavar="DIR", help="Folder of the results and of report.html.")
+    parser.add_argument(
+        "--dataset", nargs="+", metavar="NAME", default=[], help="Graphs, as in dibit train: names or .npz files; the "
+        "last one is looked at most closely. Default: cora and amazon-computers (more with --full), or a generated "
+        "graph where they cannot be loaded.",
+    )  # fmt: skip
+    parser.add_argument("--root", metavar="DIR", default="data", help="Folder of data sets (default: data).")
+    parser.add_argument("--full", action="store_true", help="Everything: all graphs and models, five seeds; hours.")
+    parser.add_argument("--seeds", type=int, metavar="K", help="Trainings of each setting (default: 3, full: 5).")
+    parser.add_argument("--epochs", type=int, metavar="N", help="Epochs of each training (default: 50, full: 150).")
+    parser.add_argument("--rounds", type=int, metavar="N", help="Rounds of the timing (default: 4, full: 7).")
+    parser.add_argument("--json", metavar="FILE", help="Write all sections to this file, too.")
+    parser.add_argument("--overwrite", action="store_true", help="Forget the results that DIR holds.")
+    parser.add_argument("--quiet", action="store_true", help="Print the tables and nothing else.")
+    return parser
+
+
+def reproduce(argv: Sequence[str]) -> int:
+    """Run ``dibit reproduce``; returns the exit status."""
+    if any(word in ("-h", "--help") for word in argv):
+        build_parser().print_help()
+        return 0
+    args = build_parser().parse_args(argv)
+    if args.section not in (*SECTIONS, "all"):
+        hint = nearest(args.section, (*SECTIONS, "all"))
+        raise UserError(f"There is no section {args.section!r}, expected {', '.join(SECTIONS)} or all.{hint}")
+    if not args.out:
+        raise UserError("--out is missing; give the folder of the results, such as --out runs/reproduce.")
+    plan = _plan(args)
+    json_path = _writable(args.json)
+    for module in ("matplotlib", "jinja2", "rich"):  # before hours of work, not after them
+        require(module, "study")
+    require("tensorboard")
+    store = Store(Path(args.out), args.overwrite)
+    store.check()
+    with warnings.catch_warnings():
+        # torch says that CSR is in beta whenever one is made.
+        warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
+        study = Study(plan, store, args.quiet)
+        if args.section != "memory":
+            study.graphs()  # a data set that cannot be loaded is said now
+        store.open()
+        try:
+            for section in SECTIONS if args.section == "all" else (args.section,):
+                _run(study, section)
+        except KeyboardInterrupt as stop:
+            command = shlex.join(["dibit", "reproduce", *(word for word in argv if word != "--overwrite")])
+            raise Interrupted(f"interrupted; what was measured is kept, go on with: {command}") from stop
+    if json_path is not None:
+        write(json_path, store.sections())
+    return 0
+
+
+def _run(study: Study, section: str) -> None:
+    """Measure one section, and write it after every measurement."""
+    from dibit.reproduce.report import render
+    from dibit.reproduce.tables import print_section
+
+    experiment = importlib.import_module(f"dibit.reproduce.{section}")
+    units = experiment.units(study)
+    done: dict[str, Any] = {}
+    total = 0.0
+    with Progress(section, len(units), study.quiet) as progress:
+        for unit in units:
+            progress.begin(unit.name)
+            done[unit.name], seconds, computed = study.store.unit(unit.key, partial(unit.compute, progress.note))
+            total += seconds
+            progress.end(seconds, computed)
+            if computed:
+                study.store.section(section, _content(study, section, experiment.table(study, done), total, False))
+    content = _content(study, section, experiment.table(study, done), total, True)
+    study.store.section(section, content)
+    print_section(content)
+    page = render(study.store.path)
+    if not study.quiet:
+        print(f"{section} is in {shlex.quote(str(page))}", file=sys.stderr, flush=True)
+
+
+def _content(study: Study, section: str, results: dict[str, Any], seconds: float, finished: bool) -> dict[str, Any]:
+    from dibit.train.report import describe_machine, versions
+
+    return {
+        "section": section,
+        "settings": asdict(study.plan),
+        "finished": finished,
+        "seconds": seconds,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": describe_machine(),
+        "versions": versions(),
+        "results": results,
+    }
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    defaults = {"seeds": 5, "epochs": 150, "rounds": 7, "draws": 8} if args.full else {}
+    given = {name: getattr(args, name) for name in ("seeds", "epochs", "rounds") if getattr(args, name) is not None}
+    for name, value in given.items():
+        if value < 1:
+            raise UserError(f"--{name} is {value}, expected a whole number of at least 1.")
+    return Plan(full=args.full, datasets=tuple(args.dataset), root=args.root, **{**defaults, **given})
+
+
+def _writable(json: str | None) -> Path | None:
+    if json is None:
+        return None
+    path = Path(json)
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"--json {path} cannot be written; expected a file in a folder that exists.")
+    return path

@@ -1,0 +1,67 @@
+"""A GraphSAGE in training, stopped at several epochs to look at what is quantised, or how good its gradient is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+import dibit
+from dibit.config import Config
+from dibit.reproduce.training import Case
+from dibit.study import Activation, Estimate, capture, gradient_error
+from dibit.train.task import Task, adam
+
+
+class Stage:
+    """A training at one epoch.
+
+    Attributes:
+        epoch: steps taken so far.
+    """
+
+    def __init__(self, task: Task, model: nn.Module, split: Any, epoch: int) -> None:
+        self.task, self.split, self.epoch = task, split, epoch
+        self._model = model
+
+    def activations(self, config: Config) -> list[Activation]:
+        """What would be quantised with this config; the training is not disturbed.
+
+        Those without a distribution are left out: no spread in any block, or fewer than 3 elements a block.
+        """
+        trial = self._trial()
+        with torch.random.fork_rng():
+            found = capture(trial, lambda: trial(self.task.x, self.task.adjacency), config=config)
+        return [a for a in found if a.count >= 3 and a.varied().any()]
+
+    def gradient_error(self, config: Config, draws: int) -> Estimate:
+        """Of the whole gradient against the plain one."""
+        from dibit.train import metrics
+
+        trial, train = self._trial(), self.split.train
+
+        def step() -> None:
+            metrics.loss(trial(self.task.x, self.task.adjacency)[train], self.task.y[train]).backward()
+
+        return gradient_error(trial, step, config, draws)
+
+    def _trial(self) -> nn.Module:
+        return dibit.decompress(copy.deepcopy(self._model)).train()
+
+
+def stages(case: Case, epochs: tuple[int, ...], config: Config | None, note: Callable[[str], None]) -> Iterator[Stage]:
+    """Train with `config` (`None`: plainly) and stop at each of the epochs, 0 being before the first step."""
+    task = Task.build(case.settings, case.graph)
+    model, split = task.model(0).train(), task.split(0)
+    dibit.compress(model, config)
+    optimizer = adam(model, case.settings.optimisation)
+    y_train = task.y[split.train]
+    for epoch in range(max(epochs) + 1):
+        if epoch in epochs:
+            note(f"epoch {epoch}")
+            yield Stage(task, model, split, epoch)
+        if epoch < max(epochs):
+            task.step(model, optimizer, split.train, y_train)

@@ -1,0 +1,104 @@
+"""The folder of a reproduction: each result is written as soon as it exists, and is not computed twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dibit.train.checkpoint import write_atomically
+from dibit.train.errors import UserError
+
+MARKER = "reproduce.json"
+SECTIONS = ("memory", "blocks", "variance", "distribution", "accuracy")
+
+
+class Store:
+    """Results below one folder: `units/` holds single measurements by what they measured, `SECTION.json` the tables.
+
+    Args:
+        path: of the folder.
+        overwrite: forget what it holds.
+    """
+
+    def __init__(self, path: Path, overwrite: bool = False) -> None:
+        self.path, self.overwrite = path, overwrite
+
+    def check(self) -> None:
+        """Raise `UserError` if the folder holds something that is not ours."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--out {self.path} is a file, expected a folder.")
+        content = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
+        if content and MARKER not in content:
+            raise UserError(
+                f"The folder {self.path} holds something else ({content[0]}), expected a new folder or one that dibit "
+                "reproduce made; give another --out, or empty it."
+            )
+
+    def open(self) -> None:
+        """Create the folder, or empty it of our own files where it is to be overwritten."""
+        try:
+            if self.overwrite and self.path.is_dir():
+                for name in ("units", "runs", "figures"):
+                    shutil.rmtree(self.path / name, ignore_errors=True)
+                for name in (*(f"{section}.json" for section in SECTIONS), "report.html"):
+                    (self.path / name).unlink(missing_ok=True)
+            (self.path / "units").mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / MARKER, b'{"made by": "dibit reproduce"}\n')
+        except OSError as error:
+            raise UserError(f"The folder --out {self.path} cannot be written: {error.strerror}.") from error
+
+    def unit(self, key: dict[str, Any], compute: Callable[[], Any]) -> tuple[Any, float, bool]:
+        """One measurement: read if it is there, else computed and written.
+
+        Args:
+            key: everything that it depends on, as plain values.
+            compute: gives a value that JSON can hold.
+
+        Returns:
+            The value, the seconds it took when it was computed, and whether it was computed now.
+        """
+        path = self.path / "units" / f"{self.name(key)}.json"
+        if path.is_file():
+            held = read(path)
+            if held.get("key") == key:
+                return held["value"], held["seconds"], False
+        start = time.perf_counter()
+        value = compute()
+        seconds = time.perf_counter() - start
+        write(path, {"key": key, "value": value, "seconds": seconds})
+        return json.loads(json.dumps(value)), seconds, True  # as a reader of the file would get it
+
+    @staticmethod
+    def name(key: dict[str, Any]) -> str:
+        """A short name for a measurement, the same in every run."""
+        digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8).hexdigest()
+        return f"{key['what']}-{digest}"
+
+    def section(self, name: str, content: dict[str, Any]) -> None:
+        """Write a section's table."""
+        write(self.path / f"{name}.json", content)
+
+    def sections(self) -> dict[str, Any]:
+        """All sections that are there."""
+        paths = ((name, self.path / f"{name}.json") for name in SECTIONS)
+        return {name: read(path) for name, path in paths if path.is_file()}
+
+
+def read(path: Path) -> Any:
+    """The content of a JSON file of ours."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"The result {path} cannot be read ({error}); remove it, or start anew (--overwrite)."
+        ) from error
+
+
+def write(path: Path, content: Any) -> None:
+    """Write JSON, whole or not at all."""
+    write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())

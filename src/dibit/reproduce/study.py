@@ -1,0 +1,131 @@
+"""What all sections of one reproduction share: its size, its graphs, the folder, a measurement."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from importlib.metadata import version
+from typing import Any
+
+from dibit.config import Config
+from dibit.reproduce.store import Store
+from dibit.train.data import Graph
+from dibit.train.errors import UserError
+from dibit.train.settings import DataSettings
+
+WIDE = 500  # features; wider ones are reduced by truncated SVD
+RANK = 100
+SMALL = ("cora", "amazon-computers")
+FULL = ("cora", "citeseer", "pubmed", "coauthor-cs", "facebookpagepage", "amazon-computers")
+GENERATED = "planted"  # where no real graph can be had
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured.
+
+    Attributes:
+        full: the papers' own sizes instead of half an hour.
+        datasets: names or paths; empty: those of the size, and a generated graph where none can be loaded.
+        root: folder of data sets.
+        seeds: trainings of each setting.
+        epochs: of each training on the graphs of `datasets`.
+        rounds: of the interleaved timing, after one to warm up.
+        draws: of the codec, for gradient errors and Monte Carlo.
+    """
+
+    full: bool = False
+    datasets: tuple[str, ...] = ()
+    root: str = "data"
+    seeds: int = 3
+    epochs: int = 50
+    rounds: int = 4
+    draws: int = 4
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Epochs at which a training is looked at."""
+        return tuple(sorted({0, min(10, self.epochs), self.epochs}))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One measurement that is kept: `compute(note)` gives a value for JSON, `note` takes a word on how far it is.
+
+    Attributes:
+        name: unique in its section; shown while it runs.
+        key: everything that the value depends on.
+    """
+
+    name: str
+    key: dict[str, Any]
+    compute: Callable[[Callable[[str], None]], Any]
+
+
+Done = Mapping[str, Any]  # values by the units' names, as far as they are there
+
+
+@dataclass
+class Study:
+    """One reproduction.
+
+    Attributes:
+        plan: how much.
+        store: where to.
+        quiet: say nothing of data sets that could not be loaded.
+        missing: data set -> why it could not be loaded.
+    """
+
+    plan: Plan
+    store: Store
+    quiet: bool = False
+    missing: dict[str, str] = field(default_factory=dict)
+    _loaded: dict[str, Graph] = field(default_factory=dict)
+
+    def graphs(self) -> list[Graph]:
+        """The graphs of the plan, the main one last; prepared for training, loaded once.
+
+        Raises:
+            UserError: a data set that was asked for by name cannot be loaded.
+        """
+        if self.plan.datasets:
+            return [self.load(dataset) for dataset in self.plan.datasets]
+        names = FULL if self.plan.full else SMALL
+        found = [graph for graph in map(self.try_load, names) if graph is not None]
+        return found or [self.load(GENERATED)]
+
+    def try_load(self, dataset: str) -> Graph | None:
+        """A graph, or `None` with the reason in `missing`."""
+        if dataset in self.missing:
+            return None
+        try:
+            return self.load(dataset)
+        except UserError as error:
+            self.missing[dataset] = str(error)
+            if not self.quiet:
+                print(f"{dataset} is left out. {error}", file=sys.stderr, flush=True)
+            return None
+
+    def load(self, dataset: str) -> Graph:
+        """One graph: standardised, features wider than 500 reduced to 100 singular directions."""
+        if dataset not in self._loaded:
+            from dibit.train.data.graph import prepare
+            from dibit.train.data.load import load_raw
+
+            settings = DataSettings(dataset=dataset, root=self.plan.root, standardize=True)
+            raw = load_raw(settings, 0)
+            settings = DataSettings(**{**asdict(settings), "svd": RANK if raw.x.shape[1] > WIDE else None})
+            self._loaded[dataset] = prepare(raw, settings, 0)
+        return self._loaded[dataset]
+
+
+def key(what: str, config: Config | None = None, **depends: Any) -> dict[str, Any]:
+    """The key of a measurement: with the version of Dibit, and a config in full."""
+    return {"what": what, "dibit": _version(), "config": repr(config), **depends}
+
+
+@lru_cache(maxsize=1)
+def _version() -> str:
+    return version("dibit")
