@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dibit.codec import reference
-from dibit.codec.rng import C1, C2, C3, UNIT
+from dibit.codec.rng import C1, C2, C3, M1, M2, UNIT
 
 
 class _Kernel:
@@ -33,6 +33,7 @@ _inline = nb.njit(inline="always", error_model="numpy")
 
 u32, u64, i32, f32 = np.uint32, np.uint64, np.int32, np.float32
 _C1, _C2, _C3, _UNIT = u32(C1), u32(C2), u32(C3), f32(UNIT)
+_MASK64 = 2**64 - 1
 _MAGNITUDE, _INF = i32(0x7FFFFFFF), i32(0x7F800000)
 CHUNK = 1 << 14  # elements that one task takes at the least
 SMALL = 1 << 16  # below this many elements one thread does it all
@@ -209,8 +210,12 @@ def _finite(xbits):  # type: ignore[no-untyped-def]
 
 
 def _keys(seed: Tensor) -> tuple[np.uint32, np.uint32]:
-    value = int(seed)
-    return u32(value & 0xFFFFFFFF), u32((value >> 32) & 0xFFFFFFFF)
+    """`rng.keys` in Python's integers."""
+    z = int(seed) & _MASK64
+    z = ((z ^ (z >> 30)) * M1) & _MASK64
+    z = ((z ^ (z >> 27)) * M2) & _MASK64
+    z ^= z >> 31
+    return u32(z & 0xFFFFFFFF), u32(z >> 32)
 
 
 def _ranges32(ranges: Tensor) -> np.ndarray:

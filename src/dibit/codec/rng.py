@@ -1,7 +1,8 @@
 """Counter-based random numbers: the number for element i is a hash of (seed, i), the same on every backend.
 
-Three multiply-xorshift rounds on 32 bits, with half of the 64-bit key entering before each of the first two rounds.
+Three multiply-xorshift rounds on 32 bits, with half of a 64-bit key entering before each of the first two rounds.
 The key enters between non-linear steps: `hash(counter ^ key)` alone would give every key the same multiset of numbers.
+It is the seed after a 64-bit mixer: with the seed itself, the streams of neighbouring seeds are one, shifted.
 Nothing has to be stored, results do not depend on threads, and backends can be compared code for code.
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 MASK32 = 0xFFFFFFFF
 C1, C2, C3 = 0x7FEB352D, 0x846CA68B, 0x9E3779B1  # odd; C1 and C2 from a search for low avalanche bias
+M1, M2 = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64  # of SplitMix64, as signed 64-bit numbers
 UNIT = 2.0**-24  # 24 random bits fill a float32's mantissa: every multiple of 2^-24 in [0, 1) is exact
 
 
@@ -28,6 +30,15 @@ def seed_tensor(seed: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.tensor(seed, dtype=torch.int64, device=device)
 
 
+def keys(seed: Tensor) -> tuple[Tensor, Tensor]:
+    """The two halves of the key of a seed, int64 0-d in [0, 2^32): SplitMix64's finaliser, a bijection."""
+    z = seed
+    for shift, factor in ((30, M1), (27, M2)):
+        z = (z ^ ((z >> shift) & (2 ** (64 - shift) - 1))) * factor  # torch shifts signed numbers: clear what comes in
+    z = z ^ ((z >> 31) & (2**33 - 1))
+    return z & MASK32, (z >> 32) & MASK32
+
+
 def hash32(counter: Tensor, seed: Tensor) -> Tensor:
     """32 random bits for each counter.
 
@@ -38,7 +49,7 @@ def hash32(counter: Tensor, seed: Tensor) -> Tensor:
     Returns:
         int64 of the shape of `counter`, values in [0, 2^32).
     """
-    key0, key1 = seed & MASK32, (seed >> 32) & MASK32
+    key0, key1 = keys(seed)
     # torch has no unsigned 32-bit arithmetic: products wrap in 64 bits, whose low half is what 32 bits would give.
     x = ((counter & MASK32) + key0) & MASK32
     x = ((x ^ (x >> 16)) * C1) & MASK32
