@@ -53,6 +53,6 @@ def test_a_uniform_density_and_a_lump_are_not() -> None:
     flat[::2] = 0.71
     lump = look_at(_activation(flat), "EXACT", 0)
     assert lump["atom"] > 0.4
-    assert any("% of the elements of layer lie in one bin" in sentence for sentence in verdicts([lump]))
+    assert any("% of the elements lie in one bin" in sentence for sentence in verdicts([lump]))
     assert "on 0 of 1 activations" in verdicts([lump])[0]
     assert "times farther" in verdicts([row])[0]

@@ -35,7 +35,7 @@ FLICKR = Shape("flickr", 89_250, 899_756, 500, 256, 7, 2, 0.3, 44_625)
 SHAPES = (ARXIV, FLICKR)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def random_graph(shape: Shape) -> tuple[Any, Any]:
     """Features (N, F) and a sparse CSR adjacency (N, N) of this shape."""
     import torch
