@@ -91,8 +91,8 @@ def measure(shape: Shape, config: Config | None) -> dict[str, Any]:
     """Saved MB of one forward pass by the ledger and by the C allocator (`None` where it does not tell), by kind."""
     from dibit.bench.memory import allocated_bytes
 
-    tiny = replace(shape, nodes=64, edges=256)
-    dibit.compress(sage(tiny), config)(*random_graph(tiny))  # what is allocated once in a process is no activation
+    small = replace(shape, nodes=8192, edges=8192)  # large enough for the kernels' parallel variants
+    dibit.compress(sage(small), config)(*random_graph(small))  # what is allocated once in a process is no activation
     x, adjacency = random_graph(shape)
     model = sage(shape)
     dibit.compress(model, config)

@@ -56,7 +56,7 @@ def _table(graph: dict[str, Any], epoch: int, folded: bool) -> Table:
         Column("operation", numeric=False),
         *(Column(f"to {name}") for name in ("uniform", *models)),
         Column("holds", numeric=False),
-        Column("largest atom"),
+        Column("largest lump"),
         Column("share a range"),
         Column("width"),
         Column("elements"),
@@ -67,7 +67,7 @@ def _table(graph: dict[str, Any], epoch: int, folded: bool) -> Table:
         f"distribution-{slug(graph['name'], graph['model'], epoch)}",
         f"Jensen-Shannon divergence (base 2: 0 is equal, 1 is apart) of real activations to each model, {name}. The "
         "nearest is bold. Holds: the clipped normal of the elements that share a range is nearer than the uniform "
-        "density. Largest atom: the share of elements in the fullest bin that is not at an end.",
+        "density. Largest lump: what a single bin holds beyond what that clipped normal puts there.",
         columns,
         groups,
         fold=f"Earlier: epoch {epoch}, {graph['name']}, {graph['model']}" if folded else "",
