@@ -233,9 +233,8 @@ class TestAutograd:
     def test_double_backward_is_a_clear_error(self) -> None:
         net, x = make()
         dibit.compress(net)
-        grads = torch.autograd.grad(net(x).square().sum(), list(net.parameters()), create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            sum(g.square().sum() for g in grads).backward()
+        with pytest.raises(RuntimeError, match="no second derivatives, but create_graph=True asks for them"):
+            torch.autograd.grad(net(x).square().sum(), list(net.parameters()), create_graph=True)
 
     @pytest.mark.parametrize("what", ["features", "weight"])
     def test_a_change_in_place_is_noticed(self, what: str) -> None:

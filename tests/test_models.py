@@ -150,14 +150,14 @@ def test_aggregation_keeps_the_graph_and_is_exact(form: str, aggr: str) -> None:
     assert saved.total <= saved.plain
 
 
-def test_two_layers_share_one_index() -> None:
+def test_indices_and_weights_cost_nothing_beside_the_callers_graph() -> None:
     model, x, adj = build("gcn edge_index")
     dibit.compress(model)
     with dibit.track(model) as saved:
         model(x, adj)
-    kept = [row for row in saved.rows if row.operation in ("index_select", "scatter_add_", "mul") and row.kept]
-    edges = adj.shape[1] + N - int((adj[0] == adj[1]).sum())
-    assert sum(row.kept for row in kept) == 3 * 4 * edges, "row, column and weight of each edge, 4 bytes each, once"
+    kept = [row for row in saved.rows if row.operation in ("index_select", "scatter_add_", "mul")]
+    assert all(row.how == "computed again" or row.kept <= 2048 for row in kept)  # smaller ones are not worth it
+    assert sum(row.kept for row in kept) <= 3 * 2048
 
 
 def test_training_follows_the_plain_curve() -> None:

@@ -22,7 +22,7 @@ class Bias:
 
     @property
     def unbiased(self) -> bool:
-        return self.exact or self.z < 5
+        return self.exact or (self.relative > 0 and self.z < 5)
 
 
 def bias_of(draw: Callable[[int], Tensor], truth: Tensor, draws: int) -> Bias:

@@ -206,9 +206,22 @@ def state_of(model: nn.Module) -> State | None:
 
 
 def _attach(model: nn.Module, state: State, settings: Mapping[str, Config | None]) -> None:
+    shared = _defaults(model)
     for name, module in model.named_modules():
+        if id(module) in shared:
+            continue
         module.register_forward_pre_hook(Enter(state, name, settings[name]), prepend=True, with_kwargs=True)
         module.register_forward_hook(Exit(state, name), always_call=True)
+
+
+def _defaults(model: nn.Module) -> set[int]:
+    """Modules that are a default argument (`act=ReLU()`): shared by all instances of that layer, everywhere."""
+    found: set[int] = set()
+    for kind in {type(module) for module in model.modules()}:
+        given = (*(getattr(kind.__init__, "__defaults__", None) or ()),)
+        named = getattr(kind.__init__, "__kwdefaults__", None) or {}
+        found |= {id(value) for value in (*given, *named.values()) if isinstance(value, nn.Module)}
+    return found
 
 
 def _config(setting: Setting) -> Config | None:

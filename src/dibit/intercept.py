@@ -11,7 +11,6 @@ import hashlib
 import sys
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -20,54 +19,16 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from dibit.codec import encode, mix, ops, reference, seed_tensor
+from dibit.codec import encode, encoded_bytes, mix, seed_tensor
 from dibit.config import Config
 from dibit.graph import Graph
 from dibit.ledger import Ledger, Row, storage_key, storages
-from dibit.residual import Compressed, Reference, Residual
+from dibit.lossless import Exact, Kept, Narrowed, Recomputed, narrow
+from dibit.replay import PURE, Tape, nbytes
+from dibit.residual import Compressed, Gathered, Lossless, Reference, Residual
 from dibit.state import Rule, State
 
-_INT32 = torch.iinfo(torch.int32)
 _DEEPEST = 6  # nested containers that are searched for the caller's tensors
-
-
-@dataclass
-class Exact:
-    """A tensor kept as it is by a hook. Hooks switch autograd's version check off, so the check is made here."""
-
-    x: Tensor
-    version: int
-
-    def restore(self) -> Tensor:
-        if self.x._version != self.version:
-            raise RuntimeError(
-                f"a tensor of shape {tuple(self.x.shape)} that the backward pass needs was changed in place after the "
-                f"forward pass (version {self.x._version}, expected {self.version}); use the out-of-place operation."
-            )
-        return self.x
-
-    def on(self, x: Tensor) -> Exact:
-        return Exact(x, x._version)
-
-
-@dataclass
-class Narrowed:
-    """A tensor kept in fewer bytes without loss: bools as bits, int64 as int32, expanded dimensions as one."""
-
-    x: Tensor
-    dtype: torch.dtype
-    base: torch.Size
-    shape: torch.Size
-
-    def restore(self) -> Tensor:
-        if self.dtype == torch.bool:
-            flat = reference.unpack(self.x.view(1, -1), self.base.numel(), 1).view(self.base).bool()
-            return flat.expand(self.shape)
-        return self.x.to(self.dtype).view(self.base).expand(self.shape)
-
-    def on(self, x: Tensor) -> Narrowed:
-        """The same on a tensor that comes back from autograd."""
-        return Narrowed(x, self.dtype, self.base, self.shape)
 
 
 class Step:
@@ -98,6 +59,7 @@ class Step:
         self._derived: dict[Any, Residual] = {}  # tensors that can be had again from what others hold
         self._aggregates: dict[Any, tuple[Graph, weakref.ref[Tensor], int]] = {}
         self._content: dict[Any, list[Exact | Narrowed]] = {}
+        self.tape = Tape(self.key, self.free)
         for x in tensors_in(inputs):
             if not x.requires_grad or x.is_leaf:
                 self._hold(x)
@@ -126,6 +88,7 @@ class Step:
             table.clear()
         for kept in (self._alive, self._held, self.deferred):
             kept.clear()
+        self.tape.clear()
 
     # -- sharing and holding ----------------------------------------------------------------------------------------
 
@@ -147,6 +110,10 @@ class Step:
     def held(self, x: Tensor) -> bool:
         """Whether someone else keeps the memory of x through the backward pass: inputs, parameters, buffers."""
         return all(storage_key(part) in self._held for part in storages(x))
+
+    def free(self, x: Tensor) -> bool:
+        """Whether keeping x costs nothing more: somebody else holds it, or it is kept exactly already."""
+        return self.held(x) or ("lossless", self.key(x)) in self._shared
 
     def key(self, x: Tensor) -> tuple[Any, ...]:
         """Identity of a tensor's content: live storage, version, geometry. Never its address."""
@@ -172,6 +139,8 @@ class Step:
                 return self.note(Reference(x, x.shape))
             if self._derived and (derived := self._derived.get(self.key(x))) is not None:
                 return self.note(derived)
+            if (again := self._again(x, encoded_bytes(x.shape, config))) is not None:
+                return self.note(again)
         if not leaf:
             return self.note(self._encode(x, config, "path"))
         key = (self.key(x), config)
@@ -179,6 +148,38 @@ class Step:
         if found is None:
             found = self._shared[key] = self._encode(x, config, "leaf")
         return self.note(found)
+
+    def cheap(self, x: Tensor, config: Config) -> bool:
+        """Whether x can be kept exactly for less than its codes would take."""
+        return self.free(x) or self.tape.cut(x, encoded_bytes(x.shape, config)) is not None
+
+    def exact(self, x: Tensor) -> Residual:
+        """A residual that loses nothing."""
+        if self.held(x):
+            return self.note(Reference(x, x.shape))
+        kept = self.exactly(x)
+        return self.note(kept if isinstance(kept, Recomputed) else Lossless(kept))
+
+    def gathered(self, x: Tensor, config: Config) -> Residual:
+        """A path residual: of the smaller tensor that x was gathered, viewed or expanded from, if there is one."""
+        found = self.tape.gathered(x)
+        if found is None:
+            return self.keep(x, leaf=False, config=config)
+        source, leaves = found
+        tensor = source.tensor()
+        assert tensor is not None
+        row, self.row = self.row, None  # the ledger gets one entry, of the whole
+        kept = self.keep(tensor, leaf=False, config=config)
+        self.row = row
+        program = self.tape.program(x, [source, *leaves])
+        return self.note(Gathered(kept, tuple(self._leaf(leaf.tensor()) for leaf in leaves), program, self.tape.shared))
+
+    def _again(self, x: Tensor, limit: float) -> Recomputed | None:
+        leaves = self.tape.cut(x, limit)
+        if leaves is None:
+            return None
+        program = self.tape.program(x, leaves)
+        return Recomputed(tuple(self._leaf(node.tensor()) for node in leaves), program, self.tape.shared)
 
     def _encode(self, x: Tensor, config: Config, purpose: str) -> Compressed:
         salt = (self.state.salt,) if self.state.salt else ()
@@ -249,31 +250,51 @@ class Step:
 
     # -- hooks ------------------------------------------------------------------------------------------------------
 
-    def pack(self, x: Tensor) -> Exact | Narrowed:
+    def pack(self, x: Tensor) -> Kept:
         if self.inside:  # a rule's own tensors: entered in the ledger where they were made
             return Exact(x, x._version)
-        config = self.config
         free = self.held(x)
-        kept: Exact | Narrowed
-        kept = Exact(x, x._version) if free or config is None or x.layout != torch.strided else self._lossless(x)
+        self.tape.saved(x)
+        kept: Kept
+        kept = Exact(x, x._version) if free or self.config is None or x.layout != torch.strided else self.exactly(x)
         if self.ledger is not None and not free:
-            how = "lossless" if isinstance(kept, Narrowed) else "exact"
-            row = Row(self.module, function_name(self.function), how, tuple(x.shape))
+            row = Row(self.module, function_name(self.function), kept.how, tuple(x.shape))
             self.ledger.add(row)
             self.ledger.plain_tensor(row, x)
-            self.ledger.kept_tensor(row, kept.x)
+            self.enter(row, kept)
         return kept
 
     @staticmethod
-    def unpack(kept: Exact | Narrowed) -> Tensor:
+    def unpack(kept: Kept) -> Tensor:
         return kept.restore()
+
+    def exactly(self, x: Tensor) -> Kept:
+        """x in the fewest bytes that lose nothing: from what is kept anyway, narrowed, once for equal content."""
+        if ("lossless", self.key(x)) not in self._shared:
+            own = nbytes(x) * (0.5 if x.dtype == torch.int64 else 1)
+            again = self._again(x, own)
+            if again is not None:
+                return again
+        return self._lossless(x)
+
+    def _leaf(self, x: Tensor | None) -> Exact | Narrowed:
+        assert x is not None
+        x = x.detach()  # what is kept must not hold the graph that it belongs to
+        return Exact(x, x._version) if self.held(x) else self._lossless(x)
+
+    def enter(self, row: Row, kept: Kept) -> None:
+        """Enter in the ledger what a form takes."""
+        assert self.ledger is not None
+        for form in kept.leaves if isinstance(kept, Recomputed) else (kept,):
+            if not self.held(form.x):
+                self.ledger.kept_tensor(row, form.x)
 
     def _lossless(self, x: Tensor) -> Exact | Narrowed:
         if x.is_floating_point() and x.numel() != max(x.shape, default=0):
             return Exact(x, x._version)  # an activation: its content is its own
         key = ("lossless", self.key(x))
         if key not in self._shared:
-            self._shared[key] = self._once(_narrow(x))
+            self._shared[key] = self._once(narrow(x))
         return self._shared[key]
 
     def _once(self, kept: Exact | Narrowed) -> Exact | Narrowed:
@@ -287,16 +308,11 @@ class Step:
         return kept
 
 
-def _narrow(x: Tensor) -> Exact | Narrowed:
-    strides = zip(x.shape, x.stride(), strict=True)
-    base = x[tuple(slice(0, 1) if stride == 0 and size > 1 else slice(None) for size, stride in strides)]
-    if x.dtype == torch.bool and base.numel() >= 16:
-        return Narrowed(ops.pack_mask(base.to(torch.float32)), x.dtype, base.shape, x.shape)
-    if x.dtype == torch.int64 and base.numel() >= 4:
-        low, high = base.aminmax()
-        if low >= _INT32.min and high <= _INT32.max:
-            return Narrowed(base.to(torch.int32).reshape(-1), x.dtype, base.shape, x.shape)
-    return Exact(x, x._version)
+_GRADIENTS = {torch.autograd.grad, Tensor.backward}
+_INNER_GRADIENT = (
+    "{} asks for a gradient inside its forward pass, where compressed activations would change the result; leave that "
+    "module exact: dibit.compress(model, {{{!r}: None, '*': 'default'}})."
+)
 
 
 class Intercept(TorchFunctionMode):
@@ -312,17 +328,31 @@ class Intercept(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         step = self.step
+        if func in _GRADIENTS and step.config is not None and self.running():
+            raise RuntimeError(_INNER_GRADIENT.format(step.module or type(step.state.root).__name__, step.module))
         rule = self.rules.get(func)
-        if rule is not None and not self.running():
+        if (rule is not None or func in PURE) and not self.running():
             return func(*args, **kwargs)
         if rule is not None and step.config is not None and torch.is_grad_enabled() and self._outermost():
             step.function = func
+            call = step.tape.before(func, args, kwargs) if func in PURE else None
             result = run_rule(step, func, rule, args, kwargs)
             if result is not NotImplemented:
                 step.seen += 1
+                step.tape.after(call, result)
                 return result
-        step.function = func
-        return func(*args, **kwargs)
+        if func.__name__ != "__get__":  # a property is no operation
+            step.function = func
+        if func not in PURE or step.config is None:
+            return func(*args, **kwargs)
+        tape = step.tape
+        call = tape.running = tape.before(func, args, kwargs)
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            tape.running = None
+        tape.after(call, result)
+        return result
 
     def running(self) -> bool:
         """Whether the forward pass that set this mode is still on the stack: Ctrl-C ends one without any hook."""

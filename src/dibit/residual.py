@@ -8,7 +8,7 @@ the rest of it, its description, is an attribute of the context.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from dibit.codec import Packed, decode, ops
 from dibit.graph import Graph
+from dibit.lossless import Exact, Narrowed, bind
+from dibit.replay import Program, Shared
 
 
 class Residual(Protocol):
@@ -148,6 +150,60 @@ class Reseeded:
     def value(self) -> Tensor:
         assert self.source is not None
         return ops.dropout(self.source, self.seed, self.p)
+
+    def outer(self, dy: Tensor) -> Tensor:
+        value = self.value()
+        return dy.T @ value.reshape(-1, value.shape[-1]).to(dy.dtype)
+
+
+@dataclass(frozen=True)
+class Lossless:
+    """Exact, in the fewest bytes of its own."""
+
+    form: Exact | Narrowed
+
+    @property
+    def how(self) -> str:
+        return self.form.how
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.form.x,)
+
+    def bind(self, tensors: Sequence[Tensor]) -> Lossless:
+        return Lossless(*bind((self.form,), tensors))
+
+    def value(self) -> Tensor:
+        return self.form.restore()
+
+    def outer(self, dy: Tensor) -> Tensor:
+        value = self.value()
+        return dy.T @ value.reshape(-1, value.shape[-1]).to(dy.dtype)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """`x[index]`, a view or an expansion of a smaller tensor, by what is kept of that: linear, so unbiased."""
+
+    source: Residual
+    leaves: tuple[Exact | Narrowed, ...]
+    program: Program
+    shared: Shared
+
+    @property
+    def how(self) -> str:
+        return f"gathered from {self.source.how}"
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.source.tensors, *(leaf.x for leaf in self.leaves))
+
+    def bind(self, tensors: Sequence[Tensor]) -> Gathered:
+        count = len(self.source.tensors) if tensors else 0
+        return replace(self, source=self.source.bind(tensors[:count]), leaves=bind(self.leaves, tensors[count:]))
+
+    def value(self) -> Tensor:
+        return self.program.run([self.source.value(), *(leaf.restore() for leaf in self.leaves)], self.shared)
 
     def outer(self, dy: Tensor) -> Tensor:
         value = self.value()

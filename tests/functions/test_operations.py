@@ -121,6 +121,42 @@ LOSSY = {
         lambda x: F.binary_cross_entropy_with_logits(x, (x > 0).float(), weight=WEIGHT.abs().repeat(4, 1))
     ),
 }
+
+
+def aliases(operation: str, owners: str, *more: object, binary: bool = False) -> dict[str, Callable[[], Net]]:
+    """An operation by each of its names, on something positive that autograd does not keep anyway."""
+
+    def make(function: Callable[..., Tensor]) -> Callable[[], Net]:
+        if binary:
+            return functional(lambda x: function(x, x.flip(0).sigmoid() + 0.5))
+        return functional(lambda x: function(x.sigmoid() + 0.5, *more))
+
+    found = {"torch": torch, "Tensor": Tensor, "F": F}
+    return {f"{owner}.{operation}": make(getattr(found[owner], operation)) for owner in owners.split()}
+
+
+LOSSY |= {
+    **aliases("mul", "torch Tensor", binary=True),
+    **aliases("div", "torch Tensor", binary=True),
+    **aliases("true_divide", "torch Tensor", binary=True),
+    **{
+        name: case
+        for operation in ("exp", "sqrt", "rsqrt", "reciprocal", "log", "square", "abs", "sin", "cos")
+        for name, case in aliases(operation, "torch Tensor").items()
+    },
+    **aliases("pow", "torch Tensor", 1.7),
+    **aliases("__pow__", "Tensor", 3),
+    **aliases("softplus", "F", 2.0),
+    "square of one tensor": functional(lambda x: x * x),
+    "product with a parameter": with_weight(lambda x, w: x * w[0]),
+    "product broadcast": functional(lambda x: x * x.sum(1, keepdim=True)),
+    "product of gathers": functional(
+        lambda x: (x[TARGET * 3 + 1] * x.index_select(0, (TARGET * 2).flip(0)))[:, None].expand(N, 2, D).sum(1)
+    ),
+    "torch.bmm": functional(lambda x: torch.bmm(x.view(4, 16, D), x.view(4, 16, D).mT).reshape(N, 16)),
+    "Tensor.bmm": functional(lambda x: x.view(4, 16, D).bmm(x.flip(0).view(4, D, 16)).reshape(N, 16)),
+    "matmul of two activations": functional(lambda x: (x.view(4, 16, D) @ x.view(4, 16, D).mT).reshape(N, 16)),
+}
 ALL = EXACT | LOSSY
 SETTINGS: dict[str, Config | str] = {
     "stochastic": Config(bits=2, block=32, inputs="compress"),

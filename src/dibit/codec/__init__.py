@@ -11,7 +11,7 @@ from dibit.codec.reduce import projection, sampled_rows
 from dibit.codec.rng import UNIT, mix, seed_tensor, uniform_range
 from dibit.config import Config, Project, Sample
 
-__all__ = ["Packed", "decode", "encode", "mix", "reduced", "seed_tensor"]
+__all__ = ["Packed", "decode", "encode", "encoded_bytes", "mix", "reduced", "seed_tensor"]
 
 _BLOW_UP = 1.5  # above this, ranges rounded to bfloat16 are so much wider than the true ones that float32 pays
 
@@ -177,6 +177,13 @@ def decode(packed: Packed) -> Tensor:
             full += packed.poison.to(full.dtype)
         reduced = full.index_copy_(0, index, reduced * weight[:, None])
     return reduced.view(packed.shape)
+
+
+def encoded_bytes(shape: torch.Size, config: Config) -> int:
+    """Bytes of the codes and ranges that `encode` makes of a tensor of this shape."""
+    rows, width = _reduced_shape(shape[:-1].numel(), shape[-1] if shape else 1, config)
+    block = config.elements(rows, width)
+    return -(-rows * width * config.bits // 8) + 2 * config.stats.itemsize * -(-rows * width // block)
 
 
 def _reduced_shape(rows: int, width: int, config: Config) -> tuple[int, int]:

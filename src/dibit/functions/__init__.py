@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dibit.functions import activation, aggregate, dropout, linear, loss, norm
+from dibit.functions import activation, aggregate, dropout, linear, loss, norm, power, product
 from dibit.intercept import Rule
 
 RULES: Mapping[Any, Rule] = {
@@ -26,6 +26,36 @@ RULES: Mapping[Any, Rule] = {
     Tensor.addmm: aggregate.addmm,
     torch.sparse.mm: aggregate.sparse_mm,
     Tensor.scatter_reduce_: aggregate.scatter_reduce_,
+    torch.mul: product.mul,
+    Tensor.mul: product.mul,
+    torch.div: product.div,
+    Tensor.div: product.div,
+    torch.true_divide: product.div,
+    Tensor.true_divide: product.div,
+    torch.bmm: product.bmm,
+    Tensor.bmm: product.bmm,
+    torch.exp: power.exp,
+    Tensor.exp: power.exp,
+    torch.sqrt: power.sqrt,
+    Tensor.sqrt: power.sqrt,
+    torch.rsqrt: power.rsqrt,
+    Tensor.rsqrt: power.rsqrt,
+    torch.reciprocal: power.reciprocal,
+    Tensor.reciprocal: power.reciprocal,
+    torch.log: power.log,
+    Tensor.log: power.log,
+    torch.square: power.square,
+    Tensor.square: power.square,
+    torch.abs: power.absolute,
+    Tensor.abs: power.absolute,
+    torch.sin: power.sine,
+    Tensor.sin: power.sine,
+    torch.cos: power.cosine,
+    Tensor.cos: power.cosine,
+    torch.pow: power.power,
+    Tensor.pow: power.power,
+    Tensor.__pow__: power.power,
+    F.softplus: power.softplus,
     F.relu: activation.relu,
     F.relu_: activation.relu_,
     torch.relu: activation.relu,

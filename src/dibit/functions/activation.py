@@ -12,10 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dibit.codec import ops
-from dibit.functions.common import dense, unreduced
+from dibit.functions.common import dense, first_order, unreduced
 from dibit.intercept import Step
 from dibit.residual import Compressed, Mask, load, save
 
@@ -35,7 +34,7 @@ class Elementwise(torch.autograd.Function):
         return plain(x)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         (slope,) = load(ctx)
         return slope.apply(dy), None, None, None
@@ -50,7 +49,7 @@ class PReLU(torch.autograd.Function):
         return F.prelu(x, weight)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         mask, negative, weight = load(ctx)
         shape = [1] * dy.dim()

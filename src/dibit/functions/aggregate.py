@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dibit.codec import ops
-from dibit.functions.common import dense
+from dibit.functions.common import dense, first_order
 from dibit.functions.linear import addmm as dense_addmm
 from dibit.functions.linear import matmul as dense_matmul
 from dibit.graph import Graph
@@ -43,7 +42,7 @@ class Aggregate(torch.autograd.Function):
         return torch.sparse.mm(matrix, x) if reduce is None else torch.sparse.mm(matrix, x, reduce)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         return ctx.graph.bind(load(ctx)).transposed_product(dy), None, None, None
 
@@ -72,7 +71,7 @@ class AggregateExtreme(torch.autograd.Function):
         return y.detach()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         offset, crow, col, values = load(ctx)
         occupied = (crow.diff() > 0)[:, None]
@@ -104,7 +103,7 @@ class ScatterExtreme(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         attained, initial, index = load(ctx)
         index = ctx.index.on(index).restore()

@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dibit.config import Config
+
+if TYPE_CHECKING:
+    from dibit.intercept import Step
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass that has no derivative of its own, and says so as soon as one is prepared.
+
+    `once_differentiable` alone would drop second derivatives silently where dY needs no gradient (a gradient penalty).
+    """
+    inner = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a compressed model has no second derivatives, but create_graph=True asks for them; leave the modules "
+                "in question exact: dibit.compress(model, {'their.name': None, '*': 'default'})."
+            )
+        return inner(ctx, *grads)
+
+    return checked
 
 
 def dense(*tensors: Any) -> bool:
@@ -26,6 +51,13 @@ def flat(x: Tensor) -> Tensor:
 def unreduced(config: Config) -> Config:
     """For a factor that differs from element to element: every element is kept."""
     return replace(config, reduce=None) if config.reduce else config
+
+
+def fine(step: Step) -> Config:
+    """For factors with long tails that enter everything before them: 8 bits, every element."""
+    config = step.config
+    assert config is not None
+    return replace(config, bits=8, reduce=None, levels="uniform", block=1024, norm=None)
 
 
 def write(x: Tensor, value: Tensor, inplace: bool) -> Tensor:

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dibit.codec import ops
-from dibit.functions.common import dense, write
+from dibit.functions.common import dense, first_order, write
 from dibit.intercept import Step
 from dibit.residual import Mask, Reseeded, load, save
 
@@ -25,7 +24,7 @@ class SeededDropout(torch.autograd.Function):
         return write(x, ops.dropout(x.contiguous(), residual.seed, residual.p), inplace)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         (residual,) = load(ctx)
         return residual.apply(dy), None, None
@@ -56,7 +55,7 @@ class MaskedDropout(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         (mask,) = load(ctx)
         scale = torch.ones((), dtype=dy.dtype, device=dy.device).div_(ctx.keep)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from dibit.functions.common import dense, flat
+from dibit.functions.common import dense, first_order, flat
+from dibit.functions.product import bmm
 from dibit.graph import Graph
 from dibit.intercept import Step
 from dibit.residual import Reference, load, save
@@ -26,7 +26,7 @@ class Linear(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         residual, weight = load(ctx)
         x_dtype, w_dtype, b_dtype = ctx.dtypes
@@ -54,7 +54,7 @@ class AggregatedLinear(torch.autograd.Function):
         return F.linear(aggregate, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         aggregate = ctx.aggregate()
         if aggregate is not None and (aggregate._backward_hooks or aggregate.retains_grad):
@@ -84,7 +84,7 @@ class MatMul(torch.autograd.Function):
         return x @ weight if c is None else torch.addmm(c, x, weight, beta=beta, alpha=alpha)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         residual, weight = load(ctx)
         beta, alpha = ctx.scale
@@ -120,6 +120,8 @@ def linear(step: Step, input: Tensor, weight: Tensor, bias: Tensor | None = None
 
 
 def matmul(step: Step, input: Tensor, other: Tensor, *, out: Any = None) -> Any:
+    if isinstance(other, Tensor) and not other.is_leaf and (other.dim() != 2 or other.numel() >= input.numel()):
+        return bmm(step, input, other, out=out)  # two activations
     if out is not None or not (dense(input, other) and input.dim() >= 2 and other.dim() == 2 and other.requires_grad):
         return NotImplemented
     return MatMul.apply(input, other, None, 1, 1, keep_input(step, input, other))

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dibit.config import Config
-from dibit.functions.common import dense
-from dibit.intercept import Exact, Step
+from dibit.functions.common import dense, first_order
+from dibit.intercept import Step
 from dibit.ledger import storage_key
+from dibit.lossless import Exact
 from dibit.residual import Residual, load, save
 
 
@@ -68,7 +68,7 @@ class LogSoftmax(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         p = ctx.cell.probabilities().to(dy.dtype)
         return (dy - p * dy.sum(ctx.dim, keepdim=True)).to(ctx.dtype), None, None, None
@@ -90,7 +90,7 @@ class CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         p, target, scale = load(ctx)
         target = ctx.target.on(target).restore()
@@ -116,7 +116,7 @@ class NLL(torch.autograd.Function):
         return F.nll_loss(x, target, weight, ignore_index=ignore, reduction=reduction)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         target, scale = load(ctx)
         target = ctx.target.on(target).restore()
@@ -135,7 +135,7 @@ class SquaredError(torch.autograd.Function):
         return F.mse_loss(x, target, reduction=reduction)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         (kept,) = load(ctx)
         dx = kept.value() * (dy * ctx.scale)
@@ -154,7 +154,7 @@ class BinaryCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         kept, weight = load(ctx)
         dx = kept.value() * (dy * ctx.scale)

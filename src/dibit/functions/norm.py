@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dibit.config import Config, Project
-from dibit.functions.common import dense, unreduced
+from dibit.functions.common import dense, first_order, unreduced
 from dibit.intercept import Step
 from dibit.residual import Compressed, load, save
 
@@ -54,7 +53,7 @@ class BatchNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         outer, inner, inverse, weight = load(ctx)
         g = dy.movedim(1, -1)
@@ -98,7 +97,7 @@ class LayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         outer, inner, inverse, weight = load(ctx)
         rows = dy.reshape(inverse.shape[0], -1).to(inverse.dtype)

@@ -1,0 +1,151 @@
+"""Products of two activations: attention times messages, queries times keys, gates. Each factor by a draw of its own.
+
+da = dy * b and db = dy * a: what is kept of a enters only gradients that flow through b, and the other way round, so
+independent draws are unbiased. A factor that was gathered from fewer rows is kept as those rows, once a node and not
+once an edge; one that can be computed again for less than its codes is kept exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dibit.config import Config
+from dibit.functions.common import dense, fine, first_order, unreduced
+from dibit.intercept import Step
+from dibit.replay import nbytes
+from dibit.residual import load, save
+
+_FEW = 64  # elements; below this a seed and a range take as much
+_BROADCAST = 4  # a factor that is at least so many times smaller than the product stays exact
+
+
+class Product(torch.autograd.Function):
+    """y = a * b with broadcasting."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, kept_a: Any, kept_b: Any) -> Tensor:
+        save(ctx, kept_a, kept_b)
+        ctx.shapes = a.shape, b.shape
+        return torch.mul(a, b)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        kept_a, kept_b = load(ctx)
+        da = (dy * kept_b.value()).sum_to_size(ctx.shapes[0]) if ctx.needs_input_grad[0] else None
+        db = (dy * kept_a.value()).sum_to_size(ctx.shapes[1]) if ctx.needs_input_grad[1] else None
+        return da, db, None, None
+
+
+def mul(step: Step, input: Tensor, other: Any, *, out: Any = None) -> Any:
+    config = step.config
+    if config is None or out is not None or not isinstance(input, Tensor) or not isinstance(other, Tensor):
+        return NotImplemented
+    if not dense(input, other) or input.dtype != other.dtype or not (input.requires_grad or other.requires_grad):
+        return NotImplemented
+    count = torch.broadcast_shapes(input.shape, other.shape).numel()
+    needed = [x for x, by in ((input, other), (other, input)) if by.requires_grad]
+    if all(_exact(step, x, count, unreduced(config)) for x in needed):
+        return NotImplemented  # nothing to lose: torch's own, kept by the hooks
+    step.plain(*needed)
+    kept_a, kept_b = (
+        _factor(step, x, by, count) if by.requires_grad else None for x, by in ((input, other), (other, input))
+    )
+    return Product.apply(input, other, kept_a, kept_b)
+
+
+def _exact(step: Step, x: Tensor, count: int, config: Config) -> bool:
+    """Whether a factor is kept exactly: held by others, small, or had again for less than its codes."""
+    distinct = nbytes(x) // x.element_size()  # an expanded tensor is as small as what it was expanded from
+    few = distinct < _FEW or (count and distinct * _BROADCAST <= count)
+    return bool(few) or step.held(x) or step.cheap(x, config)
+
+
+def _factor(step: Step, x: Tensor, by: Tensor, count: int) -> Any:
+    config = step.config
+    assert config is not None
+    if _exact(step, x, count, unreduced(config)):
+        return step.exact(x)
+    if by.is_leaf:  # a parameter: x enters its gradient and no other
+        return step.keep(x, leaf=True, config=unreduced(config))
+    return step.gathered(x, at_least_4_bits(config))
+
+
+def at_least_4_bits(config: Config) -> Config:
+    """For what enters everything before it: with 2 bits GAT's gradient error doubled, with 4 it hardly moved."""
+    bits = config.bits if isinstance(config.levels, tuple) else max(config.bits, 4)
+    return replace(unreduced(config), bits=bits)
+
+
+class Quotient(torch.autograd.Function):
+    """y = a / b: da = dy (1 / b), db = -dy (a / b^2), each factor encoded on its own."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, inverse: Any, slope: Any) -> Tensor:
+        save(ctx, inverse, slope)
+        ctx.shapes = a.shape, b.shape
+        return torch.div(a, b)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        inverse, slope = load(ctx)
+        da = (dy * inverse.value()).sum_to_size(ctx.shapes[0]) if ctx.needs_input_grad[0] else None
+        db = -(dy * slope.value()).sum_to_size(ctx.shapes[1]) if ctx.needs_input_grad[1] else None
+        return da, db, None, None
+
+
+class MatrixProduct(torch.autograd.Function):
+    """y = a b of two activations, batched or not: da = dy b^T, db = a^T dy."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, kept_a: Any, kept_b: Any) -> Tensor:
+        save(ctx, kept_a, kept_b)
+        return torch.matmul(a, b)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        kept_a, kept_b = load(ctx)
+        da = dy @ kept_b.value().mT if ctx.needs_input_grad[0] else None
+        db = kept_a.value().mT @ dy if ctx.needs_input_grad[1] else None
+        return da, db, None, None
+
+
+def div(step: Step, input: Tensor, other: Any, *, rounding_mode: Any = None, out: Any = None) -> Any:
+    if out is not None or rounding_mode is not None or not isinstance(input, Tensor) or not isinstance(other, Tensor):
+        return NotImplemented
+    if not dense(input, other) or input.dtype != other.dtype or not (input.requires_grad or other.requires_grad):
+        return NotImplemented
+    count = torch.broadcast_shapes(input.shape, other.shape).numel()
+    needed = [other, input] if other.requires_grad else [other]
+    if all(_exact(step, x, count, fine(step)) for x in needed):
+        return NotImplemented
+    step.plain(*needed)
+    a, b = input.detach(), other.detach()
+    inverse = step.keep(1 / b, leaf=False, config=fine(step)) if input.requires_grad else None
+    slope = step.keep(a / b.square(), leaf=other.is_leaf, config=fine(step)) if other.requires_grad else None
+    return Quotient.apply(input, other, inverse, slope)
+
+
+def bmm(step: Step, input: Tensor, mat2: Tensor, *, out: Any = None) -> Any:
+    """Products of two activations; a product with a weight is a linear layer's."""
+    config = step.config
+    if config is None or out is not None or not dense(input, mat2) or input.dtype != mat2.dtype:
+        return NotImplemented
+    if (
+        input.shape[:-2] != mat2.shape[:-2]
+        or min(input.dim(), mat2.dim()) < 2
+        or not (input.requires_grad or mat2.requires_grad)
+    ):
+        return NotImplemented
+    needed = [x for x, by in ((input, mat2), (mat2, input)) if by.requires_grad]
+    if all(_exact(step, x, 0, unreduced(config)) for x in needed):
+        return NotImplemented
+    step.plain(*needed)
+    kept_a, kept_b = (_factor(step, x, by, 0) if by.requires_grad else None for x, by in ((input, mat2), (mat2, input)))
+    return MatrixProduct.apply(input, mat2, kept_a, kept_b)

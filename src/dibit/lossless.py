@@ -1,0 +1,103 @@
+"""Forms that lose nothing: a tensor as it is, in fewer bytes, or as the operations that make it again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dibit.codec import ops, reference
+from dibit.replay import Program, Shared
+
+_INT32 = torch.iinfo(torch.int32)
+
+
+@dataclass
+class Exact:
+    """A tensor kept as it is by a hook. Hooks switch autograd's version check off, so the check is made here."""
+
+    x: Tensor
+    version: int
+    how = "exact"
+
+    def restore(self) -> Tensor:
+        if self.x._version != self.version:
+            raise RuntimeError(
+                f"a tensor of shape {tuple(self.x.shape)} that the backward pass needs was changed in place after the "
+                f"forward pass (version {self.x._version}, expected {self.version}); use the out-of-place operation."
+            )
+        return self.x
+
+    def on(self, x: Tensor) -> Exact:
+        return Exact(x, x._version)
+
+
+@dataclass
+class Narrowed:
+    """A tensor kept in fewer bytes without loss: bools as bits, int64 as int32, expanded dimensions as one."""
+
+    x: Tensor
+    dtype: torch.dtype
+    base: torch.Size
+    shape: torch.Size
+    how = "lossless"
+
+    def restore(self) -> Tensor:
+        if self.dtype == torch.bool:
+            flat = reference.unpack(self.x.view(1, -1), self.base.numel(), 1).view(self.base).bool()
+            return flat.expand(self.shape)
+        return self.x.to(self.dtype).view(self.base).expand(self.shape)
+
+    def on(self, x: Tensor) -> Narrowed:
+        """The same on a tensor that comes back from autograd."""
+        return Narrowed(x, self.dtype, self.base, self.shape)
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """The operations that made a tensor, and the few bytes that those start from: `Tape.cut`."""
+
+    leaves: tuple[Exact | Narrowed, ...]
+    program: Program
+    shared: Shared
+    how = "computed again"
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(leaf.x for leaf in self.leaves)
+
+    def bind(self, tensors: Sequence[Tensor]) -> Recomputed:
+        return replace(self, leaves=bind(self.leaves, tensors))
+
+    def restore(self) -> Tensor:
+        return self.program.run([leaf.restore() for leaf in self.leaves], self.shared)
+
+    value = restore
+
+    def outer(self, dy: Tensor) -> Tensor:
+        value = self.value()
+        return dy.T @ value.reshape(-1, value.shape[-1]).to(dy.dtype)
+
+
+Kept = Exact | Narrowed | Recomputed
+
+
+def bind(forms: Sequence[Exact | Narrowed], tensors: Sequence[Tensor]) -> tuple[Exact | Narrowed, ...]:
+    """The same forms on tensors that come back from autograd (none: their description alone)."""
+    held = tensors or [torch.empty(0)] * len(forms)
+    return tuple(form.on(x) for form, x in zip(forms, held, strict=True))
+
+
+def narrow(x: Tensor) -> Exact | Narrowed:
+    """x in the fewest bytes of its own that lose nothing."""
+    strides = zip(x.shape, x.stride(), strict=True)
+    base = x[tuple(slice(0, 1) if stride == 0 and size > 1 else slice(None) for size, stride in strides)]
+    if x.dtype == torch.bool and base.numel() >= 16:
+        return Narrowed(ops.pack_mask(base.to(torch.float32)), x.dtype, base.shape, x.shape)
+    if x.dtype == torch.int64 and base.numel() >= 4:
+        low, high = base.aminmax()
+        if low >= _INT32.min and high <= _INT32.max:
+            return Narrowed(base.to(torch.int32).reshape(-1), x.dtype, base.shape, x.shape)
+    return Exact(x, x._version)

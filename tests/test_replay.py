@@ -1,0 +1,183 @@
+"""Tensors that are computed again: the same bits, from less, and never from something that has changed."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch_geometric.nn import GCN, GATConv, GATv2Conv, GraphSAGE, TransformerConv
+
+import dibit
+from dibit import Config
+from dibit.ledger import storage_key
+from dibit.replay import PURE, Tape
+
+N, DEGREE = 1500, 14
+INDEX_SELECT = torch._C._VariableFunctions.index_select  # others may put a wrapper of their own in its place
+
+
+def graph(n: int = N) -> Tensor:
+    return torch.randint(n, (2, DEGREE * n))
+
+
+def step(model: nn.Module, x: Tensor, edge_index: Tensor) -> tuple[Tensor, list[Tensor]]:
+    torch.manual_seed(1)
+    y = model(x, edge_index)
+    model.zero_grad()
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)))
+    return y.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def tape() -> Tape:
+    def key(x: Tensor) -> object:
+        return storage_key(x), x._version, x.storage_offset(), x.shape, x.stride(), x.dtype
+
+    return Tape(key, lambda x: False)
+
+
+def record(tape: Tape, function: object, *args: object, **kwargs: object) -> Tensor:
+    call = tape.before(function, args, kwargs)
+    result = function(*args, **kwargs)  # type: ignore[operator]
+    tape.after(call, result)
+    return result
+
+
+def test_a_chain_is_cut_at_its_smallest_tensors_and_gives_the_same_bits() -> None:
+    t, scores, index = tape(), torch.randn(100, 4), torch.randint(100, (5000,))
+    gathered = record(t, INDEX_SELECT, scores, 0, index)
+    shifted = record(t, F.leaky_relu, gathered, 0.2)
+    y = record(t, torch.exp, shifted)
+    leaves = t.cut(y, y.nbytes)
+    assert leaves is not None
+    kept = [leaf.tensor() for leaf in leaves]
+    assert {id(x) for x in kept} == {id(scores), id(index)}
+    program = t.program(y, leaves)
+    wanted = y.clone()
+    y.zero_()
+    assert torch.equal(program.run(kept, t.shared), wanted)
+
+
+def test_in_place_steps_are_repeated_on_a_copy() -> None:
+    t, index = tape(), torch.randint(50, (5000,))
+    start = record(t, torch.zeros, 50)
+    ones = record(t, torch.ones, 5000)
+    degree = record(t, Tensor.scatter_add_, start, 0, index, ones)
+    record(t, Tensor.add_, degree, 1.0)
+    inverse = record(t, Tensor.pow_, degree, -0.5)
+    weight = record(t, INDEX_SELECT, inverse, 0, index)
+    leaves = t.cut(weight, weight.nbytes * 10)
+    assert leaves is not None
+    program = t.program(weight, leaves)
+    for _ in range(2):
+        assert torch.equal(program.run([leaf.tensor() for leaf in leaves], t.shared), weight)
+
+
+def test_a_tensor_that_changed_is_no_leaf() -> None:
+    t, scores, index = tape(), torch.randn(2000, 1), torch.arange(2000).repeat(4)
+    y = record(t, INDEX_SELECT, scores, 0, index)
+    scores.add_(1)
+    assert t.cut(y, float("inf")) is None
+
+
+def test_random_and_unknown_functions_are_not_repeated() -> None:
+    assert not {torch.rand_like, torch.bernoulli, F.dropout, torch.empty, Tensor.__setitem__, F.linear} & PURE
+
+
+@pytest.mark.parametrize(("kind", "layers"), [(GCN, 3), (GraphSAGE, 3)])
+def test_indices_and_weights_of_edge_index_models(kind: type, layers: int) -> None:
+    """At most 60 bytes a node of indices and weights for the whole model; PyG keeps about 300 a layer."""
+    model = kind(64, 64, layers, 16).train()
+    x, edge_index = torch.randn(N, 64), graph()
+    plain, gradients = step(model, x, edge_index)
+    dibit.compress(model, {"convs.*.lin*": None, "*": "default"})
+    y, found = step(model, x, edge_index)
+    assert torch.equal(y, plain)
+    with dibit.track(model) as saved:
+        model(x, edge_index)
+    graph_bytes = sum(r.kept for r in saved.rows if r.operation in ("index_select", "scatter_add_", "mul", "div"))
+    assert graph_bytes <= 60 * N
+    for g, wanted in zip(found, gradients, strict=True):  # linear layers are exact here: nothing is lossy
+        assert torch.allclose(g, wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("build", "least"),
+    [
+        (lambda: GATConv(128, 32, heads=4), 50),
+        (lambda: GATConv(128, 32, heads=4, dropout=0.5), 20),
+        (lambda: GATv2Conv(128, 32, heads=4), 10),
+        (lambda: TransformerConv(128, 32, heads=4), 10),
+    ],
+    ids=["GAT", "GAT with dropout", "GATv2", "Transformer"],
+)
+def test_attention_keeps_a_tenth_at_the_most(build: object, least: float) -> None:
+    torch.manual_seed(0)
+    model = build().train()  # type: ignore[operator]
+    x, edge_index = torch.randn(N, 128), graph()
+    config = Config(**{**dibit.recipe("default").__dict__, "dropout": "mask"})
+    plain, _ = step(model, x, edge_index)
+    dibit.compress(model, config)
+    y, _ = step(model, x, edge_index)
+    assert torch.equal(y, plain)
+    with dibit.track(model) as saved:
+        model(x, edge_index)
+    assert saved.plain >= least * saved.total
+
+
+def test_backward_twice_and_nothing_stays() -> None:
+    model = GATConv(32, 8, heads=2).train()
+    x, edge_index = torch.randn(300, 32), graph(300)
+    dibit.compress(model)
+    y = model(x, edge_index)
+    grads = [torch.autograd.grad(y.sum(), list(model.parameters()), retain_graph=True) for _ in range(2)]
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+    del grads, a, b
+    gc.collect()
+    gc.disable()
+    try:
+        ref = weakref.ref(y)
+        del y
+        assert ref() is None
+    finally:
+        gc.enable()
+
+
+def test_a_graph_changed_in_place_is_an_error() -> None:
+    model = GCN(32, 32, 2, 8).train()
+    x, edge_index = torch.randn(300, 32), graph(300)
+    dibit.compress(model)
+    y = model(x, edge_index)
+    edge_index.zero_()
+    with pytest.raises(RuntimeError, match="changed in place"):
+        y.sum().backward()
+
+
+def test_under_autocast_nothing_is_repeated_in_another_dtype() -> None:
+    model = GATConv(32, 8, heads=2).train()
+    x, edge_index = torch.randn(300, 32), graph(300)
+
+    def run() -> tuple[Tensor, list[Tensor]]:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x, edge_index)
+        model.zero_grad()
+        y.float().sum().backward()
+        return y.detach(), [p.grad.clone() for p in model.parameters()]
+
+    plain, _ = run()
+    dibit.compress(model)
+    y, grads = run()
+    assert torch.equal(y, plain)
+    assert all(g.isfinite().all() for g in grads)
+
+
+def test_second_derivatives_are_refused_even_where_they_would_vanish() -> None:
+    net = dibit.compress(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1)))
+    x = torch.randn(5, 8, requires_grad=True)
+    energy = net(x).sum()
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(energy, x, create_graph=True)
