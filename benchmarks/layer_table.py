@@ -1,6 +1,6 @@
 """docs/coverage.md: every layer of PyTorch Geometric, what it keeps plain and compressed, and what stays exact.
 
-    python -m benchmarks.coverage [--out docs/coverage.md]
+    python -m benchmarks.layer_table [--out docs/coverage.md]
 
 Run from the repository's root: the layers are those of `tests/zoo`, on its small random graph (60 nodes, about 460
 edges, 16 features), with the default recipe. Bytes a node and an edge are those of tensors with a row a node or fewer,
@@ -23,7 +23,7 @@ and which operations still keep floats exactly. For each, tests hold the forward
 more than plain, and the gradient of every parameter and input unbiased (`tests/zoo`). Small tensors weigh more here
 than in a real model.
 
-`python -m benchmarks.coverage` writes this page.
+`python -m benchmarks.layer_table` writes this page.
 """
 
 
