@@ -14,7 +14,7 @@ from torch_geometric.nn import GCN, GATConv, GATv2Conv, GraphSAGE, TransformerCo
 import dibit
 from dibit import Config
 from dibit.ledger import storage_key
-from dibit.replay import PURE, Tape
+from dibit.tape import PURE, Tape
 
 N, DEGREE = 1500, 14
 INDEX_SELECT = torch._C._VariableFunctions.index_select  # others may put a wrapper of their own in its place
@@ -181,3 +181,108 @@ def test_second_derivatives_are_refused_even_where_they_would_vanish() -> None:
     energy = net(x).sum()
     with pytest.raises(RuntimeError, match="no second derivatives"):
         torch.autograd.grad(energy, x, create_graph=True)
+
+
+class Custom(nn.Module):
+    """A linear layer and whatever a user does after it."""
+
+    def __init__(self, body: object) -> None:
+        super().__init__()
+        self.lin, self.body = nn.Linear(16, 16), body
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        return self.body(self.lin(x), index)  # type: ignore[operator]
+
+
+def compare(body: object, x: Tensor | None = None, tolerance: float = 1e-5) -> None:
+    """Forward and gradients of a model whose only lossy layer is made exact."""
+    torch.manual_seed(0)
+    model = Custom(body).train()
+    x, index = torch.randn(200, 16) if x is None else x, torch.randint(200, (3000,))
+    plain, wanted = step(model, x, index)
+    dibit.compress(model, {"lin": None, "": Config(bits=8, block=16, dropout="mask")})
+    y, found = step(model, x, index)
+    assert torch.equal(y, plain)
+    for g, truth in zip(found, wanted, strict=True):
+        assert torch.allclose(g, truth, rtol=tolerance, atol=tolerance * truth[truth.isfinite()].abs().max())
+
+
+def changed_after_it_was_gathered(h: Tensor, index: Tensor) -> Tensor:
+    scores = h.sum(1) * 0.1  # a tensor of its own, from which the exponentials are computed again
+    y = scores.index_select(0, index).exp()
+    scores.mul_(0)
+    return y.sum() + scores.sum()
+
+
+def changed_through_a_view(h: Tensor, index: Tensor) -> Tensor:
+    scores = h.sum(1) * 0.1
+    y = scores.index_select(0, index).exp()
+    scores[:5] = 0
+    return y.sum() + scores.sum()
+
+
+def test_a_model_may_change_what_a_tensor_was_computed_from() -> None:
+    """Plain torch keeps the exponentials themselves: Dibit, which keeps the scores, copies them before they change."""
+    compare(changed_after_it_was_gathered)
+    compare(changed_through_a_view)
+
+
+def test_arguments_by_keyword() -> None:
+    compare(lambda h, index: (torch.zeros_like(input=h) + h).sum())
+    compare(
+        lambda h, index: (torch.index_select(dim=0, index=index, input=h).exp() * h.sum(1)[index, None]).sum(),
+        tolerance=0.02,
+    )
+
+
+def test_what_was_created_has_its_dtype_whatever_the_default_is_later() -> None:
+    model = Custom(lambda h, index: (torch.ones(3000).cumsum(0) * h.sum(1)[index]).sum()).train()
+    x, index = torch.randn(200, 16), torch.randint(200, (3000,))
+    _, wanted = step(model, x, index)
+    dibit.compress(model, {"lin": None, "": "default"})
+    loss = model(x, index)
+    model.zero_grad()
+    torch.set_default_dtype(torch.float64)
+    try:
+        loss.backward(torch.randn(loss.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float32))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.allclose(model.lin.weight.grad, wanted[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda h: h.pow(0), lambda h: h.abs().sqrt(), lambda h: 1 + h.abs().log(), lambda h: torch.ones_like(h) / h],
+    ids=["pow 0", "sqrt", "log", "div"],
+)
+def test_a_pole_spoils_no_other_element(function: object) -> None:
+    """Where the derivative is infinite the operation stays exact; its neighbours' gradients are finite as ever."""
+
+    def body(h: Tensor, index: Tensor) -> Tensor:
+        h = h * torch.cat([torch.zeros(1, 16), torch.ones(199, 16)])
+        y = function(h)  # type: ignore[operator]
+        return torch.where(y.isfinite(), y, 0.0)[1:].sum()
+
+    torch.manual_seed(0)
+    x = torch.randn(200, 16, requires_grad=True)
+    grads = []
+    for recipe in (None, Config(bits=8, block=16)):
+        model = Custom(body).train()
+        model.load_state_dict({"lin.weight": torch.eye(16), "lin.bias": torch.zeros(16)})
+        dibit.compress(model, {"lin": None, "": recipe})
+        grads.append(torch.autograd.grad(model(x, torch.arange(200)), x)[0])
+    assert grads[1][1:].isfinite().all()
+    assert torch.equal(grads[0].isnan(), grads[1].isnan())
+
+
+def test_a_small_view_does_not_keep_a_large_storage() -> None:
+    def body(h: Tensor, index: Tensor) -> Tensor:
+        wide = h.repeat(1, 64)
+        return wide[:, 0].index_select(0, index).exp().sum()
+
+    model = Custom(body).train()
+    x, index = torch.randn(200, 16), torch.randint(200, (3000,))
+    dibit.compress(model, {"lin": None, "": "default"})
+    with dibit.track(model) as saved:
+        model(x, index)
+    assert saved.total <= saved.plain

@@ -7,6 +7,7 @@ and integers losslessly: a hook sees a tensor, not the operation, so it cannot k
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sys
 import weakref
@@ -24,9 +25,9 @@ from dibit.config import Config
 from dibit.graph import Graph
 from dibit.ledger import Ledger, Row, storage_key, storages
 from dibit.lossless import Exact, Kept, Narrowed, Recomputed, narrow
-from dibit.replay import PURE, Tape, nbytes
 from dibit.residual import Compressed, Gathered, Lossless, Reference, Residual
 from dibit.state import Rule, State
+from dibit.tape import PURE, Tape, nbytes
 
 _DEEPEST = 6  # nested containers that are searched for the caller's tensors
 
@@ -59,6 +60,7 @@ class Step:
         self._derived: dict[Any, Residual] = {}  # tensors that can be had again from what others hold
         self._aggregates: dict[Any, tuple[Graph, weakref.ref[Tensor], int]] = {}
         self._content: dict[Any, list[Exact | Narrowed]] = {}
+        self._leaves: dict[int, list[Exact]] = {}  # by storage: kept in the place of tensors computed from them
         self.tape = Tape(self.key, self.free)
         for x in tensors_in(inputs):
             if not x.requires_grad or x.is_leaf:
@@ -84,7 +86,7 @@ class Step:
         if self.ledger is not None:
             self.ledger.close(outputs)
         # autograd may keep the hooks, and with them this object, as long as the graph
-        for table in (self._shared, self._derived, self._aggregates, self._content):
+        for table in (self._shared, self._derived, self._aggregates, self._content, self._leaves):
             table.clear()
         for kept in (self._alive, self._held, self.deferred):
             kept.clear()
@@ -251,11 +253,14 @@ class Step:
     # -- hooks ------------------------------------------------------------------------------------------------------
 
     def pack(self, x: Tensor) -> Kept:
+        kept: Kept
         if self.inside:  # a rule's own tensors: entered in the ledger where they were made
-            return Exact(x, x._version)
+            kept = Exact(x, x._version)
+            if x.layout == torch.strided and (leaves := self._leaves.get(storage_key(x))) is not None:
+                leaves.append(kept)
+            return kept
         free = self.held(x)
         self.tape.saved(x)
-        kept: Kept
         kept = Exact(x, x._version) if free or self.config is None or x.layout != torch.strided else self.exactly(x)
         if self.ledger is not None and not free:
             row = Row(self.module, function_name(self.function), kept.how, tuple(x.shape))
@@ -280,7 +285,18 @@ class Step:
     def _leaf(self, x: Tensor | None) -> Exact | Narrowed:
         assert x is not None
         x = x.detach()  # what is kept must not hold the graph that it belongs to
-        return Exact(x, x._version) if self.held(x) else self._lossless(x)
+        if not self.held(x) and x.untyped_storage().nbytes() > 2 * nbytes(x):
+            x = x.clone()  # a small view would keep all that it is a view of
+        kept = Exact(x, x._version) if self.held(x) else self._lossless(x)
+        if isinstance(kept, Exact):
+            self._leaves.setdefault(storage_key(kept.x), []).append(kept)
+        return kept
+
+    def before_change(self, x: Any) -> None:
+        """An operation is about to change x in place. Plain torch would not mind where it keeps the result alone."""
+        if isinstance(x, Tensor) and x.layout == torch.strided:
+            for leaf in self._leaves.pop(storage_key(x), ()):
+                leaf.own()
 
     def enter(self, row: Row, kept: Kept) -> None:
         """Enter in the ledger what a form takes."""
@@ -315,6 +331,14 @@ _INNER_GRADIENT = (
 )
 
 
+@functools.cache
+def _changes(function: Any) -> bool:
+    """Whether a function changes its first argument: `relu_`, `__setitem__`, `__iadd__`."""
+    name = function.__name__
+    dunder = name.startswith("__") and name.endswith("__")
+    return name in ("__setitem__", "__set__") or (name.startswith("__i") if dunder else name.endswith("_"))
+
+
 class Intercept(TorchFunctionMode):
     """Looks up each function of the forward pass in the table."""
 
@@ -330,6 +354,8 @@ class Intercept(TorchFunctionMode):
         step = self.step
         if func in _GRADIENTS and step.config is not None and self.running():
             raise RuntimeError(_INNER_GRADIENT.format(step.module or type(step.state.root).__name__, step.module))
+        if step._leaves and args and _changes(func):
+            step.before_change(args[0])
         rule = self.rules.get(func)
         if (rule is not None or func in PURE) and not self.running():
             return func(*args, **kwargs)

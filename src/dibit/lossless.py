@@ -30,6 +30,11 @@ class Exact:
             )
         return self.x
 
+    def own(self) -> None:
+        """Take a copy: the tensor is about to change."""
+        self.x = self.x.clone()
+        self.version = self.x._version
+
     def on(self, x: Tensor) -> Exact:
         return Exact(x, x._version)
 

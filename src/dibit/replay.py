@@ -1,47 +1,24 @@
-"""Tensors that can be had again: short chains of cheap, deterministic operations on what is kept anyway.
-
-A message-passing layer makes E x H and E x C tensors from N x H ones: gathers, sums, a softmax over neighbours. The
-`Tape` notes how each tensor of a forward pass came about, without holding one. Where such a tensor must be kept, it
-looks for a cut: earlier tensors of fewer bytes from which the same operations give the same bits again.
-"""
+"""Programs: a tensor as the operations that made it, run again in the backward pass to the same bits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef
 
-_DEEPEST = 24  # operations between a tensor and what it is computed from
-_SMALL = 2048  # bytes below which a tensor is simply kept
-
-_SHAPES = (
-    "view reshape unsqueeze squeeze expand expand_as transpose permute t flatten contiguous narrow select detach flip "
-    "repeat view_as reshape_as __getitem__ index_select gather unflatten"
-)
-_ARITHMETIC = (
-    "add sub mul div true_divide neg exp log sqrt rsqrt reciprocal pow abs clamp clamp_min square relu leaky_relu "
-    "sigmoid tanh where masked_fill __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ "
-    "__rdiv__ __neg__ __pow__ __rpow__ rsub"
-)
-_LOGIC = (
-    "eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ logical_and logical_or logical_not isinf isnan "
-    "__and__ __or__ __invert__"
-)
-_MADE = "zeros ones full arange new_zeros new_ones new_full zeros_like ones_like full_like"
-_COMBINED = "cat stack scatter_add scatter_reduce index_add cumsum"
-_CASTS = "to long int float double bool half bfloat16"
 _IN_PLACE = (
     "add_ sub_ mul_ div_ pow_ neg_ exp_ relu_ clamp_ masked_fill_ fill_ zero_ scatter_add_ scatter_reduce_ index_add_ "
     "__iadd__ __isub__ __imul__ __itruediv__"
 )
 
 
-def _functions(names: str) -> set[Any]:
+def functions(names: str) -> set[Any]:
+    """All functions of torch by these names."""
+    # PyTorch Geometric puts a wrapper in the place of torch.index_select; the mode sees what the wrapper calls
     found = (
         getattr(owner, name, None)
         for name in names.split()
@@ -50,40 +27,7 @@ def _functions(names: str) -> set[Any]:
     return {function for function in found if function is not None}
 
 
-IN_PLACE = _functions(_IN_PLACE)
-PURE = _functions(" ".join((_SHAPES, _ARITHMETIC, _LOGIC, _MADE, _COMBINED, _CASTS))) | IN_PLACE
-_AUTOCAST = _functions("exp exp_ log pow pow_ __pow__ __rpow__ rsqrt reciprocal cumsum cat stack")
-_SELECTIONS = _functions(_SHAPES)
-_SAVES_RESULT = _functions("exp sqrt rsqrt reciprocal sigmoid tanh relu exp_ relu_ __rpow__")
-_SIZES_ONLY = _functions("new_zeros new_ones new_full zeros_like ones_like full_like")  # read no element of their input
-_LIKE = {Tensor.expand_as: Tensor.expand, Tensor.view_as: Tensor.view, Tensor.reshape_as: Tensor.reshape}
-
-
-class Node:
-    """How one tensor came about; holds no tensor.
-
-    Attributes:
-        ref: the tensor, while somebody else keeps it.
-        version: of its content.
-        nbytes: of the tensor itself, not of what it is a view of; expanded dimensions count once.
-        call: function and arguments, tensors among them as nodes; `None` where the tape does not know.
-        constant: it requires no gradient.
-    """
-
-    __slots__ = ("call", "constant", "nbytes", "ref", "version")
-
-    def __init__(self, x: Tensor, call: tuple[Any, Any, Any] | None) -> None:
-        self.ref, self.version, self.nbytes = TensorWeakRef(x), x._version, nbytes(x)
-        self.call, self.constant = call, not x.requires_grad
-
-    def tensor(self) -> Tensor | None:
-        """The tensor, if it still exists unchanged."""
-        x = self.ref()
-        return x if x is not None and x._version == self.version else None
-
-    def parents(self) -> Iterator[Node]:
-        assert self.call is not None
-        return nodes_in((self.call[1], self.call[2]))
+IN_PLACE = functions(_IN_PLACE)
 
 
 @dataclass(frozen=True)
@@ -144,216 +88,6 @@ class Shared:
             self.values[identity] = value
 
 
-class Tape:
-    """What the operations of one forward pass made, as far as it can be made again.
-
-    Args:
-        key: identity of a tensor's content.
-        free: whether a tensor costs nothing to keep (somebody else holds it, or it is kept already).
-    """
-
-    def __init__(self, key: Callable[[Tensor], Any], free: Callable[[Tensor], bool]) -> None:
-        self.key, self.free = key, free
-        self.nodes: dict[Any, Node] = {}
-        self.shared = Shared()
-        self.running: tuple[Any, Any, Any] | None = None  # the call whose result does not exist yet
-
-    def clear(self) -> None:
-        """End of the pass: nothing more is noted, and no cycle with whoever made the tape is left."""
-        self.nodes.clear()
-        del self.key, self.free
-
-    def node(self, x: Tensor) -> Node:
-        """The node of a tensor; a source if nothing is known of it."""
-        key = self.key(x)
-        found = self.nodes.get(key)
-        if found is None:
-            found = self.nodes[key] = Node(x, None)
-        elif found.ref() is None:
-            found.ref = TensorWeakRef(x)  # another object on the same content
-        return found
-
-    def before(self, function: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any] | None:
-        """The call as the tape will note it, tensors as nodes; `None` for what cannot be repeated."""
-        if function not in PURE or "out" in kwargs:
-            return None
-        if function in _AUTOCAST and torch.is_autocast_enabled("cpu" if _on_cpu(args) else "cuda"):
-            return None  # the dtype would differ when it is done again, outside of autocast
-        if function in _SIZES_ONLY:
-            return _made(function, args, kwargs)
-        if function in _LIKE and len(args) == 2:
-            function, args = _LIKE[function], (args[0], *args[1].shape)
-        try:
-            return function, _noded(args, self.node), _noded(kwargs, self.node)
-        except TypeError:
-            return None
-
-    def after(self, call: tuple[Any, Any, Any] | None, result: Any) -> None:
-        """Note what the call gave."""
-        if call is not None and type(result) is Tensor and result.layout == torch.strided:
-            key = self.key(result)
-            found = self.nodes.get(key)
-            # A result that is one of the arguments' own content (contiguous, to, a full view) keeps its older node.
-            if found is None:
-                self.nodes[key] = Node(result, call)
-            elif found.ref() is None:
-                found.ref = TensorWeakRef(result)
-
-    def saved(self, x: Tensor) -> None:
-        """Autograd saves x while a call runs: some operations save their own result before they return it."""
-        call = self.running
-        if call is not None and call[0] in _SAVES_RESULT and self.key(x) not in self.nodes:
-            self.nodes[self.key(x)] = Node(x, call)
-
-    def cut(self, x: Tensor, limit: float) -> list[Node] | None:
-        """Tensors of fewer bytes than `limit` from which x can be computed; `None` if there are none."""
-        node = self.nodes.get(self.key(x))
-        if node is None or node.call is None or node.nbytes < _SMALL:
-            return None
-        memo: dict[Node, Any] = {}
-        found = self._cut(node, 0, memo, top=True)
-        if found is None:
-            return None
-        found = self._without_detours(found, memo)
-        return None if self._cost(found) >= limit else list(found)
-
-    def gathered(self, x: Tensor) -> tuple[Node, list[Node]] | None:
-        """The smallest tensor that x is a selection of, less than half its bytes, and what the selection needs beside.
-
-        Selections (`index_select`, views, expansions) are linear: an unbiased estimate of that tensor gives one of x.
-        """
-        top = self.nodes.get(self.key(x))
-        node, best = top, None
-        beside: dict[Node, None] = {}
-        for _ in range(_DEEPEST):
-            if node is None or top is None or node.call is None or node.call[0] not in _SELECTIONS:
-                break
-            node, *others = node.parents()
-            for other in others:
-                part = self._cut(other, 0, {})
-                if part is None:
-                    return best
-                beside |= part
-            smallest = top.nbytes / 2 if best is None else best[0].nbytes
-            if node.nbytes < smallest and node.tensor() is not None:
-                best = node, list(beside)
-        return best
-
-    def program(self, x: Tensor, leaves: Sequence[Node]) -> Program:
-        """The operations from the leaves of a cut to x."""
-        slots: dict[Node, int] = {leaf: i for i, leaf in enumerate(leaves)}
-        calls: list[tuple[Any, Any, Any, Any]] = []
-
-        def visit(node: Node) -> Slot:
-            if node not in slots:
-                assert node.call is not None
-                function, args, kwargs = node.call
-                filled = _noded_to(args, visit), _noded_to(kwargs, visit)
-                identity = node if node.constant and node.nbytes >= _SMALL else None
-                if identity is not None:
-                    self.shared.want(identity)
-                calls.append((function, *filled, identity))
-                slots[node] = len(leaves) + len(calls) - 1
-            return Slot(slots[node])
-
-        visit(self.nodes[self.key(x)])
-        return Program(len(leaves), tuple(calls))
-
-    def _cut(self, node: Node, depth: int, memo: dict[Node, Any], top: bool = False) -> dict[Node, None] | None:
-        """The cheaper of keeping a node and computing it again; `None` where neither can be done."""
-        if node in memo:
-            return memo[node]
-        x = None if top else node.tensor()
-        keep: dict[Node, None] | None = {node: None} if x is not None else None
-        if x is not None and (node.nbytes < _SMALL or self.free(x)):
-            memo[node] = keep
-            return keep
-        again: dict[Node, None] | None = None
-        if node.call is not None and depth < _DEEPEST:
-            again = {}
-            for parent in node.parents():
-                part = self._cut(parent, depth + 1, memo)
-                if part is None:
-                    again = None
-                    break
-                again |= part
-        best = keep
-        if again is not None and (keep is None or self._cost(again) < node.nbytes):
-            best = again
-        memo[node] = best
-        return best
-
-    def _without_detours(self, leaves: dict[Node, None], memo: dict[Node, Any]) -> dict[Node, None]:
-        """Drop leaves that the others give anyway: costs were added up as if no leaf served twice."""
-        for leaf in list(leaves):
-            if leaf.call is None:
-                continue
-            others: dict[Node, None] | None = {other: None for other in leaves if other is not leaf}
-            for parent in leaf.parents():
-                part = self._cut(parent, 1, memo)
-                others = None if part is None or others is None else others | part
-            if others is not None and self._cost(others) < self._cost(leaves):
-                leaves = others
-        return leaves
-
-    def _cost(self, leaves: dict[Node, None]) -> float:
-        total = 0.0
-        for leaf in leaves:
-            x = leaf.tensor()
-            if x is not None and not self.free(x):
-                total += leaf.nbytes * (0.5 if x.dtype == torch.int64 else 1 / 8 if x.dtype == torch.bool else 1)
-        return total
-
-
-def _on_cpu(args: Any) -> bool:
-    found = next((x for x in args if isinstance(x, Tensor)), None)
-    return found is None or found.device.type == "cpu"
-
-
-def nbytes(x: Tensor) -> int:
-    """Bytes of the distinct elements of a strided tensor."""
-    count = x.element_size()
-    for size, stride in zip(x.shape, x.stride(), strict=True):
-        if stride or not size:
-            count *= size
-    return count
-
-
-def nodes_in(value: Any) -> Iterator[Node]:
-    """All nodes in nested arguments."""
-    if isinstance(value, Node):
-        yield value
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from nodes_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from nodes_in(item)
-
-
-def _noded(value: Any, node: Callable[[Tensor], Node]) -> Any:
-    """Arguments with tensors as nodes; lists become tuples, so that nobody can change them."""
-    if isinstance(value, Tensor):
-        if type(value) not in (Tensor, torch.nn.Parameter) or value.layout != torch.strided:
-            raise TypeError
-        return node(value)
-    if isinstance(value, tuple | list):
-        return tuple(_noded(item, node) for item in value)
-    if isinstance(value, dict):
-        return {name: _noded(item, node) for name, item in value.items()}
-    return value
-
-
-def _noded_to(value: Any, visit: Callable[[Node], Slot]) -> Any:
-    if isinstance(value, Node):
-        return visit(value)
-    if isinstance(value, tuple):
-        return tuple(_noded_to(item, visit) for item in value)
-    if isinstance(value, dict):
-        return {name: _noded_to(item, visit) for name, item in value.items()}
-    return value
-
-
 def _filled(value: Any, results: Sequence[Tensor]) -> Any:
     if isinstance(value, Slot):
         return results[value.at]
@@ -362,26 +96,3 @@ def _filled(value: Any, results: Sequence[Tensor]) -> Any:
     if isinstance(value, dict):
         return {name: _filled(item, results) for name, item in value.items()}
     return value
-
-
-def _made(function: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any] | None:
-    """A call that reads its tensor's dtype and device alone, without the tensor."""
-    x, rest = args[0], args[1:]
-    if type(x) not in (Tensor, torch.nn.Parameter):
-        return None
-    name = function.__name__
-    options = {"dtype": kwargs.get("dtype") or x.dtype, "device": kwargs.get("device") or x.device}
-    size: Any = tuple(x.shape)
-    if name.startswith("new_"):
-        given = kwargs.get("size", rest[:1] if name == "new_full" else rest)
-        size = given[0] if isinstance(given, tuple) and len(given) == 1 and not isinstance(given[0], int) else given
-        if name == "new_full":
-            size, rest = given[0] if isinstance(given, tuple) else given, rest[1:]
-    if isinstance(size, int):
-        size = (size,)
-    if name.endswith("zeros") or name == "zeros_like":
-        return torch.zeros, (tuple(size),), options
-    if name.endswith("ones") or name == "ones_like":
-        return torch.ones, (tuple(size),), options
-    fill = kwargs.get("fill_value", rest[0] if rest else None)
-    return None if fill is None or isinstance(fill, Tensor) else (torch.full, (tuple(size), fill), options)

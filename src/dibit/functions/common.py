@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from dibit.intercept import Step
 
 
+FEW = 64  # elements; of a smaller tensor the codes, with a seed and a range, win nothing
+
+
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A backward pass that has no derivative of its own, and says so as soon as one is prepared.
 

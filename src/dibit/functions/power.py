@@ -15,44 +15,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dibit.functions.activation import Elementwise
-from dibit.functions.common import dense, fine
+from dibit.functions.common import FEW, dense, fine
 from dibit.intercept import Step
 
 
 def rule(plain: Callable[..., Tensor], derivative: Callable[..., Tensor], saves: str) -> Callable[..., Any]:
-    """A rule for an element-wise function; `derivative(x, y, *args)`, `saves`: "input", "output" or "both"."""
+    """A rule for an element-wise function; `derivative(x, y, *args)`; plain torch `saves` "input" or "output"."""
 
     def apply(step: Step, input: Tensor, *args: Any, out: Any = None) -> Any:
         if out is not None or not isinstance(input, Tensor) or not dense(input) or not input.requires_grad:
             return NotImplemented
-        if step.config is None or input.numel() < _FEW or step.cheap(input, fine(step)):
+        if step.config is None or input.numel() < FEW or step.cheap(input, fine(step)):
             return NotImplemented
         y = plain(input.detach(), *args)
         if y.dtype != input.dtype:
             return NotImplemented
-        kept = step.keep(derivative(input.detach(), y, *args), leaf=False, config=fine(step))
-        if saves != "output":
+        slope = derivative(input.detach(), y, *args)
+        if not slope.isfinite().all():
+            return NotImplemented  # one pole would spoil the block it lies in
+        kept = step.keep(slope, leaf=False, config=fine(step))
+        if saves == "input":
             step.plain(input)
         result = Elementwise.apply(input, lambda x: y, kept, False)
-        if saves != "input":
+        if saves == "output":
             step.plain(result)
         return result
 
     return apply
-
-
-_FEW = 64  # elements; below this nothing is won
-
-
-def _power_rule() -> Callable[..., Any]:
-    inner = rule(torch.pow, lambda x, y, p: p * torch.pow(x, p - 1), "input")
-
-    def power(step: Step, input: Any, exponent: Any, *, out: Any = None) -> Any:
-        if isinstance(exponent, Tensor | complex):
-            return NotImplemented
-        return inner(step, input, exponent, out=out)
-
-    return power
 
 
 exp = rule(torch.exp, lambda x, y: y, "output")
@@ -64,8 +53,12 @@ square = rule(torch.square, lambda x, y: 2 * x, "input")
 absolute = rule(torch.abs, lambda x, y: torch.sign(x), "input")
 sine = rule(torch.sin, lambda x, y: torch.cos(x), "input")
 cosine = rule(torch.cos, lambda x, y: -torch.sin(x), "input")
-power = _power_rule()
+_power = rule(torch.pow, lambda x, y, p: p * torch.pow(x, p - 1), "input")
 _softplus = rule(F.softplus, lambda x, y, beta, threshold: _softplus_slope(x, beta, threshold), "input")
+
+
+def power(step: Step, input: Tensor, exponent: Any, *, out: Any = None) -> Any:
+    return NotImplemented if isinstance(exponent, Tensor | complex) else _power(step, input, exponent, out=out)
 
 
 def _softplus_slope(x: Tensor, beta: float, threshold: float) -> Tensor:

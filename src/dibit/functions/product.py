@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from dibit.config import Config
-from dibit.functions.common import dense, fine, first_order, unreduced
+from dibit.functions.common import FEW, dense, fine, first_order, unreduced
 from dibit.intercept import Step
-from dibit.replay import nbytes
 from dibit.residual import load, save
+from dibit.tape import nbytes
 
-_FEW = 64  # elements; below this a seed and a range take as much
 _BROADCAST = 4  # a factor that is at least so many times smaller than the product stays exact
 
 
@@ -61,7 +60,7 @@ def mul(step: Step, input: Tensor, other: Any, *, out: Any = None) -> Any:
 def _exact(step: Step, x: Tensor, count: int, config: Config) -> bool:
     """Whether a factor is kept exactly: held by others, small, or had again for less than its codes."""
     distinct = nbytes(x) // x.element_size()  # an expanded tensor is as small as what it was expanded from
-    few = distinct < _FEW or (count and distinct * _BROADCAST <= count)
+    few = distinct < FEW or (count and distinct * _BROADCAST <= count)
     return bool(few) or step.held(x) or step.cheap(x, config)
 
 
@@ -125,10 +124,12 @@ def div(step: Step, input: Tensor, other: Any, *, rounding_mode: Any = None, out
     needed = [other, input] if other.requires_grad else [other]
     if all(_exact(step, x, count, fine(step)) for x in needed):
         return NotImplemented
-    step.plain(*needed)
     a, b = input.detach(), other.detach()
-    inverse = step.keep(1 / b, leaf=False, config=fine(step)) if input.requires_grad else None
-    slope = step.keep(a / b.square(), leaf=other.is_leaf, config=fine(step)) if other.requires_grad else None
+    factors = (1 / b if input.requires_grad else None, a / b.square() if other.requires_grad else None)
+    if not all(f is None or f.isfinite().all() for f in factors):
+        return NotImplemented  # one pole would spoil the block it lies in
+    step.plain(*needed)
+    inverse, slope = (None if f is None else step.keep(f, leaf=False, config=fine(step)) for f in factors)
     return Quotient.apply(input, other, inverse, slope)
 
 
