@@ -16,21 +16,19 @@ import warnings
 from pathlib import Path
 
 warnings.filterwarnings("ignore", ".*[Ss]parse.*")
-N, E, TRAIN, CLASSES, MB = 169_343, 2_315_598, 90_941, 40, 2**20
+MB = 2**20
 
 
 def measure(recipe: str, steps: int) -> dict[str, float]:
     import torch
-    from torch_geometric.nn import GraphSAGE
-    from torch_geometric.utils import to_torch_csr_tensor
 
     import dibit
     from dibit.bench.memory import allocated_bytes
+    from dibit.reproduce.shapes import ARXIV, random_graph, sage
 
-    torch.manual_seed(0)
-    adj = to_torch_csr_tensor(torch.randint(N, (2, E)), size=(N, N))
-    x, y, train = torch.randn(N, 128), torch.randint(CLASSES, (N,)), torch.randperm(N)[:TRAIN]
-    model = GraphSAGE(128, 128, 3, CLASSES, dropout=0.5, norm="batch_norm").train()
+    x, adj = random_graph(ARXIV)
+    y, train = torch.randint(ARXIV.classes, (ARXIV.nodes,)), torch.randperm(ARXIV.nodes)[: ARXIV.train]
+    model = sage(ARXIV)
     if recipe != "none":
         dibit.compress(model, recipe)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
@@ -55,7 +53,7 @@ def measure(recipe: str, steps: int) -> dict[str, float]:
         "saved_mb": (saved.total + targets) / MB,
         "plain_mb": (saved.plain + targets) / MB,
         "allocator_mb": (held + targets) / MB,
-        "bytes_per_node": saved.total / N,
+        "bytes_per_node": saved.total / ARXIV.nodes,
         "seconds": statistics.median(times[1:]) if steps else float("nan"),
     }
 

@@ -5,34 +5,10 @@ python benchmarks/saved_figure.py [--out docs/figures/saved.svg]
 
 import argparse
 import warnings
-from collections import defaultdict
 from pathlib import Path
 
 warnings.filterwarnings("ignore", ".*[Ss]parse.*")
-N, E, MB = 169_343, 2_315_598, 2**20
-KINDS = {"linear": "linear inputs", "batch_norm": "BatchNorm input", "relu": "ReLU", "dropout": "dropout mask"}
 COLORS = ("#3b6ea5", "#e0a030", "#5b9e5b", "#b0546a", "#999999")
-
-
-def measure(recipe: str) -> dict[str, float]:
-    """Kept MB by kind of operation, from the ledger."""
-    import torch
-    from torch_geometric.nn import GraphSAGE
-    from torch_geometric.utils import to_torch_csr_tensor
-
-    import dibit
-
-    torch.manual_seed(0)
-    adj = to_torch_csr_tensor(torch.randint(N, (2, E)), size=(N, N))
-    model = GraphSAGE(128, 128, 3, 40, dropout=0.5, norm="batch_norm").train()
-    dibit.compress(model, recipe)
-    with dibit.track(model) as saved:
-        model(torch.randn(N, 128), adj)
-    kept: dict[str, float] = defaultdict(float)
-    for row in saved.rows:
-        # the plain mean keeps the layer's input, which is the linear layer's input too
-        kept[KINDS.get(row.operation, KINDS["linear"])] += row.kept / MB
-    return kept
 
 
 def main() -> None:
@@ -45,12 +21,16 @@ def main() -> None:
     mpl.rcParams["svg.hashsalt"] = "dibit"
     import matplotlib.pyplot as plt
 
-    recipes = ["none", "exact", "iexact", "default"]
-    kept = {recipe: measure(recipe) for recipe in recipes}
+    import dibit
+    from dibit.reproduce.memory import KINDS, measure
+    from dibit.reproduce.shapes import ARXIV
+
+    recipes = {"none": None, **{name: dibit.recipe(name) for name in ("exact", "iexact", "default")}}
+    kept = {name: measure(ARXIV, config)["by_kind"] for name, config in recipes.items()}
     figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), width_ratios=(1, 1.25), layout="constrained")
-    for axis, shown in zip(axes, (recipes, recipes[1:]), strict=True):
+    for axis, shown in zip(axes, (list(recipes), list(recipes)[1:]), strict=True):
         left = [0.0] * len(shown)
-        for kind, color in zip(KINDS.values(), COLORS, strict=False):
+        for kind, color in zip([*KINDS.values(), "targets"], COLORS, strict=True):
             sizes = [kept[recipe][kind] for recipe in shown]
             axis.barh(shown, sizes, left=left, color=color, label=kind)
             left = [a + b for a, b in zip(left, sizes, strict=True)]
@@ -65,7 +45,7 @@ def main() -> None:
     axes[0].legend(frameon=False, loc="lower right", fontsize="small")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, metadata={"Date": None})
-    print(f"{args.out}: " + ", ".join(f"{recipe} {sum(kept[recipe].values()):.1f} MB" for recipe in recipes))
+    print(f"{args.out}: " + ", ".join(f"{name} {sum(kept[name].values()):.1f} MB" for name in recipes))
 
 
 if __name__ == "__main__":

@@ -163,9 +163,9 @@ def test_the_papers_settings_with_other_levels(
     words += ["--recipe", "default", "--levels", "normal", "--block", "row", "--compare", "--out", str(out)]
     configs: list[Any] = []
 
-    def spy(task: Task, name: str, config: dibit.Config | None, *rest: Any) -> loop.Result:
+    def spy(task: Task, name: str, config: dibit.Config | None, *rest: Any, **more: Any) -> loop.Result:
         configs.append(config)
-        return train_one(task, name, config, *rest)
+        return train_one(task, name, config, *rest, **more)
 
     train_one = loop.train_one
     monkeypatch.setattr(loop, "train_one", spy)

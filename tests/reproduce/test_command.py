@@ -104,14 +104,14 @@ def test_the_same_command_again_measures_nothing(
 
 def test_blocks_without_the_timing(small: Path, tmp_path: Path) -> None:
     from dibit.reproduce import blocks
+    from dibit.reproduce.plan import Plan, Reproduction
     from dibit.reproduce.store import Store
-    from dibit.reproduce.study import Plan, Study
 
-    study = Study(Plan(datasets=(str(small),), seeds=1, epochs=2, draws=2), Store(tmp_path / "out"))
-    study.store.open()
-    timing, *units = blocks.units(study)
+    run = Reproduction(Plan(datasets=(str(small),), seeds=1, epochs=2, draws=2), Store(tmp_path / "out"))
+    run.store.open()
+    timing, *units = blocks.units(run)
     assert timing.name == blocks.TIMING
-    table = blocks.table(study, {unit.name: unit.compute(lambda _: None) for unit in units})
+    table = blocks.table(run, {unit.name: unit.compute(lambda _: None) for unit in units})
     (graph,) = table["graphs"]
     assert [row["setting"] for row in graph["rows"]] == list(BLOCKS)
     saved = [row["saved_mb"] for row in graph["rows"]]
@@ -170,9 +170,9 @@ def test_bad_input_is_a_sentence_and_writes_nothing(
 
 
 def test_graphs_that_cannot_be_loaded_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    from dibit.reproduce import study as module
+    from dibit.reproduce import plan as module
+    from dibit.reproduce.plan import Plan, Reproduction
     from dibit.reproduce.store import Store
-    from dibit.reproduce.study import Plan, Study
     from dibit.train.errors import UserError
 
     def refuse(settings: Any, seed: int) -> Any:
@@ -183,10 +183,10 @@ def test_graphs_that_cannot_be_loaded_are_named(tmp_path: Path, monkeypatch: pyt
     from dibit.train.data.generated import planted
 
     monkeypatch.setattr("dibit.train.data.load.load_raw", refuse)
-    study = Study(Plan(), Store(tmp_path))
-    (graph,) = study.graphs()
+    run = Reproduction(Plan(), Store(tmp_path))
+    (graph,) = run.graphs()
     assert graph.name.startswith("planted")
-    assert set(study.missing) == set(module.SMALL)
+    assert set(run.missing) == set(module.SMALL)
     assert "cora is left out. no network for cora." in capsys.readouterr().err
 
 

@@ -7,18 +7,18 @@ import pytest
 
 from dibit.reproduce import memory
 from dibit.reproduce.paper import LOG_MB
+from dibit.reproduce.plan import Plan, Reproduction
 from dibit.reproduce.shapes import ARXIV, FLICKR, SHAPES
 from dibit.reproduce.store import Store
-from dibit.reproduce.study import Plan, Study
 from dibit.reproduce.variants import MEMORY, variants
 
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, Any]]]:
     """shape -> setting -> row, measured as the command measures."""
-    study = Study(Plan(), Store(Path(tmp_path_factory.mktemp("memory"))))
-    done = {unit.name: unit.compute(lambda _: None) for unit in memory.units(study)}
-    table = memory.table(study, done)
+    run = Reproduction(Plan(), Store(Path(tmp_path_factory.mktemp("memory"))))
+    done = {unit.name: unit.compute(lambda _: None) for unit in memory.units(run)}
+    table = memory.table(run, done)
     return {shape["name"]: {row["setting"]: row for row in shape["rows"]} for shape in table["shapes"]}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 import dibit
-from dibit.train import Settings, TrainingError, UserError, checkpoint
+from dibit.train import Interrupted, Settings, TrainingError, UserError, checkpoint
 from dibit.train.data import load_graph
 from dibit.train.loop import Result, train_one
 from dibit.train.settings import RECIPES
@@ -105,6 +107,25 @@ def test_same_seed_same_start_for_both(small: Path, tmp_path: Path) -> None:
     configs = {"none": None, "default": dibit.recipe("default")}
     losses = [train_one(task, name, config, 4, tmp_path / name).loss[0] for name, config in configs.items()]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_ctrl_c_in_the_last_epoch_stops_what_would_follow(small: Path, tmp_path: Path, last: bool) -> None:
+    task = _task(small, recipe="none", epochs=3)
+
+    def interrupt(epoch: int, epochs: int) -> None:
+        if epoch == epochs:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def train() -> Result:
+        return train_one(task, "none", None, 0, tmp_path / "run", on_epoch=interrupt, last=last)
+
+    if last:
+        assert train().epochs == 3
+    else:
+        with pytest.raises(Interrupted, match="after epoch 3 of 3"):
+            train()
+    assert (tmp_path / "run" / "checkpoint.pt").is_file()
 
 
 def test_early_stop_and_sparse_evaluation(small: Path, tmp_path: Path) -> None:

@@ -41,20 +41,28 @@ class Product(torch.autograd.Function):
 
 
 def mul(step: Step, input: Tensor, other: Any, *, out: Any = None) -> Any:
+    if out is not None or not _operands(input, other):
+        return NotImplemented
+    kept = _factors(step, input, other, torch.broadcast_shapes(input.shape, other.shape).numel())
+    return NotImplemented if kept is None else Product.apply(input, other, *kept)
+
+
+def _operands(a: Any, b: Any) -> bool:
+    """Whether a and b are tensors of one dtype, and a gradient is wanted."""
+    return dense(a, b) and a.dtype == b.dtype and (a.requires_grad or b.requires_grad)
+
+
+def _factors(step: Step, a: Tensor, b: Tensor, count: int) -> tuple[Any, Any] | None:
+    """What is kept of both factors of a product of `count` elements (0: no broadcasting); `None`: nothing is lossy."""
     config = step.config
-    if config is None or out is not None or not isinstance(input, Tensor) or not isinstance(other, Tensor):
-        return NotImplemented
-    if not dense(input, other) or input.dtype != other.dtype or not (input.requires_grad or other.requires_grad):
-        return NotImplemented
-    count = torch.broadcast_shapes(input.shape, other.shape).numel()
-    needed = [x for x, by in ((input, other), (other, input)) if by.requires_grad]
+    assert config is not None
+    pairs = (a, b), (b, a)
+    needed = [x for x, by in pairs if by.requires_grad]
     if all(_exact(step, x, count, unreduced(config)) for x in needed):
-        return NotImplemented  # nothing to lose: torch's own, kept by the hooks
+        return None  # torch's own operation, kept by the hooks
     step.plain(*needed)
-    kept_a, kept_b = (
-        _factor(step, x, by, count) if by.requires_grad else None for x, by in ((input, other), (other, input))
-    )
-    return Product.apply(input, other, kept_a, kept_b)
+    kept_a, kept_b = (_factor(step, x, by, count) if by.requires_grad else None for x, by in pairs)
+    return kept_a, kept_b
 
 
 def _exact(step: Step, x: Tensor, count: int, config: Config) -> bool:
@@ -116,9 +124,7 @@ class MatrixProduct(torch.autograd.Function):
 
 
 def div(step: Step, input: Tensor, other: Any, *, rounding_mode: Any = None, out: Any = None) -> Any:
-    if out is not None or rounding_mode is not None or not isinstance(input, Tensor) or not isinstance(other, Tensor):
-        return NotImplemented
-    if not dense(input, other) or input.dtype != other.dtype or not (input.requires_grad or other.requires_grad):
+    if out is not None or rounding_mode is not None or not _operands(input, other):
         return NotImplemented
     count = torch.broadcast_shapes(input.shape, other.shape).numel()
     needed = [other, input] if other.requires_grad else [other]
@@ -135,18 +141,9 @@ def div(step: Step, input: Tensor, other: Any, *, rounding_mode: Any = None, out
 
 def bmm(step: Step, input: Tensor, mat2: Tensor, *, out: Any = None) -> Any:
     """Products of two activations; a product with a weight is a linear layer's."""
-    config = step.config
-    if config is None or out is not None or not dense(input, mat2) or input.dtype != mat2.dtype:
+    if out is not None or not _operands(input, mat2):
         return NotImplemented
-    if (
-        input.shape[:-2] != mat2.shape[:-2]
-        or min(input.dim(), mat2.dim()) < 2
-        or not (input.requires_grad or mat2.requires_grad)
-    ):
+    if min(input.dim(), mat2.dim()) < 2 or input.shape[:-2] != mat2.shape[:-2]:
         return NotImplemented
-    needed = [x for x, by in ((input, mat2), (mat2, input)) if by.requires_grad]
-    if all(_exact(step, x, 0, unreduced(config)) for x in needed):
-        return NotImplemented
-    step.plain(*needed)
-    kept_a, kept_b = (_factor(step, x, by, 0) if by.requires_grad else None for x, by in ((input, mat2), (mat2, input)))
-    return MatrixProduct.apply(input, mat2, kept_a, kept_b)
+    kept = _factors(step, input, mat2, 0)
+    return NotImplemented if kept is None else MatrixProduct.apply(input, mat2, *kept)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 from dibit.reproduce.paper import remembered
-from dibit.reproduce.study import Done, Study, Unit
+from dibit.reproduce.plan import Done, Reproduction, Unit
 from dibit.reproduce.training import MODELS, Case, case, training
 from dibit.reproduce.variants import ACCURACY
 from dibit.train.errors import UserError
@@ -17,60 +18,60 @@ PAPERS = ("arxiv-sage", "arxiv-gcn", "arxiv-gcn2", "arxiv-gat", "flickr-sage", "
 ON_EVERY_GRAPH = ("sage", "gcn")  # at the small size the others run on the first graph alone
 
 
-def units(study: Study) -> list[Unit]:
+def units(run: Reproduction) -> list[Unit]:
     """One a graph, model, setting and seed."""
-    seeds = range(study.plan.seeds)
-    return [training(study, each, setting, seed) for each in cases(study) for seed in seeds for setting in ACCURACY]
+    seeds = range(run.plan.seeds)
+    return [training(run, each, setting, seed) for each in cases(run) for seed in seeds for setting in ACCURACY]
 
 
-def table(study: Study, done: Done) -> dict[str, Any]:
+def table(run: Reproduction, done: Done) -> dict[str, Any]:
     """By graph, model and setting, with the paired difference to FP32."""
     rows = []
-    for each in cases(study):
+    for each in cases(run):
         runs = {
             setting: {
                 seed: done[name]
-                for seed in range(study.plan.seeds)
+                for seed in range(run.plan.seeds)
                 if (name := f"{each.name} {setting} seed {seed}") in done
             }
             for setting in ACCURACY
         }
         rows += [_row(each, setting, runs) for setting in ACCURACY if runs[setting]]
-    skipped = [{"graph": graph, "why": why} for graph, why in study.missing.items()]
-    if not study.plan.full:
+    skipped = [{"graph": graph, "why": why} for graph, why in run.missing.items()]
+    if not run.plan.full:
         skipped.append({"graph": "ogbn-arxiv, Flickr", "why": "The papers' own data sets are part of --full."})
     return {"rows": rows, "skipped": skipped, "paper": remembered()}
 
 
-def cases(study: Study) -> list[Case]:
+@functools.cache  # the table is drawn after every training: the graphs are loaded once
+def cases(run: Reproduction) -> list[Case]:
     """Models on graphs; in full the papers' settings too."""
-    graphs = study.graphs()
+    graphs = run.graphs()
     found = [
-        case(study, graph, model)
+        case(run, graph, model)
         for graph in graphs
         for model in MODELS
-        if study.plan.full or graph is graphs[0] or model in ON_EVERY_GRAPH
+        if run.plan.full or graph is graphs[0] or model in ON_EVERY_GRAPH
     ]
-    return found + (_papers(study) if study.plan.full and not study.plan.datasets else [])
+    return found + (_papers(run) if run.plan.full and not run.plan.datasets else [])
 
 
-def _papers(study: Study) -> list[Case]:
+def _papers(run: Reproduction) -> list[Case]:
     """The papers' hyper-parameters on their own data sets, as far as those can be loaded."""
+    from dibit.train.data.load import load_graph
     from dibit.train.parser import read_yaml
     from dibit.train.recipes import recipe_files
 
     files: dict[str, Path] = recipe_files()
     found = []
     for name in PAPERS:
-        settings = Settings.from_flat(read_yaml(files[name])).updated(root=study.plan.root)
-        if settings.data.dataset in study.missing:
+        settings = Settings.from_flat(read_yaml(files[name])).updated(root=run.plan.root)
+        if settings.data.dataset in run.missing:
             continue
         try:
-            from dibit.train.data.load import load_graph
-
             found.append(Case(load_graph(settings.data, 0), settings))
         except UserError as error:
-            study.missing[settings.data.dataset] = str(error)
+            run.missing[settings.data.dataset] = str(error)
     return found
 
 

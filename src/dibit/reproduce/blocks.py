@@ -11,9 +11,9 @@ from typing import Any
 
 import dibit
 from dibit.reproduce.paper import CLAIMS
+from dibit.reproduce.plan import Done, Reproduction, Unit, key
 from dibit.reproduce.shapes import ARXIV, Shape, random_graph, sage
 from dibit.reproduce.stages import stages
-from dibit.reproduce.study import Done, Study, Unit, key
 from dibit.reproduce.training import Case, case, training
 from dibit.reproduce.variants import BLOCKS, variants
 
@@ -21,9 +21,9 @@ MB = 2**20
 TIMING = f"{ARXIV.name} seconds a step"
 
 
-def units(study: Study) -> list[Unit]:
+def units(run: Reproduction) -> list[Unit]:
     """The interleaved timing; on each graph the gradient's error, and a training a setting and seed."""
-    plan = study.plan
+    plan = run.plan
     found = [
         Unit(
             TIMING,
@@ -31,7 +31,7 @@ def units(study: Study) -> list[Unit]:
             partial(time_steps, ARXIV, plan.rounds),
         )
     ]
-    for each in _cases(study):
+    for each in _cases(run):
         epochs = (0, plan.epochs)
         found.append(
             Unit(
@@ -40,14 +40,14 @@ def units(study: Study) -> list[Unit]:
                 partial(gradient_errors, each, epochs, plan.draws),
             )
         )
-        found += [training(study, each, setting, seed) for setting in BLOCKS for seed in range(plan.seeds)]
+        found += [training(run, each, setting, seed) for setting in BLOCKS for seed in range(plan.seeds)]
     return found
 
 
-def table(study: Study, done: Done) -> dict[str, Any]:
+def table(run: Reproduction, done: Done) -> dict[str, Any]:
     """By setting, on the shape and on each graph."""
-    plan, graphs = study.plan, []
-    for each in _cases(study):
+    plan, graphs = run.plan, []
+    for each in _cases(run):
         errors = done.get(f"{each.name} gradient error", {})
         rows = []
         for setting in BLOCKS:
@@ -137,6 +137,5 @@ def gradient_errors(
     return errors
 
 
-def _cases(study: Study) -> list[Case]:
-    chosen = study.graphs() if study.plan.full else study.graphs()[-1:]
-    return [case(study, graph, "sage") for graph in chosen]
+def _cases(run: Reproduction) -> list[Case]:
+    return [case(run, graph, "sage") for graph in run.main_graphs()]

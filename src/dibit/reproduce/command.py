@@ -14,9 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dibit.reproduce import sections
+from dibit.reproduce.plan import Plan, Reproduction
 from dibit.reproduce.progress import Progress
 from dibit.reproduce.store import SECTIONS, Store, write
-from dibit.reproduce.study import Plan, Study
 from dibit.train.errors import Interrupted, UserError, nearest, require
 
 _DESCRIPTION = """\
@@ -73,52 +74,54 @@ def reproduce(argv: Sequence[str]) -> int:
     with warnings.catch_warnings():
         # torch says that CSR is in beta whenever one is made.
         warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
-        study = Study(plan, store, args.quiet)
+        run = Reproduction(plan, store, args.quiet)
         if args.section != "memory":
-            study.graphs()  # a data set that cannot be loaded is said now
+            run.graphs()  # a data set that cannot be loaded is said now
         store.open()
         try:
             for section in SECTIONS if args.section == "all" else (args.section,):
-                _run(study, section)
+                _run(run, section)
         except KeyboardInterrupt as stop:
             command = shlex.join(["dibit", "reproduce", *(word for word in argv if word != "--overwrite")])
             raise Interrupted(f"interrupted; what was measured is kept, go on with: {command}") from stop
     if json_path is not None:
-        write(json_path, store.sections())
+        write(json_path, sections.read(store.path))
     return 0
 
 
-def _run(study: Study, section: str) -> None:
+def _run(run: Reproduction, section: str) -> None:
     """Measure one section, and write it after every measurement."""
     from dibit.reproduce.report import render
     from dibit.reproduce.tables import print_section
 
     experiment = importlib.import_module(f"dibit.reproduce.{section}")
-    units = experiment.units(study)
+    units = experiment.units(run)
     done: dict[str, Any] = {}
     total = 0.0
-    with Progress(section, len(units), study.quiet) as progress:
+    with Progress(section, len(units), run.quiet) as progress:
         for unit in units:
             progress.begin(unit.name)
-            done[unit.name], seconds, computed = study.store.unit(unit.key, partial(unit.compute, progress.note))
+            done[unit.name], seconds, computed = run.store.unit(unit.key, partial(unit.compute, progress.note))
             total += seconds
             progress.end(seconds, computed)
             if computed:
-                study.store.section(section, _content(study, section, experiment.table(study, done), total, False))
-    content = _content(study, section, experiment.table(study, done), total, True)
-    study.store.section(section, content)
+                run.store.section(section, _content(run, section, experiment.table(run, done), total, False))
+    content = _content(run, section, experiment.table(run, done), total, True)
+    run.store.section(section, content)
     print_section(content)
-    page = render(study.store.path)
-    if not study.quiet:
+    page = render(run.store.path)
+    if not run.quiet:
         print(f"{section} is in {shlex.quote(str(page))}", file=sys.stderr, flush=True)
 
 
-def _content(study: Study, section: str, results: dict[str, Any], seconds: float, finished: bool) -> dict[str, Any]:
+def _content(
+    run: Reproduction, section: str, results: dict[str, Any], seconds: float, finished: bool
+) -> dict[str, Any]:
     from dibit.train.report import describe_machine, versions
 
     return {
         "section": section,
-        "settings": asdict(study.plan),
+        "settings": asdict(run.plan),
         "finished": finished,
         "seconds": seconds,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+from dibit.reproduce.plan import Done, Reproduction, Unit, key
 from dibit.reproduce.stages import stages
-from dibit.reproduce.study import Done, Study, Unit, key
 from dibit.reproduce.training import Case, case
 from dibit.reproduce.variants import DISTRIBUTION, variants
 from dibit.study import Activation, ClippedNormal, divergence, fit, histogram, uniform
@@ -16,13 +16,12 @@ BINS = 60
 LARGE_ATOM = 0.2  # of all elements in one bin, beyond what the model puts there
 
 
-def units(study: Study) -> list[Unit]:
+def units(run: Reproduction) -> list[Unit]:
     """One a graph: all settings, epochs and layers."""
-    chosen = study.graphs() if study.plan.full else study.graphs()[-1:]
-    return [_unit(study, case(study, graph, "sage")) for graph in chosen]
+    return [_unit(run, case(run, graph, "sage")) for graph in run.main_graphs()]
 
 
-def table(study: Study, done: Done) -> dict[str, Any]:
+def table(run: Reproduction, done: Done) -> dict[str, Any]:
     """Histograms, models, divergences, and what they say in words."""
     graphs = list(done.values())
     return {"bins": BINS, "graphs": graphs, "verdicts": verdicts([row for graph in graphs for row in graph["rows"]])}
@@ -93,8 +92,8 @@ def _verdict(setting: str, rows: list[dict[str, Any]]) -> str:
     return f"{text}; the better of the two is in the median {compared} than the uniform density."
 
 
-def _unit(study: Study, case: Case) -> Unit:
-    plan = study.plan
+def _unit(run: Reproduction, case: Case) -> Unit:
+    plan = run.plan
     return Unit(
         case.name,
         key("distribution", graph=case.graph.fingerprint(), stages=list(plan.stages), bins=BINS),

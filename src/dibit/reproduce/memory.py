@@ -11,8 +11,8 @@ from typing import Any
 import dibit
 from dibit.config import Config
 from dibit.reproduce.paper import LOG_MB
+from dibit.reproduce.plan import Done, Reproduction, Unit, key
 from dibit.reproduce.shapes import ARXIV, SHAPES, Shape, random_graph, sage
-from dibit.reproduce.study import Done, Study, Unit, key
 from dibit.reproduce.variants import MEMORY, variants
 
 MB = 2**20
@@ -44,9 +44,9 @@ def _packed(rows: int, width: int, config: Config) -> float:
     return (blocks - 1) * -(-block // slots) + -(-last // slots) + blocks * 2 * config.stats.itemsize
 
 
-def units(study: Study) -> list[Unit]:
+def units(run: Reproduction) -> list[Unit]:
     """One measurement a shape and setting."""
-    del study  # the shapes are the papers' at any size
+    del run  # the shapes are the papers' at any size
     return [
         Unit(
             _name(shape, setting),
@@ -63,9 +63,9 @@ def _compute(shape: Shape, setting: str, note: Callable[[str], None]) -> dict[st
     return measure(shape, variants()[setting])
 
 
-def table(study: Study, done: Done) -> dict[str, Any]:
+def table(run: Reproduction, done: Done) -> dict[str, Any]:
     """Measured, closed form, log, side by side."""
-    del study
+    del run
     shapes = []
     for shape in SHAPES:
         rows = []

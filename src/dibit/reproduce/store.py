@@ -83,11 +83,6 @@ class Store:
         """Write a section's table."""
         write(self.path / f"{name}.json", content)
 
-    def sections(self) -> dict[str, Any]:
-        """All sections that are there."""
-        paths = ((name, self.path / f"{name}.json") for name in SECTIONS)
-        return {name: read(path) for name, path in paths if path.is_file()}
-
 
 def read(path: Path) -> Any:
     """The content of a JSON file of ours."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from dibit.reproduce.study import Study, Unit, key
+from dibit.reproduce.plan import Reproduction, Unit, key
 from dibit.reproduce.variants import variants
 from dibit.train.data import Graph
 from dibit.train.errors import Interrupted
@@ -45,26 +45,32 @@ class Case:
         return f"{self.graph.name} {self.settings.model.model}"
 
 
-def case(study: Study, graph: Graph, model: str) -> Case:
+def case(run: Reproduction, graph: Graph, model: str) -> Case:
     """A model of `MODELS` for the plan's number of epochs."""
-    changes = {**COMMON, **MODELS[model], "model": model, "epochs": study.plan.epochs}
-    if model == "gcn2" and study.plan.full:
+    changes = {**COMMON, **MODELS[model], "model": model, "epochs": run.plan.epochs}
+    if model == "gcn2" and run.plan.full:
         changes["hidden"] = 256  # as in the papers
     return Case(graph, Settings().updated(**changes, eval_every=EVERY))
 
 
-def training(study: Study, case: Case, setting: str, seed: int) -> Unit:
+def training(run: Reproduction, case: Case, setting: str, seed: int) -> Unit:
     """One training: test accuracy at the best validation epoch, saved and peak MB, seconds an epoch."""
     config = variants()[setting]
     flat = {k: v for group in ("model", "optimisation") for k, v in vars(getattr(case.settings, group)).items()}
     identity = key("training", config, graph=case.graph.fingerprint(), settings=flat, seed=seed)
 
     def compute(note: Callable[[str], None]) -> dict[str, Any]:
-        folder = study.store.path / "runs" / study.store.name(identity)
+        folder = run.store.path / "runs" / run.store.name(identity)
         task = _task(case)
         try:
             result = train_one(
-                task, setting, config, seed, folder, on_epoch=lambda epoch, epochs: note(f"epoch {epoch}/{epochs}")
+                task,
+                setting,
+                config,
+                seed,
+                folder,
+                on_epoch=lambda epoch, epochs: note(f"epoch {epoch}/{epochs}"),
+                last=False,  # the table at least follows
             )
         except Interrupted as stop:
             raise KeyboardInterrupt from stop  # the checkpoint is there; the command says how to go on

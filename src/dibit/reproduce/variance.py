@@ -7,8 +7,8 @@ from typing import Any
 
 from dibit.codec.levels import expected_variance, normal_levels, sigma
 from dibit.reproduce.paper import VARIANCE
+from dibit.reproduce.plan import Done, Reproduction, Unit, key
 from dibit.reproduce.stages import stages
-from dibit.reproduce.study import Done, Study, Unit, key
 from dibit.reproduce.training import Case, case
 from dibit.reproduce.variants import variants
 from dibit.study import measured_variance, monte_carlo, optimal_levels, uniform_levels
@@ -40,19 +40,18 @@ def papers_table() -> list[dict[str, Any]]:
     return rows
 
 
-def units(study: Study) -> list[Unit]:
+def units(run: Reproduction) -> list[Unit]:
     """One a graph: the activations of a trained model."""
-    chosen = study.graphs() if study.plan.full else study.graphs()[-1:]
-    return [_unit(study, case(study, graph, "sage")) for graph in chosen]
+    return [_unit(run, case(run, graph, "sage")) for graph in run.main_graphs()]
 
 
-def table(study: Study, done: Done) -> dict[str, Any]:
+def table(run: Reproduction, done: Done) -> dict[str, Any]:
     """The papers' table and what was measured."""
     return {"table": papers_table(), "measured": list(done.values())}
 
 
-def _unit(study: Study, case: Case) -> Unit:
-    plan = study.plan
+def _unit(run: Reproduction, case: Case) -> Unit:
+    plan = run.plan
     return Unit(
         case.name,
         key("variance", graph=case.graph.fingerprint(), epochs=plan.epochs, draws=plan.draws, settings=list(SETTINGS)),

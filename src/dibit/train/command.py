@@ -55,7 +55,10 @@ def train(argv: Sequence[str]) -> int:
             )
         runs = [(name, seed) for seed in seeds for name in recipes]
         try:
-            results = [train_one(task, name, configs[name], seed, folder.of(name, seed)) for name, seed in runs]
+            results = [
+                train_one(task, name, configs[name], seed, folder.of(name, seed), last=(name, seed) == runs[-1])
+                for name, seed in runs
+            ]
         except KeyboardInterrupt as stop:  # between two epochs' ends; the last checkpoint is whole
             raise Interrupted(f"interrupted; {how_to_go_on(folder.path)}") from stop
     results.sort(key=lambda r: recipes.index(r.recipe))

@@ -77,6 +77,7 @@ def train_one(
     seed: int,
     folder: Path,
     on_epoch: Callable[[int, int], None] | None = None,
+    last: bool = True,
 ) -> Result:
     """Train one model, from its checkpoint in `folder` if there is one.
 
@@ -87,13 +88,14 @@ def train_one(
         seed: Of weights, dropout and split.
         folder: Of checkpoint.pt, best.pt and the TensorBoard logs; created if need be.
         on_epoch: Called after each epoch with its number and that of the last.
+        last: Nothing follows this training, so that Ctrl-C in its last epoch has nothing to stop.
 
     Raises:
         Interrupted: After Ctrl-C, once the epoch is finished and the checkpoint written.
         TrainingError: The loss is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    return _Training(task, name, config, seed, folder).run(on_epoch)
+    return _Training(task, name, config, seed, folder).run(on_epoch, last)
 
 
 class _Training:
@@ -115,7 +117,7 @@ class _Training:
         if loaded:
             self._restore(loaded)
 
-    def run(self, on_epoch: Callable[[int, int], None] | None = None) -> Result:
+    def run(self, on_epoch: Callable[[int, int], None] | None, nothing_follows: bool) -> Result:
         """Train to the end."""
         optimisation, every = self.settings.optimisation, self.settings.run.checkpoint_every
         y_train = self.task.y[self.split.train]
@@ -137,8 +139,8 @@ class _Training:
                     self._save()
                 if stop.is_set() and not last:
                     raise Interrupted(self._how_to_go_on())
-        if stop.is_set() and self.settings.run.compare | (self.settings.run.seeds > 1):
-            raise Interrupted(self._how_to_go_on())  # other trainings of the command were still to come
+        if stop.is_set() and not nothing_follows:
+            raise Interrupted(self._how_to_go_on())
         return self._result()
 
     def _epoch(self, y_train: torch.Tensor, log: Any) -> None:

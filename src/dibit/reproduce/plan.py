@@ -1,4 +1,4 @@
-"""What all sections of one reproduction share: its size, its graphs, the folder, a measurement."""
+"""What the sections of one reproduction share: its size, its graphs, the folder, a measurement."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ class Unit:
 Done = Mapping[str, Any]  # values by the units' names, as far as they are there
 
 
-@dataclass
-class Study:
-    """One reproduction.
+@dataclass(eq=False)
+class Reproduction:
+    """One call of the command: what its sections share.
 
     Attributes:
         plan: how much.
@@ -95,6 +95,10 @@ class Study:
         names = FULL if self.plan.full else SMALL
         found = [graph for graph in map(self.try_load, names) if graph is not None]
         return found or [self.load(GENERATED)]
+
+    def main_graphs(self) -> list[Graph]:
+        """Those that blocks, variance and distribution look at: the last one, all in full."""
+        return self.graphs() if self.plan.full else self.graphs()[-1:]
 
     def try_load(self, dataset: str) -> Graph | None:
         """A graph, or `None` with the reason in `missing`."""
