@@ -311,6 +311,7 @@ class Step:
         key = ("lossless", self.key(x))
         if key not in self._shared:
             self._shared[key] = self._once(narrow(x))
+            self.tape.cuts.clear()  # what starts from x costs less now
         return self._shared[key]
 
     def _once(self, kept: Exact | Narrowed) -> Exact | Narrowed:

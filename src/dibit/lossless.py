@@ -82,11 +82,15 @@ class Recomputed:
     value = restore
 
     def outer(self, dy: Tensor) -> Tensor:
-        value = self.value()
-        return dy.T @ value.reshape(-1, value.shape[-1]).to(dy.dtype)
+        return outer(self.value(), dy)
 
 
 Kept = Exact | Narrowed | Recomputed
+
+
+def outer(x: Tensor, dy: Tensor) -> Tensor:
+    """dY^T X: (O, D) for dy (N, O) and x (..., D) of N rows, in the dtype of dy."""
+    return dy.T @ x.reshape(-1, x.shape[-1]).to(dy.dtype)
 
 
 def bind(forms: Sequence[Exact | Narrowed], tensors: Sequence[Tensor]) -> tuple[Exact | Narrowed, ...]:

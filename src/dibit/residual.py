@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dibit.codec import Packed, decode, ops
 from dibit.graph import Graph
-from dibit.lossless import Exact, Narrowed, bind
+from dibit.lossless import Exact, Narrowed, bind, outer
 from dibit.replay import Program, Shared
 
 
@@ -62,7 +62,7 @@ class Reference:
         return self.x
 
     def outer(self, dy: Tensor) -> Tensor:
-        return dy.T @ self.value().reshape(-1, self.shape[-1]).to(dy.dtype)
+        return outer(self.value(), dy)
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,7 @@ class Reseeded:
         return ops.dropout(self.source, self.seed, self.p)
 
     def outer(self, dy: Tensor) -> Tensor:
-        value = self.value()
-        return dy.T @ value.reshape(-1, value.shape[-1]).to(dy.dtype)
+        return outer(self.value(), dy)
 
 
 @dataclass(frozen=True)
@@ -177,8 +176,7 @@ class Lossless:
         return self.form.restore()
 
     def outer(self, dy: Tensor) -> Tensor:
-        value = self.value()
-        return dy.T @ value.reshape(-1, value.shape[-1]).to(dy.dtype)
+        return outer(self.value(), dy)
 
 
 @dataclass(frozen=True)
@@ -206,8 +204,7 @@ class Gathered:
         return self.program.run([self.source.value(), *(leaf.restore() for leaf in self.leaves)], self.shared)
 
     def outer(self, dy: Tensor) -> Tensor:
-        value = self.value()
-        return dy.T @ value.reshape(-1, value.shape[-1]).to(dy.dtype)
+        return outer(self.value(), dy)
 
 
 @dataclass(frozen=True)

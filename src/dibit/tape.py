@@ -83,11 +83,13 @@ class Tape:
         self.key, self.free = key, free
         self.nodes: dict[Any, Node] = {}
         self.shared = Shared()
+        self.cuts: dict[Node, dict[Node, None] | None] = {}  # the best of each node, until something more is kept
         self.running: tuple[Any, Any, Any] | None = None  # the call whose result does not exist yet
 
     def clear(self) -> None:
         """End of the pass: nothing more is noted, and no cycle with whoever made the tape is left."""
         self.nodes.clear()
+        self.cuts.clear()
         del self.key, self.free
 
     def node(self, x: Tensor) -> Node:
@@ -139,12 +141,13 @@ class Tape:
         node = self.nodes.get(self.key(x))
         if node is None or node.call is None or node.nbytes < _SMALL:
             return None
-        memo: dict[Node, Any] = {}
-        found = self._cut(node, 0, memo, top=True)
-        if found is None:
-            return None
-        found = self._without_detours(found, memo)
-        return None if self._cost(found) >= limit else list(found)
+        known = self.cuts.get(node)
+        if node not in self.cuts or (known and any(leaf.tensor() is None for leaf in known)):
+            memo: dict[Node, Any] = {}
+            found = self._cut(node, 0, memo, top=True)
+            self.cuts[node] = None if found is None else self._without_detours(found, memo)
+        best = self.cuts[node]
+        return None if best is None or self._cost(best) >= limit else list(best)
 
     def gathered(self, x: Tensor) -> tuple[Node, list[Node]] | None:
         """The smallest tensor that x is a selection of, less than half its bytes, and what the selection needs beside.

@@ -180,10 +180,12 @@ def decode(packed: Packed) -> Tensor:
 
 
 def encoded_bytes(shape: torch.Size, config: Config) -> int:
-    """Bytes of the codes and ranges that `encode` makes of a tensor of this shape."""
+    """Bytes of the codes and ranges that `encode` makes of a tensor of this shape, ranges being kept in `stats`."""
     rows, width = _reduced_shape(shape[:-1].numel(), shape[-1] if shape else 1, config)
     block = config.elements(rows, width)
-    return -(-rows * width * config.bits // 8) + 2 * config.stats.itemsize * -(-rows * width // block)
+    full, tail = divmod(rows * width, block)
+    codes = full * reference.packed_bytes(block, config.bits) + reference.packed_bytes(tail, config.bits)
+    return codes + 2 * config.stats.itemsize * (full + bool(tail))
 
 
 def _reduced_shape(rows: int, width: int, config: Config) -> tuple[int, int]:
