@@ -53,8 +53,8 @@ class Enter:
             _abandon()  # Ctrl-C ended a forward pass without running any hook
             active = None
         if active is None:
-            if not (module.training and torch.is_grad_enabled()) or _top_hooks() is not None:
-                return  # also inside someone else's hooks, such as an activation checkpoint's recomputation
+            if not (module.training and torch.is_grad_enabled()) or _taken():
+                return
             active = _local.active = _start(self.state, (args, kwargs))
         active.step.names.append(self.name)
         active.step.configs.append(self.config)
@@ -106,6 +106,11 @@ def _abandon() -> None:
     top = _top_hooks()
     if top is not None and top[0] == active.mode.hooks[0]:
         active.hooks.__exit__(None, None, None)
+
+
+def _taken() -> bool:
+    """Inside someone else's hooks (an activation checkpoint runs its part again) or a transform of `torch.func`."""
+    return _top_hooks() is not None or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _top_hooks() -> Any:

@@ -8,7 +8,6 @@ and integers losslessly: a hook sees a tensor, not the operation, so it cannot k
 from __future__ import annotations
 
 import functools
-import hashlib
 import sys
 import weakref
 from collections.abc import Iterator, Mapping
@@ -27,6 +26,7 @@ from dibit.ledger import Ledger, Row, storage_key, storages
 from dibit.lossless import Exact, Kept, Narrowed, Recomputed, narrow
 from dibit.residual import Compressed, Gathered, Lossless, Reference, Residual
 from dibit.state import Rule, State
+from dibit.stream import fresh_key
 from dibit.tape import PURE, Tape, nbytes
 
 _DEEPEST = 6  # nested containers that are searched for the caller's tensors
@@ -50,8 +50,7 @@ class Step:
         self.function: Any = None  # the function now running, for the ledger
         self.row: Row | None = None
         self.inside = False  # a rule is saving tensors of its own
-        self._rng = torch.get_rng_state()
-        self._key = int.from_bytes(hashlib.blake2b(self._rng.numpy().tobytes(), digest_size=8).digest(), "little")
+        self._key: int | None = None
         self._draws = 0
         self.deferred: list[Any] = []  # residuals whose form depends on what the model returns
         self._held: set[int] = set()
@@ -72,17 +71,17 @@ class Step:
 
     def seed(self, purpose: str, device: torch.device, *more: int) -> Tensor:
         """A fresh seed. The stream is a function of torch's default generator and draws nothing from it."""
+        if self._key is None:
+            self._key = fresh_key()
         self._draws += 1
         return seed_tensor(mix(self._key, purpose, self._draws, *more), device)
 
     def end(self, outputs: Any) -> None:
-        """Settle what depends on the outputs; leave torch's generator in a state that the next pass has not seen."""
+        """Settle what depends on the outputs, and forget what is shared within the pass."""
         outputs = list(tensors_in(outputs))
         returned = {storage_key(part) for x in outputs for part in storages(x)}
         for cell in self.deferred:
             cell.settle(self, returned)
-        if self._draws and torch.equal(torch.get_rng_state(), self._rng):
-            torch.empty((), dtype=torch.int64).random_()  # a model that draws moves the generator by itself
         if self.ledger is not None:
             self.ledger.close(outputs)
         # autograd may keep the hooks, and with them this object, as long as the graph

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from dibit.codec import Packed
 from dibit.ledger import Ledger, storages
@@ -30,8 +31,8 @@ class State:
 
     def constants(self) -> Iterator[Tensor]:
         """Tensors that live as long as the model: parameters, buffers, cached graph structure."""
-        yield from self.root.parameters()
-        yield from self.root.buffers()
+        yield from (p for p in self.root.parameters() if not is_lazy(p))
+        yield from (b for b in self.root.buffers() if not is_lazy(b))
         for module in self.root.modules():
             for value in vars(module).values():
                 for x in value if isinstance(value, tuple | list) else (value,):

@@ -175,23 +175,9 @@ class Tape:
 
     def program(self, x: Tensor, leaves: Sequence[Node]) -> Program:
         """The operations from the leaves of a cut to x."""
-        slots: dict[Node, int] = {leaf: i for i, leaf in enumerate(leaves)}
-        calls: list[tuple[Any, Any, Any, Any]] = []
-
-        def visit(node: Node) -> Slot:
-            if node not in slots:
-                assert node.call is not None
-                function, args, kwargs = node.call
-                filled = _noded_to(args, visit), _noded_to(kwargs, visit)
-                identity = node if node.constant and node.nbytes >= _SMALL else None
-                if identity is not None:
-                    self.shared.want(identity)
-                calls.append((function, *filled, identity))
-                slots[node] = len(leaves) + len(calls) - 1
-            return Slot(slots[node])
-
-        visit(self.nodes[self.key(x)])
-        return Program(len(leaves), tuple(calls))
+        writer = _Writer(leaves, self.shared)
+        writer.visit(self.nodes[self.key(x)])
+        return Program(len(leaves), tuple(writer.calls))
 
     def _cut(self, node: Node, depth: int, memo: dict[Node, Any], top: bool = False) -> dict[Node, None] | None:
         """The cheaper of keeping a node and computing it again; `None` where neither can be done."""
@@ -237,6 +223,27 @@ class Tape:
             if x is not None and not self.free(x):
                 total += leaf.nbytes * (0.5 if x.dtype == torch.int64 else 1 / 8 if x.dtype == torch.bool else 1)
         return total
+
+
+class _Writer:
+    """Puts the operations between the leaves of a cut and a node in order. (A nested function would be a cycle.)"""
+
+    def __init__(self, leaves: Sequence[Node], shared: Shared) -> None:
+        self.leaves, self.shared = len(leaves), shared
+        self.slots: dict[Node, int] = {leaf: i for i, leaf in enumerate(leaves)}
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def visit(self, node: Node) -> Slot:
+        if node not in self.slots:
+            assert node.call is not None
+            function, args, kwargs = node.call
+            filled = _noded_to(args, self.visit), _noded_to(kwargs, self.visit)
+            identity = node if node.constant and node.nbytes >= _SMALL else None
+            if identity is not None:
+                self.shared.want(identity)
+            self.calls.append((function, *filled, identity))
+            self.slots[node] = self.leaves + len(self.calls) - 1
+        return Slot(self.slots[node])
 
 
 def _on_cpu(args: Any) -> bool:

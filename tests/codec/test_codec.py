@@ -219,6 +219,13 @@ def test_ranges_stay_float32_where_bfloat16_would_blow_them_up() -> None:
     assert encode(torch.randn(3000), Config(), 1).ranges.dtype == torch.bfloat16
 
 
+def test_near_float32s_end_nothing_becomes_infinite() -> None:
+    """A range rounded up to bfloat16 would be infinite there, and so would a sum of ranges in float32."""
+    x = torch.tensor([3.4e38, -3.4e38, 1e38, 3.4028e38]).repeat(300)
+    for config in (Config(block=2), Config(block=1024), Config(block=16, levels="normal")):
+        assert decode(encode(x, config, 1)).isfinite().all()
+
+
 def test_same_seed_same_codes() -> None:
     x = torch.randn(100, 16)
     for config in CONFIGS.values():

@@ -15,6 +15,7 @@ from torch_geometric.nn import aggr, conv, models, norm
 import dibit
 from dibit import Config, Project, Sample
 from dibit.functions.activation import relu
+from dibit.intercept import Step
 from tests.zoo import aggrs, convs, norms
 from tests.zoo import models as built
 from tests.zoo.case import Case, D, edges, x
@@ -123,6 +124,21 @@ def test_biased_rounding_is_seen(name: str) -> None:
     nearest = replace(setting, reduce=None, rounding="nearest", norm=None)
     assert not biased(case, setting, draws)
     assert biased(case, nearest, draws)
+
+
+def test_a_shared_draw_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """BatchNorm uses its input twice: with one projection for both, the product of the two is off."""
+    case = Case("GCN", lambda: g.GCN(D, D, 3, 5, norm="batch_norm"), lambda: ((x(), edges()), {}))
+    draws = 40
+    setting = Config(bits=8, norm=Config(bits=8, reduce=Project(4)))
+    assert not biased(case, setting, draws)
+    keep = Step.keep
+
+    def shared(step: Step, x: Tensor, *, leaf: bool, config: Config | None = None) -> Any:
+        return keep(step, x, leaf=True, config=config)
+
+    monkeypatch.setattr(Step, "keep", shared)
+    assert biased(case, setting, draws)
 
 
 def test_a_plain_model_stays_plain_beside_a_compressed_one() -> None:

@@ -190,7 +190,7 @@ def encoded_bytes(shape: torch.Size, config: Config) -> int:
 
 def _reduced_shape(rows: int, width: int, config: Config) -> tuple[int, int]:
     match config.reduce:
-        case Project(ratio):
+        case Project(ratio) if ratio > 1:
             return rows, max(1, width // ratio)
         case Sample(ratio):
             return -(-rows // ratio), width
@@ -210,5 +210,6 @@ def _blocks(config: Config, rows: int, width: int) -> tuple[int, list[float]]:
 
 
 def _blown_up(ranges: Tensor, widths: Tensor) -> bool:
-    stored = ranges.float()
-    return bool((stored[:, 1] - stored[:, 0]).sum() > _BLOW_UP * widths.sum())
+    """Blocks with NaN aside; an infinite end is one of float32's largest numbers, rounded up."""
+    spans = (ranges[:, 1].double() - ranges[:, 0].double()).nan_to_num(0.0, posinf=float("inf"))
+    return bool(spans.sum() > _BLOW_UP * widths.double().nansum()) or bool(spans.isinf().any())

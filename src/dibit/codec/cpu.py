@@ -272,7 +272,7 @@ def dequantize(
             np.array(levels, f32),
             f32(dither),
         )
-    return out.to(dtype)
+    return reference.narrowed(out, dtype)
 
 
 def pack_mask(x: Tensor) -> Tensor:

@@ -142,9 +142,16 @@ def _dequantize_rows(
     step = width / (2**bits - 1)
     if dither:
         u = rng.uniform_range(start, start + codes.numel(), seed).view(codes.shape).to(work)
-        return ((h + (u - (0.5 - rng.UNIT / 2)) * dither) * step + zero).div(scale).to(dtype)
+        return narrowed(((h + (u - (0.5 - rng.UNIT / 2)) * dither) * step + zero) / scale, dtype)
     value = (h * step + zero) / scale
-    return torch.where(value > high, high, torch.where(value < low, low, value)).to(dtype)
+    return narrowed(torch.where(value > high, high, torch.where(value < low, low, value)), dtype)
+
+
+def narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value` in `dtype`. A range rounded outwards may lie beyond float16's largest number: no infinity comes of it."""
+    if dtype == torch.float16:
+        value = value.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
+    return value.to(dtype)
 
 
 def _affine(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
