@@ -24,7 +24,7 @@ def measure(recipe: str, steps: int) -> dict[str, float]:
 
     import dibit
     from dibit.bench.memory import allocated_bytes
-    from dibit.reproduce.shapes import ARXIV, random_graph, sage
+    from dibit.bench.shapes import ARXIV, random_graph, sage
 
     x, adj = random_graph(ARXIV)
     y, train = torch.randint(ARXIV.classes, (ARXIV.nodes,)), torch.randperm(ARXIV.nodes)[: ARXIV.train]

@@ -22,8 +22,8 @@ def main() -> None:
     import matplotlib.pyplot as plt
 
     import dibit
+    from dibit.bench.shapes import ARXIV
     from dibit.reproduce.memory import KINDS, measure
-    from dibit.reproduce.shapes import ARXIV
 
     recipes = {"none": None, **{name: dibit.recipe(name) for name in ("exact", "iexact", "default")}}
     kept = {name: measure(ARXIV, config)["by_kind"] for name, config in recipes.items()}

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import sys
 import threading
 import warnings
 import weakref
@@ -364,6 +365,20 @@ class TestMemory:
             assert sum(issubclass(type(o), Tensor) for o in gc.get_objects()) <= before + 2
         finally:
             gc.enable()
+
+    def test_ctrl_c_has_no_destructors_to_get_lost_in(self) -> None:
+        """Python drops what is raised in `__del__`, and Ctrl-C is raised anywhere: one destructor a pass at most."""
+        net, x = make()
+        dibit.compress(net)
+        net(x).sum().backward()
+        called: list[str] = []
+        sys.setprofile(lambda frame, event, _: called.append(frame.f_code.co_name) if event == "call" else None)
+        try:
+            net(x).sum().backward()
+        finally:
+            sys.setprofile(None)
+        assert len(called) > 100
+        assert called.count("__del__") <= 1
 
     def test_activations_are_gone_after_the_forward(self) -> None:
         net, x = make()

@@ -16,6 +16,7 @@ Train graph neural networks on a fraction of the memory.
 commands:
   train       train a model on a graph, with compressed activations (dibit train --help)
   reproduce   repeat what the papers measured, with their numbers beside ours (dibit reproduce --help)
+  bench       time, memory and gradient error on this machine, beside the alternatives (dibit bench --help)
 """
 
 
@@ -61,7 +62,11 @@ def _dispatch(words: list[str]) -> int:
         from dibit.reproduce.command import reproduce
 
         return reproduce(rest)
-    known = ("train", "reproduce", "--help", "--version")
+    if command == "bench":
+        from dibit.bench.command import bench
+
+        return bench(rest)
+    known = ("train", "reproduce", "bench", "--help", "--version")
     raise UserError(f"There is no command {command!r}.{nearest(command, known)} See dibit --help.")
 
 

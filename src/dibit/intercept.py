@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from dibit.codec import encode, encoded_bytes, mix, seed_tensor
 from dibit.config import Config
 from dibit.graph import Graph
-from dibit.ledger import Ledger, Row, storage_key, storages
+from dibit.identity import Alive, storage_key, storages
+from dibit.ledger import Ledger, Row
 from dibit.lossless import Exact, Kept, Narrowed, Recomputed, narrow
 from dibit.residual import Compressed, Gathered, Lossless, Reference, Residual
 from dibit.state import Rule, State
@@ -54,7 +54,7 @@ class Step:
         self._draws = 0
         self.deferred: list[Any] = []  # residuals whose form depends on what the model returns
         self._held: set[int] = set()
-        self._alive: list[Any] = []  # keeps identities in the tables below from being used again
+        self._alive = Alive()  # keeps identities in the tables below from being used again
         self._shared: dict[Any, Any] = {}
         self._derived: dict[Any, Residual] = {}  # tensors that can be had again from what others hold
         self._aggregates: dict[Any, tuple[Graph, weakref.ref[Tensor], int]] = {}
@@ -87,8 +87,9 @@ class Step:
         # autograd may keep the hooks, and with them this object, as long as the graph
         for table in (self._shared, self._derived, self._aggregates, self._content, self._leaves):
             table.clear()
-        for kept in (self._alive, self._held, self.deferred):
-            kept.clear()
+        self._alive.clear()
+        self._held.clear()
+        self.deferred.clear()
         self.tape.clear()
 
     # -- sharing and holding ----------------------------------------------------------------------------------------
@@ -105,8 +106,7 @@ class Step:
 
     def _hold(self, x: Tensor) -> None:
         for part in storages(x):
-            self._alive.append(StorageWeakRef(part.untyped_storage()))
-            self._held.add(storage_key(part))
+            self._held.add(self._alive.hold(part))
 
     def held(self, x: Tensor) -> bool:
         """Whether someone else keeps the memory of x through the backward pass: inputs, parameters, buffers."""
@@ -118,8 +118,7 @@ class Step:
 
     def key(self, x: Tensor) -> tuple[Any, ...]:
         """Identity of a tensor's content: live storage, version, geometry. Never its address."""
-        self._alive.append(StorageWeakRef(x.untyped_storage()))
-        return storage_key(x), x._version, x.storage_offset(), x.shape, x.stride(), x.dtype
+        return self._alive.hold(x), x._version, x.storage_offset(), x.shape, x.stride(), x.dtype
 
     # -- residuals --------------------------------------------------------------------------------------------------
 

@@ -5,29 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
+
+from dibit.identity import Alive, storage_key, storages
 
 MB = 2**20
-
-
-def storage_key(x: Tensor) -> int:
-    """Identity of a live storage. Only valid while the tensor, or a `StorageWeakRef` to its storage, is held."""
-    return x.untyped_storage()._cdata
-
-
-def storages(x: Tensor) -> list[Tensor]:
-    """The strided tensors that hold a tensor's memory: itself, or the parts of a sparse one."""
-    if x.layout == torch.strided:
-        return [x]
-    if x.layout == torch.sparse_coo:
-        return [x._indices(), x._values()]
-    if x.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return [x.crow_indices(), x.col_indices(), x.values()]
-    if x.layout in (torch.sparse_csc, torch.sparse_bsc):
-        return [x.ccol_indices(), x.row_indices(), x.values()]
-    return []
 
 
 @dataclass
@@ -55,7 +37,7 @@ class Ledger:
     rows: list[Row] = field(default_factory=list)
     _plain: dict[int, tuple[Row, int]] = field(default_factory=dict, repr=False)
     _kept: dict[int, tuple[Row, int]] = field(default_factory=dict, repr=False)
-    _alive: list[StorageWeakRef] = field(default_factory=list, repr=False)
+    _alive: Alive = field(default_factory=Alive, repr=False)
 
     @property
     def total(self) -> int:
@@ -83,7 +65,7 @@ class Ledger:
         key = storage_key(x)
         if key not in claims:
             # The weak reference keeps the storage's identity (not its memory) from being given to another tensor.
-            self._alive.append(StorageWeakRef(x.untyped_storage()))
+            self._alive.hold(x)
             size = x.untyped_storage().nbytes()
             claims[key] = (row, size)
             setattr(row, side, getattr(row, side) + size)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dibit.codec import Packed
-from dibit.ledger import Ledger, storages
+from dibit.identity import storages
+from dibit.ledger import Ledger
 
 Rule = Callable[..., Any]
 # Sees what is compressed: module, operation, the tensor before its reduction, what is kept of it.

@@ -122,8 +122,8 @@ def test_blocks_without_the_timing(small: Path, tmp_path: Path) -> None:
 
 
 def test_timing_is_interleaved_and_paired(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dibit.bench.shapes import Shape
     from dibit.reproduce import blocks
-    from dibit.reproduce.shapes import Shape
 
     shape = Shape("tiny", 300, 2000, 32, 32, 5, 2, 0.5, 100)
     found = blocks.time_steps(shape, 3, lambda _: None)

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
+from dibit.bench.shapes import ARXIV, FLICKR, SHAPES
 from dibit.reproduce import memory
 from dibit.reproduce.paper import LOG_MB
 from dibit.reproduce.plan import Plan, Reproduction
-from dibit.reproduce.shapes import ARXIV, FLICKR, SHAPES
 from dibit.reproduce.store import Store
 from dibit.reproduce.variants import MEMORY, variants
 

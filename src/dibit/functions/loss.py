@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dibit.config import Config
 from dibit.functions.common import dense, first_order
+from dibit.identity import storage_key
 from dibit.intercept import Step
-from dibit.ledger import storage_key
 from dibit.lossless import Exact
 from dibit.residual import Residual, load, save
 

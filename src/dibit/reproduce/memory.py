@@ -9,10 +9,10 @@ from functools import partial
 from typing import Any
 
 import dibit
+from dibit.bench.shapes import ARXIV, SHAPES, Shape, random_graph, sage
 from dibit.config import Config
 from dibit.reproduce.paper import LOG_MB
 from dibit.reproduce.plan import Done, Reproduction, Unit, key
-from dibit.reproduce.shapes import ARXIV, SHAPES, Shape, random_graph, sage
 from dibit.reproduce.variants import MEMORY, variants
 
 MB = 2**20

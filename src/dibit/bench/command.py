@@ -1,0 +1,165 @@
+"""``dibit bench``: from the words of the command line to a table and JSON."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dibit.reproduce.progress import Progress
+from dibit.train.errors import UserError, nearest, require
+
+_DESCRIPTION = """\
+Measure what Dibit costs and saves on this machine, beside plain PyTorch Geometric, torch.compile, bf16 and activation
+checkpoints. Run it on an idle machine: times are medians of interleaved rounds, ratios are taken within a round.
+"""
+KINDS = ("speed", "memory", "gradient", "codec")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message[:1].upper()}{message[1:]}. See dibit bench --help.")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of ``dibit bench``."""
+    parser = _Parser(prog="dibit bench", description=_DESCRIPTION)
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", parser_class=_Parser)
+    speed = kinds.add_parser("speed", help="seconds of a training step, forward and backward apart")
+    memory = kinds.add_parser("memory", help="megabytes kept, and the peak of a step")
+    for each in (speed, memory):
+        each.add_argument("--shape", default="arxiv", metavar="NAME", help="Sizes: arxiv (default), flickr, "
+                          "products-small or cora.")  # fmt: skip
+        each.add_argument("--model", default="sage", metavar="NAME", help="sage (default), gcn, gin, gat or gcn2.")
+        each.add_argument("--hidden", type=int, metavar="N", help="Width of the layers (default: the shape's).")
+        each.add_argument("--form", default="csr", metavar="NAME", help="The graph as csr (torch.sparse; default) or "
+                          "edge_index.")  # fmt: skip
+        each.add_argument("--scale", type=float, default=1.0, metavar="F", help="Nodes and edges, times F.")
+        each.add_argument("--settings", nargs="+", metavar="NAME", help="Of plain, compile, bf16, checkpoint, exact, "
+                          "iexact, default; all by default.")  # fmt: skip
+    speed.add_argument("--layers", type=int, metavar="L", help="Number of layers (default: the shape's).")
+    memory.add_argument("--layers", type=int, nargs="+", metavar="L", help="Numbers of layers (default: 3 8 16).")
+    gradient = kinds.add_parser("gradient", help="squared error of the gradient against bytes kept")
+    gradient.add_argument("graphs", nargs="+", metavar="GRAPH", help="Names or .npz files, as in dibit train.")
+    gradient.add_argument("--root", default="data", metavar="DIR", help="Folder of data sets (default: data).")
+    gradient.add_argument("--model", default="sage", metavar="NAME", help="sage (default), gcn, gcn2 or gat.")
+    gradient.add_argument("--epochs", type=int, nargs="+", default=[0, 10, 60], metavar="N",
+                          help="Epochs to look at (default: 0 10 60).")  # fmt: skip
+    gradient.add_argument("--draws", type=int, default=8, metavar="K", help="Draws of the codec (default: 8).")
+    gradient.add_argument("--settings", nargs="+", metavar="NAME", help="Of the list that an unknown name prints.")
+    codec = kinds.add_parser("codec", help="GB/s of each kernel beside a copy")
+    codec.add_argument("--elements", type=int, default=1 << 24, metavar="N", help="Of the tensor (default: 2^24).")
+    codec.add_argument("--block", type=int, default=1024, metavar="G", help="Elements a range (default: 1024).")
+    for each in (speed, codec):
+        each.add_argument("--rounds", type=int, default=5, metavar="K", help="Rounds (default: 5).")
+    for each in (speed, memory, gradient, codec):
+        each.add_argument("--json", metavar="FILE", help="Write the result to this file, too.")
+        each.add_argument("--quiet", action="store_true", help="Print the table and nothing else.")
+    return parser
+
+
+def bench(argv: Sequence[str]) -> int:
+    """Run ``dibit bench``; returns the exit status."""
+    parser = build_parser()
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit:  # --help
+        return 0
+    if args.kind is None:
+        raise UserError(f"What to measure is missing; expected one of {', '.join(KINDS)}.")
+    path = _writable(args.json)
+    require("rich", "train")
+    from dibit.bench.show import show
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
+        with Progress(f"bench {args.kind}", 1, args.quiet) as progress:
+            results = _measure(args, progress)
+    content = _content(args.kind, results)
+    show(content)
+    if path is not None:
+        path.write_text(json.dumps(content, indent=1) + "\n")
+    return 0
+
+
+def _measure(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+    progress.begin("measuring")
+    if args.kind == "codec":
+        from dibit.bench import codec
+
+        _at_least("elements", args.elements)
+        _at_least("block", args.block)
+        _at_least("rounds", args.rounds)
+        return codec.measure(args.elements, args.block, args.rounds, progress.note)
+    if args.kind == "gradient":
+        from dibit.bench import gradient
+        from dibit.reproduce.training import MODELS
+
+        for epoch in args.epochs:
+            _at_least("epochs", epoch, 0)
+        _at_least("draws", args.draws)
+        settings = _known("settings", args.settings or [*gradient.CONFIGS], gradient.CONFIGS)
+        (model,) = _known("model", [args.model], MODELS)
+        epochs = sorted(set(args.epochs))
+        return gradient.measure(args.graphs, args.root, model, epochs, args.draws, settings, progress.note)
+    from dibit.bench import footprint, speed
+    from dibit.bench.shapes import MODELS as BUILDERS
+    from dibit.bench.shapes import NAMED
+    from dibit.bench.workload import FORMS, SETTINGS, Workload
+
+    _known("shape", [args.shape], NAMED)
+    _known("model", [args.model], BUILDERS)
+    _known("form", [args.form], FORMS)
+    settings = _known("settings", args.settings or [*SETTINGS], SETTINGS)
+    if args.hidden is not None:
+        _at_least("hidden", args.hidden)
+    if not args.scale > 0:
+        raise UserError(f"--scale is {args.scale}, expected a number above 0.")
+    workload = Workload(args.shape, args.model, hidden=args.hidden, form=args.form, scale=args.scale)
+    if args.kind == "memory":
+        layers = args.layers or [3, 8, 16]
+        for count in layers:
+            _at_least("layers", count)
+        return footprint.measure(workload, layers, settings, progress.note)
+    _at_least("rounds", args.rounds)
+    if args.layers is not None:
+        _at_least("layers", args.layers)
+    workload = Workload(args.shape, args.model, args.layers, args.hidden, args.form, args.scale)
+    return speed.measure(workload, settings, args.rounds, progress.note)
+
+
+def _content(kind: str, results: dict[str, Any]) -> dict[str, Any]:
+    from dibit.train.report import describe_machine, versions
+
+    return {
+        "bench": kind,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": describe_machine(),
+        "versions": versions(),
+        "results": results,
+    }
+
+
+def _known(flag: str, given: Sequence[str], known: Any) -> list[str]:
+    for name in given:
+        if name not in known:
+            raise UserError(f"--{flag} has {name!r}, expected {', '.join(known)}.{nearest(name, known)}")
+    return list(dict.fromkeys(given))
+
+
+def _at_least(flag: str, value: int, least: int = 1) -> None:
+    if value < least:
+        raise UserError(f"--{flag} is {value}, expected a whole number of at least {least}.")
+
+
+def _writable(given: str | None) -> Path | None:
+    if given is None:
+        return None
+    path = Path(given)
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"--json {path} cannot be written; expected a file in a folder that exists.")
+    return path

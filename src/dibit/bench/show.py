@@ -1,0 +1,88 @@
+"""The tables of ``dibit bench`` in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from dibit.train.errors import require
+
+
+def show(content: Mapping[str, Any]) -> None:
+    """Print what was measured, and on what machine."""
+    tables, consoles = require("rich.table"), require("rich.console")
+    console = consoles.Console() if sys.stdout.isatty() else consoles.Console(width=120)
+    results = content["results"]
+    for title, headings, rows in _KINDS[content["bench"]](results):
+        table = tables.Table(title=title, title_justify="left")
+        for i, heading in enumerate(headings):
+            table.add_column(heading, justify="left" if i == 0 else "right", no_wrap=i > 0)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    machine = content["machine"]
+    versions = ", ".join(f"{name} {content['versions'][name]}" for name in ("torch", "torch_geometric", "numba"))
+    console.print(f"{machine['processor']}, {machine['threads']} threads; {versions}", highlight=False)
+    for row in results.get("rows", ()):
+        if "failed" in row:
+            console.print(f"{row['setting']} failed: {row['failed']}", highlight=False, markup=False)
+
+
+Table = tuple[str, list[str], list[list[str]]]
+
+
+def _speed(results: Mapping[str, Any]) -> Iterator[Table]:
+    rows = []
+    for row in results["rows"]:
+        if "failed" in row:
+            rows.append([row["setting"], *["-"] * 5])
+            continue
+        times = [f"{row[name]:.4g}" for name in ("seconds", "forward", "backward")]
+        rows.append([row["setting"], *times, f"{row['ratio']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"])
+    headings = ["setting", "s a step", "forward", "backward", f"to {results['base']}", "quartiles"]
+    yield f"{results['workload']}; {results['rounds']} rounds", headings, rows
+
+
+def _memory(results: Mapping[str, Any]) -> Iterator[Table]:
+    plain = {row["layers"]: row.get("peak") for row in results["rows"] if row["setting"] == "plain"}
+    rows = []
+    for row in results["rows"]:
+        base = plain.get(row["layers"])
+        share = f"{row['peak'] / base:.3f}" if base and row.get("peak") else "-"
+        cells = [_mb(row.get(name)) for name in ("saved", "ledger", "peak", "resident")]
+        rows.append([row["setting"], str(row["layers"]), *cells, share])
+    headings = ["setting", "layers", "saved MB", "by track", "peak MB", "resident MB", "peak to plain"]
+    yield results["workloads"][0], headings, rows
+
+
+def _mb(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _gradient(results: Mapping[str, Any]) -> Iterator[Table]:
+    epochs = results["epochs"]
+    for graph in results["graphs"]:
+        rows = [
+            [row["setting"], f"{row['bytes_per_node']:.1f}", *(f"{row['errors'][str(e)]:.3f}" for e in epochs)]
+            for row in graph["rows"]
+        ]
+        title = f"{results['model']} on {graph['graph']} ({graph['nodes']:,} nodes): squared error of the gradient"
+        yield title, ["setting", "B / node", *(f"epoch {e}" for e in epochs)], rows
+
+
+def _codec(results: Mapping[str, Any]) -> Iterator[Table]:
+    rows = [
+        [row["kernel"], f"{1000 * row['seconds']:.2f}", f"{row['gb_s']:.2f}", f"{100 * row['share']:.0f} %"]
+        for row in results["rows"]
+    ]
+    title = f"{results['elements']:,} float32, blocks of {results['block']:,}; {results['rounds']} rounds"
+    yield title, ["kernel", "ms", "GB/s", "of a copy"], rows
+
+
+_KINDS: dict[str, Callable[[Mapping[str, Any]], Iterator[Table]]] = {
+    "speed": _speed,
+    "memory": _memory,
+    "gradient": _gradient,
+    "codec": _codec,
+}

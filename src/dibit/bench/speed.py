@@ -1,0 +1,77 @@
+"""Seconds of a training step, forward and backward apart: all settings in one process, interleaved."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dibit.bench.workload import Step, Workload
+
+Times = dict[str, list[tuple[float, float]]]
+
+
+def measure(workload: Workload, settings: Sequence[str], rounds: int, note: Callable[[str], None]) -> dict[str, Any]:
+    """Every round runs each setting once; one round more, the first, warms up and is dropped.
+
+    Args:
+        workload: what is trained.
+        settings: "plain" among them, or the ratios are to the first.
+        rounds: counted rounds.
+        note: is told how far the measurement is.
+
+    Returns:
+        {"workload", "rounds", "rows"}, a row a setting: median seconds of the step, its forward and its backward half
+        (with the optimiser), and the ratio to plain, a median over the rounds of the ratio within a round, with its
+        quartiles; or {"setting", "failed"} with the reason.
+    """
+    steps, failed = {}, {}
+    for setting in settings:
+        note(f"warming up {setting}")
+        try:
+            step = Step(*workload.build(), setting)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                step()
+            steps[setting] = step
+        except Exception as error:
+            failed[setting] = reason(error)
+    times: Times = {setting: [] for setting in steps}
+    for done in range(rounds + 1):
+        for setting, step in steps.items():
+            note(f"round {done} of {rounds}, {setting}")
+            start = time.perf_counter()
+            loss = step.forward()
+            middle = time.perf_counter()
+            step.backward(loss)
+            times[setting].append((middle - start, time.perf_counter() - middle))
+    counted = {setting: own[1:] for setting, own in times.items()}
+    base = "plain" if "plain" in counted else next(iter(counted), "")
+    rows = [_row(setting, counted, base) if setting in counted else failed_row(setting, failed) for setting in settings]
+    return {"workload": str(workload), "rounds": rounds, "base": base, "rows": rows}
+
+
+def reason(error: Exception) -> str:
+    """The first line of what went wrong."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:160]
+
+
+def failed_row(setting: str, failed: dict[str, str]) -> dict[str, Any]:
+    return {"setting": setting, "failed": failed[setting]}
+
+
+def _row(setting: str, times: Times, base: str) -> dict[str, Any]:
+    own, other = times[setting], times[base]
+    ratios = [sum(a) / sum(b) for a, b in zip(own, other, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+    return {
+        "setting": setting,
+        "seconds": statistics.median(sum(t) for t in own),
+        "forward": statistics.median(t[0] for t in own),
+        "backward": statistics.median(t[1] for t in own),
+        "ratio": statistics.median(ratios),
+        "low": low,
+        "high": high,
+    }

@@ -1,0 +1,174 @@
+"""One training step on a random graph, under Dibit's recipes and under what people would pick instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+import dibit
+from dibit.bench.shapes import MODELS, NAMED, Shape, random_graph
+
+FORMS = ("csr", "edge_index")
+SETTINGS = ("plain", "compile", "bf16", "checkpoint", "exact", "iexact", "default")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is measured.
+
+    Args:
+        shape: name of the sizes.
+        model: name of the model.
+        layers: number of layers; `None`: the shape's.
+        hidden: width; `None`: the shape's.
+        form: how the model gets its graph: "csr" (`torch.sparse`) or "edge_index".
+        scale: nodes and edges are this many times those of the shape.
+    """
+
+    shape: str = "arxiv"
+    model: str = "sage"
+    layers: int | None = None
+    hidden: int | None = None
+    form: str = "csr"
+    scale: float = 1.0
+
+    def sizes(self) -> Shape:
+        shape = NAMED[self.shape]
+        shape = replace(shape, layers=self.layers or shape.layers, hidden=self.hidden or shape.hidden)
+        return shape if self.scale == 1 else shape.scaled(self.scale)
+
+    def build(self) -> tuple[nn.Module, Batch]:
+        """The model in training mode, and its data; the same numbers at each call."""
+        shape = self.sizes()
+        x, graph = random_graph(shape)
+        if self.model == "gcn2":
+            graph = _normalised(graph)
+        if self.form == "edge_index" or self.model == "gat":
+            crow, col = graph.crow_indices(), graph.col_indices()
+            rows = torch.arange(shape.nodes).repeat_interleave(crow.diff())
+            graph = torch.stack((col, rows))
+        torch.manual_seed(0)
+        train = torch.randperm(shape.nodes)[: shape.train]
+        return MODELS[self.model](shape), Batch(x, graph, train, torch.randint(shape.classes, (shape.nodes,))[train])
+
+    def __str__(self) -> str:
+        shape = self.sizes()
+        return (
+            f"{self.model}, {shape.layers} x {shape.hidden}, on the {shape.name} shape ({shape.nodes:,} nodes, "
+            f"{shape.edges:,} edges, {self.form})"
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Features (N, F), graph, rows of the loss (T,), their classes (T,)."""
+
+    x: Tensor
+    graph: Tensor
+    train: Tensor
+    y: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        if self.graph.layout == torch.sparse_csr:
+            parts = (self.graph.crow_indices(), self.graph.col_indices(), self.graph.values())
+        else:
+            parts = (self.graph,)  # type: ignore[assignment]
+        return (self.x, *parts, self.train, self.y)
+
+
+class Step:
+    """A training step of a model under a setting, in two halves.
+
+    Args:
+        model: from `Workload.build`.
+        batch: its data.
+        setting: one of `SETTINGS`.
+    """
+
+    def __init__(self, model: nn.Module, batch: Batch, setting: str) -> None:
+        self.batch = batch
+        self.model = model
+        self.forward_model = prepare(model, setting)
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        self.autocast = setting == "bf16"
+
+    def logits(self) -> Tensor:
+        """The model's forward pass: (N, C)."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            return self.forward_model(self.batch.x, self.batch.graph)
+
+    def forward(self) -> Tensor:
+        """Zero the gradients and compute the loss, in float32."""
+        self.optimizer.zero_grad()
+        return cross_entropy(self.logits()[self.batch.train].float(), self.batch.y)
+
+    def backward(self, loss: Tensor) -> None:
+        """Compute the gradients and update the weights."""
+        loss.backward()
+        self.optimizer.step()
+
+    def __call__(self) -> None:
+        self.backward(self.forward())
+
+    def input_bytes(self) -> int:
+        """What lives between two steps: data, parameters, buffers, gradients and the optimiser's state."""
+        parameters = [*self.model.parameters()]
+        state = [t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
+        held = [*self.batch.tensors, *parameters, *self.model.buffers(), *state]
+        return sum(t.nbytes for t in held) + sum(p.grad.nbytes for p in parameters if p.grad is not None)
+
+
+def prepare(model: nn.Module, setting: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """The forward pass of the model under a setting."""
+    if setting in dibit.config.RECIPES:
+        return dibit.compress(model, setting)
+    if setting == "compile":
+        return torch.compile(model)
+    if setting == "checkpoint":
+        return Checkpointed(model)
+    return model
+
+
+class Checkpointed:
+    """The model with `torch.utils.checkpoint` around each layer: convolution, norm, activation and dropout."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.layer = _gcn2_layer if hasattr(model, "lin_in") else _basic_layer
+
+    def __call__(self, x: Tensor, graph: Tensor) -> Tensor:
+        model = self.model
+        deep = hasattr(model, "lin_in")
+        initial = x = model.lin_in(model.dropout(x)).relu() if deep else x
+        for i in range(len(model.convs)):
+            x = checkpoint(self.layer, model, i, x, initial, graph, use_reentrant=False)
+        return model.lin_out(model.dropout(x)) if deep else x
+
+
+def _basic_layer(model: Any, i: int, x: Tensor, _: Tensor, graph: Tensor) -> Tensor:
+    """A layer of PyTorch Geometric's `BasicGNN`."""
+    x = model.convs[i](x, graph)
+    if i == model.num_layers - 1:
+        return x
+    return model.dropout(model.act(model.norms[i](x)))
+
+
+def _gcn2_layer(model: Any, i: int, x: Tensor, initial: Tensor, graph: Tensor) -> Tensor:
+    return model.norms[i](model.convs[i](model.dropout(x), initial, graph)).relu()
+
+
+def _normalised(graph: Tensor) -> Tensor:
+    from torch_geometric.nn.conv.gcn_conv import gcn_norm
+    from torch_geometric.utils import to_torch_csr_tensor
+
+    crow, col = graph.crow_indices(), graph.col_indices()
+    rows = torch.arange(graph.shape[0]).repeat_interleave(crow.diff())
+    edges, weight = gcn_norm(torch.stack((col, rows)), None, graph.shape[0])
+    return to_torch_csr_tensor(edges.flip(0), weight, size=tuple(graph.shape))  # type: ignore[arg-type]

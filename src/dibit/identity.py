@@ -1,0 +1,57 @@
+"""Which tensors are one: identity of storages, and what keeps an identity from being used again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_free = torch.UntypedStorage._free_weak_ref
+
+
+def storage_key(x: Tensor) -> int:
+    """Identity of a live storage. Only valid while the tensor is held, or an `Alive` that holds its storage weakly."""
+    return x.untyped_storage()._cdata
+
+
+def storages(x: Tensor) -> list[Tensor]:
+    """The strided tensors that hold a tensor's memory: itself, or the parts of a sparse one."""
+    if x.layout == torch.strided:
+        return [x]
+    if x.layout == torch.sparse_coo:
+        return [x._indices(), x._values()]
+    if x.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [x.crow_indices(), x.col_indices(), x.values()]
+    if x.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [x.ccol_indices(), x.row_indices(), x.values()]
+    return []
+
+
+class Alive:
+    """Weak references to storages: their memory may go, their identities are not given out again while this lives.
+
+    One object for all of them: torch's own `StorageWeakRef` runs Python code when it dies, thousands of times a step,
+    and a Ctrl-C that arrives there is lost.
+    """
+
+    def __init__(self) -> None:
+        self._references: dict[int, Any] = {}
+
+    def hold(self, x: Tensor) -> int:
+        """Hold the storage of a strided tensor weakly; its identity."""
+        storage = x.untyped_storage()
+        key = storage._cdata
+        if key not in self._references:
+            self._references[key] = storage._weak_ref()
+        return key
+
+    def clear(self) -> None:
+        while self._references:
+            _free(self._references.popitem()[1])
+
+    def __del__(self) -> None:
+        self.clear()
+
+    def __reduce__(self) -> Any:
+        return Alive, ()  # a copy holds nothing

@@ -1,0 +1,163 @@
+"""`dibit bench` at sizes that say nothing about speed: every kind runs, and what it writes is what it promises."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import dibit
+from dibit.bench import codec, footprint, speed
+from dibit.bench.shapes import MODELS
+from dibit.bench.workload import SETTINGS, Step, Workload
+from dibit.cli import main
+
+TINY = ["--shape", "arxiv", "--scale", "0.002", "--hidden", "16"]
+
+
+def run(words: list[str], tmp_path: Path) -> dict[str, Any]:
+    path = tmp_path / "result.json"
+    assert main(["bench", *words, "--json", str(path)]) == 0
+    content = json.loads(path.read_text())
+    assert content["bench"] == words[0]
+    assert content["machine"]["threads"] == torch.get_num_threads()
+    assert "torch" in content["versions"]
+    return content["results"]
+
+
+def test_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = [name for name in SETTINGS if name != "compile"]  # half a minute of compiling
+    found = run(["speed", *TINY, "--rounds", "2", "--settings", *settings], tmp_path)
+    rows = {row["setting"]: row for row in found["rows"]}
+    assert list(rows) == settings
+    assert rows["plain"]["ratio"] == 1
+    for name in ("plain", "checkpoint", "exact", "iexact", "default"):
+        row = rows[name]
+        assert 0 < row["forward"] < row["seconds"]
+        assert row["low"] <= row["ratio"] <= row["high"]
+    printed = capsys.readouterr()
+    assert "default" in printed.out
+    assert "threads" in printed.out
+
+
+def test_a_setting_that_fails_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Step) -> None:
+        raise RuntimeError("no such kernel\nmore")
+
+    workload = Workload(scale=0.002, hidden=8)
+    plain = Step.__call__
+    monkeypatch.setattr(Step, "__call__", lambda self: broken(self) if self.autocast else plain(self))
+    found = speed.measure(workload, ("plain", "bf16"), 1, lambda _: None)
+    assert found["rows"][1] == {"setting": "bf16", "failed": "RuntimeError: no such kernel"}
+    assert "seconds" in found["rows"][0]
+
+
+def test_memory(tmp_path: Path) -> None:
+    words = ["memory", *TINY, "--scale", "0.05", "--layers", "2", "3", "--settings", "plain", "checkpoint", "default"]
+    found = run(words, tmp_path)
+    rows = {(row["layers"], row["setting"]): row for row in found["rows"]}
+    assert len(rows) == 6
+    for layers in (2, 3):
+        plain, kept = rows[layers, "plain"], rows[layers, "default"]
+        assert kept["ledger"] < plain["ledger"]
+        assert kept["peak"] < plain["peak"]
+        assert plain["saved"] == pytest.approx(plain["ledger"], rel=0.05), "the allocator is the ledger's witness"
+        assert rows[layers, "checkpoint"]["saved"] < plain["saved"]
+        assert rows[layers, "checkpoint"]["ledger"] is None
+
+
+def test_gradient(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    path = tmp_path / "small.npz"
+    np.savez(
+        path,
+        x=generator.normal(size=(300, 20)).astype(np.float32),
+        y=generator.integers(4, size=300),
+        edge_index=generator.integers(300, size=(2, 1500)),
+    )
+    settings = ["iexact", "default", "2 bit"]
+    words = ["gradient", str(path), "--epochs", "0", "2", "--draws", "3", "--settings", *settings]
+    found = run(words, tmp_path)
+    (graph,) = found["graphs"]
+    rows = {row["setting"]: row for row in graph["rows"]}
+    assert list(rows) == settings
+    assert all(set(row["errors"]) == {"0", "2"} for row in rows.values())
+    assert rows["2 bit"]["errors"]["0"] < rows["iexact"]["errors"]["0"]
+    assert rows["default"]["bytes_per_node"] < rows["iexact"]["bytes_per_node"]
+
+
+def test_codec(tmp_path: Path) -> None:
+    found = run(["codec", "--elements", "100000", "--rounds", "2"], tmp_path)
+    rows = {row["kernel"]: row for row in found["rows"]}
+    assert rows["copy"]["share"] == 1
+    assert rows["copy"]["bytes"] == 800_000
+    ranges = 4 * -(-100_000 // 1024)
+    assert rows["quantise + pack, 2 bit"]["bytes"] == 400_000 + 25_000 + ranges
+    assert rows["unpack, 2 bit"]["bytes"] == rows["quantise + pack, 2 bit"]["bytes"]
+    assert rows["pack a mask"]["bytes"] == 400_000 + 12_500
+    assert all(row["gb_s"] > 0 for row in rows.values())
+    assert codec.ELEMENTS == 1 << 24
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_checkpointed_model_computes_what_the_model_computes(name: str) -> None:
+    workload = Workload(model=name, hidden=16, scale=0.002, layers=3)
+    losses, grads = [], []
+    for setting in ("plain", "checkpoint"):
+        step = Step(*workload.build(), setting)
+        torch.manual_seed(5)
+        loss = step.forward()
+        losses.append(loss.item())
+        loss.backward()
+        grads.append([p.grad for p in step.model.parameters()])
+    assert losses[0] == losses[1]
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*grads, strict=True))
+
+
+def test_inputs_are_all_that_lives_between_two_steps() -> None:
+    workload = Workload(hidden=16, scale=0.002)
+    step = Step(*workload.build(), "plain")
+    parameters = sum(p.nbytes for p in step.model.parameters())
+    data = step.input_bytes()
+    step()
+    counters = len([*step.model.parameters()]) * 4
+    assert step.input_bytes() == data + 3 * parameters + counters  # a gradient and two moments
+
+
+def test_the_resident_peak_can_be_begun_anew() -> None:
+    if not footprint._reset_peak():
+        pytest.skip("the system does not tell the peak of the resident set")
+    before = footprint._status("VmHWM")
+    x = torch.ones(30_000_000)
+    assert footprint._status("VmHWM") >= before + 0.9 * x.nbytes
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "What to measure is missing; expected one of speed, memory, gradient, codec."),
+        (["sped"], "invalid choice: 'sped'"),
+        (["speed", "--shape", "arxive"], "--shape has 'arxive', expected arxiv, flickr, products-small, cora. Did you"),
+        (["speed", "--model", "sgae"], "Did you mean 'sage' or 'gat'?"),
+        (["speed", "--settings", "plain", "defualt"], "Did you mean 'default'?"),
+        (["speed", "--rounds", "0"], "--rounds is 0, expected a whole number of at least 1."),
+        (["speed", "--scale", "0"], "--scale is 0.0, expected a number above 0."),
+        (["speed", "--json", "/no/such/folder/x.json"], "cannot be written"),
+        (["memory", "--layers", "0"], "--layers is 0"),
+        (["codec", "--elements", "x"], "invalid int value: 'x'"),
+        (["gradient"], "arguments are required: GRAPH"),
+        (["gradient", "no-such-graph", "--settings", "2 bits"], "Did you mean '2 bit'?"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *words, *(["--quiet"] if words else [])]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_recipes_are_settings() -> None:
+    assert set(dibit.config.RECIPES) <= set(SETTINGS)
