@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dibit.codec import ops
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -41,8 +43,8 @@ class Graph:
         crow, col, values = self.parts
         rows, columns = self.shape
         dy = dy.to(values.dtype)
-        if self.mean:
-            dy = dy / crow.diff().clamp_(min=1).to(dy.dtype)[:, None]
+        if self.mean:  # the values take the division, E of them instead of N x D
+            values = values / crow.diff().clamp_(min=1).to(values.dtype).repeat_interleave(crow.diff())
         if dy.device.type != "cpu" or not values.numel():
             return torch.sparse_csc_tensor(crow, col, values, (columns, rows), check_invariants=False) @ dy
         from scipy.sparse import csc_array
@@ -50,5 +52,4 @@ class Graph:
         # A's arrays in compressed rows are A^T's in compressed columns
         csr = csc_array((values.numpy(), col.numpy(), crow.numpy()), shape=(columns, rows)).tocsr()
         indptr, indices, data = (torch.from_numpy(part) for part in (csr.indptr, csr.indices, csr.data))
-        transposed = torch.sparse_csr_tensor(indptr, indices, data, (columns, rows), check_invariants=False)
-        return torch.sparse.mm(transposed, dy.contiguous(), "sum")
+        return ops.aggregate(indptr, indices, data, dy.contiguous())

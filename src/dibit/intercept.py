@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from dibit.codec import encode, encoded_bytes, mix, seed_tensor
+from dibit.codec import Affine, encode, encoded_bytes, mix, seed_tensor
 from dibit.config import Config
 from dibit.graph import Graph
 from dibit.identity import Alive, storage_key, storages
@@ -149,6 +149,10 @@ class Step:
             found = self._shared[key] = self._encode(x, config, "leaf")
         return self.note(found)
 
+    def keep_affine(self, x: Tensor, affine: Affine, config: Config) -> Residual:
+        """A path residual of (x - shift) * scale, a tensor that nobody else has."""
+        return self.note(self._encode(x, config, "path", affine))
+
     def cheap(self, x: Tensor, config: Config) -> bool:
         """Whether x can be kept exactly for less than its codes would take."""
         return self.free(x) or self.tape.cut(x, encoded_bytes(x.shape, config)) is not None
@@ -181,10 +185,11 @@ class Step:
         program = self.tape.program(x, leaves)
         return Recomputed(tuple(self._leaf(node.tensor()) for node in leaves), program, self.tape.shared)
 
-    def _encode(self, x: Tensor, config: Config, purpose: str) -> Compressed:
+    def _encode(self, x: Tensor, config: Config, purpose: str, affine: Affine | None = None) -> Compressed:
         salt = (self.state.salt,) if self.state.salt else ()
-        packed = encode(x, config, self.seed(purpose, x.device, *salt))
+        packed = encode(x, config, self.seed(purpose, x.device, *salt), affine)
         if self.state.observer is not None:
+            x = x if affine is None else affine(x)
             self.state.observer(self.module, function_name(self.function), x, packed)
         return Compressed(packed)
 

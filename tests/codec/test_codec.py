@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dibit import Config, Project, Sample, decode, encode
-from dibit.codec import mix, ops, reference, seed_tensor
+from dibit.codec import Affine, mix, ops, reference, seed_tensor
 from dibit.codec.levels import expected_variance, normal_levels
 from tests.unbiased import bias_of
 
@@ -122,6 +122,12 @@ def test_masks_and_dropout_agree(n: int) -> None:
     bits = ops.pack_mask(x)
     assert torch.equal(bits, reference.pack_mask(x))
     assert bits.numel() == (n + 7) // 8
+    x[1::7] = -0.0
+    for (y, own), size in ((ops.relu(x), n), (reference.relu(x), n)):
+        assert torch.equal(y.view(torch.int32), torch.relu(x).view(torch.int32)), "bit for bit, the sign of zero too"
+        assert torch.equal(own, reference.pack_mask(x))
+        assert y.numel() == size
+    bits = ops.pack_mask(x)
     grad = torch.randn(n)
     for slope in (0.0, 0.2):
         expected = torch.where(x <= 0, grad * slope, grad)
@@ -129,6 +135,55 @@ def test_masks_and_dropout_agree(n: int) -> None:
             assert torch.equal(f(grad, bits, slope), expected)
     for p in (0.1, 0.5, 0.75):
         assert torch.equal(ops.dropout(x, seed, p).nan_to_num(9), reference.dropout(x, seed, p).nan_to_num(9))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (7, 5), (100, 48), (3000, 33)], ids=str)
+@pytest.mark.parametrize("block", [1, 7, 48, 1024])
+def test_what_is_decoded_on_the_fly(shape: tuple[int, int], block: int) -> None:
+    x, g, seed = torch.randn(shape), torch.randn(shape), seed_tensor(9)
+    a, f, s = torch.randn(3, shape[1])
+    for bits in BITS:
+        codes, ranges, _ = ops.quantize(x.view(-1), seed, bits, block, [], torch.bfloat16, 0)
+        for dither in (0.0, 1.0, 2.0):
+            back = ops.dequantize(codes, ranges, seed, x.numel(), bits, block, [], dither, torch.float32).view(shape)
+            sums = ops.column_sums(codes, ranges, seed, g, bits, block, dither)
+            scale = (g * back).abs().double().sum(0) + 1e-30
+            assert (((g.double() * back.double()).sum(0) - sums).abs() < 1e-5 * scale).all()
+            if not dither:
+                got = ops.norm_gradient(codes, ranges, seed, g, a, f, s, bits, block)
+                assert torch.allclose(got, (g - a - back * f) * s, rtol=1e-4, atol=1e-4)
+            plain = reference.column_sums(codes, ranges, seed, g, bits, block, dither)
+            assert torch.allclose(sums, plain, rtol=1e-3, atol=1e-3 * float(scale.max() if scale.numel() else 1))
+
+
+@pytest.mark.parametrize("reduce", [None, Sample(3), Project(2)], ids=str)
+def test_a_function_of_the_rows_is_encoded_in_their_place(reduce: Sample | Project | None) -> None:
+    x, shift, scale = torch.randn(50, 12) * 3 + 1, torch.randn(12), torch.rand(12) + 0.5
+    config = Config(block=24, reduce=reduce)
+    whole = encode((x - shift) * scale, config, 5)
+    packed = encode(x, config, 5, Affine(shift, scale, watches=False))
+    for a, b in zip(whole.tensors, packed.tensors, strict=True):
+        assert torch.equal(a, b)
+    assert (packed.shape, packed.dtype) == (whole.shape, whole.dtype)
+    x[7, 3] = float("inf")
+    assert decode(encode(x, config, 5, Affine(shift, scale, watches=False)))[7, 3].isnan()
+    half = encode(x.half(), config, 5, Affine(shift, scale, watches=False))
+    assert half.dtype == torch.float32, "statistics are float32 whatever x is"
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_aggregation_of_rows(index: torch.dtype) -> None:
+    degrees = torch.randint(12, (300,))
+    degrees[5] = degrees[299] = 0
+    crow = torch.cat((torch.zeros(1), degrees.cumsum(0))).to(index)
+    col = torch.randint(70, (int(degrees.sum()),)).to(index)
+    for dtype in (torch.float32, torch.float64):
+        values, x = torch.randn(col.numel(), dtype=dtype), torch.randn(70, 33, dtype=dtype)
+        dense = torch.zeros(300, 70, dtype=torch.float64)
+        dense.index_put_((torch.arange(300).repeat_interleave(degrees), col.long()), values.double(), accumulate=True)
+        y = ops.aggregate(crow, col, values, x)
+        assert y.dtype == dtype
+        assert torch.allclose(y.double(), dense @ x.double(), atol=1e-4 if dtype == torch.float32 else 1e-12)
 
 
 def test_dropout_frequency_and_scale() -> None:
@@ -245,9 +300,21 @@ SAMPLES = {
         *ops.quantize(torch.randn(100), seed_tensor(1), 2, 16, [], torch.bfloat16, 0)[:2],
         seed_tensor(1), 100, 2, 16, [], 0.0, torch.float32,
     ),
+    "column_sums": lambda: (
+        *ops.quantize(torch.randn(100), seed_tensor(1), 2, 16, [], torch.bfloat16, 0)[:2],
+        seed_tensor(1), torch.randn(10, 10), 2, 16, 2.0,
+    ),
+    "norm_gradient": lambda: (
+        *ops.quantize(torch.randn(100), seed_tensor(1), 2, 16, [], torch.bfloat16, 0)[:2],
+        seed_tensor(1), torch.randn(10, 10), torch.randn(10), torch.randn(10), torch.rand(10), 2, 16,
+    ),
     "pack_mask": lambda: (torch.randn(5, 9),),
+    "relu": lambda: (torch.randn(5, 9),),
     "apply_mask": lambda: (torch.randn(5, 9), ops.pack_mask(torch.randn(5, 9)), 0.1),
     "dropout": lambda: (torch.randn(5, 9), seed_tensor(1), 0.5),
+    "aggregate": lambda: (
+        torch.tensor([0, 2, 2, 5]), torch.tensor([0, 3, 1, 2, 3]), torch.rand(5), torch.randn(4, 9)
+    ),
     "finite": lambda: (torch.randn(5, 9),),
 }  # fmt: skip
 

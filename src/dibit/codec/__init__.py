@@ -5,15 +5,41 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dibit.buffers import empty
 from dibit.codec import ops, reference
 from dibit.codec.levels import normal_levels
 from dibit.codec.reduce import projection, sampled_rows
 from dibit.codec.rng import UNIT, mix, seed_tensor, uniform_range
 from dibit.config import Config, Project, Sample
 
-__all__ = ["Packed", "decode", "encode", "encoded_bytes", "mix", "reduced", "seed_tensor"]
+__all__ = ["Affine", "Packed", "decode", "encode", "encoded_bytes", "mix", "reduced", "seed_tensor"]
 
 _BLOW_UP = 1.5  # above this, ranges rounded to bfloat16 are so much wider than the true ones that float32 pays
+
+
+@dataclass(frozen=True)
+class Affine:
+    """(x - shift) * scale, encoded in the place of x; computed for the rows alone that are kept.
+
+    Attributes:
+        shift, scale: (D,), of the dtype in which the result is computed.
+        watches: they are statistics of x, so that they are not finite where x is not.
+    """
+
+    shift: Tensor
+    scale: Tensor
+    watches: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The rows of x (N, D), moved and scaled, in a tensor of their own."""
+        if x.dtype != self.shift.dtype:
+            x = x.to(self.shift.dtype)
+        return torch.sub(x, self.shift, out=empty(x.shape, x.dtype, x.device)).mul_(self.scale)
+
+    def finite(self, x: Tensor) -> Tensor:
+        """`ops.finite` of the result."""
+        own = ops.finite(self.shift) + ops.finite(self.scale)
+        return own if self.watches else own + ops.finite(x)
 
 
 @dataclass(frozen=True)
@@ -118,7 +144,7 @@ class Packed:
         return (squares[codes.int()] * (1 - 2 * u) * per_element).view(rows, width).to(self.dtype)
 
 
-def encode(x: Tensor, config: Config, seed: Tensor | int) -> Packed:
+def encode(x: Tensor, config: Config, seed: Tensor | int, affine: Affine | None = None) -> Packed:
     """Reduce, quantise and pack a tensor.
 
     Args:
@@ -126,6 +152,7 @@ def encode(x: Tensor, config: Config, seed: Tensor | int) -> Packed:
         config: bits, block, reduce, levels, stats and rounding are used. A `Project` needs D > ratio to help and is
             left out at ratio 1.
         seed: 0-d int64 tensor on the device of x, or an int.
+        affine: encode this function of the rows instead.
 
     Returns:
         A `Packed`; `decode` gives an unbiased estimate of x (exact in expectation over seeds; not for "nearest").
@@ -141,8 +168,16 @@ def encode(x: Tensor, config: Config, seed: Tensor | int) -> Packed:
     if config.reduce is not None and config.reduce.ratio == 1:
         config = replace(config, reduce=None)
     x = x.detach().reshape(shape[:-1].numel(), shape[-1] if shape else 1)
-    poison = ops.finite(x) if isinstance(config.reduce, Sample) else None
+    poison = None
+    if isinstance(config.reduce, Sample):
+        poison = ops.finite(x) if affine is None else affine.finite(x)
+    if affine is not None:
+        dtype = affine.shift.dtype
+        if poison is None:
+            x = affine(x)
     x = reduced(x, config, seed)
+    if affine is not None and poison is not None:
+        x = affine(x)
     block, levels = _blocks(config, *x.shape)
     rounding = reference.NEAREST if config.rounding == "nearest" else reference.STOCHASTIC
     work = x.reshape(-1).contiguous()

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dibit.buffers import empty, empty_like
 from dibit.codec import reference
 from dibit.codec.rng import C1, C2, C3, M1, M2, UNIT
 
@@ -40,15 +41,27 @@ SMALL = 1 << 16  # below this many elements one thread does it all
 
 
 @_inline
-def _uniform(counter, key0, key1):  # type: ignore[no-untyped-def]
-    """The generator of `dibit.codec.rng` in 32-bit arithmetic; `counter` is uint64."""
-    x = u32(u32(counter) + key0)
+def _uniform(low, high, key0, key1):  # type: ignore[no-untyped-def]
+    """The generator of `dibit.codec.rng` in 32-bit arithmetic: `low` of the counter, `high` its upper half times C3."""
+    x = u32(low + key0)
     x = u32(u32(x ^ u32(x >> u32(16))) * _C1)
-    x = u32(u32(u32(x ^ u32(x >> u32(15))) ^ key1) + u32(u32(counter >> u64(32)) * _C3))
+    x = u32(u32(u32(x ^ u32(x >> u32(15))) ^ key1) + high)
     x = u32(x * _C2)
     x = u32(u32(x ^ u32(x >> u32(16))) * _C3)
     x = u32(x ^ u32(x >> u32(15)))
-    return f32(u32(x >> u32(8))) * _UNIT
+    return f32(i32(x >> u32(8))) * _UNIT  # signed: the conversion that processors have
+
+
+@_inline
+def _upper(counter):  # type: ignore[no-untyped-def]
+    """What the upper half of a counter adds."""
+    return u32(u32(u64(counter) >> u64(32)) * _C3)
+
+
+@_inline
+def _chosen(low, first, here, beyond):  # type: ignore[no-untyped-def]
+    """`here` as long as the counter's lower half has not wrapped since `first`."""
+    return beyond if low < first else here
 
 
 @_inline
@@ -71,10 +84,12 @@ def _quantize(x, xbits, out, ranges, rbits, widths, key0, key1, bits, block, lev
             first = b * block
             count = min(block, n - first)
             size = (count + slots - 1) // slots
-            lowest, highest = _ordered(xbits[first]), _ordered(xbits[first])
+            words = xbits[first : first + count]
+            lowest, highest = _ordered(words[0]), _ordered(words[0])
             for k in range(count):
-                key = _ordered(xbits[first + k])
-                lowest, highest = min(lowest, key), max(highest, key)
+                key = _ordered(words[k])
+                lowest = key if key < lowest else lowest
+                highest = key if key > highest else highest
             # _ordered is its own inverse
             edge[0], edge[1] = _ordered(lowest), _ordered(highest)
             low, high = ends[0], ends[1]
@@ -100,31 +115,52 @@ def _quantize(x, xbits, out, ranges, rbits, widths, key0, key1, bits, block, lev
             scale = f32(0.5) if np.isinf(high - low) else f32(1.0)
             zero = low * scale
             width = high * scale - zero
-            base = b * stride
+            bytes_ = out[b * stride : b * stride + size]
             for j in range(size):
-                out[base + j] = 0
+                bytes_[j] = 0
             if not width > f32(0):
                 continue
+            # Plain loops over slices of 32-bit numbers: what LLVM can vectorise.
             for slot in range(slots):
                 shift = u32(slot * bits)
-                begin = slot * size
-                for j in range(max(0, min(size, count - begin))):
-                    k = first + begin + j
-                    h = (x[k] * scale - zero) / width * top
-                    if levels.size == 0:
+                start = first + slot * size
+                part = x[start : min(start + size, first + count)]
+                c0, here, beyond = u32(start), _upper(start), _upper(start + part.size)
+                if rounding == 0 and levels.size == 0:
+                    for j in range(part.size):
+                        h = (part[j] * scale - zero) / width * top
                         code = i32(h)
-                        fraction = h - f32(code)
-                    elif levels.size == 4:
-                        code = i32(h >= levels[1]) + i32(h >= levels[2])
-                        fraction = (h - levels[code]) / (levels[code + 1] - levels[code])
-                    else:
-                        code = i32(0)
-                        for m in range(1, levels.size - 1):
-                            code += i32(h >= levels[m])
-                        fraction = (h - levels[code]) / (levels[code + 1] - levels[code])
-                    up = fraction >= f32(0.5) if rounding == 1 else _uniform(u64(k), key0, key1) < fraction
-                    code = min(i32(code + i32(up)), topcode)
-                    out[base + j] |= np.uint8(u32(code) << shift)
+                        low32 = u32(c0 + u32(j))
+                        u = _uniform(low32, _chosen(low32, c0, here, beyond), key0, key1)
+                        code = min(i32(code + i32(u < h - f32(code))), topcode)
+                        bytes_[j] |= np.uint8(u32(code) << shift)
+                elif rounding == 0 and levels.size == 4:
+                    l1, l2, l3 = levels[1], levels[2], levels[3]
+                    for j in range(part.size):
+                        h = (part[j] * scale - zero) / width * top
+                        code = i32(h >= l1) + i32(h >= l2)
+                        below = l2 if h >= l2 else (l1 if h >= l1 else f32(0))
+                        above = l3 if h >= l2 else (l2 if h >= l1 else l1)
+                        low32 = u32(c0 + u32(j))
+                        u = _uniform(low32, _chosen(low32, c0, here, beyond), key0, key1)
+                        code = min(i32(code + i32(u < (h - below) / (above - below))), topcode)
+                        bytes_[j] |= np.uint8(u32(code) << shift)
+                else:
+                    for j in range(part.size):
+                        h = (part[j] * scale - zero) / width * top
+                        if levels.size == 0:
+                            code = i32(h)
+                            fraction = h - f32(code)
+                        else:
+                            code = i32(0)
+                            for m in range(1, levels.size - 1):
+                                code += i32(h >= levels[m])
+                            fraction = (h - levels[code]) / (levels[code + 1] - levels[code])
+                        low32 = u32(c0 + u32(j))
+                        u = _uniform(low32, _chosen(low32, c0, here, beyond), key0, key1)
+                        up = fraction >= f32(0.5) if rounding == 1 else u < fraction
+                        code = min(i32(code + i32(up)), topcode)
+                        bytes_[j] |= np.uint8(u32(code) << shift)
 
 
 @_jit
@@ -144,23 +180,108 @@ def _dequantize(codes, ranges, out, key0, key1, bits, block, levels, dither):  #
             scale = f32(0.5) if np.isinf(high - low) else f32(1.0)
             zero = low * scale
             step = (high * scale - zero) / top
-            base = b * stride
+            bytes_ = codes[b * stride : b * stride + size]
             for slot in range(slots):
                 shift = u32(slot * bits)
-                begin = slot * size
-                for j in range(max(0, min(size, count - begin))):
-                    k = first + begin + j
-                    code = u32(u32(codes[base + j]) >> shift) & mask
-                    h = f32(code)
-                    if levels.size != 0:
-                        h = levels[code]
-                    if dither != f32(0):
-                        h = h + (_uniform(u64(k), key0, key1) - centre) * dither
-                        out[k] = (h * step + zero) / scale
-                    else:
+                start = first + slot * size
+                part = out[start : min(start + size, first + count)]
+                if dither != f32(0):
+                    c0, here, beyond = u32(start), _upper(start), _upper(start + part.size)
+                    for j in range(part.size):
+                        low32 = u32(c0 + u32(j))
+                        u = _uniform(low32, _chosen(low32, c0, here, beyond), key0, key1)
+                        code = u32(u32(bytes_[j]) >> shift) & mask
+                        h = (levels[code] if levels.size else f32(i32(code))) + (u - centre) * dither
+                        part[j] = (h * step + zero) / scale
+                elif levels.size == 0:
+                    for j in range(part.size):
+                        h = f32(i32(u32(u32(bytes_[j]) >> shift) & mask))
                         value = (h * step + zero) / scale
                         value = low if value < low else value
-                        out[k] = high if value > high else value
+                        part[j] = high if value > high else value
+                else:
+                    for j in range(part.size):
+                        h = levels[u32(u32(bytes_[j]) >> shift) & mask]
+                        value = (h * step + zero) / scale
+                        value = low if value < low else value
+                        part[j] = high if value > high else value
+
+
+@_inline
+def _decoded(byte, shift, mask, u, dither, step, zero, scale):  # type: ignore[no-untyped-def]
+    """An element of uniform levels, not clamped: within rounding of `_dequantize`."""
+    h = f32(i32(u32(u32(byte) >> shift) & mask)) + u * dither
+    return (h * step + zero) / scale
+
+
+@_jit
+def _column_sums(codes, ranges, g, sums, key0, key1, bits, block, dither):  # type: ignore[no-untyped-def]
+    n, width, slots, top = g.size, sums.shape[1], 8 // bits, f32((1 << bits) - 1)
+    blocks = ranges.shape[0]
+    stride = (block + slots - 1) // slots
+    group = (blocks + sums.shape[0] - 1) // sums.shape[0]
+    mask, centre = u32((1 << bits) - 1), f32(0.5 - UNIT / 2)
+    for task in nb.prange(sums.shape[0]):
+        total = sums[task]
+        for b in range(task * group, min(blocks, (task + 1) * group)):
+            first = b * block
+            count = min(block, n - first)
+            size = (count + slots - 1) // slots
+            low, high = ranges[b, 0], ranges[b, 1]
+            scale = f32(0.5) if np.isinf(high - low) else f32(1.0)
+            zero = low * scale
+            step = (high * scale - zero) / top
+            for slot in range(slots):
+                shift = u32(slot * bits)
+                start, stop = first + slot * size, min(first + (slot + 1) * size, first + count)
+                at = start
+                while at < stop:  # row by row: a column's sum is one element of a vector
+                    column = at % width
+                    m = min(width - column, stop - at)
+                    bytes_ = codes[b * stride + at - start : b * stride + at - start + m]
+                    part, own = g[at : at + m], total[column : column + m]
+                    c0, here, beyond = u32(at), _upper(at), _upper(at + m)
+                    if dither != f32(0):
+                        for j in range(m):
+                            low32 = u32(c0 + u32(j))
+                            u = _uniform(low32, _chosen(low32, c0, here, beyond), key0, key1) - centre
+                            own[j] += part[j] * _decoded(bytes_[j], shift, mask, u, dither, step, zero, scale)
+                    else:
+                        for j in range(m):
+                            own[j] += part[j] * _decoded(bytes_[j], shift, mask, f32(0), dither, step, zero, scale)
+                    at += m
+
+
+@_jit
+def _norm_gradient(codes, ranges, g, out, shift_by, factor, gain, bits, block):  # type: ignore[no-untyped-def]
+    n, width, slots, top = g.size, shift_by.size, 8 // bits, f32((1 << bits) - 1)
+    blocks = ranges.shape[0]
+    stride = (block + slots - 1) // slots
+    group = max(1, CHUNK // block)
+    mask, none = u32((1 << bits) - 1), f32(0)
+    for task in nb.prange((blocks + group - 1) // group):
+        for b in range(task * group, min(blocks, (task + 1) * group)):
+            first = b * block
+            count = min(block, n - first)
+            size = (count + slots - 1) // slots
+            low, high = ranges[b, 0], ranges[b, 1]
+            scale = f32(0.5) if np.isinf(high - low) else f32(1.0)
+            zero = low * scale
+            step = (high * scale - zero) / top
+            for slot in range(slots):
+                shift = u32(slot * bits)
+                start, stop = first + slot * size, min(first + (slot + 1) * size, first + count)
+                at = start
+                while at < stop:
+                    column = at % width
+                    m = min(width - column, stop - at)
+                    bytes_ = codes[b * stride + at - start : b * stride + at - start + m]
+                    part, result = g[at : at + m], out[at : at + m]
+                    a, f, s = shift_by[column : column + m], factor[column : column + m], gain[column : column + m]
+                    for j in range(m):
+                        x = _decoded(bytes_[j], shift, mask, none, none, step, zero, scale)
+                        result[j] = (part[j] - a[j] - x * f[j]) * s[j]
+                    at += m
 
 
 @_jit
@@ -168,12 +289,28 @@ def _pack_mask(x, out):  # type: ignore[no-untyped-def]
     n, size = x.size, out.size
     for task in nb.prange((size + CHUNK // 8 - 1) // (CHUNK // 8)):
         start, stop = task * (CHUNK // 8), min(size, (task + 1) * (CHUNK // 8))
-        for j in range(start, stop):
-            out[j] = 0
+        bytes_ = out[start:stop]
+        for j in range(stop - start):
+            bytes_[j] = 0
         for slot in range(8):
-            begin = slot * size
-            for j in range(start, min(stop, n - begin)):
-                out[j] |= np.uint8(u32(not (x[begin + j] <= 0)) << u32(slot))
+            part = x[slot * size + start : min(n, slot * size + stop)]
+            for j in range(part.size):
+                bytes_[j] |= np.uint8(u32(not (part[j] <= 0)) << u32(slot))
+
+
+@_jit
+def _relu(x, y, out):  # type: ignore[no-untyped-def]
+    n, size = x.size, out.size
+    for task in nb.prange((size + CHUNK // 8 - 1) // (CHUNK // 8)):
+        start, stop = task * (CHUNK // 8), min(size, (task + 1) * (CHUNK // 8))
+        bytes_ = out[start:stop]
+        for j in range(stop - start):
+            bytes_[j] = 0
+        for slot in range(8):
+            part, result = x[slot * size + start : min(n, slot * size + stop)], y[slot * size + start :]
+            for j in range(part.size):
+                result[j] = f32(0) if part[j] < 0 else part[j]  # NaN stays, and so does -0, as in torch
+                bytes_[j] |= np.uint8(u32(not (part[j] <= 0)) << u32(slot))
 
 
 @_jit
@@ -181,20 +318,28 @@ def _apply_mask(grad, mask, out, slope):  # type: ignore[no-untyped-def]
     n, size = grad.size, mask.size
     for task in nb.prange((size + CHUNK // 8 - 1) // (CHUNK // 8)):
         start, stop = task * (CHUNK // 8), min(size, (task + 1) * (CHUNK // 8))
+        bytes_ = mask[start:stop]
         for slot in range(8):
-            begin = slot * size
-            for j in range(start, min(stop, n - begin)):
-                g = grad[begin + j]
-                low = g * slope if slope != 0 else slope
-                out[begin + j] = g if (mask[j] >> slot) & 1 else low
+            bit = np.uint8(1 << slot)
+            part, result = grad[slot * size + start : min(n, slot * size + stop)], out[slot * size + start :]
+            if slope != 0:
+                for j in range(part.size):
+                    result[j] = part[j] if bytes_[j] & bit else part[j] * slope
+            else:
+                for j in range(part.size):
+                    result[j] = part[j] if bytes_[j] & bit else f32(0)
 
 
 @_jit
 def _dropout(x, out, key0, key1, p, scale):  # type: ignore[no-untyped-def]
     for task in nb.prange((x.size + CHUNK - 1) // CHUNK):
-        for k in range(task * CHUNK, min(x.size, (task + 1) * CHUNK)):
-            keep = _uniform(u64(k), key0, key1) >= p
-            out[k] = x[k] * (scale if keep else f32(0))
+        start = task * CHUNK
+        part, result = x[start : start + CHUNK], out[start : start + CHUNK]
+        c0, here, beyond = u32(start), _upper(start), _upper(start + part.size)
+        for j in range(part.size):
+            low32 = u32(c0 + u32(j))
+            keep = _uniform(low32, _chosen(low32, c0, here, beyond), key0, key1) >= p
+            result[j] = part[j] * (scale if keep else f32(0))
 
 
 @_jit
@@ -203,10 +348,34 @@ def _finite(xbits):  # type: ignore[no-untyped-def]
     bad = np.zeros(tasks, np.int32)
     for task in nb.prange(tasks):
         worst = i32(0)
-        for k in range(task * CHUNK, min(xbits.size, (task + 1) * CHUNK)):
-            worst = max(worst, i32(xbits[k] & _MAGNITUDE))
+        part = xbits[task * CHUNK : (task + 1) * CHUNK]
+        for k in range(part.size):
+            size = i32(part[k] & _MAGNITUDE)
+            worst = size if size > worst else worst
         bad[task] = worst
     return bad.max() < _INF if tasks else True
+
+
+@_jit
+def _aggregate(crow, col, values, x, out):  # type: ignore[no-untyped-def]
+    rows, width = out.shape
+    for task in nb.prange((rows + 255) // 256):
+        for row in range(task * 256, min(rows, (task + 1) * 256)):
+            total = out[row]
+            for k in range(width):
+                total[k] = f32(0)
+            e, end = crow[row], crow[row + 1]
+            while e + 4 <= end:  # four rows of x at once: the caches are asked for all before the first arrives
+                v0, v1, v2, v3 = values[e], values[e + 1], values[e + 2], values[e + 3]
+                x0, x1, x2, x3 = x[col[e]], x[col[e + 1]], x[col[e + 2]], x[col[e + 3]]
+                for k in range(width):
+                    total[k] = (((total[k] + v0 * x0[k]) + v1 * x1[k]) + v2 * x2[k]) + v3 * x3[k]
+                e += 4
+            while e < end:
+                v, part = values[e], x[col[e]]
+                for k in range(width):
+                    total[k] += v * part[k]
+                e += 1
 
 
 def _keys(seed: Tensor) -> tuple[np.uint32, np.uint32]:
@@ -259,7 +428,7 @@ def dequantize(
 ) -> Tensor:
     if dtype == torch.float64:
         return reference.dequantize(codes, ranges, seed, numel, bits, block, levels, dither, dtype)
-    out = torch.empty(numel)
+    out = empty((numel,), torch.float32)
     if numel:
         _dequantize(
             numel,
@@ -275,6 +444,35 @@ def dequantize(
     return reference.narrowed(out, dtype)
 
 
+def column_sums(codes: Tensor, ranges: Tensor, seed: Tensor, g: Tensor, bits: int, block: int, dither: float) -> Tensor:
+    if g.dtype != torch.float32:
+        return reference.column_sums(codes, ranges, seed, g, bits, block, dither)
+    tasks = max(1, min(64, g.numel() // CHUNK))
+    sums = torch.zeros(tasks, g.shape[1])
+    if g.numel():
+        _column_sums(
+            g.numel(), codes.numpy(), _ranges32(ranges), g.numpy().reshape(-1), sums.numpy(), *_keys(seed), bits,
+            block, f32(dither),
+        )  # fmt: skip
+    return sums.sum(0)
+
+
+def norm_gradient(
+    codes: Tensor, ranges: Tensor, seed: Tensor, g: Tensor, shift: Tensor, factor: Tensor, gain: Tensor, bits: int,
+    block: int,
+) -> Tensor:  # fmt: skip
+    if g.dtype != torch.float32:
+        return reference.norm_gradient(codes, ranges, seed, g, shift, factor, gain, bits, block)
+    out = empty_like(g)
+    if g.numel():
+        rows = (part.contiguous().numpy() for part in (shift, factor, gain))
+        _norm_gradient(
+            g.numel(), codes.numpy(), _ranges32(ranges), g.numpy().reshape(-1), out.numpy().reshape(-1), *rows, bits,
+            block,
+        )  # fmt: skip
+    return out
+
+
 def pack_mask(x: Tensor) -> Tensor:
     if x.dtype not in (torch.float32, torch.float64):
         return reference.pack_mask(x)
@@ -284,10 +482,19 @@ def pack_mask(x: Tensor) -> Tensor:
     return out
 
 
+def relu(x: Tensor) -> tuple[Tensor, Tensor]:
+    if x.dtype != torch.float32:
+        return reference.relu(x)
+    y, out = empty_like(x), torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
+    if x.numel():
+        _relu(x.numel(), x.numpy().reshape(-1), y.numpy().reshape(-1), out.numpy())
+    return y, out
+
+
 def apply_mask(grad: Tensor, mask: Tensor, slope: float) -> Tensor:
     if grad.dtype != torch.float32:
         return reference.apply_mask(grad, mask, slope)
-    out = torch.empty_like(grad, memory_format=torch.contiguous_format)
+    out = empty_like(grad)
     if grad.numel():
         _apply_mask(grad.numel(), grad.numpy().reshape(-1), mask.numpy(), out.numpy().reshape(-1), f32(slope))
     return out
@@ -296,10 +503,21 @@ def apply_mask(grad: Tensor, mask: Tensor, slope: float) -> Tensor:
 def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     if x.dtype != torch.float32:
         return reference.dropout(x, seed, p)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = empty_like(x)
     if x.numel():
         scale = f32(reference.dropout_scale(p, x.dtype))
         _dropout(x.numel(), x.numpy().reshape(-1), out.numpy().reshape(-1), *_keys(seed), f32(p), scale)
+    return out
+
+
+def aggregate(crow: Tensor, col: Tensor, values: Tensor, x: Tensor) -> Tensor:
+    if x.dtype != torch.float32 or values.dtype != torch.float32:
+        return reference.aggregate(crow, col, values, x)
+    out = empty((crow.shape[0] - 1, x.shape[1]), x.dtype)
+    if out.numel():
+        _aggregate(
+            max(out.numel(), col.numel()), crow.numpy(), col.numpy(), values.numpy(), x.numpy(), out.numpy()
+        )  # fmt: skip
     return out
 
 

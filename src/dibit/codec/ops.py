@@ -72,6 +72,31 @@ def _(codes, ranges, seed, numel, bits, block, levels, dither, dtype):  # type: 
     return codes.new_empty(numel, dtype=dtype)
 
 
+@custom_op("dibit::column_sums", mutates_args=())
+def column_sums(codes: Tensor, ranges: Tensor, seed: Tensor, g: Tensor, bits: int, block: int, dither: float) -> Tensor:
+    """sum_n g_n x_n, (D,), for a contiguous g (N, D) and x as `dequantize` gives it (uniform levels), never formed."""
+    return reference.column_sums(codes, ranges, seed, g, bits, block, dither)
+
+
+@column_sums.register_fake
+def _(codes, ranges, seed, g, bits, block, dither):  # type: ignore[no-untyped-def]
+    return g.new_empty(g.shape[1])
+
+
+@custom_op("dibit::norm_gradient", mutates_args=())
+def norm_gradient(
+    codes: Tensor, ranges: Tensor, seed: Tensor, g: Tensor, shift: Tensor, factor: Tensor, gain: Tensor, bits: int,
+    block: int,
+) -> Tensor:  # fmt: skip
+    """(g - shift - x * factor) * gain for a contiguous g (N, D), rows of it (D,), and x as `dequantize` gives it."""
+    return reference.norm_gradient(codes, ranges, seed, g, shift, factor, gain, bits, block)
+
+
+@norm_gradient.register_fake
+def _(codes, ranges, seed, g, shift, factor, gain, bits, block):  # type: ignore[no-untyped-def]
+    return torch.empty_like(g)
+
+
 @custom_op("dibit::pack_mask", mutates_args=())
 def pack_mask(x: Tensor) -> Tensor:
     """1 bit an element, not (x <= 0): uint8 (ceil(n / 8),) for x of n elements, any shape."""
@@ -81,6 +106,17 @@ def pack_mask(x: Tensor) -> Tensor:
 @pack_mask.register_fake
 def _(x):  # type: ignore[no-untyped-def]
     return x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
+
+
+@custom_op("dibit::relu", mutates_args=())
+def relu(x: Tensor) -> tuple[Tensor, Tensor]:
+    """ReLU, torch's own bits, and `pack_mask(x)`, in one pass over a contiguous x."""
+    return reference.relu(x)
+
+
+@relu.register_fake
+def _(x):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x), x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
 
 
 @custom_op("dibit::apply_mask", mutates_args=())
@@ -105,6 +141,17 @@ def _(x, seed, p):  # type: ignore[no-untyped-def]
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+@custom_op("dibit::aggregate", mutates_args=())
+def aggregate(crow: Tensor, col: Tensor, values: Tensor, x: Tensor) -> Tensor:
+    """A x for A in compressed rows (N, M) and a contiguous x (M, D): (N, D), in the dtype of x."""
+    return reference.aggregate(crow, col, values, x)
+
+
+@aggregate.register_fake
+def _(crow, col, values, x):  # type: ignore[no-untyped-def]
+    return x.new_empty((crow.shape[0] - 1, x.shape[1]))
+
+
 @custom_op("dibit::finite", mutates_args=())
 def finite(x: Tensor) -> Tensor:
     """float32 0-d: 0 where all of `x` is finite, else NaN."""
@@ -116,7 +163,9 @@ def _(x):  # type: ignore[no-untyped-def]
     return x.new_empty((), dtype=torch.float32)
 
 
-OPS = (quantize, dequantize, pack_mask, apply_mask, dropout, finite)
+OPS = (
+    quantize, dequantize, column_sums, norm_gradient, pack_mask, relu, apply_mask, dropout, aggregate, finite
+)  # fmt: skip
 
 
 def _numba(name: str) -> Callable[..., Any]:

@@ -147,6 +147,21 @@ def _dequantize_rows(
     return narrowed(torch.where(value > high, high, torch.where(value < low, low, value)), dtype)
 
 
+def column_sums(codes: Tensor, ranges: Tensor, seed: Tensor, g: Tensor, bits: int, block: int, dither: float) -> Tensor:
+    """Sums over the rows of g times what was encoded."""
+    x = dequantize(codes, ranges, seed, g.numel(), bits, block, [], dither, g.dtype)
+    return (g * x.view(g.shape)).sum(0)
+
+
+def norm_gradient(
+    codes: Tensor, ranges: Tensor, seed: Tensor, g: Tensor, shift: Tensor, factor: Tensor, gain: Tensor, bits: int,
+    block: int,
+) -> Tensor:  # fmt: skip
+    """(g - shift - x * factor) * gain, x what was encoded."""
+    x = dequantize(codes, ranges, seed, g.numel(), bits, block, [], 0.0, g.dtype).view(g.shape)
+    return (g - shift - x * factor) * gain
+
+
 def narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:
     """`value` in `dtype`. A range rounded outwards may lie beyond float16's largest number: no infinity comes of it."""
     if dtype == torch.float16:
@@ -166,6 +181,11 @@ def pack_mask(x: Tensor) -> Tensor:
     return pack((x <= 0).logical_not_().view(1, -1).to(torch.uint8), 1).view(-1)
 
 
+def relu(x: Tensor) -> tuple[Tensor, Tensor]:
+    """torch's ReLU and its mask."""
+    return torch.relu(x), pack_mask(x)
+
+
 def apply_mask(grad: Tensor, mask: Tensor, slope: float) -> Tensor:
     """`grad` where the bit is set, `grad * slope` elsewhere (0 for slope 0, whatever `grad` is)."""
     bits = unpack(mask.view(1, -1), grad.numel(), 1).view(grad.shape).bool()
@@ -181,6 +201,12 @@ def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
 def dropout_scale(p: float, dtype: torch.dtype) -> float:
     """1 / (1 - p) rounded as torch's CPU dropout rounds it."""
     return float(torch.ones((), dtype=dtype).div_(1 - p))
+
+
+def aggregate(crow: Tensor, col: Tensor, values: Tensor, x: Tensor) -> Tensor:
+    """A x for a sparse A in compressed rows."""
+    shape = crow.shape[0] - 1, x.shape[0]
+    return torch.sparse.mm(torch.sparse_csr_tensor(crow, col, values, shape, check_invariants=False), x)
 
 
 def finite(x: Tensor) -> Tensor:

@@ -79,16 +79,24 @@ def masked(plain: Callable[..., Tensor], slope_at: float, saves: str) -> Callabl
     return rule
 
 
-_relu = masked(lambda x, _, inplace: torch.relu_(x) if inplace else torch.relu(x), 0.0, "output")
+_relu_in_place = masked(lambda x, _, inplace: torch.relu_(x), 0.0, "output")
 leaky_relu = masked(lambda x, slope, inplace: F.leaky_relu(x, slope, inplace), 0.01, "input")
 
 
 def relu(step: Step, input: Tensor, inplace: bool = False) -> Any:
-    return _relu(step, input, 0.0, inplace)
+    if inplace:
+        return _relu_in_place(step, input, 0.0, True)
+    if not dense(input) or not input.requires_grad:
+        return NotImplemented
+    result, bits = ops.relu(input.detach().contiguous())
+    mask = step.note(Mask(bits, 0.0))
+    y = Elementwise.apply(input, lambda _: result, mask, False)
+    step.plain(y)
+    return y
 
 
 def relu_(step: Step, input: Tensor) -> Any:
-    return _relu(step, input, 0.0, True)
+    return relu(step, input, True)
 
 
 def leaky_relu_(step: Step, input: Tensor, negative_slope: float = 0.01) -> Any:

@@ -6,9 +6,9 @@ import weakref
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from dibit.functions import large
 from dibit.functions.common import dense, first_order, flat
 from dibit.functions.product import bmm
 from dibit.graph import Graph
@@ -23,7 +23,7 @@ class Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Any) -> Tensor:
         save(ctx, residual, weight if ctx.needs_input_grad[0] else None)
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        return F.linear(x, weight, bias)
+        return large.linear(x, weight, bias)
 
     @staticmethod
     @first_order
@@ -31,7 +31,7 @@ class Linear(torch.autograd.Function):
         residual, weight = load(ctx)
         x_dtype, w_dtype, b_dtype = ctx.dtypes
         rows = flat(dy)
-        dx = (dy @ weight.to(dy.dtype)).to(x_dtype) if ctx.needs_input_grad[0] else None
+        dx = large.mm(dy, weight.to(dy.dtype)).to(x_dtype) if ctx.needs_input_grad[0] else None
         dw = residual.outer(rows).to(w_dtype) if ctx.needs_input_grad[1] else None
         db = rows.sum(0).to(b_dtype) if ctx.needs_input_grad[2] else None
         return dx, dw, db, None
@@ -51,7 +51,7 @@ class AggregatedLinear(torch.autograd.Function):
         save(ctx, residual, weight, *graph.parts)
         ctx.graph, ctx.aggregate = graph.bind(()), watched
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        return F.linear(aggregate, weight, bias)
+        return large.linear(aggregate, weight, bias)
 
     @staticmethod
     @first_order
@@ -65,7 +65,7 @@ class AggregatedLinear(torch.autograd.Function):
         residual, weight, *parts = load(ctx)
         x_dtype, w_dtype, b_dtype = ctx.dtypes
         z = ctx.graph.bind(parts).transposed_product(dy)
-        dx = (z @ weight.to(z.dtype)).to(x_dtype) if ctx.needs_input_grad[0] else None
+        dx = large.mm(z, weight.to(z.dtype)).to(x_dtype) if ctx.needs_input_grad[0] else None
         dw = residual.outer(z).to(w_dtype) if ctx.needs_input_grad[1] else None
         db = dy.sum(0).to(b_dtype) if ctx.needs_input_grad[2] else None
         return dx, dw, db, None, None, None, None
@@ -81,7 +81,7 @@ class MatMul(torch.autograd.Function):
         save(ctx, residual, weight if ctx.needs_input_grad[0] else None)
         ctx.scale = beta, alpha
         ctx.types = x.dtype, weight.dtype, None if c is None else (c.dtype, c.shape)
-        return x @ weight if c is None else torch.addmm(c, x, weight, beta=beta, alpha=alpha)
+        return large.mm(x, weight) if c is None else torch.addmm(c, x, weight, beta=beta, alpha=alpha)
 
     @staticmethod
     @first_order
@@ -90,7 +90,7 @@ class MatMul(torch.autograd.Function):
         beta, alpha = ctx.scale
         x_dtype, w_dtype, c_type = ctx.types
         scaled = dy if alpha == 1 else dy * alpha
-        dx = (scaled @ weight.T.to(dy.dtype)).to(x_dtype) if ctx.needs_input_grad[0] else None
+        dx = large.mm(scaled, weight.T.to(dy.dtype)).to(x_dtype) if ctx.needs_input_grad[0] else None
         dw = residual.outer(flat(scaled)).T.to(w_dtype) if ctx.needs_input_grad[1] else None
         dc = None
         if ctx.needs_input_grad[2]:

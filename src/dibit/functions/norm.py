@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dibit.buffers import empty_like
+from dibit.codec import Affine, ops
 from dibit.config import Config, Project
+from dibit.functions import large
 from dibit.functions.common import dense, first_order, unreduced
 from dibit.intercept import Step
 from dibit.residual import Compressed, load, save
@@ -34,18 +37,15 @@ class BatchNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Any, bias: Any, running: tuple[Any, Any], training: bool, momentum: float,
         eps: float, step: Step,
     ) -> Tensor:  # fmt: skip
-        y, mean, inverse, *_ = torch._batch_norm_impl_index(
-            x, weight, bias, *running, training, momentum, eps, torch.backends.cudnn.enabled
-        )
-        if not training:
-            mean, inverse = running[0], torch.rsqrt(running[1] + eps)
+        y, mean, inverse = large.batch_norm(x, weight, bias, *running, training, momentum, eps)
         outer = inner = None
         if training or ctx.needs_input_grad[1]:
-            rows = (x.detach().movedim(1, -1) - mean) * inverse
+            rows = x.detach().movedim(1, -1)
+            normalised = Affine(mean, inverse, watches=training)
             config = norm_config(step)
-            inner = step.keep(rows, leaf=False, config=config)
+            inner = step.keep_affine(rows, normalised, config)
             if training and ctx.needs_input_grad[0]:
-                outer = step.keep(rows, leaf=False, config=config) if config.reduce else inner
+                outer = step.keep_affine(rows, normalised, config) if config.reduce else inner
         step.plain(mean.nbytes + inverse.nbytes if training else 0)
         ctx.shared = outer is inner
         save(ctx, None if ctx.shared else outer, inner, inverse, weight)
@@ -64,14 +64,13 @@ class BatchNorm(torch.autograd.Function):
         product = column_sums(inner, g) if inner is not None else None
         dx = None
         if ctx.needs_input_grad[0]:
-            scale = inverse if weight is None else inverse * weight
+            gain = inverse if weight is None else inverse * weight
             if ctx.training:
                 assert product is not None
-                dx = g - total / count
-                subtract_outer(dx, inner if ctx.shared else outer, product / count, g / count if ctx.shared else None)
+                dx = norm_gradient(g, total / count, inner if ctx.shared else outer, product / count, gain, ctx.shared)
             else:
-                dx = g.clone()
-            dx = dx.mul_(scale).view(shape).movedim(-1, 1).to(ctx.dtypes[0])
+                dx = g * gain
+            dx = dx.view(shape).movedim(-1, 1).to(ctx.dtypes[0])
         dw = None if product is None or not ctx.needs_input_grad[1] else product.to(ctx.dtypes[1])
         db = total.to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
         return dx, dw, db, None, None, None, None, None
@@ -151,22 +150,33 @@ def column_sums(kept: Any, g: Tensor) -> Tensor:
     if (sample := packed.sample(g.dtype)) is not None:
         index, weight = sample
         return (g.index_select(0, index) * weight[:, None] * packed.reduced()).sum(0)
-    return (g * pair(kept)[1]).sum(0)
+    if packed.config.levels != "uniform":
+        return (g * pair(kept)[1]).sum(0)
+    return ops.column_sums(
+        packed.codes, packed.ranges, packed.seed, g.contiguous(), packed.config.bits, packed.block,
+        2.0 if _random(packed.config) else 0.0,
+    )  # fmt: skip
 
 
-def subtract_outer(dx: Tensor, kept: Any, mean: Tensor, own: Tensor | None) -> None:
-    """dx -= x_hat * mean, in place; `own` = dy / N where the same draw made `mean`."""
+def norm_gradient(g: Tensor, mean: Tensor, kept: Any, product: Tensor, gain: Tensor, shared: bool) -> Tensor:
+    """(g - mean - x_hat * product) * gain; `shared`: the same draw made `product`, the mean of g * x_hat."""
     if not isinstance(kept, Compressed) or isinstance(kept.packed.config.reduce, Project):
-        dx -= kept.value().reshape(dx.shape) * mean
-        return
+        return (g - mean - kept.value().reshape(g.shape) * product) * gain
     packed = kept.packed
-    if (sample := packed.sample(dx.dtype)) is not None:
+    if (sample := packed.sample(g.dtype)) is not None:
         index, weight = sample
-        dx.index_add_(0, index, packed.reduced() * weight[:, None] * mean, alpha=-1)
-        return
-    if own is not None and correction(kept):
-        dx += own * packed.variance()
-    dx -= packed.reduced(0.0 if own is not None else None) * mean
+        dx = torch.addcmul(-mean * gain, g, gain, out=empty_like(g))
+        return dx.index_add_(0, index, packed.reduced() * weight[:, None] * (product * gain), alpha=-1)
+    if packed.config.levels == "uniform" and (shared or packed.config.rounding != "dither"):
+        return ops.norm_gradient(
+            packed.codes, packed.ranges, packed.seed, g.contiguous(), mean, product, gain, packed.config.bits,
+            packed.block,
+        )  # fmt: skip
+    dx = g - mean
+    if shared and correction(kept):
+        dx += g / g.shape[0] * packed.variance()
+    dx -= packed.reduced(0.0 if shared else None) * product
+    return dx.mul_(gain)
 
 
 def batch_norm(
