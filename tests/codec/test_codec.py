@@ -186,6 +186,14 @@ def test_aggregation_of_rows(index: torch.dtype) -> None:
         assert torch.allclose(y.double(), dense @ x.double(), atol=1e-4 if dtype == torch.float32 else 1e-12)
 
 
+@pytest.mark.parametrize("n", [0, 1, 1000, 70_001])
+def test_signs(n: int) -> None:
+    seed = seed_tensor(mix(3, n))
+    assert torch.equal(ops.signs(seed, n), reference.signs(seed, n))
+    if n > 10_000:
+        assert abs(ops.signs(seed, n).mean()) < 5 * n**-0.5
+
+
 def test_dropout_frequency_and_scale() -> None:
     n, p = 200_000, 0.3
     y = ops.dropout(torch.ones(n), seed_tensor(1), p)
@@ -312,6 +320,7 @@ SAMPLES = {
     "relu": lambda: (torch.randn(5, 9),),
     "apply_mask": lambda: (torch.randn(5, 9), ops.pack_mask(torch.randn(5, 9)), 0.1),
     "dropout": lambda: (torch.randn(5, 9), seed_tensor(1), 0.5),
+    "signs": lambda: (seed_tensor(1), 100),
     "aggregate": lambda: (
         torch.tensor([0, 2, 2, 5]), torch.tensor([0, 3, 1, 2, 3]), torch.rand(5), torch.randn(4, 9)
     ),

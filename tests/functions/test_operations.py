@@ -242,6 +242,7 @@ def test_every_rule_is_exercised() -> None:
         net, x = build(make)
         dibit.compress(net, rules=rules)(x)
     elsewhere = {
+        torch.add,
         Tensor.__matmul__,
         torch.sparse.mm,
         Tensor.scatter_reduce_,

@@ -357,6 +357,19 @@ def _finite(xbits):  # type: ignore[no-untyped-def]
 
 
 @_jit
+def _signs(out, key0, key1):  # type: ignore[no-untyped-def]
+    for task in nb.prange((out.size + CHUNK - 1) // CHUNK):
+        start = task * CHUNK
+        part = out[start : start + CHUNK]
+        c0, here, beyond = u32(start), _upper(start), _upper(start + part.size)
+        for j in range(part.size):
+            low32 = u32(c0 + u32(j))
+            # the number's 24 bits are the topmost: below one half the first of them is clear
+            u = _uniform(low32, _chosen(low32, c0, here, beyond), key0, key1)
+            part[j] = f32(1) if u < f32(0.5) else f32(-1)
+
+
+@_jit
 def _aggregate(crow, col, values, x, out):  # type: ignore[no-untyped-def]
     rows, width = out.shape
     for task in nb.prange((rows + 255) // 256):
@@ -507,6 +520,13 @@ def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     if x.numel():
         scale = f32(reference.dropout_scale(p, x.dtype))
         _dropout(x.numel(), x.numpy().reshape(-1), out.numpy().reshape(-1), *_keys(seed), f32(p), scale)
+    return out
+
+
+def signs(seed: Tensor, count: int) -> Tensor:
+    out = torch.empty(count)
+    if count:
+        _signs(count, out.numpy(), *_keys(seed))
     return out
 
 

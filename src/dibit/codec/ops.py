@@ -152,6 +152,17 @@ def _(crow, col, values, x):  # type: ignore[no-untyped-def]
     return x.new_empty((crow.shape[0] - 1, x.shape[1]))
 
 
+@custom_op("dibit::signs", mutates_args=())
+def signs(seed: Tensor, count: int) -> Tensor:
+    """1 or -1 with equal probability, a function of (seed, element): float32 (count,)."""
+    return reference.signs(seed, count)
+
+
+@signs.register_fake
+def _(seed, count):  # type: ignore[no-untyped-def]
+    return seed.new_empty(count, dtype=torch.float32)
+
+
 @custom_op("dibit::finite", mutates_args=())
 def finite(x: Tensor) -> Tensor:
     """float32 0-d: 0 where all of `x` is finite, else NaN."""
@@ -164,7 +175,7 @@ def _(x):  # type: ignore[no-untyped-def]
 
 
 OPS = (
-    quantize, dequantize, column_sums, norm_gradient, pack_mask, relu, apply_mask, dropout, aggregate, finite
+    quantize, dequantize, column_sums, norm_gradient, pack_mask, relu, apply_mask, dropout, signs, aggregate, finite
 )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dibit.codec import rng
+from dibit.codec import ops, rng
 
 _PROJECTION, _ROWS = 0x51F7A9D3C86B2E45, 0x2B6D8E13F49AC075  # one seed, separate streams
 
@@ -11,8 +11,7 @@ _PROJECTION, _ROWS = 0x51F7A9D3C86B2E45, 0x2B6D8E13F49AC075  # one seed, separat
 def projection(width: int, ratio: int, seed: Tensor, dtype: torch.dtype) -> Tensor:
     """P (width, R), entries +-1/sqrt(R) with equal probability, R = max(1, width // ratio): E[P P^T] = I (EXACT)."""
     reduced = max(1, width // ratio)
-    sign = rng.hash32(torch.arange(width * reduced, device=seed.device), seed ^ _PROJECTION) >> 31
-    return (1 - 2 * sign).to(dtype).view(width, reduced) * reduced**-0.5
+    return ops.signs(seed ^ _PROJECTION, width * reduced).to(dtype).view(width, reduced) * reduced**-0.5
 
 
 def sampled_rows(rows: int, ratio: int, seed: Tensor) -> tuple[Tensor, Tensor]:

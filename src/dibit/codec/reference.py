@@ -203,6 +203,12 @@ def dropout_scale(p: float, dtype: torch.dtype) -> float:
     return float(torch.ones((), dtype=dtype).div_(1 - p))
 
 
+def signs(seed: Tensor, count: int) -> Tensor:
+    """The topmost of each element's 32 bits: 1 where it is clear, else -1."""
+    top = rng.hash32(torch.arange(count, device=seed.device), seed) >> 31
+    return (1 - 2 * top).to(torch.float32)
+
+
 def aggregate(crow: Tensor, col: Tensor, values: Tensor, x: Tensor) -> Tensor:
     """A x for a sparse A in compressed rows."""
     shape = crow.shape[0] - 1, x.shape[0]

@@ -1,0 +1,98 @@
+"""Large tensors go into buffers of our own: torch's bits, torch's accounting, the plain gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dibit
+from dibit import Config, buffers
+from dibit.bench.memory import peak_bytes
+from dibit.functions import large
+from tests.unbiased import bias_of, gradient
+
+N, D = 9000, 128
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.skip, self.last = nn.Linear(D, D), nn.Linear(D, D, bias=False), nn.Linear(D, D)
+        self.norm, self.plain = nn.BatchNorm1d(D), nn.BatchNorm1d(D, affine=False, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x) + self.skip(x)
+        h = F.relu(self.norm(h))
+        h = torch.add(h, self.plain(self.last(h)))
+        return self.last(h)
+
+
+def test_forward_is_torchs_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[tuple[int, ...]] = []
+    plain_empty = buffers.empty
+    monkeypatch.setattr(large, "empty", lambda shape, *a, **k: used.append(tuple(shape)) or plain_empty(shape, *a, **k))
+    torch.manual_seed(0)
+    net, x = Net().train(), torch.randn(N, D)
+    assert x.nbytes >= buffers.LEAST
+    expected = net(x)
+    stats = net.norm.running_var.clone()
+    assert not used
+    net.norm.reset_running_stats()
+    for recipe in ("default", "exact", "iexact"):
+        dibit.compress(net, recipe)
+        net.norm.reset_running_stats()
+        assert torch.equal(net(x), expected)
+        assert torch.equal(net.norm.running_var, stats)
+    assert used == [(N, D)] * (3 * 4)
+
+
+def test_gradients_of_what_loses_nothing() -> None:
+    """Additions, products with the weight and ReLU hand their gradients on exactly."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D, bias=False))
+    x, readout = torch.randn(N, D), torch.randn(N, D)
+
+    def run() -> list[Tensor]:
+        inner = x.clone().requires_grad_()
+        net.zero_grad()
+        ((net(inner) + inner) * readout).sum().backward()
+        return [inner.grad, net[0].bias.grad]
+
+    plain = run()
+    dibit.compress(net, "default")
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(plain, run(), strict=True))
+
+
+@pytest.mark.parametrize("config", [Config(), Config(bits=8, rounding="dither"), "iexact", "default"], ids=str)
+def test_the_gradients_of_batch_norm_are_unbiased(config: Config | str) -> None:
+    torch.manual_seed(0)
+    net, x = nn.BatchNorm1d(D), torch.randn(N, D) + 0.3
+    readout = torch.randn(N, D) + x  # a gradient along the input: the term that needs it counts
+    truth = gradient(net, x, readout)
+    dibit.compress(net, config)
+    for part in (slice(0, N * D), slice(N * D, None)):  # of the input, of weight and bias
+        bias = bias_of(lambda i, part=part: torch.manual_seed(i) and gradient(net, x, readout)[part], truth[part], 40)
+        assert bias.unbiased, bias
+        assert not bias.exact
+
+
+def test_add_leaves_to_torch_what_is_not_its_own() -> None:
+    net = dibit.compress(nn.Sequential(nn.Linear(D, D)))
+    step = type("Step", (), {"seen": 0})()
+    x = torch.randn(N, D)
+    for a, b in ((x, 1.0), (x, x[:1]), (x, x.double()), (x.T, x.T), (x[:5], x[:5]), (x.long(), x.long())):
+        assert large.add(step, a, b) is NotImplemented
+    assert large.add(step, x, x, alpha=2) is NotImplemented
+    assert torch.equal(large.add(step, x, x), x + x)
+    assert net is not None
+
+
+def test_buffers_are_torchs_own() -> None:
+    x = torch.randn(300, 5000).T
+    y = buffers.empty_like(x)
+    assert (y.shape, y.dtype) == (x.shape, x.dtype)
+    assert y.is_contiguous()
+    assert peak_bytes(lambda: buffers.empty((1 << 21,), torch.float32)) == 1 << 23
+    assert buffers.empty((0, 3), torch.float64).shape == (0, 3)
