@@ -44,7 +44,9 @@ class Graph:
         rows, columns = self.shape
         dy = dy.to(values.dtype)
         if self.mean:  # the values take the division, E of them instead of N x D
-            values = values / crow.diff().clamp_(min=1).to(values.dtype).repeat_interleave(crow.diff())
+            count = crow.diff()
+            share = count.clamp(min=1).to(values.dtype).reciprocal_()
+            values = share.repeat_interleave(count, output_size=values.numel()).mul_(values)
         if dy.device.type != "cpu" or not values.numel():
             return torch.sparse_csc_tensor(crow, col, values, (columns, rows), check_invariants=False) @ dy
         from scipy.sparse import csc_array

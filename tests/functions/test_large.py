@@ -78,6 +78,16 @@ def test_the_gradients_of_batch_norm_are_unbiased(config: Config | str) -> None:
         assert not bias.exact
 
 
+@pytest.mark.parametrize("width", [D, D // 2])
+def test_a_product_over_its_own_input(width: int) -> None:
+    x, weight = torch.randn(20_001, D), torch.randn(D, width)
+    expected, start = x @ weight, x.clone()
+    y = large.mm_over(x, weight)
+    assert torch.allclose(y, expected, rtol=1e-5, atol=1e-4)
+    assert (y.data_ptr() == x.data_ptr()) == (width == D)
+    assert width == D or torch.equal(x, start)
+
+
 def test_add_leaves_to_torch_what_is_not_its_own() -> None:
     net = dibit.compress(nn.Sequential(nn.Linear(D, D)))
     step = type("Step", (), {"seen": 0})()

@@ -13,6 +13,9 @@ from dibit.functions.common import dense, first_order
 from dibit.intercept import Step
 
 
+_ROWS = 1 << 13  # of a product in parts: enough for its full speed, little enough for the caches
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b for x (N, D), W (O, D)."""
     if not _plain(x, weight) or (bias is not None and bias.dtype != x.dtype) or not _pays(x, weight.shape[0]):
@@ -26,6 +29,16 @@ def mm(x: Tensor, weight: Tensor) -> Tensor:
     if not _plain(x, weight) or not _pays(x, weight.shape[1]):
         return x @ weight
     return torch.mm(x, weight, out=empty((x.shape[0], weight.shape[1]), x.dtype))
+
+
+def mm_over(x: Tensor, weight: Tensor) -> Tensor:
+    """x W, over x where W is square and x large: a buffer less at the worst moment of the backward pass. x is spent."""
+    if not _plain(x, weight) or weight.shape[0] != weight.shape[1] or not _pays(x, weight.shape[1]):
+        return mm(x, weight)
+    part = x.new_empty(min(_ROWS, x.shape[0]), x.shape[1])
+    for rows in x.split(_ROWS):
+        rows.copy_(torch.mm(rows, weight, out=part[: rows.shape[0]]))
+    return x
 
 
 def batch_norm(

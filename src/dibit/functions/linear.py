@@ -65,8 +65,8 @@ class AggregatedLinear(torch.autograd.Function):
         residual, weight, *parts = load(ctx)
         x_dtype, w_dtype, b_dtype = ctx.dtypes
         z = ctx.graph.bind(parts).transposed_product(dy)
-        dx = large.mm(z, weight.to(z.dtype)).to(x_dtype) if ctx.needs_input_grad[0] else None
-        dw = residual.outer(z).to(w_dtype) if ctx.needs_input_grad[1] else None
+        dw = residual.outer(z).to(w_dtype) if ctx.needs_input_grad[1] else None  # before dX is written over z
+        dx = large.mm_over(z, weight.to(z.dtype)).to(x_dtype) if ctx.needs_input_grad[0] else None
         db = dy.sum(0).to(b_dtype) if ctx.needs_input_grad[2] else None
         return dx, dw, db, None, None, None, None
 
