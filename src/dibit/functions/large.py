@@ -12,7 +12,6 @@ from dibit.buffers import LEAST, empty, empty_like, large
 from dibit.functions.common import dense, first_order
 from dibit.intercept import Step
 
-
 _ROWS = 1 << 13  # of a product in parts: enough for its full speed, little enough for the caches
 
 
