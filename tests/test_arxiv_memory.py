@@ -3,12 +3,10 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 N, TRAIN, MB = 169_343, 90_941, 2**20
-BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "arxiv_shape.py"
 
 
 def codes(width: int, block: int) -> float:
@@ -18,27 +16,28 @@ def codes(width: int, block: int) -> float:
 
 PLAIN = (11 * N * 128 * 4 + 8 * TRAIN) / MB  # on the CPU torch keeps a dropout mask of 4 bytes an element
 CLOSED = {
-    "none": PLAIN,
+    "plain": PLAIN,
     "exact": (6 * codes(16, 16) + 2 * codes(128, 128) + 4 * N * 128 / 8 + 8 * TRAIN) / MB,
     "iexact": (6 * codes(16, 1024) + 2 * codes(128, 1024) + 4 * N * 128 / 8 + 8 * TRAIN) / MB,
 }
 LOG = {"exact": 30.47, "iexact": 25.56}
 
 
-@pytest.mark.parametrize("recipe", ["none", "exact", "iexact", "default"])
-def test_saved_mb(recipe: str) -> None:
-    command = [sys.executable, str(BENCHMARK), "--one", recipe, "--steps", "0"]
+@pytest.mark.parametrize("setting", ["plain", "exact", "iexact", "default"])
+def test_saved_mb(setting: str) -> None:
+    workload = json.dumps([{"shape": "arxiv", "layers": 3}, setting])
+    command = [sys.executable, "-m", "dibit.bench.footprint", workload]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    saved = result["saved_mb"]
-    assert result["plain_mb"] == pytest.approx(PLAIN, rel=1e-3)
-    assert result["allocator_mb"] == pytest.approx(saved, abs=0.1)
-    if recipe in CLOSED:
-        assert saved == pytest.approx(CLOSED[recipe], rel=2e-3)
-    if recipe in LOG:
-        assert saved == pytest.approx(LOG[recipe], rel=1e-2)
-    if recipe == "none":
+    saved = result["ledger"]
+    assert result["saved"] == pytest.approx(saved, abs=0.1), "the allocator is the ledger's witness"
+    if setting in CLOSED:
+        assert saved == pytest.approx(CLOSED[setting], rel=2e-3)
+    if setting in LOG:
+        assert saved == pytest.approx(LOG[setting], rel=1e-2)
+    if setting == "plain":
         assert saved == pytest.approx(910.2, rel=1e-3)
-    if recipe == "default":
+    if setting == "default":
         assert saved <= 12
+        assert result["peak"] < 0.36 * 1277.6, "against the plain step's peak"

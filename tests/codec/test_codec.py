@@ -1,6 +1,11 @@
 """The codec against its formulas: statistics for what is random, equality for what is not."""
 
 import itertools
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -300,6 +305,82 @@ def test_same_seed_same_codes() -> None:
 def test_encode_refuses_integers() -> None:
     with pytest.raises(TypeError, match=r"torch.int64; expected a floating-point"):
         encode(torch.arange(3), Config(), 1)
+
+
+class Encoding(torch.utils.data.Dataset):
+    """Encodes in a data loader's worker."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, i: int) -> Tensor:
+        return encode(big(i), Config(), i).codes
+
+
+def big(seed: int) -> Tensor:
+    """Large enough for the parallel kernels."""
+    return torch.randn(3 * 70_000, generator=torch.Generator().manual_seed(seed))
+
+
+def test_forked_workers_are_safe_after_the_parent_has_used_threads() -> None:
+    wanted = [encode(big(i), Config(), i).codes for i in range(2)]
+    loader = torch.utils.data.DataLoader(
+        Encoding(), batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60
+    )
+    for got, codes in zip(loader, wanted, strict=True):
+        assert torch.equal(got, codes)
+
+
+def test_threads_may_use_the_parallel_kernels_at_once() -> None:
+    wanted = [encode(big(i), Config(), i).codes for i in range(2)]
+    found: list[bool] = []
+
+    def work(i: int) -> None:
+        found.extend(torch.equal(encode(big(i), Config(), i).codes, wanted[i]) for _ in range(50))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 100
+
+
+def test_as_many_threads_as_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    import numba
+
+    from dibit.codec import cpu
+
+    before = torch.get_num_threads()
+    used: list[int] = []
+    parallel = cpu._dropout.parallel
+
+    class Spy:
+        def __getattr__(self, name: str) -> object:
+            return getattr(parallel, name)
+
+        def __call__(self, *args: object) -> None:
+            used.append(numba.get_num_threads())
+            parallel(*args)
+
+    monkeypatch.setattr(cpu._dropout, "parallel", Spy())
+    try:
+        for threads in (2, 1):
+            torch.set_num_threads(threads)
+            ops.dropout(big(0), seed_tensor(1), 0.5)
+    finally:
+        torch.set_num_threads(before)
+    assert used == ([2] if numba.config.NUMBA_NUM_THREADS > 1 else []), "with one thread the serial kernel serves"
+
+
+def test_says_once_that_it_compiles(tmp_path: Path) -> None:
+    code = (
+        "import torch, dibit\nfor n in (100, 100_000): dibit.decode(dibit.encode(torch.randn(n), dibit.Config(), 1))\n"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    for times in (1, 0):
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stderr.count("dibit: compiling kernels for this processor") == times
 
 
 SAMPLES = {
