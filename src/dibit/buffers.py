@@ -14,14 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-LEAST = 1 << 22  # bytes; smaller ones come from memory that has been touched before
+LEAST = 1 << 22  # bytes; for smaller results torch allocates as it likes
+_OWN_MAPPING = 1 << 25  # bytes; glibc maps larger blocks on their own, on its heap huge pages would stay behind
 _HUGEPAGE, _PAGE = 14, 4096
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """An uninitialised contiguous tensor."""
     x = torch.empty(shape, dtype=dtype, device=device)
-    if x.nbytes >= LEAST and x.device.type == "cpu" and (advise := _madvise()) is not None:
+    if x.nbytes > _OWN_MAPPING and x.device.type == "cpu" and (advise := _madvise()) is not None:
         start = -(-x.data_ptr() // _PAGE) * _PAGE
         advise(start, (x.data_ptr() + x.nbytes - start) // _PAGE * _PAGE, _HUGEPAGE)
     return x

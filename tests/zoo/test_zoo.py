@@ -132,12 +132,15 @@ def test_a_shared_draw_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     draws = 40
     setting = Config(bits=8, norm=Config(bits=8, reduce=Project(4)))
     assert not biased(case, setting, draws)
-    keep = Step.keep
+    encode = Step._encode
 
-    def shared(step: Step, x: Tensor, *, leaf: bool, config: Config | None = None) -> Any:
-        return keep(step, x, leaf=True, config=config)
+    def shared(step: Step, x: Tensor, config: Config, purpose: str, affine: Any = None) -> Any:
+        key = "shared", step.key(x), config
+        if key not in step._shared:
+            step._shared[key] = encode(step, x, config, purpose, affine)
+        return step._shared[key]
 
-    monkeypatch.setattr(Step, "keep", shared)
+    monkeypatch.setattr(Step, "_encode", shared)
     assert biased(case, setting, draws)
 
 

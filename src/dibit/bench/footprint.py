@@ -44,11 +44,12 @@ def measure(
 
 def one(workload: Workload, setting: str) -> dict[str, float | None]:
     """Measure in this process."""
-    from dibit.bench.memory import peak_bytes
+    from dibit.bench.memory import peak_bytes, release
 
     step = Step(*workload.build(), setting)
     step()  # compiles kernels, makes the optimiser's state
     inputs = step.input_bytes()
+    release()  # what the allocator keeps for later would hide the growth
     before = _status("VmRSS")
     reset = _reset_peak()
     step()
