@@ -67,7 +67,7 @@ def test_nothing_stays_of(how: str, collector_off: None) -> None:
         model.convs[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(ValueError))
     before = None
     for step in range(60):
-        n = N - 10 * step if how == "batches of many sizes" else N
+        n = N - 5 * step if how == "batches of many sizes" else N
         x, edges = torch.randn(n, D), torch.randint(n, (2, 5 * n))
         try:
             out = model(x, edges)
