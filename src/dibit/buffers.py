@@ -34,7 +34,7 @@ def empty_like(x: Tensor) -> Tensor:
 
 
 def large(*tensors: Tensor) -> bool:
-    """Whether a result of these tensors' size is worth a buffer of its own: dense, large, on the CPU."""
+    """Whether a result of these tensors' size is worth a buffer of its own: large, on the CPU."""
     return all(x.nbytes >= LEAST and x.device.type == "cpu" for x in tensors)
 
 

@@ -144,7 +144,7 @@ def test_the_resident_peak_can_be_begun_anew() -> None:
         (["speed", "--settings", "plain", "defualt"], "Did you mean 'default'?"),
         (["speed", "--rounds", "0"], "--rounds is 0, expected a whole number of at least 1."),
         (["speed", "--scale", "0"], "--scale is 0.0, expected a number above 0."),
-        (["speed", "--json", "/no/such/folder/x.json"], "cannot be written"),
+        (["speed", "--json", "/no/such/folder/x.json"], "the folder /no/such/folder does not exist"),
         (["memory", "--layers", "0"], "--layers is 0"),
         (["codec", "--elements", "x"], "invalid int value: 'x'"),
         (["gradient"], "arguments are required: GRAPH"),

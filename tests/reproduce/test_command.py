@@ -144,7 +144,10 @@ def test_timing_is_interleaved_and_paired(monkeypatch: pytest.MonkeyPatch) -> No
         (["accuracy", "--out", "x", "--seeds", "0"], "--seeds is 0"),
         (["accuracy", "--out", "x", "--seeds", "two"], "Argument --seeds: invalid int value: 'two'"),
         (["accuracy", "--out", "x", "--dataset", "coar"], "Did you mean 'cora'"),
-        (["memory", "--out", "x", "--json", "missing/x.json"], "--json missing/x.json cannot be written"),
+        (
+            ["memory", "--out", "x", "--json", "missing/x.json"],
+            "--json missing/x.json: the folder missing does not",
+        ),
         (["memory", "--out", "."], "holds something else (mine.txt), expected a new folder"),
         (["memory", "--out", "mine.txt"], "--out mine.txt is a file"),
         (["memory", "--ot", "x"], "Unrecognized arguments: --ot x"),

@@ -7,11 +7,10 @@ import datetime
 import json
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from dibit.reproduce.progress import Progress
-from dibit.train.errors import UserError, nearest, require
+from dibit.train.errors import Parser, UserError, json_path, nearest, require
 
 _DESCRIPTION = """\
 Measure what Dibit costs and saves on this machine, beside plain PyTorch Geometric, torch.compile, bf16 and activation
@@ -20,15 +19,10 @@ checkpoints. Run it on an idle machine: times are medians of interleaved rounds,
 KINDS = ("speed", "memory", "gradient", "codec")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message[:1].upper()}{message[1:]}. See dibit bench --help.")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of ``dibit bench``."""
-    parser = _Parser(prog="dibit bench", description=_DESCRIPTION)
-    kinds = parser.add_subparsers(dest="kind", metavar="KIND", parser_class=_Parser)
+    parser = Parser(prog="dibit bench", description=_DESCRIPTION)
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", parser_class=Parser)
     speed = kinds.add_parser("speed", help="seconds of a training step, forward and backward apart")
     memory = kinds.add_parser("memory", help="megabytes kept, and the peak of a step")
     for each in (speed, memory):
@@ -71,7 +65,7 @@ def bench(argv: Sequence[str]) -> int:
         return 0
     if args.kind is None:
         raise UserError(f"What to measure is missing; expected one of {', '.join(KINDS)}.")
-    path = _writable(args.json)
+    path = json_path(args.json)
     require("rich", "train")
     from dibit.bench.show import show
 
@@ -154,12 +148,3 @@ def _known(flag: str, given: Sequence[str], known: Any) -> list[str]:
 def _at_least(flag: str, value: int, least: int = 1) -> None:
     if value < least:
         raise UserError(f"--{flag} is {value}, expected a whole number of at least {least}.")
-
-
-def _writable(given: str | None) -> Path | None:
-    if given is None:
-        return None
-    path = Path(given)
-    if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"--json {path} cannot be written; expected a file in a folder that exists.")
-    return path

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
-
-import torch
 
 import dibit
 from dibit import Config, Project, Sample
@@ -58,32 +55,24 @@ def measure(
         {"model", "epochs", "draws", "graphs"}: by graph rows of setting, bytes a node (all that the step keeps, by
         `dibit.track`), and by epoch the mean of :math:`|g - g_{plain}|^2 / |g_{plain}|^2` with its standard error.
     """
-    from dibit.reproduce.plan import Plan, Reproduction
+    from dibit.reproduce.plan import Plan, load_prepared
     from dibit.reproduce.stages import stages
     from dibit.reproduce.training import case
 
-    # nothing is stored: the plan only loads and prepares
-    run = Reproduction(Plan(epochs=max(1, *epochs), root=root), store=None, quiet=True)  # type: ignore[arg-type]
+    plan = Plan(epochs=max(1, *epochs))
     found = []
     for name in graphs:
         note(f"loading {name}")
-        graph = run.load(name)
-        own = case(run, graph, model)
+        graph = load_prepared(name, root)
+        own = case(plan, graph, model)
         rows: dict[str, dict[str, Any]] = {s: {"setting": s, "errors": {}, "standard_errors": {}} for s in settings}
         for stage in stages(own, tuple(epochs), None, note):
             for setting, row in rows.items():
                 note(f"{graph.name}, epoch {stage.epoch}, {setting}")
                 if "bytes_per_node" not in row:
-                    row["bytes_per_node"] = _bytes(stage, CONFIGS[setting]) / graph.num_nodes
+                    row["bytes_per_node"] = stage.saved_bytes(CONFIGS[setting]) / graph.num_nodes
                 error = stage.gradient_error(CONFIGS[setting], draws)
                 row["errors"][str(stage.epoch)] = error.mean
                 row["standard_errors"][str(stage.epoch)] = error.error
         found.append({"graph": graph.name, "nodes": graph.num_nodes, "rows": list(rows.values())})
     return {"model": model, "epochs": list(epochs), "draws": draws, "graphs": found}
-
-
-def _bytes(stage: Any, config: Config) -> int:
-    model = dibit.compress(copy.deepcopy(stage._model).train(), config)
-    with torch.random.fork_rng(), dibit.track(model) as saved:
-        model(stage.task.x, stage.task.adjacency)
-    return saved.total

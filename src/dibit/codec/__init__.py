@@ -168,16 +168,15 @@ def encode(x: Tensor, config: Config, seed: Tensor | int, affine: Affine | None 
     if config.reduce is not None and config.reduce.ratio == 1:
         config = replace(config, reduce=None)
     x = x.detach().reshape(shape[:-1].numel(), shape[-1] if shape else 1)
-    poison = None
-    if isinstance(config.reduce, Sample):
-        poison = ops.finite(x) if affine is None else affine.finite(x)
+    sampled = isinstance(config.reduce, Sample)
+    poison = (ops.finite(x) if affine is None else affine.finite(x)) if sampled else None
+    if affine is not None and not sampled:
+        x = affine(x)
+    x = reduced(x, config, seed)
     if affine is not None:
         dtype = affine.shift.dtype
-        if poison is None:
+        if sampled:
             x = affine(x)
-    x = reduced(x, config, seed)
-    if affine is not None and poison is not None:
-        x = affine(x)
     block, levels = _blocks(config, *x.shape)
     rounding = reference.NEAREST if config.rounding == "nearest" else reference.STOCHASTIC
     work = x.reshape(-1).contiguous()

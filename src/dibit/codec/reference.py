@@ -142,7 +142,9 @@ def _dequantize_rows(
     step = width / (2**bits - 1)
     if dither:
         u = rng.uniform_range(start, start + codes.numel(), seed).view(codes.shape).to(work)
-        return narrowed(((h + (u - (0.5 - rng.UNIT / 2)) * dither) * step + zero) / scale, dtype)
+        value = ((h + (u - (0.5 - rng.UNIT / 2)) * dither) * step + zero) / scale
+        most = torch.finfo(work).max  # dither goes half a bin beyond the range
+        return narrowed(value.clamp(-most, most), dtype)
     value = (h * step + zero) / scale
     return narrowed(torch.where(value > high, high, torch.where(value < low, low, value)), dtype)
 

@@ -48,7 +48,7 @@ def cases(run: Reproduction) -> list[Case]:
     """Models on graphs; in full the papers' settings too."""
     graphs = run.graphs()
     found = [
-        case(run, graph, model)
+        case(run.plan, graph, model)
         for graph in graphs
         for model in MODELS
         if run.plan.full or graph is graphs[0] or model in ON_EVERY_GRAPH

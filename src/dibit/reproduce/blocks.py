@@ -138,4 +138,4 @@ def gradient_errors(
 
 
 def _cases(run: Reproduction) -> list[Case]:
-    return [case(run, graph, "sage") for graph in run.main_graphs()]
+    return [case(run.plan, graph, "sage") for graph in run.main_graphs()]

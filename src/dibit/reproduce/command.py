@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from dibit.reproduce import sections
 from dibit.reproduce.plan import Plan, Reproduction
 from dibit.reproduce.progress import Progress
 from dibit.reproduce.store import SECTIONS, Store, write
-from dibit.train.errors import Interrupted, UserError, nearest, require
+from dibit.train.errors import Interrupted, Parser, UserError, json_path, nearest, require
 
 _DESCRIPTION = """\
 Repeat what EXACT and i-EXACT measured, with their numbers beside ours: as tables here, as JSON and as one
@@ -27,14 +27,9 @@ was stopped, and sections that are run one by one end up in the same page.
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message[:1].upper()}{message[1:]}. See dibit reproduce --help.")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of ``dibit reproduce``."""
-    parser = _Parser(prog="dibit reproduce", description=_DESCRIPTION)
+    parser = Parser(prog="dibit reproduce", description=_DESCRIPTION)
     parser.add_argument("section", metavar="SECTION", help="memory, blocks, variance, distribution, accuracy or all")
     parser.add_argument("--out", metavar="DIR", help="Folder of the results and of report.html.")
     parser.add_argument(
@@ -65,7 +60,7 @@ def reproduce(argv: Sequence[str]) -> int:
     if not args.out:
         raise UserError("--out is missing; give the folder of the results, such as --out runs/reproduce.")
     plan = _plan(args)
-    json_path = _writable(args.json)
+    json_file = json_path(args.json)
     for module in ("matplotlib", "jinja2", "rich"):  # before hours of work, not after them
         require(module, "study")
     require("tensorboard")
@@ -84,8 +79,8 @@ def reproduce(argv: Sequence[str]) -> int:
         except KeyboardInterrupt as stop:
             command = shlex.join(["dibit", "reproduce", *(word for word in argv if word != "--overwrite")])
             raise Interrupted(f"interrupted; what was measured is kept, go on with: {command}") from stop
-    if json_path is not None:
-        write(json_path, sections.read(store.path))
+    if json_file is not None:
+        write(json_file, sections.read(store.path))
     return 0
 
 
@@ -138,12 +133,3 @@ def _plan(args: argparse.Namespace) -> Plan:
         if value < 1:
             raise UserError(f"--{name} is {value}, expected a whole number of at least 1.")
     return Plan(full=args.full, datasets=tuple(args.dataset), root=args.root, **{**defaults, **given})
-
-
-def _writable(json: str | None) -> Path | None:
-    if json is None:
-        return None
-    path = Path(json)
-    if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"--json {path} cannot be written; expected a file in a folder that exists.")
-    return path

@@ -18,7 +18,7 @@ LARGE_ATOM = 0.2  # of all elements in one bin, beyond what the model puts there
 
 def units(run: Reproduction) -> list[Unit]:
     """One a graph: all settings, epochs and layers."""
-    return [_unit(run, case(run, graph, "sage")) for graph in run.main_graphs()]
+    return [_unit(run, case(run.plan, graph, "sage")) for graph in run.main_graphs()]
 
 
 def table(run: Reproduction, done: Done) -> dict[str, Any]:

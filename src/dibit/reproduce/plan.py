@@ -115,14 +115,19 @@ class Reproduction:
     def load(self, dataset: str) -> Graph:
         """One graph: standardised, features wider than 500 reduced to 100 singular directions."""
         if dataset not in self._loaded:
-            from dibit.train.data.graph import prepare
-            from dibit.train.data.load import load_raw
-
-            settings = DataSettings(dataset=dataset, root=self.plan.root, standardize=True)
-            raw = load_raw(settings, 0)
-            settings = DataSettings(**{**asdict(settings), "svd": RANK if raw.x.shape[1] > WIDE else None})
-            self._loaded[dataset] = prepare(raw, settings, 0)
+            self._loaded[dataset] = load_prepared(dataset, self.plan.root)
         return self._loaded[dataset]
+
+
+def load_prepared(dataset: str, root: str) -> Graph:
+    """A graph by its name or file, prepared as all sections have it: see `Reproduction.load`."""
+    from dibit.train.data.graph import prepare
+    from dibit.train.data.load import load_raw
+
+    settings = DataSettings(dataset=dataset, root=root, standardize=True)
+    raw = load_raw(settings, 0)
+    settings = DataSettings(**{**asdict(settings), "svd": RANK if raw.x.shape[1] > WIDE else None})
+    return prepare(raw, settings, 0)
 
 
 def key(what: str, config: Config | None = None, **depends: Any) -> dict[str, Any]:

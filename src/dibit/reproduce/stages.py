@@ -48,6 +48,13 @@ class Stage:
 
         return gradient_error(trial, step, config, draws)
 
+    def saved_bytes(self, config: Config) -> int:
+        """All that a forward pass keeps with this config."""
+        trial = dibit.compress(self._trial(), config)
+        with torch.random.fork_rng(), dibit.track(trial) as saved:
+            trial(self.task.x, self.task.adjacency)
+        return saved.total
+
     def _trial(self) -> nn.Module:
         return dibit.decompress(copy.deepcopy(self._model)).train()
 

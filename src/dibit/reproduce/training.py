@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from dibit.reproduce.plan import Reproduction, Unit, key
+from dibit.reproduce.plan import Plan, Reproduction, Unit, key
 from dibit.reproduce.variants import variants
 from dibit.train.data import Graph
 from dibit.train.errors import Interrupted
@@ -45,10 +45,10 @@ class Case:
         return f"{self.graph.name} {self.settings.model.model}"
 
 
-def case(run: Reproduction, graph: Graph, model: str) -> Case:
+def case(plan: Plan, graph: Graph, model: str) -> Case:
     """A model of `MODELS` for the plan's number of epochs."""
-    changes = {**COMMON, **MODELS[model], "model": model, "epochs": run.plan.epochs}
-    if model == "gcn2" and run.plan.full:
+    changes = {**COMMON, **MODELS[model], "model": model, "epochs": plan.epochs}
+    if model == "gcn2" and plan.full:
         changes["hidden"] = 256  # as in the papers
     return Case(graph, Settings().updated(**changes, eval_every=EVERY))
 

@@ -42,7 +42,7 @@ def papers_table() -> list[dict[str, Any]]:
 
 def units(run: Reproduction) -> list[Unit]:
     """One a graph: the activations of a trained model."""
-    return [_unit(run, case(run, graph, "sage")) for graph in run.main_graphs()]
+    return [_unit(run, case(run.plan, graph, "sage")) for graph in run.main_graphs()]
 
 
 def table(run: Reproduction, done: Done) -> dict[str, Any]:

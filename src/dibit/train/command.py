@@ -7,10 +7,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from dibit.train.checkpoint import write_atomically
-from dibit.train.errors import Interrupted, UserError, require
+from dibit.train.errors import Interrupted, json_path, require
 from dibit.train.folder import RunFolder, how_to_go_on
 from dibit.train.parser import build_parser, parse
 from dibit.train.settings import Settings
@@ -25,7 +24,7 @@ def train(argv: Sequence[str]) -> int:
     settings.check()
     for module in ("rich", "tensorboard"):  # before the training, not after it
         require(module)
-    json_path = _writable(settings.run.json)
+    json_file = json_path(settings.run.json)
     folder = RunFolder(settings)
     folder.check()
     from dibit.train.data import load_graph  # late: torch_geometric takes seconds
@@ -63,8 +62,8 @@ def train(argv: Sequence[str]) -> int:
             raise Interrupted(f"interrupted; {how_to_go_on(folder.path)}") from stop
     results.sort(key=lambda r: recipes.index(r.recipe))
     print_table(results, task)
-    if json_path is not None:
-        write_atomically(json_path, to_json(results, task))
+    if json_file is not None:
+        write_atomically(json_file, to_json(results, task))
     return 0
 
 
@@ -79,15 +78,3 @@ def _headline(settings: Settings) -> str:
         f"Training {model.model}, {model.layers} layers of {model.hidden}, on {settings.data.dataset}, "
         f"{settings.optimisation.epochs} epochs"
     )
-
-
-def _writable(json: str | None) -> Path | None:
-    """Return the path for the JSON file, or say why it cannot be written."""
-    if json is None:
-        return None
-    path = Path(json)
-    if path.is_dir():
-        raise UserError(f"--json {path} is a folder, expected a file.")
-    if not path.parent.is_dir():
-        raise UserError(f"--json {path}: the folder {path.parent} does not exist; create it first.")
-    return path

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -41,3 +44,22 @@ def require(module: str, extra: str = "train") -> ModuleType:
         if error.name is not None and error.name.partition(".")[0] != package:
             package = f"{package} ({error.name} is missing)"
         raise UserError(f"This needs {package}, which is not installed: pip install 'dibit[{extra}]'") from error
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are a `UserError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message[:1].upper()}{message[1:]}. See {self.prog} --help.")
+
+
+def json_path(given: str | None) -> Path | None:
+    """Return the path for the JSON file, or say why it cannot be written."""
+    if given is None:
+        return None
+    path = Path(given)
+    if path.is_dir():
+        raise UserError(f"--json {path} is a folder, expected a file.")
+    if not path.parent.is_dir():
+        raise UserError(f"--json {path}: the folder {path.parent} does not exist; create it first.")
+    return path

@@ -1,0 +1,56 @@
+"""How kernels are compiled and called: once for one thread and once for all, cached on the disk."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import numba as nb
+import torch
+
+SMALL = 1 << 16  # below this many elements one thread does it all
+_running = threading.Lock()  # Numba's simplest pool of threads ends the process when two threads use it at once
+
+
+class Kernel:
+    """A kernel compiled twice, when first used: starting threads costs more than a small array brings.
+
+    Its threads are as many as torch's. With one, as in the workers of a data loader, none are started, so a forked
+    process is safe.
+    """
+
+    def __init__(self, function: Any) -> None:
+        options: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
+        self.parallel = nb.njit(parallel=True, **options)(function)
+        twin = FunctionType(function.__code__, function.__globals__, function.__name__)
+        twin.__qualname__ = f"{function.__qualname__}_serial"  # Numba's file cache knows functions by this name
+        self.serial = nb.njit(**options)(twin)
+
+    def __call__(self, elements: int, *args: Any) -> Any:
+        threads = min(torch.get_num_threads(), nb.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+        if elements < SMALL or threads == 1:
+            _say_if_compiling(self.serial)
+            return self.serial(*args)
+        _say_if_compiling(self.parallel)
+        with _running:
+            if nb.get_num_threads() != threads:
+                nb.set_num_threads(threads)
+            return self.parallel(*args)
+
+
+def _say_if_compiling(kernel: Any) -> None:
+    """A sentence, once a process, before the first kernel that is not on the disk yet."""
+    global _said
+    if _said or kernel.signatures:
+        return
+    name = kernel.py_func.__qualname__.replace("<", "").replace(">", "")
+    if not any(Path(kernel.stats.cache_path).glob(f"*.{name}-*.nbi")):
+        _said = True
+        logging.getLogger("dibit").warning("dibit: compiling kernels for this processor; later runs find them ready.")
+
+
+_said = False
+inlined = nb.njit(inline="always", error_model="numpy")

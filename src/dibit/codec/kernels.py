@@ -1,0 +1,374 @@
+"""The CPU's kernels: one pass a block, no fast-math (backends must agree and NaN must survive).
+
+Their inner loops run over slices of 32-bit numbers without a branch: what LLVM vectorises.
+"""
+
+from __future__ import annotations
+
+import numba as nb
+import numpy as np
+
+from dibit.codec.jit import Kernel, inlined
+from dibit.codec.rng import C1, C2, C3, UNIT
+
+u32, u64, i32, f32 = np.uint32, np.uint64, np.int32, np.float32
+_C1, _C2, _C3, _UNIT = u32(C1), u32(C2), u32(C3), f32(UNIT)
+_MOST = f32(np.finfo(np.float32).max)
+_MAGNITUDE, _INF = i32(0x7FFFFFFF), i32(0x7F800000)
+CHUNK = 1 << 14  # elements that one task takes at the least
+
+
+@inlined
+def _uniform(low, high, key0, key1):  # type: ignore[no-untyped-def]
+    """The generator of `dibit.codec.rng` in 32-bit arithmetic: `low` of the counter, `high` its upper half times C3."""
+    x = u32(low + key0)
+    x = u32(u32(x ^ u32(x >> u32(16))) * _C1)
+    x = u32(u32(u32(x ^ u32(x >> u32(15))) ^ key1) + high)
+    x = u32(x * _C2)
+    x = u32(u32(x ^ u32(x >> u32(16))) * _C3)
+    x = u32(x ^ u32(x >> u32(15)))
+    return f32(i32(x >> u32(8))) * _UNIT  # signed: the conversion that processors have
+
+
+@inlined
+def _upper(counter):  # type: ignore[no-untyped-def]
+    """What the upper half of a counter adds."""
+    return u32(u32(u64(counter) >> u64(32)) * _C3)
+
+
+@inlined
+def _chosen(low, first, here, beyond):  # type: ignore[no-untyped-def]
+    """`here` as long as the counter's lower half has not wrapped since `first`."""
+    return beyond if low < first else here
+
+
+@inlined
+def _affine(low, high):  # type: ignore[no-untyped-def]
+    """Zero point, width and scale of a range; the scale is 1/2 where high - low would overflow."""
+    scale = f32(0.5) if np.isinf(high - low) else f32(1.0)
+    zero = low * scale
+    return zero, high * scale - zero, scale
+
+
+@inlined
+def _ordered(bits):  # type: ignore[no-untyped-def]
+    """float32 bits as an int32 of the same order (NaN beyond infinity): its minimum and maximum vectorise."""
+    return i32(bits ^ i32(i32(bits >> i32(31)) & _MAGNITUDE))
+
+
+@Kernel
+def quantize(x, xbits, out, ranges, rbits, widths, key0, key1, bits, block, levels, half, rounding):  # type: ignore[no-untyped-def]
+    n, slots, top = x.size, 8 // bits, f32((1 << bits) - 1)
+    topcode = i32((1 << bits) - 1)
+    blocks = widths.size
+    stride = (block + slots - 1) // slots
+    group = max(1, CHUNK // block)
+    for task in nb.prange((blocks + group - 1) // group):
+        edge = np.empty(2, np.int32)
+        ends = edge.view(np.float32)
+        for b in range(task * group, min(blocks, (task + 1) * group)):
+            first = b * block
+            count = min(block, n - first)
+            size = (count + slots - 1) // slots
+            words = xbits[first : first + count]
+            lowest, highest = _ordered(words[0]), _ordered(words[0])
+            for k in range(count):
+                key = _ordered(words[k])
+                lowest = key if key < lowest else lowest
+                highest = key if key > highest else highest
+            # _ordered is its own inverse
+            edge[0], edge[1] = _ordered(lowest), _ordered(highest)
+            low, high = ends[0], ends[1]
+            if highest >= _INF or lowest <= _ordered(i32(_INF | i32(-2147483648))):
+                low, high = f32(np.nan), f32(np.nan)
+            widths[b] = high - low
+            if half:
+                # bfloat16 is a float32's upper half: cut towards zero, one further out where something was cut off
+                if low == low:
+                    cut, top_bits = edge[0], edge[1]
+                    lower, upper = cut & i32(-65536), top_bits & i32(-65536)
+                    if cut < 0 and lower != cut:
+                        lower += i32(65536)
+                    if top_bits >= 0 and upper != top_bits:
+                        upper += i32(65536)
+                    edge[0], edge[1] = lower, upper
+                else:
+                    edge[0], edge[1] = i32(0x7FC00000), i32(0x7FC00000)
+                rbits[b, 0], rbits[b, 1] = edge[0] >> i32(16), edge[1] >> i32(16)
+                low, high = ends[0], ends[1]
+            else:
+                ranges[b, 0], ranges[b, 1] = low, high
+            zero, width, scale = _affine(low, high)
+            bytes_ = out[b * stride : b * stride + size]
+            for j in range(size):
+                bytes_[j] = 0
+            if not width > f32(0):
+                continue
+            # Plain loops over slices of 32-bit numbers: what LLVM can vectorise.
+            for slot in range(slots):
+                shift = u32(slot * bits)
+                start = first + slot * size
+                part = x[start : min(start + size, first + count)]
+                c0, here, beyond = u32(start), _upper(start), _upper(start + part.size)
+                if rounding == 0 and levels.size == 0:
+                    for j in range(part.size):
+                        h = (part[j] * scale - zero) / width * top
+                        code = i32(h)
+                        low32 = u32(c0 + u32(j))
+                        u = _uniform(low32, _chosen(low32, c0, here, beyond), key0, key1)
+                        code = min(i32(code + i32(u < h - f32(code))), topcode)
+                        bytes_[j] |= np.uint8(u32(code) << shift)
+                elif rounding == 0 and levels.size == 4:
+                    l1, l2, l3 = levels[1], levels[2], levels[3]
+                    for j in range(part.size):
+                        h = (part[j] * scale - zero) / width * top
+                        code = i32(h >= l1) + i32(h >= l2)
+                        below = l2 if h >= l2 else (l1 if h >= l1 else f32(0))
+                        above = l3 if h >= l2 else (l2 if h >= l1 else l1)
+                        low32 = u32(c0 + u32(j))
+                        u = _uniform(low32, _chosen(low32, c0, here, beyond), key0, key1)
+                        code = min(i32(code + i32(u < (h - below) / (above - below))), topcode)
+                        bytes_[j] |= np.uint8(u32(code) << shift)
+                else:
+                    for j in range(part.size):
+                        h = (part[j] * scale - zero) / width * top
+                        if levels.size == 0:
+                            code = i32(h)
+                            fraction = h - f32(code)
+                        else:
+                            code = i32(0)
+                            for m in range(1, levels.size - 1):
+                                code += i32(h >= levels[m])
+                            fraction = (h - levels[code]) / (levels[code + 1] - levels[code])
+                        low32 = u32(c0 + u32(j))
+                        u = _uniform(low32, _chosen(low32, c0, here, beyond), key0, key1)
+                        up = fraction >= f32(0.5) if rounding == 1 else u < fraction
+                        code = min(i32(code + i32(up)), topcode)
+                        bytes_[j] |= np.uint8(u32(code) << shift)
+
+
+@Kernel
+def dequantize(codes, ranges, out, key0, key1, bits, block, levels, dither):  # type: ignore[no-untyped-def]
+    n, slots, top = out.size, 8 // bits, f32((1 << bits) - 1)
+    blocks = ranges.shape[0]
+    stride = (block + slots - 1) // slots
+    group = max(1, CHUNK // block)
+    mask = u32((1 << bits) - 1)
+    centre = f32(0.5 - UNIT / 2)
+    for task in nb.prange((blocks + group - 1) // group):
+        for b in range(task * group, min(blocks, (task + 1) * group)):
+            first = b * block
+            count = min(block, n - first)
+            size = (count + slots - 1) // slots
+            low, high = ranges[b, 0], ranges[b, 1]
+            zero, span, scale = _affine(low, high)
+            step = span / top
+            bytes_ = codes[b * stride : b * stride + size]
+            for slot in range(slots):
+                shift = u32(slot * bits)
+                start = first + slot * size
+                part = out[start : min(start + size, first + count)]
+                if dither != f32(0):
+                    c0, here, beyond = u32(start), _upper(start), _upper(start + part.size)
+                    for j in range(part.size):
+                        low32 = u32(c0 + u32(j))
+                        u = _uniform(low32, _chosen(low32, c0, here, beyond), key0, key1)
+                        code = u32(u32(bytes_[j]) >> shift) & mask
+                        h = (levels[code] if levels.size else f32(i32(code))) + (u - centre) * dither
+                        value = (h * step + zero) / scale
+                        value = -_MOST if value < -_MOST else value  # half a bin beyond the range; NaN stays
+                        part[j] = _MOST if value > _MOST else value
+                elif levels.size == 0:
+                    for j in range(part.size):
+                        h = f32(i32(u32(u32(bytes_[j]) >> shift) & mask))
+                        value = (h * step + zero) / scale
+                        value = low if value < low else value
+                        part[j] = high if value > high else value
+                else:
+                    for j in range(part.size):
+                        h = levels[u32(u32(bytes_[j]) >> shift) & mask]
+                        value = (h * step + zero) / scale
+                        value = low if value < low else value
+                        part[j] = high if value > high else value
+
+
+@inlined
+def _decoded(byte, shift, mask, u, dither, step, zero, scale):  # type: ignore[no-untyped-def]
+    """An element of uniform levels, not clamped: within rounding of `dequantize`."""
+    h = f32(i32(u32(u32(byte) >> shift) & mask)) + u * dither
+    return (h * step + zero) / scale
+
+
+@Kernel
+def column_sums(codes, ranges, g, sums, key0, key1, bits, block, dither):  # type: ignore[no-untyped-def]
+    n, width, slots, top = g.size, sums.shape[1], 8 // bits, f32((1 << bits) - 1)
+    blocks = ranges.shape[0]
+    stride = (block + slots - 1) // slots
+    group = (blocks + sums.shape[0] - 1) // sums.shape[0]
+    mask, centre = u32((1 << bits) - 1), f32(0.5 - UNIT / 2)
+    for task in nb.prange(sums.shape[0]):
+        total = sums[task]
+        for b in range(task * group, min(blocks, (task + 1) * group)):
+            first = b * block
+            count = min(block, n - first)
+            size = (count + slots - 1) // slots
+            low, high = ranges[b, 0], ranges[b, 1]
+            zero, span, scale = _affine(low, high)
+            step = span / top
+            for slot in range(slots):
+                shift = u32(slot * bits)
+                start, stop = first + slot * size, min(first + (slot + 1) * size, first + count)
+                at = start
+                while at < stop:  # row by row: a column's sum is one element of a vector
+                    column = at % width
+                    m = min(width - column, stop - at)
+                    bytes_ = codes[b * stride + at - start : b * stride + at - start + m]
+                    part, own = g[at : at + m], total[column : column + m]
+                    c0, here, beyond = u32(at), _upper(at), _upper(at + m)
+                    if dither != f32(0):
+                        for j in range(m):
+                            low32 = u32(c0 + u32(j))
+                            u = _uniform(low32, _chosen(low32, c0, here, beyond), key0, key1) - centre
+                            own[j] += part[j] * _decoded(bytes_[j], shift, mask, u, dither, step, zero, scale)
+                    else:
+                        for j in range(m):
+                            own[j] += part[j] * _decoded(bytes_[j], shift, mask, f32(0), dither, step, zero, scale)
+                    at += m
+
+
+@Kernel
+def norm_gradient(codes, ranges, g, out, shift_by, factor, gain, bits, block):  # type: ignore[no-untyped-def]
+    n, width, slots, top = g.size, shift_by.size, 8 // bits, f32((1 << bits) - 1)
+    blocks = ranges.shape[0]
+    stride = (block + slots - 1) // slots
+    group = max(1, CHUNK // block)
+    mask, none = u32((1 << bits) - 1), f32(0)
+    for task in nb.prange((blocks + group - 1) // group):
+        for b in range(task * group, min(blocks, (task + 1) * group)):
+            first = b * block
+            count = min(block, n - first)
+            size = (count + slots - 1) // slots
+            low, high = ranges[b, 0], ranges[b, 1]
+            zero, span, scale = _affine(low, high)
+            step = span / top
+            for slot in range(slots):
+                shift = u32(slot * bits)
+                start, stop = first + slot * size, min(first + (slot + 1) * size, first + count)
+                at = start
+                while at < stop:
+                    column = at % width
+                    m = min(width - column, stop - at)
+                    bytes_ = codes[b * stride + at - start : b * stride + at - start + m]
+                    part, result = g[at : at + m], out[at : at + m]
+                    a, f, s = shift_by[column : column + m], factor[column : column + m], gain[column : column + m]
+                    for j in range(m):
+                        x = _decoded(bytes_[j], shift, mask, none, none, step, zero, scale)
+                        result[j] = (part[j] - a[j] - x * f[j]) * s[j]
+                    at += m
+
+
+@Kernel
+def pack_mask(x, out):  # type: ignore[no-untyped-def]
+    n, size = x.size, out.size
+    for task in nb.prange((size + CHUNK // 8 - 1) // (CHUNK // 8)):
+        start, stop = task * (CHUNK // 8), min(size, (task + 1) * (CHUNK // 8))
+        bytes_ = out[start:stop]
+        for j in range(stop - start):
+            bytes_[j] = 0
+        for slot in range(8):
+            part = x[slot * size + start : min(n, slot * size + stop)]
+            for j in range(part.size):
+                bytes_[j] |= np.uint8(u32(not (part[j] <= 0)) << u32(slot))
+
+
+@Kernel
+def relu(x, y, out):  # type: ignore[no-untyped-def]
+    n, size = x.size, out.size
+    for task in nb.prange((size + CHUNK // 8 - 1) // (CHUNK // 8)):
+        start, stop = task * (CHUNK // 8), min(size, (task + 1) * (CHUNK // 8))
+        bytes_ = out[start:stop]
+        for j in range(stop - start):
+            bytes_[j] = 0
+        for slot in range(8):
+            part, result = x[slot * size + start : min(n, slot * size + stop)], y[slot * size + start :]
+            for j in range(part.size):
+                result[j] = f32(0) if part[j] < 0 else part[j]  # NaN stays, and so does -0, as in torch
+                bytes_[j] |= np.uint8(u32(not (part[j] <= 0)) << u32(slot))
+
+
+@Kernel
+def apply_mask(grad, mask, out, slope):  # type: ignore[no-untyped-def]
+    n, size = grad.size, mask.size
+    for task in nb.prange((size + CHUNK // 8 - 1) // (CHUNK // 8)):
+        start, stop = task * (CHUNK // 8), min(size, (task + 1) * (CHUNK // 8))
+        bytes_ = mask[start:stop]
+        for slot in range(8):
+            bit = np.uint8(1 << slot)
+            part, result = grad[slot * size + start : min(n, slot * size + stop)], out[slot * size + start :]
+            if slope != 0:
+                for j in range(part.size):
+                    result[j] = part[j] if bytes_[j] & bit else part[j] * slope
+            else:
+                for j in range(part.size):
+                    result[j] = part[j] if bytes_[j] & bit else f32(0)
+
+
+@Kernel
+def dropout(x, out, key0, key1, p, scale):  # type: ignore[no-untyped-def]
+    for task in nb.prange((x.size + CHUNK - 1) // CHUNK):
+        start = task * CHUNK
+        part, result = x[start : start + CHUNK], out[start : start + CHUNK]
+        c0, here, beyond = u32(start), _upper(start), _upper(start + part.size)
+        for j in range(part.size):
+            low32 = u32(c0 + u32(j))
+            keep = _uniform(low32, _chosen(low32, c0, here, beyond), key0, key1) >= p
+            result[j] = part[j] * (scale if keep else f32(0))
+
+
+@Kernel
+def finite(xbits):  # type: ignore[no-untyped-def]
+    tasks = (xbits.size + CHUNK - 1) // CHUNK
+    bad = np.zeros(tasks, np.int32)
+    for task in nb.prange(tasks):
+        worst = i32(0)
+        part = xbits[task * CHUNK : (task + 1) * CHUNK]
+        for k in range(part.size):
+            size = i32(part[k] & _MAGNITUDE)
+            worst = size if size > worst else worst
+        bad[task] = worst
+    return bad.max() < _INF if tasks else True
+
+
+@Kernel
+def signs(out, key0, key1):  # type: ignore[no-untyped-def]
+    for task in nb.prange((out.size + CHUNK - 1) // CHUNK):
+        start = task * CHUNK
+        part = out[start : start + CHUNK]
+        c0, here, beyond = u32(start), _upper(start), _upper(start + part.size)
+        for j in range(part.size):
+            low32 = u32(c0 + u32(j))
+            # the number's 24 bits are the topmost: below one half the first of them is clear
+            u = _uniform(low32, _chosen(low32, c0, here, beyond), key0, key1)
+            part[j] = f32(1) if u < f32(0.5) else f32(-1)
+
+
+@Kernel
+def aggregate(crow, col, values, x, out):  # type: ignore[no-untyped-def]
+    rows, width = out.shape
+    for task in nb.prange((rows + 255) // 256):
+        for row in range(task * 256, min(rows, (task + 1) * 256)):
+            total = out[row]
+            for k in range(width):
+                total[k] = f32(0)
+            e, end = crow[row], crow[row + 1]
+            while e + 4 <= end:  # four rows of x at once: the caches are asked for all before the first arrives
+                v0, v1, v2, v3 = values[e], values[e + 1], values[e + 2], values[e + 3]
+                x0, x1, x2, x3 = x[col[e]], x[col[e + 1]], x[col[e + 2]], x[col[e + 3]]
+                for k in range(width):
+                    total[k] = (((total[k] + v0 * x0[k]) + v1 * x1[k]) + v2 * x2[k]) + v3 * x3[k]
+                e += 4
+            while e < end:
+                v, part = values[e], x[col[e]]
+                for k in range(width):
+                    total[k] += v * part[k]
+                e += 1
