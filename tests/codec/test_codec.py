@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -377,6 +378,38 @@ def test_as_many_threads_as_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         torch.set_num_threads(before)
     assert used == ([2] if numba.config.NUMBA_NUM_THREADS > 1 else []), "with one thread the serial kernel serves"
+
+
+def test_ctrl_c_while_a_kernel_is_loaded_comes_afterwards() -> None:
+    """LLVM calls back into Python then, where an exception is dropped: the handler must not be the usual one."""
+    from dibit.codec import jit
+
+    during: list[object] = []
+
+    class New:
+        signatures: tuple[object, ...] = ()
+        stats = kernels_stats()
+
+        def py_func(self) -> None: ...
+
+        def __call__(self) -> str:
+            during.append(signal.getsignal(signal.SIGINT))
+            signal.raise_signal(signal.SIGINT)
+            during.append("went on")
+            return "done"
+
+    usual = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        jit._called(New(), ())
+    assert during[0] is not usual
+    assert during[1] == "went on"
+    assert signal.getsignal(signal.SIGINT) is usual
+
+
+def kernels_stats() -> object:
+    from dibit.codec import kernels
+
+    return kernels.relu.serial.stats
 
 
 def test_says_once_that_it_compiles(tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from types import FunctionType
+from types import FrameType, FunctionType
 from typing import Any
 
 import numba as nb
@@ -32,21 +35,44 @@ class Kernel:
     def __call__(self, elements: int, *args: Any) -> Any:
         threads = min(torch.get_num_threads(), nb.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
         if elements < SMALL or threads == 1:
-            _say_if_compiling(self.serial)
-            return self.serial(*args)
-        _say_if_compiling(self.parallel)
+            return _called(self.serial, args)
         with _running:
             if nb.get_num_threads() != threads:
                 nb.set_num_threads(threads)
-            return self.parallel(*args)
+            return _called(self.parallel, args)
+
+
+def _called(kernel: Any, args: tuple[Any, ...]) -> Any:
+    if kernel.signatures:
+        return kernel(*args)
+    _say_if_compiling(kernel)
+    with _ctrl_c_afterwards():
+        return kernel(*args)
+
+
+@contextlib.contextmanager
+def _ctrl_c_afterwards() -> Iterator[None]:
+    """Hold Ctrl-C back while a kernel is compiled or loaded: raised in a callback of LLVM, it would be dropped."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    caught: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda *event: caught.append(event))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if caught:
+            before(*caught[0])
 
 
 def _say_if_compiling(kernel: Any) -> None:
     """A sentence, once a process, before the first kernel that is not on the disk yet."""
     global _said
-    if _said or kernel.signatures:
+    if _said:
         return
-    name = kernel.py_func.__qualname__.replace("<", "").replace(">", "")
+    name = kernel.py_func.__qualname__
     if not any(Path(kernel.stats.cache_path).glob(f"*.{name}-*.nbi")):
         _said = True
         logging.getLogger("dibit").warning("dibit: compiling kernels for this processor; later runs find them ready.")
