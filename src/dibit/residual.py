@@ -89,10 +89,14 @@ class Compressed:
 
     def outer(self, dy: Tensor) -> Tensor:
         packed = self.packed
-        if (sample := packed.sample(dy.dtype)) is not None:
-            index, weight = sample
-            dy = dy.index_select(0, index) * weight[:, None]
-        grad = dy.T @ packed.reduced().to(dy.dtype)
+        sample = packed.sample(dy.dtype)
+        grad: Tensor | None = None
+        for rows, part in packed.parts():
+            own = dy[rows] if sample is None else dy.index_select(0, sample[0][rows]).mul_(sample[1][rows, None])
+            part = part.to(dy.dtype)
+            grad = own.T @ part if grad is None else grad.addmm_(own.T, part)
+        if grad is None:
+            return dy.new_zeros(dy.shape[1], packed.width)
         p = packed.projection(dy.dtype)
         return grad if p is None else grad @ p.T
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from dibit import Config, Project, Sample, decode, encode
-from dibit.codec import Affine, mix, ops, reference, seed_tensor
+from dibit.codec import Affine, mix, ops, packed, reference, seed_tensor
 from dibit.codec.levels import expected_variance, normal_levels
+from dibit.residual import Compressed
 from tests.unbiased import bias_of
 
 BITS = (1, 2, 4, 8)
@@ -457,3 +458,39 @@ def test_opcheck(name: str) -> None:
 
 def test_every_operator_is_checked() -> None:
     assert {op._name for op in ops.OPS} == set(SAMPLES)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [Config(bits=2, block=96), Config(bits=4, block="row", rounding="dither"), Config(reduce=Sample(3), block=96)],
+)
+@pytest.mark.parametrize("affine", [False, True])
+def test_in_parts_as_at_once(monkeypatch: pytest.MonkeyPatch, config: Config, affine: bool) -> None:
+    """Rounding numbers go with the element, not with the part; sampled rows are gathered part by part."""
+    x = torch.randn(1001, 12)
+    function = Affine(torch.randn(12), torch.rand(12), watches=False) if affine else None
+    whole = encode(x, config, 3, function)
+    expected = whole.reduced()
+    monkeypatch.setattr(packed, "_PART", 96 * 3)
+    own = encode(x, config, 3, function)
+    assert torch.equal(own.codes, whole.codes)
+    assert torch.equal(own.ranges, whole.ranges)
+    parts = list(own.parts())
+    assert len(parts) > 10
+    assert torch.equal(torch.cat([part for _, part in parts]), expected)
+    assert torch.equal(torch.cat([torch.arange(len(expected))[rows] for rows, _ in parts]), torch.arange(len(expected)))
+    dy = torch.randn(1001, 5)
+    full = dy if (sample := own.sample(dy.dtype)) is None else dy[sample[0]] * sample[1][:, None]
+    assert torch.allclose(Compressed(own).outer(dy), full.T @ expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("number", [0, 64 * 5, 2**32 - 64, 2**40])
+def test_backends_agree_on_a_part(number: int) -> None:
+    x, seed = torch.randn(1000), seed_tensor(5)
+    fast = ops.quantize(x, seed, 2, 64, [], torch.bfloat16, 0, number)
+    plain = reference.quantize(x, seed, 2, 64, [], torch.bfloat16, 0, number)
+    assert all(torch.equal(a, b) for a, b in zip(fast, plain, strict=True))
+    a, b = (
+        f(*fast[:2], seed, 1000, 2, 64, [], 1.0, torch.float32, number) for f in (ops.dequantize, reference.dequantize)
+    )
+    assert torch.equal(a, b)

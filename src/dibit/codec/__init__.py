@@ -7,9 +7,9 @@ from torch import Tensor
 
 from dibit.buffers import empty
 from dibit.codec import ops, reference
-from dibit.codec.levels import normal_levels
+from dibit.codec.packed import Packed, blocks, reduced_shape, rows_of_a_part
 from dibit.codec.reduce import projection, sampled_rows
-from dibit.codec.rng import UNIT, mix, seed_tensor, uniform_range
+from dibit.codec.rng import mix, seed_tensor
 from dibit.config import Config, Project, Sample
 
 __all__ = ["Affine", "Packed", "decode", "encode", "encoded_bytes", "mix", "reduced", "seed_tensor"]
@@ -42,108 +42,6 @@ class Affine:
         return own if self.watches else own + ops.finite(x)
 
 
-@dataclass(frozen=True)
-class Packed:
-    """A tensor, reduced, quantised and packed.
-
-    Attributes:
-        codes: uint8 (bytes,).
-        ranges: (blocks, 2), low and high of each block.
-        seed: int64 0-d; rounding, projection and rows are drawn from it.
-        poison: float32 0-d, NaN where a row that was not kept is not finite, else 0; `None` where every row is kept.
-        shape, dtype: of the tensor.
-        config: what was done to it.
-    """
-
-    codes: Tensor
-    ranges: Tensor
-    seed: Tensor
-    poison: Tensor | None
-    shape: torch.Size
-    dtype: torch.dtype
-    config: Config
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """What takes memory."""
-        return (self.codes, self.ranges, self.seed, *(() if self.poison is None else (self.poison,)))
-
-    def with_tensors(self, tensors: tuple[Tensor, ...]) -> "Packed":
-        """The same with its tensors put back, in the order of `tensors`."""
-        codes, ranges, seed, *poison = tensors
-        return replace(self, codes=codes, ranges=ranges, seed=seed, poison=poison[0] if poison else None)
-
-    def without_tensors(self) -> "Packed":
-        """Its description alone, for whoever keeps the tensors elsewhere."""
-        none = torch.empty(0)
-        return replace(self, codes=none, ranges=none, seed=none, poison=None if self.poison is None else none)
-
-    @property
-    def block(self) -> int:
-        """Elements that share one range."""
-        return self.config.elements(*_reduced_shape(self.rows, self.width, self.config))
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.tensors)
-
-    @property
-    def rows(self) -> int:
-        return self.shape[:-1].numel()
-
-    @property
-    def width(self) -> int:
-        return self.shape[-1] if self.shape else 1
-
-    def projection(self, dtype: torch.dtype) -> Tensor | None:
-        """P (D, R) where columns were projected."""
-        reduce = self.config.reduce
-        return projection(self.width, reduce.ratio, self.seed, dtype) if isinstance(reduce, Project) else None
-
-    def sample(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """Index int64 (m,) and weight (m,) of the rows kept, where rows were sampled. The weight carries the poison."""
-        if not isinstance(self.config.reduce, Sample):
-            return None
-        index, weight = sampled_rows(self.rows, self.config.reduce.ratio, self.seed)
-        return index, (weight if self.poison is None else weight + self.poison).to(dtype)
-
-    def reduced(self, dither: float | None = None) -> Tensor:
-        """The reduced tensor (rows kept, columns kept), unpacked, in `dtype`; `dither` as in `ops.dequantize`."""
-        rows, width = _reduced_shape(self.rows, self.width, self.config)
-        block, levels = _blocks(self.config, rows, width)
-        if dither is None:
-            dither = float(self.config.rounding == "dither")
-        flat = ops.dequantize(
-            self.codes,
-            self.ranges,
-            self.seed,
-            rows * width,
-            self.config.bits,
-            block,
-            levels,
-            dither,
-            self.dtype,
-        )
-        return flat.view(rows, width)
-
-    def variance(self) -> Tensor:
-        r"""An unbiased estimate of each reduced element's rounding variance :math:`(h - a_{i-1})(a_i - h)`.
-
-        Given the number u that rounded it to level c, :math:`(1 - 2u) \sum_{i \le c} d_i^2` has that mean: with it, one
-        draw of x gives an unbiased x^2. Plain torch; uniform levels have a cheaper way (`dither` 0 times 2).
-        """
-        rows, width = _reduced_shape(self.rows, self.width, self.config)
-        block, levels = _blocks(self.config, rows, width)
-        top = 2**self.config.bits - 1
-        gaps = torch.tensor(levels or range(top + 1), dtype=torch.float32, device=self.codes.device).diff()
-        squares = torch.cat((gaps.new_zeros(1), (gaps**2).cumsum(0)))
-        codes = reference.unpack_all(self.codes, rows * width, block, self.config.bits)
-        step = (self.ranges[:, 1].float() - self.ranges[:, 0].float()) / top
-        u = uniform_range(0, rows * width, self.seed) + UNIT / 2
-        per_element = step.square().repeat_interleave(block)[: rows * width]
-        return (squares[codes.int()] * (1 - 2 * u) * per_element).view(rows, width).to(self.dtype)
-
-
 def encode(x: Tensor, config: Config, seed: Tensor | int, affine: Affine | None = None) -> Packed:
     """Reduce, quantise and pack a tensor.
 
@@ -168,25 +66,43 @@ def encode(x: Tensor, config: Config, seed: Tensor | int, affine: Affine | None 
     if config.reduce is not None and config.reduce.ratio == 1:
         config = replace(config, reduce=None)
     x = x.detach().reshape(shape[:-1].numel(), shape[-1] if shape else 1)
-    sampled = isinstance(config.reduce, Sample)
-    poison = (ops.finite(x) if affine is None else affine.finite(x)) if sampled else None
-    if affine is not None and not sampled:
-        x = affine(x)
-    x = reduced(x, config, seed)
     if affine is not None:
         dtype = affine.shift.dtype
-        if sampled:
-            x = affine(x)
-    block, levels = _blocks(config, *x.shape)
-    rounding = reference.NEAREST if config.rounding == "nearest" else reference.STOCHASTIC
-    work = x.reshape(-1).contiguous()
-    if work.dtype not in (torch.float32, torch.float64):
-        work = work.float()
-    stats = torch.float64 if work.dtype == torch.float64 else config.stats
-    codes, ranges, widths = ops.quantize(work, seed, config.bits, block, levels, stats, rounding)
+    poison = None
+    if isinstance(config.reduce, Sample):
+        poison = ops.finite(x) if affine is None else affine.finite(x)
+    elif affine is not None:
+        x, affine = affine(x), None
+    stats = torch.float64 if dtype == torch.float64 else config.stats
+    codes, ranges, widths = _quantized(x, config, seed, affine, stats)
     if stats == torch.bfloat16 and x.device.type == "cpu" and _blown_up(ranges, widths):
-        codes, ranges, _ = ops.quantize(work, seed, config.bits, block, levels, torch.float32, rounding)
+        codes, ranges, _ = _quantized(x, config, seed, affine, torch.float32)
     return Packed(codes, ranges, seed, poison, shape, dtype, config)
+
+
+def _quantized(
+    x: Tensor, config: Config, seed: Tensor, affine: Affine | None, stats: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, ranges and true widths of what is kept of a matrix; sampled rows are gathered in parts."""
+    rows, width = reduced_shape(x.shape[0], x.shape[1], config)
+    block, levels = blocks(config, rows, width)
+    rounding = reference.NEAREST if config.rounding == "nearest" else reference.STOCHASTIC
+
+    def quantize(part: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        flat = part.reshape(-1).contiguous()
+        if flat.dtype not in (torch.float32, torch.float64):
+            flat = flat.float()
+        return ops.quantize(flat, seed, config.bits, block, levels, stats, rounding, number)
+
+    if not isinstance(config.reduce, Sample):
+        return quantize(reduced(x, config, seed), 0)
+    parts = []
+    step = rows_of_a_part(rows, width, block, x.device)
+    for i, index in enumerate(sampled_rows(x.shape[0], config.reduce.ratio, seed)[0].split(step)):
+        part = x.index_select(0, index)
+        parts.append(quantize(part if affine is None else affine(part), i * step * width))
+    codes, ranges, widths = (torch.cat(same) for same in zip(*parts, strict=True))
+    return codes, ranges, widths
 
 
 def reduced(x: Tensor, config: Config, seed: Tensor) -> Tensor:
@@ -215,32 +131,11 @@ def decode(packed: Packed) -> Tensor:
 
 def encoded_bytes(shape: torch.Size, config: Config) -> int:
     """Bytes of the codes and ranges that `encode` makes of a tensor of this shape, ranges being kept in `stats`."""
-    rows, width = _reduced_shape(shape[:-1].numel(), shape[-1] if shape else 1, config)
+    rows, width = reduced_shape(shape[:-1].numel(), shape[-1] if shape else 1, config)
     block = config.elements(rows, width)
     full, tail = divmod(rows * width, block)
     codes = full * reference.packed_bytes(block, config.bits) + reference.packed_bytes(tail, config.bits)
     return codes + 2 * config.stats.itemsize * (full + bool(tail))
-
-
-def _reduced_shape(rows: int, width: int, config: Config) -> tuple[int, int]:
-    match config.reduce:
-        case Project(ratio) if ratio > 1:
-            return rows, max(1, width // ratio)
-        case Sample(ratio):
-            return -(-rows // ratio), width
-    return rows, width
-
-
-def _blocks(config: Config, rows: int, width: int) -> tuple[int, list[float]]:
-    """Block and levels (empty: uniform) as the operators take them, for a reduced matrix of this size."""
-    block = config.elements(rows, width)
-    levels: tuple[float, ...] = ()
-    if config.levels == "normal":
-        if config.bits > 1 and block > 2:
-            levels = normal_levels(config.bits, block)
-    elif config.levels != "uniform":
-        levels = config.levels
-    return block, list(levels)
 
 
 def _blown_up(ranges: Tensor, widths: Tensor) -> bool:

@@ -27,10 +27,11 @@ def _ranges32(ranges: Tensor) -> np.ndarray:
 
 
 def quantize(
-    x: Tensor, seed: Tensor, bits: int, block: int, levels: list[float], stats: torch.dtype, rounding: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, seed: Tensor, bits: int, block: int, levels: list[float], stats: torch.dtype, rounding: int,
+    number: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if x.dtype != torch.float32:
-        return reference.quantize(x, seed, bits, block, levels, stats, rounding)
+        return reference.quantize(x, seed, bits, block, levels, stats, rounding, number)
     n = x.numel()
     full, tail = divmod(n, block)
     blocks = full + bool(tail)
@@ -45,7 +46,7 @@ def quantize(
         data = x.contiguous().numpy()
         kernels.quantize(
             n, data, data.view(np.int32), codes.numpy(), plain, packed, widths.numpy(), *_keys(seed), bits, block,
-            np.array(levels, np.float32), half, rounding,
+            np.array(levels, np.float32), half, rounding, number,
         )  # fmt: skip
     return codes, ranges, widths
 
@@ -60,9 +61,10 @@ def dequantize(
     levels: list[float],
     dither: float,
     dtype: torch.dtype,
+    number: int = 0,
 ) -> Tensor:
     if dtype == torch.float64:
-        return reference.dequantize(codes, ranges, seed, numel, bits, block, levels, dither, dtype)
+        return reference.dequantize(codes, ranges, seed, numel, bits, block, levels, dither, dtype, number)
     out = empty((numel,), torch.float32)
     if numel:
         kernels.dequantize(
@@ -75,6 +77,7 @@ def dequantize(
             block,
             np.array(levels, np.float32),
             np.float32(dither),
+            number,
         )
     return reference.narrowed(out, dtype)
 

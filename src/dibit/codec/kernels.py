@@ -57,7 +57,7 @@ def _ordered(bits):  # type: ignore[no-untyped-def]
 
 
 @Kernel
-def quantize(x, xbits, out, ranges, rbits, widths, key0, key1, bits, block, levels, half, rounding):  # type: ignore[no-untyped-def]
+def quantize(x, xbits, out, ranges, rbits, widths, key0, key1, bits, block, levels, half, rounding, number):  # type: ignore[no-untyped-def]
     n, slots, top = x.size, 8 // bits, f32((1 << bits) - 1)
     topcode = i32((1 << bits) - 1)
     blocks = widths.size
@@ -109,7 +109,8 @@ def quantize(x, xbits, out, ranges, rbits, widths, key0, key1, bits, block, leve
                 shift = u32(slot * bits)
                 start = first + slot * size
                 part = x[start : min(start + size, first + count)]
-                c0, here, beyond = u32(start), _upper(start), _upper(start + part.size)
+                c0 = u32(number + start)
+                here, beyond = _upper(number + start), _upper(number + start + part.size)
                 if rounding == 0 and levels.size == 0:
                     for j in range(part.size):
                         h = (part[j] * scale - zero) / width * top
@@ -148,7 +149,7 @@ def quantize(x, xbits, out, ranges, rbits, widths, key0, key1, bits, block, leve
 
 
 @Kernel
-def dequantize(codes, ranges, out, key0, key1, bits, block, levels, dither):  # type: ignore[no-untyped-def]
+def dequantize(codes, ranges, out, key0, key1, bits, block, levels, dither, number):  # type: ignore[no-untyped-def]
     n, slots, top = out.size, 8 // bits, f32((1 << bits) - 1)
     blocks = ranges.shape[0]
     stride = (block + slots - 1) // slots
@@ -169,7 +170,8 @@ def dequantize(codes, ranges, out, key0, key1, bits, block, levels, dither):  # 
                 start = first + slot * size
                 part = out[start : min(start + size, first + count)]
                 if dither != f32(0):
-                    c0, here, beyond = u32(start), _upper(start), _upper(start + part.size)
+                    c0 = u32(number + start)
+                    here, beyond = _upper(number + start), _upper(number + start + part.size)
                     for j in range(part.size):
                         low32 = u32(c0 + u32(j))
                         u = _uniform(low32, _chosen(low32, c0, here, beyond), key0, key1)

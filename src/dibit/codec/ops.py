@@ -18,8 +18,9 @@ from dibit.codec import reference
 
 @custom_op("dibit::quantize", mutates_args=())
 def quantize(
-    x: Tensor, seed: Tensor, bits: int, block: int, levels: list[float], stats: torch.dtype, rounding: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, seed: Tensor, bits: int, block: int, levels: list[float], stats: torch.dtype, rounding: int,
+    number: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Block-wise quantisation and packing of a flat tensor (PAPER: i-EXACT, section 3.1).
 
     Args:
@@ -30,16 +31,17 @@ def quantize(
         levels: 2**bits levels in [0, 2**bits - 1]; empty for uniform ones.
         stats: dtype of the stored ranges, bfloat16 or the dtype of x.
         rounding: 0 stochastic, 1 nearest.
+        number: of the first element, for a part of a longer tensor that begins with a block.
 
     Returns:
         codes uint8 (bytes,); ranges (blocks, 2), low and high, rounded outwards, NaN where a block is not finite;
         widths (blocks,), high - low before that rounding, in the dtype of x.
     """
-    return reference.quantize(x, seed, bits, block, levels, stats, rounding)
+    return reference.quantize(x, seed, bits, block, levels, stats, rounding, number)
 
 
 @quantize.register_fake
-def _(x, seed, bits, block, levels, stats, rounding):  # type: ignore[no-untyped-def]
+def _(x, seed, bits, block, levels, stats, rounding, number=0):  # type: ignore[no-untyped-def]
     full, tail = x.numel() // block, x.numel() % block
     blocks = full + (tail + block - 1) // block
     size = full * reference.packed_bytes(block, bits) + reference.packed_bytes(tail, bits)
@@ -57,6 +59,7 @@ def dequantize(
     levels: list[float],
     dither: float,
     dtype: torch.dtype,
+    number: int = 0,
 ) -> Tensor:
     """The inverse of `quantize`: an unbiased estimate of x, flat (numel,) of `dtype`. Arguments as there.
 
@@ -64,11 +67,11 @@ def dequantize(
     All weights are unbiased. With 1 the error is uniform over one bin whatever x is: half the variance on average.
     With 2 the error is uncorrelated with that of weight 0, so that the product of the two has mean x^2.
     """
-    return reference.dequantize(codes, ranges, seed, numel, bits, block, levels, dither, dtype)
+    return reference.dequantize(codes, ranges, seed, numel, bits, block, levels, dither, dtype, number)
 
 
 @dequantize.register_fake
-def _(codes, ranges, seed, numel, bits, block, levels, dither, dtype):  # type: ignore[no-untyped-def]
+def _(codes, ranges, seed, numel, bits, block, levels, dither, dtype, number=0):  # type: ignore[no-untyped-def]
     return codes.new_empty(numel, dtype=dtype)
 
 

@@ -15,12 +15,13 @@ STOCHASTIC, NEAREST = 0, 1  # rounding modes as the operators take them
 
 
 def quantize(
-    x: Tensor, seed: Tensor, bits: int, block: int, levels: list[float], stats: torch.dtype, rounding: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, seed: Tensor, bits: int, block: int, levels: list[float], stats: torch.dtype, rounding: int,
+    number: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Codes, ranges as stored, and true widths of the blocks of a flat float32 or float64 x; see `ops.quantize`."""
     full = x.numel() // block * block
     parts = [
-        _quantize_rows(part.view(rows, -1), start, seed, bits, levels, stats, rounding)
+        _quantize_rows(part.view(rows, -1), number + start, seed, bits, levels, stats, rounding)
         for part, rows, start in ((x[:full], full // block, 0), (x[full:], 1, full))
         if part.numel()
     ]
@@ -40,12 +41,13 @@ def dequantize(
     levels: list[float],
     dither: float,
     dtype: torch.dtype,
+    number: int = 0,
 ) -> Tensor:
     """The flat tensor of `numel` elements that `quantize` encoded, in `dtype`; see `ops.dequantize`."""
     full = numel // block
     bytes_full = full * packed_bytes(block, bits)
     parts = [
-        _dequantize_rows(part.view(rows, -1), rng_part, start, size, seed, bits, levels, dither, dtype)
+        _dequantize_rows(part.view(rows, -1), rng_part, number + start, size, seed, bits, levels, dither, dtype)
         for part, rng_part, rows, size, start in (
             (codes[:bytes_full], ranges[:full], full, block, 0),
             (codes[bytes_full:], ranges[full:], 1, numel - full * block, full * block),

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dibit.functions import activation, aggregate, dropout, large, linear, loss, norm, power, product
+from dibit.functions import activation, add, aggregate, dropout, linear, loss, norm, power, product
 from dibit.intercept import Rule
 
 RULES: Mapping[Any, Rule] = {
@@ -26,8 +26,8 @@ RULES: Mapping[Any, Rule] = {
     Tensor.addmm: aggregate.addmm,
     torch.sparse.mm: aggregate.sparse_mm,
     Tensor.scatter_reduce_: aggregate.scatter_reduce_,
-    torch.add: large.add,
-    Tensor.add: large.add,
+    torch.add: add.add,
+    Tensor.add: add.add,
     torch.mul: product.mul,
     Tensor.mul: product.mul,
     torch.div: product.div,

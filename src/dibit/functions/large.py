@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dibit.buffers import LEAST, empty, empty_like, large
-from dibit.functions.common import dense, first_order
-from dibit.intercept import Step
 
 _ROWS = 1 << 13  # of a product in parts: enough for its full speed, little enough for the caches
 
@@ -63,30 +61,3 @@ def _plain(x: Tensor, weight: Tensor) -> bool:
 
 def _pays(x: Tensor, width: int) -> bool:
     return x.shape[0] * width * x.element_size() >= LEAST
-
-
-class Add(torch.autograd.Function):
-    """y = a + b of one shape."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        return torch.add(a, b, out=empty_like(a))
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        return dy, dy
-
-
-def add(step: Step, input: Any, other: Any, *, alpha: Any = 1, out: Any = None) -> Any:
-    """Keeps nothing, in plain torch either."""
-    if out is not None or alpha != 1 or not (dense(input, other) and large(input, other)):
-        return NotImplemented
-    if (
-        input.shape != other.shape
-        or input.dtype != other.dtype
-        or not (input.is_contiguous() and other.is_contiguous())
-    ):
-        return NotImplemented
-    step.seen -= 1  # no sign that the model has anything to compress
-    return Add.apply(input, other)

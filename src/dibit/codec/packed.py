@@ -1,0 +1,163 @@
+"""A tensor, reduced, quantised and packed: what is kept of it, and how it is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dibit.codec import ops, reference
+from dibit.codec.levels import normal_levels
+from dibit.codec.reduce import projection, sampled_rows
+from dibit.codec.rng import UNIT, uniform_range
+from dibit.config import Config, Project, Sample
+
+_PART = 1 << 20  # elements
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A tensor, reduced, quantised and packed.
+
+    Attributes:
+        codes: uint8 (bytes,).
+        ranges: (blocks, 2), low and high of each block.
+        seed: int64 0-d; rounding, projection and rows are drawn from it.
+        poison: float32 0-d, NaN where a row that was not kept is not finite, else 0; `None` where every row is kept.
+        shape, dtype: of the tensor.
+        config: what was done to it.
+    """
+
+    codes: Tensor
+    ranges: Tensor
+    seed: Tensor
+    poison: Tensor | None
+    shape: torch.Size
+    dtype: torch.dtype
+    config: Config
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What takes memory."""
+        return (self.codes, self.ranges, self.seed, *(() if self.poison is None else (self.poison,)))
+
+    def with_tensors(self, tensors: tuple[Tensor, ...]) -> Packed:
+        """The same with its tensors put back, in the order of `tensors`."""
+        codes, ranges, seed, *poison = tensors
+        return replace(self, codes=codes, ranges=ranges, seed=seed, poison=poison[0] if poison else None)
+
+    def without_tensors(self) -> Packed:
+        """Its description alone, for whoever keeps the tensors elsewhere."""
+        none = torch.empty(0)
+        return replace(self, codes=none, ranges=none, seed=none, poison=None if self.poison is None else none)
+
+    @property
+    def block(self) -> int:
+        """Elements that share one range."""
+        return self.config.elements(*reduced_shape(self.rows, self.width, self.config))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def rows(self) -> int:
+        return self.shape[:-1].numel()
+
+    @property
+    def width(self) -> int:
+        return self.shape[-1] if self.shape else 1
+
+    def projection(self, dtype: torch.dtype) -> Tensor | None:
+        """P (D, R) where columns were projected."""
+        reduce = self.config.reduce
+        return projection(self.width, reduce.ratio, self.seed, dtype) if isinstance(reduce, Project) else None
+
+    def sample(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Index int64 (m,) and weight (m,) of the rows kept, where rows were sampled. The weight carries the poison."""
+        if not isinstance(self.config.reduce, Sample):
+            return None
+        index, weight = sampled_rows(self.rows, self.config.reduce.ratio, self.seed)
+        return index, (weight if self.poison is None else weight + self.poison).to(dtype)
+
+    def reduced(self, dither: float | None = None) -> Tensor:
+        """The reduced tensor (rows kept, columns kept), unpacked, in `dtype`; `dither` as in `ops.dequantize`."""
+        return self._some(0, reduced_shape(self.rows, self.width, self.config)[0], dither)
+
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """`reduced` in parts that the caches hold, each with its rows: for users that need no tensor of full size."""
+        rows, width = reduced_shape(self.rows, self.width, self.config)
+        step = rows_of_a_part(rows, width, self.block, self.codes.device)
+        for start in range(0, rows, step):
+            stop = min(rows, start + step)
+            yield slice(start, stop), self._some(start, stop, None)
+
+    def _some(self, start: int, stop: int, dither: float | None) -> Tensor:
+        """Rows of `reduced`; `start` is the first of a block."""
+        rows, width = reduced_shape(self.rows, self.width, self.config)
+        block, levels = blocks(self.config, rows, width)
+        if dither is None:
+            dither = float(self.config.rounding == "dither")
+        first, count = start * width, (stop - start) * width
+        begin, end = first // block, -(-(first + count) // block)
+        size = reference.packed_bytes(block, self.config.bits)
+        flat = ops.dequantize(
+            self.codes[begin * size : end * size],
+            self.ranges[begin:end],
+            self.seed,
+            count,
+            self.config.bits,
+            block,
+            levels,
+            dither,
+            self.dtype,
+            first,
+        )
+        return flat.view(stop - start, width)
+
+    def variance(self) -> Tensor:
+        r"""An unbiased estimate of each reduced element's rounding variance :math:`(h - a_{i-1})(a_i - h)`.
+
+        Given the number u that rounded it to level c, :math:`(1 - 2u) \sum_{i \le c} d_i^2` has that mean: with it, one
+        draw of x gives an unbiased x^2. Plain torch; uniform levels have a cheaper way (`dither` 0 times 2).
+        """
+        rows, width = reduced_shape(self.rows, self.width, self.config)
+        block, levels = blocks(self.config, rows, width)
+        top = 2**self.config.bits - 1
+        gaps = torch.tensor(levels or range(top + 1), dtype=torch.float32, device=self.codes.device).diff()
+        squares = torch.cat((gaps.new_zeros(1), (gaps**2).cumsum(0)))
+        codes = reference.unpack_all(self.codes, rows * width, block, self.config.bits)
+        step = (self.ranges[:, 1].float() - self.ranges[:, 0].float()) / top
+        u = uniform_range(0, rows * width, self.seed) + UNIT / 2
+        per_element = step.square().repeat_interleave(block)[: rows * width]
+        return (squares[codes.int()] * (1 - 2 * u) * per_element).view(rows, width).to(self.dtype)
+
+
+def reduced_shape(rows: int, width: int, config: Config) -> tuple[int, int]:
+    match config.reduce:
+        case Project(ratio) if ratio > 1:
+            return rows, max(1, width // ratio)
+        case Sample(ratio):
+            return -(-rows // ratio), width
+    return rows, width
+
+
+def blocks(config: Config, rows: int, width: int) -> tuple[int, list[float]]:
+    """Block and levels (empty: uniform) as the operators take them, for a reduced matrix of this size."""
+    block = config.elements(rows, width)
+    levels: tuple[float, ...] = ()
+    if config.levels == "normal":
+        if config.bits > 1 and block > 2:
+            levels = normal_levels(config.bits, block)
+    elif config.levels != "uniform":
+        levels = config.levels
+    return block, list(levels)
+
+
+def rows_of_a_part(rows: int, width: int, block: int, device: torch.device) -> int:
+    """Whole blocks of whole rows that are read or written at once: on the CPU what its caches hold, else everything."""
+    least = math.lcm(block, max(1, width)) // max(1, width)
+    return least * max(1, _PART // (least * max(1, width))) if device.type == "cpu" else max(1, rows)

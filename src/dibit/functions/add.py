@@ -1,0 +1,105 @@
+"""Additions keep nothing, in plain torch either. Their buffer counts: the peak of a forward pass is often a sum.
+
+`out + self.lin(x)` leaves its second operand to nobody: the sum can be written over it. That an operand is such a
+temporary is told by its reference counts, and only where Dibit made it and autograd keeps nothing of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from dibit.buffers import empty_like, large
+from dibit.functions.aggregate import Aggregate
+from dibit.functions.common import dense, first_order
+from dibit.functions.linear import AggregatedLinear, Linear, MatMul
+from dibit.functions.norm import BatchNorm
+from dibit.intercept import Step, run_rule
+
+
+class Add(torch.autograd.Function):
+    """y = a + b of one shape, in a new buffer or over b."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, over: bool) -> Tensor:
+        if over:
+            ctx.mark_dirty(b)
+            return b.add_(a)  # the bits of a + b
+        return torch.add(a, b, out=empty_like(a))
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return dy, dy, None
+
+
+# Functions that return a fresh tensor and keep nothing of it.
+_MADE_HERE = tuple(
+    function._backward_cls for function in (Linear, AggregatedLinear, MatMul, Aggregate, BatchNorm, Add)
+)  # fmt: skip
+
+
+def add(step: Step, input: Any, other: Any, *, alpha: Any = 1, out: Any = None) -> Any:
+    if out is not None or alpha != 1 or not (dense(input, other) and large(input, other)):
+        return NotImplemented
+    if input.shape != other.shape or input.dtype != other.dtype:
+        return NotImplemented
+    if not (input.is_contiguous() and other.is_contiguous()):
+        return NotImplemented
+    step.seen -= 1  # no sign that the model has anything to compress
+    if step.function is Tensor.add and input is not other:  # `a + b`: for torch.add the counts are others
+        counts = sys.getrefcount(input), sys.getrefcount(other)
+        for x, count, most in zip((other, input), counts[::-1], _counts_of_temporaries()[::-1], strict=True):
+            if count <= most and _nobody_keeps(x):
+                return Add.apply(input if x is other else other, x, True)
+    return Add.apply(input, other, False)
+
+
+def _nobody_keeps(x: Tensor) -> bool:
+    """Whether x is Dibit's own result, and neither autograd nor a hook nor another tensor holds its memory."""
+    if not isinstance(x.grad_fn, _MADE_HERE) or x._backward_hooks or x.retains_grad:
+        return False
+    storage = x.untyped_storage()  # itself the second reference
+    return x._use_count() == 1 and torch._C._storage_Use_Count(storage._cdata) == 2  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _counts_of_temporaries() -> tuple[int, int]:
+    """References of the operands of `a + b` where a rule sees them, if nobody but the addition has them; 0: no telling.
+
+    From Python 3.14 on, operands may be borrowed from local variables without a reference.
+    """
+    if sys.version_info >= (3, 14) or not hasattr(Tensor, "_use_count"):
+        return 0, 0
+    probe, x = _Probe(), torch.zeros(1)
+    with probe:
+        torch.zeros(1) + torch.zeros(1)
+        temporary = probe.counts
+        x + x
+    kept = probe.counts
+    return temporary if temporary[0] < kept[0] and temporary[1] < kept[1] else (0, 0)
+
+
+class _Probe(TorchFunctionMode):
+    """Counts references to both operands of an addition, on the way on which `Intercept` sends them to a rule."""
+
+    ledger = row = None
+    inside = False
+    counts = 0, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return run_rule(self, func, self.count, args, kwargs) if func is Tensor.add else func(*args, **kwargs)  # type: ignore[arg-type]
+
+    def open(self, function: Any) -> None:
+        pass
+
+    @staticmethod
+    def count(step: _Probe, input: Tensor, other: Tensor, *, alpha: Any = 1, out: Any = None) -> Tensor:
+        step.counts = sys.getrefcount(input), sys.getrefcount(other)
+        return input
