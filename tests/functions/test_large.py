@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import dibit
 from dibit import Config, buffers
 from dibit.bench.memory import peak_bytes
-from dibit.functions import large
+from dibit.functions import aggregate, large
 from tests.unbiased import bias_of, gradient
 
 N, D = 9000, 128
@@ -86,6 +86,26 @@ def test_a_product_over_its_own_input(width: int) -> None:
     assert torch.allclose(y, expected, rtol=1e-5, atol=1e-4)
     assert (y.data_ptr() == x.data_ptr()) == (width == D)
     assert width == D or torch.equal(x, start)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+@pytest.mark.parametrize(("ones", "index"), [(True, torch.int64), (True, torch.int32), (False, torch.int64)])
+def test_aggregates_have_torchs_bits(
+    monkeypatch: pytest.MonkeyPatch, reduce: str, ones: bool, index: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    count = torch.randint(0, 12, (N,)) * (torch.rand(N) < 0.8)  # some rows are empty
+    crow = torch.cat((torch.zeros(1, dtype=torch.int64), count.cumsum(0)))
+    col = torch.randint(0, N, (int(crow[-1]),))
+    values = torch.ones(len(col)) if ones else torch.rand(len(col))
+    matrix = torch.sparse_csr_tensor(crow.to(index), col.to(index), values, (N, N), check_invariants=False)
+    x = torch.randn(N, D)
+    used: list[int] = []
+    kernel = aggregate.ops.aggregate
+    monkeypatch.setattr(aggregate.ops, "aggregate", lambda *a: used.append(len(a[0])) or kernel(*a))
+    assert torch.equal(aggregate.product(matrix, x, reduce), torch.sparse.mm(matrix, x, reduce))
+    assert (N + 1 in used) == ones
+    assert aggregate._adds_in_torchs_order()
 
 
 def test_buffers_are_torchs_own() -> None:

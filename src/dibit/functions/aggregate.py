@@ -1,12 +1,14 @@
-"""Aggregation with constant weights keeps the graph alone; max and min keep who won. Forward: torch's own."""
+"""Aggregation with constant weights keeps the graph alone; max and min keep who won. Forward: torch's own bits."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dibit.buffers import large
 from dibit.codec import ops
 from dibit.functions.common import dense, first_order
 from dibit.functions.linear import addmm as dense_addmm
@@ -32,6 +34,31 @@ def constant_graph(step: Step, matrix: Tensor, reduce: str | None) -> Graph:
     return Graph(parts, matrix.shape, reduce == "mean")
 
 
+def product(matrix: Tensor, x: Tensor, reduce: str | None) -> Tensor:
+    """A x, torch's own bits: with ones for weights sums alone are rounded, and our kernel adds in torch's order."""
+    if reduce not in ("sum", "mean") or not large(x) or matrix.layout != torch.sparse_csr or x.dtype != torch.float32:
+        return torch.sparse.mm(matrix, x) if reduce is None else torch.sparse.mm(matrix, x, reduce)
+    crow, col, values = matrix.crow_indices(), matrix.col_indices(), matrix.values()
+    if not (x.is_contiguous() and bool((values == 1).all()) and _adds_in_torchs_order()):
+        return torch.sparse.mm(matrix, x, reduce)
+    y = ops.aggregate(crow, col, values, x)
+    return y.div_(crow.diff().clamp_(min=1)[:, None]) if reduce == "mean" else y
+
+
+@functools.cache
+def _adds_in_torchs_order() -> bool:
+    """Whether this torch, on this processor, gives the bits that our kernel gives."""
+    generator = torch.Generator().manual_seed(0)
+    crow = torch.randint(0, 40, (200,), generator=generator).cumsum(0)
+    crow = torch.cat((crow.new_zeros(1), crow))
+    col = torch.randint(0, 200, (int(crow[-1]),), generator=generator)
+    values, x = torch.ones(len(col)), torch.randn(200, 33, generator=generator)
+    matrix = torch.sparse_csr_tensor(crow, col, values, (200, 200), check_invariants=False)
+    y = ops.aggregate(crow, col, values, x)
+    mean = y / crow.diff().clamp(min=1)[:, None]
+    return all(torch.equal(torch.sparse.mm(matrix, x, how), own) for how, own in (("sum", y), ("mean", mean)))
+
+
 class Aggregate(torch.autograd.Function):
     """y = A x, sum or mean over the stored elements of each row."""
 
@@ -39,7 +66,7 @@ class Aggregate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, matrix: Tensor, reduce: str | None, graph: Graph) -> Tensor:
         save(ctx, *graph.parts)
         ctx.graph = graph.bind(())
-        return torch.sparse.mm(matrix, x) if reduce is None else torch.sparse.mm(matrix, x, reduce)
+        return product(matrix, x, reduce)
 
     @staticmethod
     @first_order
@@ -136,7 +163,7 @@ def aggregate_features(step: Step, matrix: Tensor, x: Tensor, reduce: str | None
     """Features that the caller holds, aggregated: had again from both for nothing, so a linear layer keeps neither."""
     if reduce in _ARG or not (step.held(matrix) and step.held(x)):
         return NotImplemented
-    y = torch.sparse.mm(matrix, x) if reduce is None else torch.sparse.mm(matrix, x, reduce)
+    y = product(matrix, x, reduce)
     step.derived(y, Aggregated(constant_graph(step, matrix, reduce), Reference(x, x.shape)))
     return y
 
