@@ -2,8 +2,9 @@
 
 from types import ModuleType
 
+from dibit.batch import batch
 from dibit.codec import Packed, decode, encode
-from dibit.compress import compress, decompress, track
+from dibit.compress import compress, decompress, scores, track
 from dibit.config import Config, Project, Rows, Sample, recipe
 
 __version__ = "0.1.0"
@@ -15,11 +16,13 @@ __all__ = [
     "Rows",
     "Sample",
     "__version__",
+    "batch",
     "compress",
     "decode",
     "decompress",
     "encode",
     "recipe",
+    "scores",
     "track",
 ]
 

@@ -17,9 +17,11 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_m
 
 from dibit.config import Config, nearest, recipe
 from dibit.functions import RULES
-from dibit.intercept import Intercept, Rule, Step
+from dibit.intercept import Intercept
 from dibit.ledger import Ledger
-from dibit.state import State
+from dibit.scores import Scores
+from dibit.state import Rule, State
+from dibit.step import Step
 
 Setting = Config | str | None
 M = TypeVar("M", bound=nn.Module)
@@ -203,6 +205,18 @@ def track(model: nn.Module) -> Iterator[Ledger]:
             yield ledger
         finally:
             state.ledger = before
+
+
+def scores(model: nn.Module) -> Scores:
+    """What `Sample(by="gradient")` knows of a compressed model's rows; for checkpoints, as `dibit.scores.Scores` says.
+
+    Raises:
+        ValueError: the model is not compressed.
+    """
+    state = state_of(model)
+    if state is None:
+        raise ValueError("scores got a model that is not compressed; call dibit.compress(model) first.")
+    return state.scores
 
 
 def state_of(model: nn.Module) -> State | None:

@@ -38,18 +38,29 @@ class Project:
 
 @dataclass(frozen=True)
 class Sample:
-    """One row (node) of every `ratio` consecutive rows, chosen uniformly and scaled by the size of its group.
-
-    Unbiased, a fixed number of rows (ceil(N / ratio)), and the rows are drawn again from the seed, never stored.
+    r"""A part of the rows (nodes), each scaled by 1 / its probability: unbiased, ceil(N / ratio) rows, at least one.
 
     Args:
-        ratio: rows in a group.
+        ratio: N / rows kept, at least 1.
+        by: with which probability :math:`\pi_n` a row is kept.
+
+            `"uniform"`: one row of every `ratio` consecutive ones, drawn again from the seed, so nothing is stored.
+
+            `"norm"`: :math:`\pi_n \propto |x_n|`, systematic sampling. One byte a row is kept, of which the rows are
+            drawn again.
+
+            `"gradient"`: :math:`\pi_n \propto |dY_n|` of the last step, the optimum for a weight gradient
+            :math:`dY^T X` whose inputs are of similar size. One byte a row lives on between steps; before there are
+            any, `"norm"`. Inputs of linear layers and the statistics of norm layers have such gradients; where a
+            residual has none of its own, `"uniform"`.
     """
 
     ratio: int = 8
+    by: Literal["uniform", "norm", "gradient"] = "uniform"
 
     def __post_init__(self) -> None:
         _positive("Sample.ratio", self.ratio)
+        _choice("Sample.by", self.by, ("uniform", "norm", "gradient"))
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from dibit.codec import Packed, decode, ops
+from dibit.config import Sample
 from dibit.graph import Graph
 from dibit.lossless import Exact, Narrowed, bind, outer
 from dibit.replay import Program, Shared
+from dibit.scores import Watch
 
 
 class Residual(Protocol):
@@ -67,9 +69,16 @@ class Reference:
 
 @dataclass(frozen=True)
 class Compressed:
-    """Reduced, quantised and packed by the codec."""
+    """Reduced, quantised and packed by the codec.
+
+    Attributes:
+        watch: measures the gradients that it is multiplied with, where the next step's rows depend on them.
+        key: of it among the residuals of a pass, the same in the next pass.
+    """
 
     packed: Packed
+    watch: Watch | None = None
+    key: str = ""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -79,16 +88,21 @@ class Compressed:
     def how(self) -> str:
         config = self.packed.config
         reduce = f", {type(config.reduce).__name__.lower()} 1/{config.reduce.ratio}" if config.reduce else ""
+        if isinstance(config.reduce, Sample) and self.packed.scores is not None:
+            reduce += f" by {config.reduce.by}" if config.reduce.ratio > 1 else " of the loss's"
         return f"{config.bits} bit, block {config.block}{reduce}"
 
     def bind(self, tensors: Sequence[Tensor]) -> Compressed:
-        return Compressed(self.packed.with_tensors(tuple(tensors)) if tensors else self.packed.without_tensors())
+        packed = self.packed.with_tensors(tuple(tensors)) if tensors else self.packed.without_tensors()
+        return Compressed(packed, self.watch, self.key)
 
     def value(self) -> Tensor:
         return decode(self.packed)
 
     def outer(self, dy: Tensor) -> Tensor:
         packed = self.packed
+        if self.watch is not None:
+            self.watch.see(dy)
         sample = packed.sample(dy.dtype)
         grad: Tensor | None = None
         for rows, part in packed.parts():

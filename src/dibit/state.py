@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dibit.codec import Packed
+from dibit.field import Field
 from dibit.identity import storages
 from dibit.ledger import Ledger
+from dibit.scores import Scores
 
 Rule = Callable[..., Any]
 # Sees what is compressed: module, operation, the tensor before its reduction, what is kept of it.
@@ -29,6 +31,8 @@ class State:
     salt: int = 0  # other draws of the codec, the same dropout masks: the study of a gradient's error
     observer: Observer | None = None
     warned: bool = False
+    scores: Scores = field(default_factory=Scores)
+    reach: Field = field(default_factory=Field)
 
     def constants(self) -> Iterator[Tensor]:
         """Tensors that live as long as the model: parameters, buffers, cached graph structure."""

@@ -445,6 +445,10 @@ SAMPLES = {
     "aggregate": lambda: (
         torch.tensor([0, 2, 2, 5]), torch.tensor([0, 3, 1, 2, 3]), torch.rand(5), torch.randn(4, 9)
     ),
+    "row_scores": lambda: (torch.randn(5, 9),),
+    "pick_rows": lambda: (
+        torch.arange(9, dtype=torch.uint8), torch.full((256,), 1 << 28), torch.tensor(77), 2
+    ),
     "finite": lambda: (torch.randn(5, 9),),
 }  # fmt: skip
 

@@ -10,9 +10,10 @@ from dibit.codec import ops, reference
 from dibit.codec.packed import Packed, blocks, reduced_shape, rows_of_a_part
 from dibit.codec.reduce import projection, sampled_rows
 from dibit.codec.rng import mix, seed_tensor
+from dibit.codec.rows import LEFT_OUT, picked, row_scores
 from dibit.config import Config, Project, Sample
 
-__all__ = ["Affine", "Packed", "decode", "encode", "encoded_bytes", "mix", "reduced", "seed_tensor"]
+__all__ = ["Affine", "Packed", "decode", "encode", "encoded_bytes", "mix", "norm_scores", "reduced", "seed_tensor"]
 
 _BLOW_UP = 1.5  # above this, ranges rounded to bfloat16 are so much wider than the true ones that float32 pays
 
@@ -42,7 +43,14 @@ class Affine:
         return own if self.watches else own + ops.finite(x)
 
 
-def encode(x: Tensor, config: Config, seed: Tensor | int, affine: Affine | None = None) -> Packed:
+def encode(
+    x: Tensor,
+    config: Config,
+    seed: Tensor | int,
+    affine: Affine | None = None,
+    scores: Tensor | None = None,
+    candidates: int | None = None,
+) -> Packed:
     """Reduce, quantise and pack a tensor.
 
     Args:
@@ -51,6 +59,9 @@ def encode(x: Tensor, config: Config, seed: Tensor | int, affine: Affine | None 
             left out at ratio 1.
         seed: 0-d int64 tensor on the device of x, or an int.
         affine: encode this function of the rows instead.
+        scores: uint8 (N,), by which `Sample` takes rows (`dibit.codec.rows`). Without them `by="norm"` takes the norms
+            of the rows, and `by="gradient"` takes rows uniformly.
+        candidates: how many of the scores are not `LEFT_OUT`; default N.
 
     Returns:
         A `Packed`; `decode` gives an unbiased estimate of x (exact in expectation over seeds; not for "nearest").
@@ -63,28 +74,46 @@ def encode(x: Tensor, config: Config, seed: Tensor | int, affine: Affine | None 
     if not isinstance(seed, Tensor):
         seed = seed_tensor(seed, x.device)
     shape, dtype = x.shape, x.dtype
-    if config.reduce is not None and config.reduce.ratio == 1:
+    if config.reduce is not None and config.reduce.ratio == 1 and scores is None:
         config = replace(config, reduce=None)
     x = x.detach().reshape(shape[:-1].numel(), shape[-1] if shape else 1)
     if affine is not None:
         dtype = affine.shift.dtype
-    poison = None
+    poison, count = None, 0
     if isinstance(config.reduce, Sample):
+        if scores is None and config.reduce.by == "norm":
+            scores = norm_scores(x)
+        if scores is not None:
+            count = -(-(x.shape[0] if candidates is None else candidates) // config.reduce.ratio)
         poison = ops.finite(x) if affine is None else affine.finite(x)
     elif affine is not None:
         x, affine = affine(x), None
+    else:
+        scores = None
     stats = torch.float64 if dtype == torch.float64 else config.stats
-    codes, ranges, widths = _quantized(x, config, seed, affine, stats)
+    index = None
+    if scores is not None:
+        index = picked(scores, count, seed)[0]
+    elif isinstance(config.reduce, Sample):
+        index = sampled_rows(x.shape[0], config.reduce.ratio, seed)[0]
+    codes, ranges, widths = _quantized(x, config, seed, affine, index, stats)
     if stats == torch.bfloat16 and x.device.type == "cpu" and _blown_up(ranges, widths):
-        codes, ranges, _ = _quantized(x, config, seed, affine, torch.float32)
-    return Packed(codes, ranges, seed, poison, shape, dtype, config)
+        codes, ranges, _ = _quantized(x, config, seed, affine, index, torch.float32)
+    return Packed(codes, ranges, seed, poison, shape, dtype, config, scores, count)
+
+
+def norm_scores(x: Tensor) -> Tensor:
+    """Scores by the norms of the rows of x (N, D); a row that is not finite, or whose square is not, weighs most."""
+    return row_scores(x).clamp_(max=LEFT_OUT - 1)
 
 
 def _quantized(
-    x: Tensor, config: Config, seed: Tensor, affine: Affine | None, stats: torch.dtype
+    x: Tensor, config: Config, seed: Tensor, affine: Affine | None, index: Tensor | None, stats: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, ranges and true widths of what is kept of a matrix; sampled rows are gathered in parts."""
+    """Codes, ranges and true widths of a matrix, of its projection, or of its rows `index`, gathered in parts."""
     rows, width = reduced_shape(x.shape[0], x.shape[1], config)
+    if index is not None:
+        rows = index.shape[0]
     block, levels = blocks(config, rows, width)
     rounding = reference.NEAREST if config.rounding == "nearest" else reference.STOCHASTIC
 
@@ -94,12 +123,12 @@ def _quantized(
             flat = flat.float()
         return ops.quantize(flat, seed, config.bits, block, levels, stats, rounding, number)
 
-    if not isinstance(config.reduce, Sample):
+    if index is None:
         return quantize(reduced(x, config, seed), 0)
     parts = []
     step = rows_of_a_part(rows, width, block, x.device)
-    for i, index in enumerate(sampled_rows(x.shape[0], config.reduce.ratio, seed)[0].split(step)):
-        part = x.index_select(0, index)
+    for i, own in enumerate(index.split(step)):
+        part = x.index_select(0, own)
         parts.append(quantize(part if affine is None else affine(part), i * step * width))
     codes, ranges, widths = (torch.cat(same) for same in zip(*parts, strict=True))
     return codes, ranges, widths
@@ -110,7 +139,7 @@ def reduced(x: Tensor, config: Config, seed: Tensor) -> Tensor:
     match config.reduce:
         case Project(ratio):
             return x @ projection(x.shape[1], ratio, seed, x.dtype)
-        case Sample(ratio):
+        case Sample(ratio=ratio):
             return x.index_select(0, sampled_rows(x.shape[0], ratio, seed)[0])
     return x
 
@@ -125,7 +154,7 @@ def decode(packed: Packed) -> Tensor:
         full = reduced.new_zeros(packed.rows, packed.width)
         if packed.poison is not None:
             full += packed.poison.to(full.dtype)
-        reduced = full.index_copy_(0, index, reduced * weight[:, None])
+        reduced = full.index_add_(0, index, reduced * weight[:, None])
     return reduced.view(packed.shape)
 
 

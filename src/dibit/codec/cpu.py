@@ -168,6 +168,24 @@ def aggregate(crow: Tensor, col: Tensor, values: Tensor, x: Tensor) -> Tensor:
     return out
 
 
+def row_scores(x: Tensor) -> Tensor:
+    if x.dtype != torch.float32:
+        return reference.row_scores(x)
+    sums, out = torch.empty(x.shape[0]), torch.empty(x.shape[0], dtype=torch.uint8)
+    if x.numel():
+        kernels.row_scores(x.numel(), x.numpy(), sums.numpy(), sums.numpy().view(np.int32), out.numpy())
+    else:
+        out.zero_()
+    return out
+
+
+def pick_rows(scores: Tensor, chances: Tensor, start: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    index, weight = torch.empty(count, dtype=torch.int64), torch.empty(count)
+    # one running sum: never in parallel
+    kernels.pick_rows(0, scores.numpy(), chances.numpy(), np.int64(int(start)), index.numpy(), weight.numpy())
+    return index, weight
+
+
 def finite(x: Tensor) -> Tensor:
     if x.dtype != torch.float32 or not x.is_contiguous():
         return reference.finite(x)

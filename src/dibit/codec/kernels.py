@@ -374,3 +374,41 @@ def aggregate(crow, col, values, x, out):  # type: ignore[no-untyped-def]
                 for k in range(width):
                     total[k] += v * part[k]
                 e += 1
+
+
+@Kernel
+def row_scores(x, sums, bits, out):  # type: ignore[no-untyped-def]
+    rows, width = x.shape
+    for task in nb.prange((rows + 255) // 256):
+        start, stop = task * 256, min(rows, (task + 1) * 256)
+        lane = np.empty(16, np.float32)
+        for row in range(start, stop):
+            part = x[row]
+            lane[:] = f32(0)
+            whole = width // 16 * 16
+            for k in range(0, whole, 16):
+                some = part[k : k + 16]
+                for j in range(16):  # sixteen sums side by side: what vectorises without fast-math
+                    lane[j] += some[j] * some[j]
+            total = f32(0)
+            for j in range(16):
+                total += lane[j]
+            for k in range(whole, width):
+                total += part[k] * part[k]
+            sums[row] = total
+        for row in range(start, stop):
+            out[row] = np.uint8(u32(bits[row]) >> u32(23))
+
+
+@Kernel
+def pick_rows(scores, chances, start, index, weight):  # type: ignore[no-untyped-def]
+    total, at, found = np.int64(0), np.int64(start), 0
+    for row in range(scores.size):
+        chance = chances[scores[row]]
+        total += chance
+        if total > at and found < index.size:
+            index[found], weight[found] = row, f32(np.float64(1 << 30) / np.float64(chance))
+            found += 1
+            at += np.int64(1 << 30)
+    for k in range(found, index.size):
+        index[k], weight[k] = max(scores.size - 1, 0), f32(0)

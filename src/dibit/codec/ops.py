@@ -166,6 +166,41 @@ def _(seed, count):  # type: ignore[no-untyped-def]
     return seed.new_empty(count, dtype=torch.float32)
 
 
+@custom_op("dibit::row_scores", mutates_args=())
+def row_scores(x: Tensor) -> Tensor:
+    """uint8 (N,): the exponent bits of each row's squared norm, of a contiguous x (N, D); 255 where it is not finite.
+
+    Norms at a power of two may fall on either side, with the order in which a backend adds.
+    """
+    return reference.row_scores(x)
+
+
+@row_scores.register_fake
+def _(x):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], dtype=torch.uint8)
+
+
+@custom_op("dibit::pick_rows", mutates_args=())
+def pick_rows(scores: Tensor, chances: Tensor, start: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Systematic sampling: see `dibit.codec.rows.picked`.
+
+    Args:
+        scores: uint8 (N,).
+        chances: int64 (256,), probability of each score out of 2^30.
+        start: int64 0-d below 2^30.
+        count: rows to pick.
+
+    Returns:
+        index int64 (count,), weight float32 (count,); entries beyond the sum of all chances have weight 0.
+    """
+    return reference.pick_rows(scores, chances, start, count)
+
+
+@pick_rows.register_fake
+def _(scores, chances, start, count):  # type: ignore[no-untyped-def]
+    return scores.new_empty(count, dtype=torch.int64), scores.new_empty(count, dtype=torch.float32)
+
+
 @custom_op("dibit::finite", mutates_args=())
 def finite(x: Tensor) -> Tensor:
     """float32 0-d: 0 where all of `x` is finite, else NaN."""
@@ -178,7 +213,8 @@ def _(x):  # type: ignore[no-untyped-def]
 
 
 OPS = (
-    quantize, dequantize, column_sums, norm_gradient, pack_mask, relu, apply_mask, dropout, signs, aggregate, finite
+    quantize, dequantize, column_sums, norm_gradient, pack_mask, relu, apply_mask, dropout, signs, aggregate,
+    row_scores, pick_rows, finite,
 )  # fmt: skip
 
 

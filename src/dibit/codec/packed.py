@@ -13,6 +13,7 @@ from dibit.codec import ops, reference
 from dibit.codec.levels import normal_levels
 from dibit.codec.reduce import projection, sampled_rows
 from dibit.codec.rng import UNIT, uniform_range
+from dibit.codec.rows import picked
 from dibit.config import Config, Project, Sample
 
 _PART = 1 << 20  # elements
@@ -29,6 +30,8 @@ class Packed:
         poison: float32 0-d, NaN where a row that was not kept is not finite, else 0; `None` where every row is kept.
         shape, dtype: of the tensor.
         config: what was done to it.
+        scores: uint8 (rows,), of which the rows kept are drawn again; `None` where they are uniform, or all.
+        count: rows kept, where there are scores.
     """
 
     codes: Tensor
@@ -38,26 +41,37 @@ class Packed:
     shape: torch.Size
     dtype: torch.dtype
     config: Config
+    scores: Tensor | None = None
+    count: int = 0
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What takes memory."""
-        return (self.codes, self.ranges, self.seed, *(() if self.poison is None else (self.poison,)))
+        rest = (x for x in (self.poison, self.scores) if x is not None)
+        return (self.codes, self.ranges, self.seed, *rest)
 
     def with_tensors(self, tensors: tuple[Tensor, ...]) -> Packed:
         """The same with its tensors put back, in the order of `tensors`."""
-        codes, ranges, seed, *poison = tensors
-        return replace(self, codes=codes, ranges=ranges, seed=seed, poison=poison[0] if poison else None)
+        codes, ranges, seed, *rest = tensors
+        poison = rest.pop(0) if self.poison is not None else None
+        scores = rest.pop(0) if self.scores is not None else None
+        return replace(self, codes=codes, ranges=ranges, seed=seed, poison=poison, scores=scores)
 
     def without_tensors(self) -> Packed:
         """Its description alone, for whoever keeps the tensors elsewhere."""
         none = torch.empty(0)
-        return replace(self, codes=none, ranges=none, seed=none, poison=None if self.poison is None else none)
+        poison, scores = (None if x is None else none for x in (self.poison, self.scores))
+        return replace(self, codes=none, ranges=none, seed=none, poison=poison, scores=scores)
 
     @property
     def block(self) -> int:
         """Elements that share one range."""
-        return self.config.elements(*reduced_shape(self.rows, self.width, self.config))
+        return self.config.elements(*self.reduced_shape)
+
+    @property
+    def reduced_shape(self) -> tuple[int, int]:
+        """Rows and columns of what was quantised."""
+        return reduced_shape(self.rows, self.width, self.config) if self.scores is None else (self.count, self.width)
 
     @property
     def nbytes(self) -> int:
@@ -80,16 +94,19 @@ class Packed:
         """Index int64 (m,) and weight (m,) of the rows kept, where rows were sampled. The weight carries the poison."""
         if not isinstance(self.config.reduce, Sample):
             return None
-        index, weight = sampled_rows(self.rows, self.config.reduce.ratio, self.seed)
+        if self.scores is not None:
+            index, weight = picked(self.scores, self.count, self.seed)
+        else:
+            index, weight = sampled_rows(self.rows, self.config.reduce.ratio, self.seed)
         return index, (weight if self.poison is None else weight + self.poison).to(dtype)
 
     def reduced(self, dither: float | None = None) -> Tensor:
         """The reduced tensor (rows kept, columns kept), unpacked, in `dtype`; `dither` as in `ops.dequantize`."""
-        return self._some(0, reduced_shape(self.rows, self.width, self.config)[0], dither)
+        return self._some(0, self.reduced_shape[0], dither)
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
         """`reduced` in parts that the caches hold, each with its rows: for users that need no tensor of full size."""
-        rows, width = reduced_shape(self.rows, self.width, self.config)
+        rows, width = self.reduced_shape
         step = rows_of_a_part(rows, width, self.block, self.codes.device)
         for start in range(0, rows, step):
             stop = min(rows, start + step)
@@ -97,7 +114,7 @@ class Packed:
 
     def _some(self, start: int, stop: int, dither: float | None) -> Tensor:
         """Rows of `reduced`; `start` is the first of a block."""
-        rows, width = reduced_shape(self.rows, self.width, self.config)
+        rows, width = self.reduced_shape
         block, levels = blocks(self.config, rows, width)
         if dither is None:
             dither = float(self.config.rounding == "dither")
@@ -124,7 +141,7 @@ class Packed:
         Given the number u that rounded it to level c, :math:`(1 - 2u) \sum_{i \le c} d_i^2` has that mean: with it, one
         draw of x gives an unbiased x^2. Plain torch; uniform levels have a cheaper way (`dither` 0 times 2).
         """
-        rows, width = reduced_shape(self.rows, self.width, self.config)
+        rows, width = self.reduced_shape
         block, levels = blocks(self.config, rows, width)
         top = 2**self.config.bits - 1
         gaps = torch.tensor(levels or range(top + 1), dtype=torch.float32, device=self.codes.device).diff()
@@ -140,7 +157,7 @@ def reduced_shape(rows: int, width: int, config: Config) -> tuple[int, int]:
     match config.reduce:
         case Project(ratio) if ratio > 1:
             return rows, max(1, width // ratio)
-        case Sample(ratio):
+        case Sample(ratio=ratio):
             return -(-rows // ratio), width
     return rows, width
 

@@ -213,6 +213,23 @@ def signs(seed: Tensor, count: int) -> Tensor:
     return (1 - 2 * top).to(torch.float32)
 
 
+def row_scores(x: Tensor) -> Tensor:
+    """The exponent bits of each row's squared norm in float32."""
+    return (x.to(torch.float32).square().sum(1).view(torch.int32) >> 23).to(torch.uint8)
+
+
+def pick_rows(scores: Tensor, chances: Tensor, start: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The rows in whose share of the summed chances `start + j * one` falls, j = 0 ... count - 1."""
+    one = 1 << 30
+    chance = chances[scores.long()]
+    at = start + torch.arange(count, device=scores.device) * one
+    index = torch.searchsorted(chance.cumsum(0), at, right=True)
+    beyond = index >= scores.numel()
+    index.clamp_(max=max(scores.numel() - 1, 0))
+    weight = one / chance[index].clamp(min=1).double()
+    return index, torch.where(beyond, 0, weight).float()
+
+
 def aggregate(crow: Tensor, col: Tensor, values: Tensor, x: Tensor) -> Tensor:
     """A x for a sparse A in compressed rows."""
     shape = crow.shape[0] - 1, x.shape[0]

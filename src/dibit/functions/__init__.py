@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dibit.functions import activation, add, aggregate, dropout, linear, loss, norm, power, product
-from dibit.intercept import Rule
+from dibit.state import Rule
 
 RULES: Mapping[Any, Rule] = {
     F.linear: linear.linear,

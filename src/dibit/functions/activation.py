@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dibit.codec import ops
 from dibit.functions.common import dense, first_order, unreduced
-from dibit.intercept import Step
 from dibit.residual import Compressed, Mask, load, save
+from dibit.step import Step
 
 aten = torch.ops.aten
 

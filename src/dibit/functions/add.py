@@ -19,7 +19,8 @@ from dibit.functions.aggregate import Aggregate
 from dibit.functions.common import dense, first_order
 from dibit.functions.linear import AggregatedLinear, Linear, MatMul
 from dibit.functions.norm import BatchNorm
-from dibit.intercept import Step, run_rule
+from dibit.intercept import run_rule
+from dibit.step import Step
 
 
 class Add(torch.autograd.Function):

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from dibit.config import Config
 
 if TYPE_CHECKING:
-    from dibit.intercept import Step
+    from dibit.step import Step
 
 
 FEW = 64  # elements; of a smaller tensor the codes, with a seed and a range, win nothing

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dibit.codec import ops
 from dibit.functions.common import dense, first_order, write
-from dibit.intercept import Step
 from dibit.residual import Mask, Reseeded, load, save
+from dibit.step import Step
 
 
 class SeededDropout(torch.autograd.Function):

@@ -16,9 +16,9 @@ from torch import Tensor
 from dibit.config import Config
 from dibit.functions.common import dense, first_order
 from dibit.identity import storage_key
-from dibit.intercept import Step
 from dibit.lossless import Exact
 from dibit.residual import Residual, load, save
+from dibit.step import Step
 
 
 def probability_config(step: Step) -> Config:

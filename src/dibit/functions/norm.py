@@ -19,8 +19,8 @@ from dibit.codec import Affine, ops
 from dibit.config import Config, Project
 from dibit.functions import large
 from dibit.functions.common import dense, first_order, unreduced
-from dibit.intercept import Step
 from dibit.residual import Compressed, load, save
+from dibit.step import Step
 
 
 def norm_config(step: Step) -> Config:
@@ -43,9 +43,10 @@ class BatchNorm(torch.autograd.Function):
             rows = x.detach().movedim(1, -1)
             normalised = Affine(mean, inverse, watches=training)
             config = norm_config(step)
-            inner = step.keep_affine(rows, normalised, config)
+            # a draw that serves both uses needs all rows
+            inner = step.keep_affine(rows, normalised, config, watched=config.reduce is not None)
             if training and ctx.needs_input_grad[0]:
-                outer = step.keep_affine(rows, normalised, config) if config.reduce else inner
+                outer = step.keep_affine(rows, normalised, config, watched=False) if config.reduce else inner
         step.plain(mean.nbytes + inverse.nbytes if training else 0)
         ctx.shared = outer is inner
         save(ctx, None if ctx.shared else outer, inner, inverse, weight)
@@ -144,6 +145,8 @@ def _random(config: Config) -> bool:
 
 def column_sums(kept: Any, g: Tensor) -> Tensor:
     """sum over rows of g * x_hat: (D,) for g (N, D)."""
+    if isinstance(kept, Compressed) and kept.watch is not None:
+        kept.watch.see(g)
     if not isinstance(kept, Compressed) or isinstance(kept.packed.config.reduce, Project):
         return (g * kept.value().reshape(g.shape)).sum(0)
     packed = kept.packed

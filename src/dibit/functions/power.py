@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dibit.functions.activation import Elementwise
 from dibit.functions.common import FEW, dense, fine
-from dibit.intercept import Step
+from dibit.step import Step
 
 
 def rule(plain: Callable[..., Tensor], derivative: Callable[..., Tensor], saves: str) -> Callable[..., Any]:

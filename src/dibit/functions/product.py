@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dibit.config import Config
 from dibit.functions.common import FEW, dense, fine, first_order, unreduced
-from dibit.intercept import Step
 from dibit.residual import load, save
+from dibit.step import Step
 from dibit.tape import nbytes
 
 _BROADCAST = 4  # a factor that is at least so many times smaller than the product stays exact

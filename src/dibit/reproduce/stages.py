@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ class Stage:
         epoch: steps taken so far.
     """
 
-    def __init__(self, task: Task, model: nn.Module, split: Any, epoch: int) -> None:
+    def __init__(self, task: Task, model: nn.Module, split: Any, epoch: int, before: dict[str, Any] | None) -> None:
         self.task, self.split, self.epoch = task, split, epoch
-        self._model = model
+        self._model, self._before = model, before
 
     def activations(self, config: Config) -> list[Activation]:
         """What would be quantised with this config; the training is not disturbed.
@@ -38,22 +39,33 @@ class Stage:
         return [a for a in found if a.count >= 3 and a.varied().any()]
 
     def gradient_error(self, config: Config, draws: int) -> Estimate:
-        """Of the whole gradient against the plain one."""
-        from dibit.train import metrics
-
-        trial, train = self._trial(), self.split.train
-
-        def step() -> None:
-            metrics.loss(trial(self.task.x, self.task.adjacency)[train], self.task.y[train]).backward()
-
-        return gradient_error(trial, step, config, draws)
+        """Of the whole gradient against the plain one; scores of rows come from the step before this epoch."""
+        trial = self._trial()
+        before = None if self._before is None else partial(self._step_before, trial)
+        return gradient_error(trial, partial(self._step, trial), config, draws, before)
 
     def saved_bytes(self, config: Config) -> int:
-        """All that a forward pass keeps with this config."""
+        """All that a forward pass keeps with this config, once scores of rows are known."""
         trial = dibit.compress(self._trial(), config)
-        with torch.random.fork_rng(), dibit.track(trial) as saved:
-            trial(self.task.x, self.task.adjacency)
+        with torch.random.fork_rng():
+            self._step_before(trial)
+            with dibit.track(trial) as saved:
+                trial(self.task.x, self.task.adjacency)
         return saved.total
+
+    def _step(self, trial: nn.Module) -> None:
+        from dibit.train import metrics
+
+        train = self.split.train
+        metrics.loss(trial(self.task.x, self.task.adjacency)[train], self.task.y[train]).backward()
+
+    def _step_before(self, trial: nn.Module) -> None:
+        """The gradients of the step that led here (of this one, before the first), at its weights."""
+        now = copy.deepcopy(trial.state_dict())
+        if self._before is not None:
+            trial.load_state_dict(self._before)
+        self._step(trial)
+        trial.load_state_dict(now)
 
     def _trial(self) -> nn.Module:
         return dibit.decompress(copy.deepcopy(self._model)).train()
@@ -66,9 +78,11 @@ def stages(case: Case, epochs: tuple[int, ...], config: Config | None, note: Cal
     dibit.compress(model, config)
     optimizer = adam(model, case.settings.optimisation)
     y_train = task.y[split.train]
+    before = None
     for epoch in range(max(epochs) + 1):
         if epoch in epochs:
             note(f"epoch {epoch}")
-            yield Stage(task, model, split, epoch)
+            yield Stage(task, model, split, epoch, before)
         if epoch < max(epochs):
+            before = copy.deepcopy(model.state_dict()) if epoch + 1 in epochs else None
             task.step(model, optimizer, split.train, y_train)

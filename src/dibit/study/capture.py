@@ -131,7 +131,8 @@ def capture(
 
     def observe(module: str, operation: str, x: Tensor, packed: Packed) -> None:
         rows = x.detach().reshape(packed.rows, packed.width)
-        values = reduced(rows, packed.config, packed.seed)
+        sample = packed.sample(torch.float32)
+        values = reduced(rows, packed.config, packed.seed) if sample is None else rows.index_select(0, sample[0])
         if values.data_ptr() == x.data_ptr():
             values = values.clone()  # the model may go on to change it in place
         found.append(

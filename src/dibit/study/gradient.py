@@ -17,7 +17,11 @@ from dibit.study.variance import Estimate
 
 
 def gradient_error(
-    model: nn.Module, step: Callable[[], Any], config: Setting | Mapping[str, Setting], draws: int = 8
+    model: nn.Module,
+    step: Callable[[], Any],
+    config: Setting | Mapping[str, Setting],
+    draws: int = 8,
+    before: Callable[[], Any] | None = None,
 ) -> Estimate:
     r"""Relative squared error of the whole gradient, :math:`|g - g_{plain}|^2 / |g_{plain}|^2`, over the codec's draws.
 
@@ -29,6 +33,8 @@ def gradient_error(
         step: runs one forward and one backward pass of `model`.
         config: as `dibit.compress` takes it.
         draws: of the codec.
+        before: runs once on the compressed model: the training step before, of which `Sample(by="gradient")` has its
+            scores. It leaves the weights as it found them, having written them (`load_state_dict` does).
 
     Returns:
         The mean over the draws and its standard error.
@@ -49,6 +55,8 @@ def gradient_error(
         assert state is not None
         errors = []
         try:
+            if before is not None:
+                before()
             for draw in range(1, draws + 1):
                 torch.set_rng_state(start)
                 state.salt = draw

@@ -112,6 +112,7 @@ class _Training:
         self.model: nn.Module = task.model(seed)
         loaded = self._load()
         self.measured = Measured(**loaded["measured"]) if loaded else measure(task, self.model, config, self.split)
+        self.compressed = config is not None
         compressed(self.model, config)  # in place
         self.optimizer = adam(self.model, self.settings.optimisation)
         if loaded:
@@ -204,6 +205,7 @@ class _Training:
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "best": self.best,
+                "scores": dibit.scores(self.model).state_dict() if self.compressed else {},
                 "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state(self.task.device) if cuda else None,
             },
@@ -230,6 +232,9 @@ class _Training:
         self.best_is_written = False
         self.model.load_state_dict(loaded["model"])
         self.optimizer.load_state_dict(loaded["optimizer"])
+        if self.compressed:
+            scores = loaded.get("scores", {})
+            dibit.scores(self.model).load_state_dict({k: v.to(self.task.device) for k, v in scores.items()})
         torch.set_rng_state(loaded["rng"])
         if loaded["cuda_rng"] is not None:
             torch.cuda.set_rng_state(loaded["cuda_rng"], self.task.device)

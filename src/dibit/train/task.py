@@ -106,11 +106,11 @@ def measure(task: Task, model: nn.Module, config: dibit.Config | None, split: Sp
         trial.train()
         y_train = task.y[split.train]
         targets = y_train.numel() * y_train.element_size()
+        optimizer = adam(trial, task.settings.optimisation)
+        task.step(trial, optimizer, split.train, y_train)  # Adam's moments and scores are there from the second step on
         with dibit.track(trial) as saved:
             logits = trial(task.x, task.adjacency)
         del logits
-        optimizer = adam(trial, task.settings.optimisation)
-        task.step(trial, optimizer, split.train, y_train)  # Adam's moments are there from the second step on
         optimizer.zero_grad(set_to_none=True)  # frees what the profiler has not seen come
         peak = peak_bytes(lambda: task.step(trial, optimizer, split.train, y_train), task.device)
     return Measured(saved.total + targets, saved.plain + targets, peak)

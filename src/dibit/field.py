@@ -1,0 +1,156 @@
+"""Rows that the loss cannot reach: where only some rows of the output enter the loss, others get no gradient.
+
+How far a residual lies from the output is read off autograd's graph at the end of each forward pass: the number of
+aggregations on the way, as long as everything else there works row by row. The next pass keeps the rows alone that the
+loss reaches in as many steps along the edges, and is checked against its own graph when it ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dibit.identity import Alive, storage_key
+
+# Operations of torch whose gradient stays in its row, whatever their settings.
+_ROW_BY_ROW = {
+    f"{name}Backward0"
+    for name in "Add Sub Mul Div Neg Relu LeakyRelu Elu Gelu Silu Sigmoid Tanh Exp".split()  # noqa: SIM905
+}
+_LAST_DIMENSION = {"LogSoftmaxBackward0", "SoftmaxBackward0"}
+
+
+@dataclass
+class Field:
+    """What one model's passes have shown.
+
+    Attributes:
+        steps: by residual, aggregations between it and the output; only of residuals that see rows alone.
+    """
+
+    steps: dict[str, int] = field(default_factory=dict)
+    _alive: Alive = field(default_factory=Alive, repr=False)
+    _of: Any = field(default=None, repr=False)
+    _reached: list[tuple[Tensor, int]] = field(default_factory=list, repr=False)
+
+    def reached(self, key: str, matrix: Tensor, loss_rows: Tensor, rows: int) -> tuple[Tensor, int] | None:
+        """Which rows of a residual the loss reaches, bool (rows,), and their number; `None`: all, for all we know."""
+        steps = self.steps.get(key)
+        if steps is None or matrix.shape[0] != matrix.shape[1] or matrix.shape[0] != rows:
+            return None
+        crow, col = matrix.crow_indices(), matrix.col_indices()
+        of = (storage_key(crow), crow._version, storage_key(col), col._version, loss_rows, loss_rows._version)
+        if self._of is None or self._of[:4] != of[:4] or self._of[4] is not loss_rows or self._of[5] != of[5]:
+            self._alive.clear()
+            self._alive.hold(crow)
+            self._alive.hold(col)
+            first = torch.zeros(rows, dtype=torch.bool, device=crow.device)
+            first[loss_rows] = True
+            self._of, self._reached = of, [(first, int(first.sum()))]
+        while len(self._reached) <= steps:
+            last = self._reached[-1][0]
+            more = last.clone()
+            more[col[last.repeat_interleave(crow.diff())]] = True
+            self._reached.append((more, int(more.sum())))
+        return self._reached[steps]
+
+    def learn(self, outputs: Iterable[Tensor], matrix: Tensor | None, assumed: dict[str, int]) -> None:
+        """Read the distances off a finished forward pass.
+
+        Raises:
+            RuntimeError: a residual has left out rows that the loss reaches in this pass: the model took another way.
+        """
+        found = distances(outputs, None if matrix is None else storage_key(matrix.crow_indices()))
+        for key, steps in assumed.items():
+            if (true := found.get(key, -1)) is None or true > steps:
+                raise RuntimeError(
+                    f"the way from {key.partition(':')[0]!r} to the output is not that of the pass before, on which "
+                    "dibit.batch(model, loss_rows=...) relies; leave loss_rows out for a model that changes its way."
+                )
+        self.steps = {key: steps for key, steps in found.items() if steps is not None}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"steps": dict(self.steps), "_alive": Alive(), "_of": None, "_reached": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+def distances(outputs: Iterable[Tensor], matrix: int | None) -> dict[str, int | None]:
+    """By residual: the most aggregations by this matrix to any output; `None` where other operations mix rows.
+
+    Args:
+        outputs: of the model.
+        matrix: identity of its row pointers.
+    """
+    steps: dict[Any, int | None] = {x.grad_fn: 0 for x in outputs if x.grad_fn is not None}
+    found: dict[str, int | None] = {}
+    for node in _in_order(steps):
+        here = steps[node]
+        own = _aggregations(node, matrix)
+        there = None if here is None or own is None else here + own
+        for residual, _ in getattr(node, "layout", ()):
+            if key := getattr(residual, "key", ""):
+                # a fused aggregation has gone back over the edges before its residual is used
+                used = here if not _fused(node) else there
+                found[key] = _further(found[key], used) if key in found else used
+        for following, _ in node.next_functions:
+            if following is not None:
+                steps[following] = _further(steps[following], there) if following in steps else there
+    return found
+
+
+def _further(a: int | None, b: int | None) -> int | None:
+    return None if a is None or b is None else max(a, b)
+
+
+def _in_order(starts: Iterable[Any]) -> Iterator[Any]:
+    """All nodes of a graph, each after everything that leads to it."""
+    order: list[Any] = []
+    seen: set[Any] = set()
+    for start in list(starts):
+        stack = [(start, False)]
+        while stack:
+            node, left = stack.pop()
+            if left:
+                order.append(node)
+            elif node not in seen:
+                seen.add(node)
+                stack.append((node, True))
+                stack += [(n, False) for n, _ in node.next_functions if n is not None and n not in seen]
+    return reversed(order)
+
+
+def _fused(node: Any) -> bool:
+    from dibit.functions.linear import AggregatedLinear
+
+    return _is(node, AggregatedLinear)
+
+
+def _is(node: Any, *functions: Any) -> bool:
+    """Whether a node of the graph belongs to one of these `autograd.Function`s."""
+    return isinstance(node, tuple(function._backward_cls for function in functions))
+
+
+def _aggregations(node: Any, matrix: int | None) -> int | None:
+    """Steps along the edges that a gradient takes in this node; `None` where it may reach any row."""
+    from dibit.functions import activation, add, aggregate, dropout, linear, norm
+
+    name = type(node).__name__
+    if _is(node, aggregate.Aggregate, linear.AggregatedLinear):
+        return 1 if node.matrix == matrix else None
+    if _is(node, linear.Linear, activation.Elementwise, dropout.SeededDropout, dropout.MaskedDropout, add.Add):
+        return 0
+    if _is(node, norm.LayerNorm):
+        return 0 if len(node.shape) == 1 else None
+    if _is(node, norm.BatchNorm):
+        return None if node.training else 0
+    if name in _ROW_BY_ROW or name == "AccumulateGrad":
+        return 0
+    if name in _LAST_DIMENSION:
+        return 0 if node._saved_dim in (1, 2**64 - 1, -1) else None
+    return None

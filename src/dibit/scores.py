@@ -1,0 +1,144 @@
+"""Scores: how large each row's gradient was in the last step, one byte a row, by which the next step's rows are kept.
+
+They lie beside the model, never in a buffer: a `state_dict` stays the plain model's, and each process has its own.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dibit.codec.rows import LEFT_OUT, row_scores, together
+
+
+class Watch:
+    """Sees the gradients that one residual is multiplied with.
+
+    Attributes:
+        scores: uint8 (N,) of their sum of squares, once a backward pass has come by.
+    """
+
+    def __init__(self) -> None:
+        self.scores: Tensor | None = None
+
+    def see(self, dy: Tensor) -> None:
+        """A gradient (N, O) of one user; the users of a residual add up."""
+        new = row_scores(dy)
+        self.scores = new if self.scores is None else together(self.scores, new)
+
+
+@dataclass
+class Scores:
+    """The table of one model.
+
+    Scores change when the optimiser has changed a parameter, not before: passes that add up to one step are sampled
+    alike. What later passes measure takes the place of what earlier ones did, row by row.
+
+    Attributes:
+        known: by residual, uint8 (nodes,).
+    """
+
+    known: dict[str, Tensor] = field(default_factory=dict)
+    _pending: dict[str, list[tuple[Tensor | None, Watch]]] = field(default_factory=dict, repr=False)
+    _stamp: int | None = field(default=None, repr=False)
+    _warned: bool = field(default=False, repr=False)
+
+    def begin(self, parameters: Iterable[Tensor]) -> None:
+        """A forward pass begins; if the parameters have changed, what was measured counts from now on."""
+        stamp = sum(p._version for p in parameters)
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        self.known = self._latest()
+        self._pending.clear()
+
+    def _latest(self) -> dict[str, Tensor]:
+        """What is known, with all that was measured since."""
+        found = dict(self.known)
+        for key, measured in self._pending.items():
+            for ids, watch in measured:
+                if watch.scores is not None:
+                    found[key] = _updated(found.get(key), ids, watch.scores)
+        return found
+
+    def of(self, key: str, rows: int, ids: Tensor | None) -> Tensor | None:
+        """Scores of the rows of a residual, uint8 (rows,); `None` where nothing is known of them."""
+        table = self.known.get(key)
+        if table is None:
+            return None
+        if ids is not None:
+            ids = ids[:rows]
+            if ids.numel() != rows:
+                return None
+            known = ids < table.numel()
+            return torch.where(known, table[ids.clamp(max=table.numel() - 1)], 0)
+        if table.numel() == rows:
+            return table
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"dibit: the scores of {key.partition(':')[0]!r} are of {table.numel():,} rows, but this batch has "
+                f"{rows:,}; rows are kept by their norms instead. With mini-batches, name the nodes: "
+                "with dibit.batch(model, node_ids=...).",
+                stacklevel=2,
+            )
+        del self.known[key]
+        return None
+
+    def watch(self, key: str, ids: Tensor | None) -> Watch:
+        """Measure the gradient of a residual in the backward pass that follows."""
+        measured = self._pending.setdefault(key, [])
+        if ids is None:  # of the whole graph: an earlier pass has nothing to add once a later one is through
+            while len(measured) > 1 and measured[-1][1].scores is not None:
+                del measured[0]
+        measured.append((ids, Watch()))
+        return measured[-1][1]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The scores by residual, uint8 (nodes,), for a checkpoint made between two steps."""
+        return self._latest()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the scores of a checkpoint; other devices are allowed.
+
+        Raises:
+            TypeError: a value is no uint8 tensor with one dimension.
+        """
+        for key, table in state.items():
+            if not isinstance(table, Tensor) or table.dtype != torch.uint8 or table.dim() != 1:
+                what = (
+                    f"{table.dtype} of shape {tuple(table.shape)}"
+                    if isinstance(table, Tensor)
+                    else type(table).__name__
+                )
+                raise TypeError(
+                    f"the scores of {key!r} are {what}; expected uint8 (nodes,), as dibit.scores(model).state_dict() "
+                    "gives them."
+                )
+        self.known = dict(state)
+        self._pending.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"known": dict(self.known), "_pending": {}, "_stamp": None, "_warned": self._warned}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+def _updated(old: Tensor | None, ids: Tensor | None, new: Tensor) -> Tensor:
+    """A table with new scores of these nodes, or of all; where they are not finite, the old ones stay."""
+    if ids is None:
+        if old is None or old.numel() != new.numel():
+            old = torch.zeros_like(new)
+        return torch.where(new == LEFT_OUT, old, new)
+    ids = ids[: new.numel()]
+    table = new.new_zeros(max(0 if old is None else old.numel(), int(ids.max()) + 1 if ids.numel() else 0))
+    if old is not None:
+        table[: old.numel()] = old
+    table[ids] = torch.where(new == LEFT_OUT, table[ids], new)
+    return table

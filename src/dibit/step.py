@@ -1,0 +1,418 @@
+"""What lives as long as one forward pass of a compressed model."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import resolve_name
+
+from dibit.batch import current
+from dibit.codec import Affine, encode, encoded_bytes, mix, norm_scores, seed_tensor
+from dibit.codec.rows import LEFT_OUT
+from dibit.config import Config, Project, Sample
+from dibit.graph import Graph
+from dibit.identity import Alive, storage_key, storages
+from dibit.ledger import Ledger, Row
+from dibit.lossless import Exact, Kept, Narrowed, Recomputed, narrow
+from dibit.residual import Compressed, Gathered, Lossless, Reference, Residual
+from dibit.scores import Watch
+from dibit.state import State
+from dibit.stream import fresh_key
+from dibit.tape import Tape, nbytes
+
+_DEEPEST = 6  # nested containers that are searched for the caller's tensors
+
+
+class Step:
+    """One forward pass of a compressed model: its seeds, what is shared within it, its entries in the ledger.
+
+    Args:
+        state: of the compressed model.
+        inputs: arguments of the outermost module; data among them (no gradient history) is held by the caller.
+    """
+
+    def __init__(self, state: State, inputs: Any) -> None:
+        self.state = state
+        self.names: list[str] = []
+        self.configs: list[Config | None] = []
+        self.ledger: Ledger | None = state.ledger
+        self.compresses = False  # some module of this pass has a config
+        self.seen = 0  # operations that a rule took over
+        self.function: Any = None  # the function now running, for the ledger
+        self.row: Row | None = None
+        self.inside = False  # a rule is saving tensors of its own
+        self.batch = current(state.root)
+        self._keys: dict[str, int] = {}  # residuals with a key so far, by module and function
+        self._assumed: dict[str, int] = {}  # how far from the output residuals lie that left out rows
+        sparse = (
+            [x for x in tensors_in(inputs) if x.layout == torch.sparse_csr] if self.batch.loss_rows is not None else []
+        )
+        self.matrix = sparse[0] if len(sparse) == 1 else None
+        self._key: int | None = None
+        self._draws = 0
+        self.deferred: list[Any] = []  # residuals whose form depends on what the model returns
+        self._held: set[int] = set()
+        self._alive = Alive()  # keeps identities in the tables below from being used again
+        self._shared: dict[Any, Any] = {}
+        self._derived: dict[Any, Residual] = {}  # tensors that can be had again from what others hold
+        self._aggregates: dict[Any, tuple[Graph, weakref.ref[Tensor], int]] = {}
+        self._content: dict[Any, list[Exact | Narrowed]] = {}
+        self._leaves: dict[int, list[Exact]] = {}  # by storage: kept in the place of tensors computed from them
+        self.tape = Tape(self.key, self.free)
+        state.scores.begin(state.root.parameters())
+        for x in tensors_in(inputs):
+            if not x.requires_grad or x.is_leaf:
+                self._hold(x)
+        for x in state.constants():
+            self._hold(x)
+
+    # -- randomness -------------------------------------------------------------------------------------------------
+
+    def seed(self, purpose: str, device: torch.device, *more: int) -> Tensor:
+        """A fresh seed. The stream is a function of torch's default generator and draws nothing from it."""
+        if self._key is None:
+            self._key = fresh_key()
+        self._draws += 1
+        return seed_tensor(mix(self._key, purpose, self._draws, *more), device)
+
+    def end(self, outputs: Any) -> None:
+        """Settle what depends on the outputs, and forget what is shared within the pass."""
+        outputs = list(tensors_in(outputs))
+        if self.batch.loss_rows is not None:
+            self.state.reach.learn(outputs, self.matrix, self._assumed)
+        returned = {storage_key(part) for x in outputs for part in storages(x)}
+        for cell in self.deferred:
+            cell.settle(self, returned)
+        if self.ledger is not None:
+            self.ledger.close(outputs)
+        # autograd may keep the hooks, and with them this object, as long as the graph
+        for table in (self._shared, self._derived, self._aggregates, self._content, self._leaves):
+            table.clear()
+        self._alive.clear()
+        self._held.clear()
+        self.deferred.clear()
+        self.tape.clear()
+
+    # -- sharing and holding ----------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Config | None:
+        """Of the innermost module that is running; `None` leaves everything exact."""
+        return self.configs[-1] if self.configs else None
+
+    @property
+    def module(self) -> str:
+        """Name of the innermost module that is running; empty for the outermost."""
+        return self.names[-1] if self.names else ""
+
+    def _hold(self, x: Tensor) -> None:
+        for part in storages(x):
+            self._held.add(self._alive.hold(part))
+
+    def held(self, x: Tensor) -> bool:
+        """Whether someone else keeps the memory of x through the backward pass: inputs, parameters, buffers."""
+        return all(storage_key(part) in self._held for part in storages(x))
+
+    def free(self, x: Tensor) -> bool:
+        """Whether keeping x costs nothing more: somebody else holds it, or it is kept exactly already."""
+        return self.held(x) or ("lossless", self.key(x)) in self._shared
+
+    def key(self, x: Tensor) -> tuple[Any, ...]:
+        """Identity of a tensor's content: live storage, version, geometry. Never its address."""
+        return self._alive.hold(x), x._version, x.storage_offset(), x.shape, x.stride(), x.dtype
+
+    # -- residuals --------------------------------------------------------------------------------------------------
+
+    def keep(self, x: Tensor, *, leaf: bool, config: Config | None = None) -> Residual:
+        """A residual of x.
+
+        Args:
+            x: floating point (..., D).
+            leaf: it enters gradients of parameters only, so one draw may serve all leaves of the same tensor. A path
+                residual enters gradients of what comes before and is always drawn anew.
+            config: default: that of the running module.
+        """
+        own = self.config
+        assert own is not None
+        config = config or own
+        if own.inputs == "reference":
+            if self.held(x):
+                return self.note(Reference(x, x.shape))
+            if self._derived and (derived := self._derived.get(self.key(x))) is not None:
+                return self.note(derived)
+            if (again := self._again(x, encoded_bytes(x.shape, config))) is not None:
+                return self.note(again)
+        if not leaf:
+            return self.note(self._encode(x, config, "path"))
+        key = (self.key(x), config)
+        found = self._shared.get(key)
+        if found is None:
+            found = self._shared[key] = self._encode(x, config, "leaf", watched=True)
+        return self.note(found)
+
+    def keep_affine(self, x: Tensor, affine: Affine, config: Config, *, watched: bool) -> Residual:
+        """A path residual of (x - shift) * scale, a tensor that nobody else has.
+
+        Args:
+            watched: its user tells the `Compressed.watch` what it is multiplied with.
+        """
+        return self.note(self._encode(x, config, "path", affine, watched))
+
+    def cheap(self, x: Tensor, config: Config) -> bool:
+        """Whether x can be kept exactly for less than its codes would take."""
+        return self.free(x) or self.tape.cut(x, encoded_bytes(x.shape, config)) is not None
+
+    def exact(self, x: Tensor) -> Residual:
+        """A residual that loses nothing."""
+        if self.held(x):
+            return self.note(Reference(x, x.shape))
+        kept = self.exactly(x)
+        return self.note(kept if isinstance(kept, Recomputed) else Lossless(kept))
+
+    def gathered(self, x: Tensor, config: Config) -> Residual:
+        """A path residual: of the smaller tensor that x was gathered, viewed or expanded from, if there is one."""
+        found = self.tape.gathered(x)
+        if found is None:
+            return self.keep(x, leaf=False, config=config)
+        source, leaves = found
+        tensor = source.tensor()
+        assert tensor is not None
+        row, self.row = self.row, None  # the ledger gets one entry, of the whole
+        kept = self.keep(tensor, leaf=False, config=config)
+        self.row = row
+        program = self.tape.program(x, [source, *leaves])
+        return self.note(Gathered(kept, tuple(self._leaf(leaf.tensor()) for leaf in leaves), program, self.tape.shared))
+
+    def _again(self, x: Tensor, limit: float) -> Recomputed | None:
+        leaves = self.tape.cut(x, limit)
+        if leaves is None:
+            return None
+        program = self.tape.program(x, leaves)
+        return Recomputed(tuple(self._leaf(node.tensor()) for node in leaves), program, self.tape.shared)
+
+    def _encode(
+        self, x: Tensor, config: Config, purpose: str, affine: Affine | None = None, watched: bool = False
+    ) -> Compressed:
+        salt = (self.state.salt,) if self.state.salt else ()
+        scores = watch = candidates = None
+        key = ""
+        if watched and (self.batch.loss_rows is not None or _by_gradient(config)):
+            key = self._name()
+            rows = x.detach().reshape(x.shape[:-1].numel(), x.shape[-1])
+            if _by_gradient(config):
+                scores, watch = self._scores(key, rows, affine is None)
+            config, scores, candidates = self._reached(key, config, rows, scores)
+        packed = encode(x, config, self.seed(purpose, x.device, *salt), affine, scores, candidates)
+        if self.state.observer is not None:
+            x = x if affine is None else affine(x)
+            self.state.observer(self.module, function_name(self.function), x, packed)
+        return Compressed(packed, watch, key)
+
+    def _name(self) -> str:
+        """Of the residual that the running function keeps, the same in every pass."""
+        name = f"{self.module}:{function_name(self.function)}"
+        self._keys[name] = number = self._keys.get(name, 0) + 1
+        return f"{name}:{number}"
+
+    def _scores(self, key: str, rows: Tensor, norms: bool) -> tuple[Tensor | None, Watch]:
+        """Scores of rows by the gradients of earlier steps; by their norms as long as there are none."""
+        table, ids = self.state.scores, self.batch.node_ids
+        scores = table.of(key, rows.shape[0], ids)
+        if scores is None and norms:
+            scores = norm_scores(rows)
+        return scores, table.watch(key, ids)
+
+    def _reached(
+        self, key: str, config: Config, rows: Tensor, scores: Tensor | None
+    ) -> tuple[Config, Tensor | None, int | None]:
+        """Leave out the rows that the loss does not reach: config, scores and how many rows may be kept."""
+        loss_rows, reduce = self.batch.loss_rows, config.reduce
+        if loss_rows is None or self.matrix is None or isinstance(reduce, Project):
+            return config, scores, None
+        found = self.state.reach.reached(key, self.matrix, loss_rows, rows.shape[0])
+        if found is None or not 0 < found[1] < rows.shape[0]:
+            return config, scores, None
+        self._assumed[key] = self.state.reach.steps[key]
+        if scores is None:
+            by_norm = reduce is not None and reduce.by == "norm"
+            scores = norm_scores(rows) if by_norm else rows.new_zeros(rows.shape[0], dtype=torch.uint8)
+        scores = torch.where(found[0], scores, LEFT_OUT)
+        return config if reduce is not None else replace(config, reduce=Sample(1)), scores, found[1]
+
+    def derived(self, y: Tensor, residual: Residual) -> None:
+        """Remember that y can be had again from what others hold (features, their dropout, their aggregate)."""
+        self._derived[self.key(y)] = residual
+
+    def aggregated(self, y: Tensor, graph: Graph, x: Tensor) -> None:
+        """Remember that y = A x, as long as somebody else keeps x alive."""
+        self._aggregates[self.key(y)] = graph, weakref.ref(x), x._version
+
+    def source(self, y: Tensor) -> tuple[Graph, Tensor] | None:
+        """A and x of a y = A x whose gradient nobody has asked for, where the recipe does not insist on keeping y."""
+        found = self._aggregates.get(self.key(y)) if self._aggregates else None
+        if found is None or self.config is None or self.config.inputs != "reference":
+            return None
+        graph, ref, version = found
+        x = ref()
+        if x is None or x._version != version or y._backward_hooks or y.retains_grad:
+            return None
+        return graph, x
+
+    def share(self, x: Tensor) -> Tensor:
+        """A constant of the graph structure, kept once for equal content; int64 as int32 where it fits."""
+        if self.held(x):
+            return x
+        packed = self._lossless(x)
+        return packed.x if isinstance(packed, Exact | Narrowed) else x
+
+    def pack_index(self, index: Tensor) -> Exact | Narrowed:
+        """An index for a rule that saves it itself: by reference, or once and in int32."""
+        kept: Exact | Narrowed = Exact(index, index._version) if self.held(index) else self._lossless(index)
+        if self.ledger is not None and self.row is not None and not self.held(index):
+            self.ledger.kept_tensor(self.row, kept.x)
+        return kept
+
+    # -- the ledger -------------------------------------------------------------------------------------------------
+
+    def note(self, residual: Residual | Any) -> Any:
+        """Enter a residual in the ledger under the operation that is running."""
+        if self.ledger is not None and self.row is not None:
+            self.row.how = f"{self.row.how}; {residual.how}" if self.row.how else residual.how
+            for x in residual.tensors:
+                if not self.held(x):
+                    self.ledger.kept_tensor(self.row, x)
+        return residual
+
+    def plain(self, *saved: Tensor | int | None) -> None:
+        """What the running operation would keep without Dibit: tensors, or bytes that only it would allocate."""
+        if self.ledger is None or self.row is None:
+            return
+        for x in saved:
+            if isinstance(x, int):
+                self.row.plain += x
+            elif x is not None and not self.held(x):
+                self.ledger.plain_tensor(self.row, x)
+                self.row.shape = self.row.shape or tuple(x.shape)
+
+    def open(self, function: Any) -> None:
+        """Begin a ledger row for an operation that a rule takes."""
+        if self.ledger is not None:
+            self.row = self.ledger.add(Row(self.module, function_name(function), "", ()))
+
+    # -- hooks ------------------------------------------------------------------------------------------------------
+
+    def pack(self, x: Tensor) -> Kept:
+        kept: Kept
+        if self.inside:  # a rule's own tensors: entered in the ledger where they were made
+            kept = Exact(x, x._version)
+            if x.layout == torch.strided and (leaves := self._leaves.get(storage_key(x))) is not None:
+                leaves.append(kept)
+            return kept
+        free = self.held(x)
+        self.tape.saved(x)
+        kept = Exact(x, x._version) if free or self.config is None or x.layout != torch.strided else self.exactly(x)
+        if self.ledger is not None and not free:
+            row = Row(self.module, function_name(self.function), kept.how, tuple(x.shape))
+            self.ledger.add(row)
+            self.ledger.plain_tensor(row, x)
+            self.enter(row, kept)
+        return kept
+
+    @staticmethod
+    def unpack(kept: Kept) -> Tensor:
+        return kept.restore()
+
+    def exactly(self, x: Tensor) -> Kept:
+        """x in the fewest bytes that lose nothing: from what is kept anyway, narrowed, once for equal content."""
+        if ("lossless", self.key(x)) not in self._shared:
+            own = nbytes(x) * (0.5 if x.dtype == torch.int64 else 1)
+            again = self._again(x, own)
+            if again is not None:
+                return again
+        return self._lossless(x)
+
+    def _leaf(self, x: Tensor | None) -> Exact | Narrowed:
+        assert x is not None
+        x = x.detach()  # what is kept must not hold the graph that it belongs to
+        if not self.held(x) and x.untyped_storage().nbytes() > 2 * nbytes(x):
+            x = x.clone()  # a small view would keep all that it is a view of
+        kept = Exact(x, x._version) if self.held(x) else self._lossless(x)
+        if isinstance(kept, Exact):
+            self._leaves.setdefault(storage_key(kept.x), []).append(kept)
+        return kept
+
+    def before_change(self, x: Any) -> None:
+        """An operation is about to change x in place. Plain torch would not mind where it keeps the result alone."""
+        if isinstance(x, Tensor) and x.layout == torch.strided:
+            for leaf in self._leaves.pop(storage_key(x), ()):
+                leaf.own()
+
+    def enter(self, row: Row, kept: Kept) -> None:
+        """Enter in the ledger what a form takes."""
+        assert self.ledger is not None
+        for form in kept.leaves if isinstance(kept, Recomputed) else (kept,):
+            if not self.held(form.x):
+                self.ledger.kept_tensor(row, form.x)
+
+    def _lossless(self, x: Tensor) -> Exact | Narrowed:
+        if x.is_floating_point() and x.numel() != max(x.shape, default=0):
+            return Exact(x, x._version)  # an activation: its content is its own
+        key = ("lossless", self.key(x))
+        if key not in self._shared:
+            self._shared[key] = self._once(narrow(x))
+            self.tape.cuts.clear()  # what starts from x costs less now
+        return self._shared[key]
+
+    def _once(self, kept: Exact | Narrowed) -> Exact | Narrowed:
+        """On an earlier constant of the same content: indices and normalised weights are made anew in each layer."""
+        known = self._content.setdefault((type(kept), kept.x.dtype, kept.x.shape), [])
+        for other in known:
+            unchanged = not isinstance(other, Exact) or other.x._version == other.version
+            if unchanged and torch.equal(other.x, kept.x):
+                return kept.on(other.x)
+        known.append(kept)
+        return kept
+
+
+def _by_gradient(config: Config) -> bool:
+    return isinstance(config.reduce, Sample) and config.reduce.by == "gradient"
+
+
+def _only_matrix(inputs: Any) -> Tensor | None:
+    """The sparse matrix among the arguments, if there is just one."""
+    found = [x for x in tensors_in(inputs) if x.layout == torch.sparse_csr]
+    return found[0] if len(found) == 1 else None
+
+
+def function_name(function: Any) -> str:
+    name = resolve_name(function) or getattr(function, "__name__", str(function))
+    return name.removeprefix("torch.").removeprefix("nn.functional.").removeprefix("Tensor.")
+
+
+def tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:
+    """All tensors in nested containers, graph objects (`Data`, `SparseTensor`) included."""
+    if isinstance(value, Tensor):
+        yield value
+        if hasattr(value, "__tensor_flatten__"):  # a subclass around other tensors, such as EdgeIndex
+            for name in value.__tensor_flatten__()[0]:
+                yield from tensors_in(getattr(value, name), depth + 1)
+    elif depth >= _DEEPEST or value is None or isinstance(value, int | float | str):
+        return
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from tensors_in(item, depth + 1)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item, depth + 1)
+    elif hasattr(value, "__dict__") and not isinstance(value, torch.nn.Module | type):
+        yield from tensors_in(vars(value), depth + 1)
+    elif hasattr(value, "storage"):  # torch_sparse.SparseTensor keeps a scripted storage
+        for name in ("row", "rowptr", "col", "value", "colptr", "csr2csc", "csc2csr"):
+            part = getattr(value.storage, f"_{name}", None)
+            if isinstance(part, Tensor):
+                yield part

@@ -1,0 +1,178 @@
+"""Rows that the loss cannot reach are not kept, and nobody can tell by the gradient."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch_geometric.nn import SAGEConv
+from torch_geometric.utils import to_torch_csr_tensor
+
+import dibit
+from dibit import Config, Sample
+from dibit.codec.rows import LEFT_OUT
+from tests.unbiased import bias_of
+
+N, D = 300, 16
+EXACT = Config(bits=8, block="row", stats=torch.float32, reduce=None, rounding="nearest")
+
+
+def chain() -> Tensor:
+    """i hears from i - 1: the loss on row 20 reaches back as many rows as there are aggregations."""
+    return to_torch_csr_tensor(torch.stack((torch.arange(N - 1), torch.arange(1, N))), size=(N, N)).t().to_sparse_csr()
+
+
+class Net(nn.Module):
+    """Three SAGE layers; `norm` between them."""
+
+    def __init__(self, norm: Any = nn.Identity) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.start = nn.Linear(D, D)
+        self.convs = nn.ModuleList(SAGEConv(D, D) for _ in range(3))
+        self.norms = nn.ModuleList(norm(D) if norm is not nn.Identity else norm() for _ in range(2))
+        self.way = 0
+
+    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+        x = self.start(x)  # the features themselves are kept by reference, exact anyway
+        for conv, norm in zip(self.convs, [*self.norms, None], strict=True):
+            x = conv(x, adjacency)
+            if norm is not None:
+                x = F.dropout(norm(x).relu(), 0.5, self.training)
+        if self.way == 1:
+            x = x + x.mean(0)
+        if self.way == 2:
+            x = self.convs[2](x, adjacency)
+        return x
+
+
+def kept_rows(net: nn.Module, x: Tensor, a: Tensor, rows: Tensor) -> dict[str, int]:
+    """By layer, how many rows its residual has that are not left out."""
+    found = {}
+
+    def observe(module: str, operation: str, value: Tensor, packed: Any) -> None:
+        if "linear" in operation:
+            found[module] = N if packed.scores is None else int((packed.scores != LEFT_OUT).sum())
+
+    state = dibit.compress.__globals__["state_of"](net)
+    state.observer = observe
+    with dibit.batch(net, loss_rows=rows):
+        F.cross_entropy(net(x, a)[rows], torch.zeros(len(rows), dtype=torch.long)).backward()
+    state.observer = None
+    return found
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(N, D, requires_grad=True), chain(), torch.tensor([20, 100])
+
+
+def test_rows_are_left_out_from_the_second_pass_on() -> None:
+    x, a, rows = inputs()
+    net = dibit.compress(Net(), Config(reduce=Sample(2)))
+    first = kept_rows(net, x, a, rows)
+    assert set(first.values()) == {N}
+    # the last layer's own input enters its row and, aggregated, the next: two rows for each row of the loss
+    assert kept_rows(net, x, a, rows) == {"convs.0.lin_l": 8, "convs.1.lin_l": 6, "convs.2.lin_l": 4}
+
+
+@pytest.mark.parametrize(
+    ("norm", "expected"), [(nn.BatchNorm1d, {N, 4}), (nn.LayerNorm, {8, 6, 4}), (nn.Identity, {8, 6, 4})]
+)
+def test_what_mixes_rows_lets_all_be_reached(norm: Any, expected: set[int]) -> None:
+    x, a, rows = inputs()
+    net = dibit.compress(Net(norm), Config(reduce=Sample(2)))
+    kept_rows(net, x, a, rows)
+    assert set(kept_rows(net, x, a, rows).values()) == expected
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.LayerNorm, nn.Identity])
+@pytest.mark.parametrize("by", ["uniform", "norm", "gradient"])
+def test_gradient_is_unbiased(norm: Any, by: str) -> None:
+    x, a, rows = inputs()
+    plain = Net(norm)
+    config = Config(bits=8, block=64, reduce=Sample(2, by=by), dropout="mask")  # type: ignore[arg-type]
+    net = dibit.compress(copy.deepcopy(plain), config)
+    y = torch.arange(len(rows))
+
+    def gradient(model: nn.Module, seed: int = 0) -> Tensor:
+        model.zero_grad()
+        state = dibit.compress.__globals__["state_of"](model)
+        if state is not None:
+            state.salt = seed
+        torch.manual_seed(0)  # the same dropout
+        with dibit.batch(model, loss_rows=rows):
+            F.cross_entropy(model(x, a)[rows], y).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    truth = gradient(plain)
+    gradient(net)
+    bias = bias_of(lambda i: gradient(net, i + 1), truth, 300)
+    assert bias.unbiased, bias
+
+
+def test_without_a_reduction_it_is_exact_and_free() -> None:
+    x, a, rows = inputs()
+    plain = Net()
+    net = dibit.compress(copy.deepcopy(plain), Config(bits=8, block=1, stats=torch.float32, dropout="mask"))
+    totals = []
+    for _ in range(2):
+        with dibit.track(net) as saved:
+            kept_rows(net, x, a, rows)
+        totals.append(saved.total)
+    assert totals[1] < totals[0] / 5
+    grads = []
+    for model in (plain, net):
+        model.zero_grad()
+        torch.manual_seed(0)
+        with dibit.batch(model, loss_rows=rows):
+            F.cross_entropy(model(x, a)[rows], torch.zeros(len(rows), dtype=torch.long)).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.allclose(*grads, rtol=1e-5, atol=1e-7), "a block of one element is exact: no row is missing"
+
+
+@pytest.mark.parametrize("way", [1, 2])
+def test_a_model_that_takes_another_way_is_told(way: int) -> None:
+    x, a, rows = inputs()
+    net = dibit.compress(Net(), Config(reduce=Sample(2)))
+    kept_rows(net, x, a, rows)
+    net.way = way
+    with pytest.raises(RuntimeError, match="is not that of the pass before"):
+        kept_rows(net, x, a, rows)
+    kept_rows(dibit.compress(net, Config(reduce=Sample(2))), x, a, rows)  # from the start on it is its way
+    found = kept_rows(net, x, a, rows)
+    assert found["convs.1.lin_l"] == (N if way == 1 else 8)
+    assert found["convs.2.lin_l"] == (N if way == 1 else 4)
+
+
+def test_masks_and_other_rows() -> None:
+    x, a, rows = inputs()
+    net = dibit.compress(Net(), Config(reduce=Sample(2)))
+    mask = torch.zeros(N, dtype=torch.bool)
+    mask[rows] = True
+    kept_rows(net, x, a, rows)
+    with dibit.batch(net, loss_rows=mask):
+        net(x, a)
+    assert kept_rows(net, x, a, rows)["convs.2.lin_l"] == 4
+    assert kept_rows(net, x, a, torch.tensor([5]))["convs.2.lin_l"] == 2
+    assert kept_rows(net, x, a.clone(), torch.tensor([5]))["convs.0.lin_l"] == 4
+    for bad, error, message in (
+        ([3], TypeError, "loss_rows of type list; expected an int64 tensor, the rows of the output"),
+        (torch.tensor([-3]), ValueError, "negative numbers"),
+    ):
+        with pytest.raises(error, match=message), dibit.batch(net, loss_rows=bad):  # type: ignore[arg-type]
+            pass
+
+
+def test_copies_and_the_papers_recipes() -> None:
+    x, a, rows = inputs()
+    net = dibit.compress(Net(), Config(reduce=Sample(2)))
+    kept_rows(net, x, a, rows)
+    assert kept_rows(copy.deepcopy(net), x, a, rows)["convs.2.lin_l"] == 4
+    dibit.compress(net, "iexact")
+    for _ in range(2):
+        assert set(kept_rows(net, x, a, rows).values()) == {N}, "what the papers keep is kept"
