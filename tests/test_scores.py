@@ -59,7 +59,7 @@ def trained(steps: int = 2) -> tuple[Net, Tensor, Tensor]:
 def test_scores_are_the_last_steps_gradients() -> None:
     net, _, r = trained(1)
     known = dibit.scores(net).state_dict()
-    assert list(known) == ["norm:batch_norm:1", "third:linear:1"]
+    assert set(known) == {"norm:batch_norm:1", "third:linear:1"}
     # one residual serves both layers: their gradients add up
     second = torch.zeros(N, D)
     second[:, :3] = r
@@ -159,11 +159,11 @@ def test_passes_without_backward_cost_nothing_that_stays() -> None:
     net, x, _ = trained()
     for _ in range(20):
         net(x)
-    assert all(len(measured) < 25 for measured in dibit.scores(net)._pending.values())
+    assert not dibit.scores(net)._pending
     step(net, x, readout(), 0.1)
     for _ in range(20):
         step(net, x, readout())
-    assert all(len(measured) <= 2 for measured in dibit.scores(net)._pending.values())
+    assert [len(measured) for measured in dibit.scores(net)._pending.values()] == [1, 1]
 
 
 def test_nan_gradients_are_ignored() -> None:

@@ -19,7 +19,7 @@ from dibit.config import Config, nearest, recipe
 from dibit.functions import RULES
 from dibit.intercept import Intercept
 from dibit.ledger import Ledger
-from dibit.scores import Scores
+from dibit.score_table import Scores
 from dibit.state import Rule, State
 from dibit.step import Step
 
@@ -143,9 +143,9 @@ def compress(
 
     Args:
         model: any `torch.nn.Module`; parts of it may be called on their own.
-        config: a recipe's name ("default", "exact", "iexact"), a `Config`, `None` (everything exact), or a mapping from
-            module names to those. A name stands for the module and all within; `*` and `?` match as in file names; the
-            first entry that matches counts, and modules without a match stay exact.
+        config: a recipe's name ("default", "small", "exact", "iexact"), a `Config`, `None` (everything exact), or a
+            mapping from module names to those. A name stands for the module and all within; `*` and `?` match as in
+            file names; the first entry that matches counts, and modules without a match stay exact.
         rules: more entries for the table, or others for its functions: function -> `rule(step, *args, **kwargs)`, see
             `dibit.functions`.
 
@@ -208,7 +208,7 @@ def track(model: nn.Module) -> Iterator[Ledger]:
 
 
 def scores(model: nn.Module) -> Scores:
-    """What `Sample(by="gradient")` knows of a compressed model's rows; for checkpoints, as `dibit.scores.Scores` says.
+    """What `Sample(by="gradient")` knows of a compressed model's rows: `state_dict` and `load_state_dict`.
 
     Raises:
         ValueError: the model is not compressed.

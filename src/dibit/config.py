@@ -175,11 +175,17 @@ def _choice(name: str, value: object, known: tuple[str, ...]) -> None:
 # whole normalised input of BatchNorm.
 _papers = {"bits": 2, "reduce": Project(8), "dropout": "mask", "inputs": "compress"}
 
+
+def _important(ratio: int, norm_ratio: int) -> Config:
+    """Rows by their last gradients, of linear inputs and of norm inputs."""
+    norm = Config(bits=2, block=1024, reduce=Sample(norm_ratio, by="gradient"), rounding="dither")
+    return Config(bits=2, block=128, reduce=Sample(ratio, by="gradient"), norm=norm)
+
+
 RECIPES: dict[str, Config] = {
-    # Measured on the gradient of whole models at equal bytes (docs/operations.md): linear inputs weigh most.
-    "default": Config(
-        bits=2, block=256, reduce=Sample(3), norm=Config(bits=2, block=1024, reduce=Sample(10), rounding="dither")
-    ),
+    # Measured on the gradient of whole models, all bytes counted (docs/gradient-error.md).
+    "default": _important(6, 16),
+    "small": _important(10, 24),
     "exact": Config(block="row", **_papers),  # type: ignore[arg-type]
     "iexact": Config(block=1024, **_papers),  # type: ignore[arg-type]
 }

@@ -19,7 +19,7 @@ from dibit.config import Sample
 from dibit.graph import Graph
 from dibit.lossless import Exact, Narrowed, bind, outer
 from dibit.replay import Program, Shared
-from dibit.scores import Watch
+from dibit.score_table import Watch
 
 
 class Residual(Protocol):

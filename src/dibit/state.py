@@ -13,7 +13,7 @@ from dibit.codec import Packed
 from dibit.field import Field
 from dibit.identity import storages
 from dibit.ledger import Ledger
-from dibit.scores import Scores
+from dibit.score_table import Scores
 
 Rule = Callable[..., Any]
 # Sees what is compressed: module, operation, the tensor before its reduction, what is kept of it.

@@ -20,7 +20,7 @@ from dibit.identity import Alive, storage_key, storages
 from dibit.ledger import Ledger, Row
 from dibit.lossless import Exact, Kept, Narrowed, Recomputed, narrow
 from dibit.residual import Compressed, Gathered, Lossless, Reference, Residual
-from dibit.scores import Watch
+from dibit.score_table import Watch
 from dibit.state import State
 from dibit.stream import fresh_key
 from dibit.tape import Tape, nbytes

@@ -77,13 +77,15 @@ def test_gradient(tmp_path: Path) -> None:
         y=generator.integers(4, size=300),
         edge_index=generator.integers(300, size=(2, 1500)),
     )
-    settings = ["iexact", "default", "2 bit"]
+    settings = ["iexact", "default", "2 bit", "gradient 1/2 + 1/6"]
     words = ["gradient", str(path), "--epochs", "0", "2", "--draws", "3", "--settings", *settings]
-    found = run(words, tmp_path)
+    figure = tmp_path / "error.svg"
+    found = run([*words, "--figure", str(figure)], tmp_path)
     (graph,) = found["graphs"]
     rows = {row["setting"]: row for row in graph["rows"]}
     assert list(rows) == settings
     assert all(set(row["errors"]) == {"0", "2"} for row in rows.values())
+    assert b"small, sage, epoch 2" in figure.read_bytes()
     assert rows["2 bit"]["errors"]["0"] < rows["iexact"]["errors"]["0"]
     assert rows["default"]["bytes_per_node"] < rows["iexact"]["bytes_per_node"]
 
@@ -148,7 +150,7 @@ def test_the_resident_peak_can_be_begun_anew() -> None:
         (["memory", "--layers", "0"], "--layers is 0"),
         (["codec", "--elements", "x"], "invalid int value: 'x'"),
         (["gradient"], "arguments are required: GRAPH"),
-        (["gradient", "no-such-graph", "--settings", "2 bits"], "Did you mean '2 bit'?"),
+        (["gradient", "no-such-graph", "--settings", "2 bits"], "Did you mean '2 bit' or '8 bit'?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -7,6 +7,7 @@ import datetime
 import json
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from dibit.reproduce.progress import Progress
@@ -34,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
                           "edge_index.")  # fmt: skip
         each.add_argument("--scale", type=float, default=1.0, metavar="F", help="Nodes and edges, times F.")
         each.add_argument("--settings", nargs="+", metavar="NAME", help="Of plain, compile, bf16, checkpoint, exact, "
-                          "iexact, default; all by default.")  # fmt: skip
+                          "iexact, small, default; all by default.")  # fmt: skip
     speed.add_argument("--layers", type=int, metavar="L", help="Number of layers (default: the shape's).")
     memory.add_argument("--layers", type=int, nargs="+", metavar="L", help="Numbers of layers (default: 3 8 16).")
     gradient = kinds.add_parser("gradient", help="squared error of the gradient against bytes kept")
@@ -45,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
                           help="Epochs to look at (default: 0 10 60).")  # fmt: skip
     gradient.add_argument("--draws", type=int, default=8, metavar="K", help="Draws of the codec (default: 8).")
     gradient.add_argument("--settings", nargs="+", metavar="NAME", help="Of the list that an unknown name prints.")
+    gradient.add_argument("--figure", metavar="FILE", help="Draw error against bytes into this SVG file, too.")
     codec = kinds.add_parser("codec", help="GB/s of each kernel beside a copy")
     codec.add_argument("--elements", type=int, default=1 << 24, metavar="N", help="Of the tensor (default: 2^24).")
     codec.add_argument("--block", type=int, default=1024, metavar="G", help="Elements a range (default: 1024).")
@@ -66,6 +68,7 @@ def bench(argv: Sequence[str]) -> int:
     if args.kind is None:
         raise UserError(f"What to measure is missing; expected one of {', '.join(KINDS)}.")
     path = json_path(args.json)
+    drawing = _figure_path(getattr(args, "figure", None))
     require("rich", "train")
     from dibit.bench.show import show
 
@@ -75,9 +78,24 @@ def bench(argv: Sequence[str]) -> int:
             results = _measure(args, progress)
     content = _content(args.kind, results)
     show(content)
+    if drawing is not None:
+        from dibit.bench.figure import gradient_figure
+
+        drawing.write_bytes(gradient_figure([results]))
     if path is not None:
         path.write_text(json.dumps(content, indent=1) + "\n")
     return 0
+
+
+def _figure_path(given: str | None) -> Path | None:
+    """The file to draw into, checked before anything is measured."""
+    if given is None:
+        return None
+    require("matplotlib", "study")
+    path = Path(given)
+    if path.suffix != ".svg" or not path.parent.is_dir():
+        raise UserError(f"--figure is {given!r}, expected a file NAME.svg in a folder that exists.")
+    return path
 
 
 def _measure(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:

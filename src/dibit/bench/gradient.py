@@ -6,29 +6,53 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import dibit
-from dibit import Config, Project, Sample
-
-_DITHER = Config(block=1024, reduce=Sample(10), rounding="dither")
+from dibit import Config, Sample
 
 
-def _rows(ratio: int, norm: Config, bits: int = 2, block: int = 1024) -> Config:
-    return Config(bits=bits, block=block, reduce=Sample(ratio), norm=norm)
+def _rows(
+    ratio: int, norm_ratio: int, by: str = "gradient", norm_by: str | None = None, *, bits: int = 2, block: int = 128,
+    rounding: str = "stochastic", levels: str = "uniform", norm_bits: int = 2, norm_rounding: str = "dither",
+) -> Config:  # fmt: skip
+    norm = Config(
+        bits=norm_bits, reduce=Sample(norm_ratio, by=norm_by or ("uniform" if by == "norm" else by)),  # type: ignore[arg-type]
+        rounding=norm_rounding,  # type: ignore[arg-type]
+    )  # fmt: skip
+    reduce = Sample(ratio, by=by)  # type: ignore[arg-type]
+    return Config(bits=bits, block=block, reduce=reduce, norm=norm, rounding=rounding, levels=levels)  # type: ignore[arg-type]
 
 
-# What a linear layer's input and a norm's input become; the recipes, and what they were chosen from.
-CONFIGS: dict[str, Config] = {
-    "exact": dibit.recipe("exact"),
-    "iexact": dibit.recipe("iexact"),
-    "default": dibit.recipe("default"),
-    "rows/8, norm rows/8": _rows(8, Config(reduce=Sample(8))),
-    "rows/8 4 bit, norm rows/8": _rows(8, Config(reduce=Sample(8)), bits=4),
-    "rows/4, norm rows/8": _rows(4, Config(reduce=Sample(8))),
-    "rows/4, norm rows/8 dither": _rows(4, Config(reduce=Sample(8), rounding="dither")),
-    "rows/3, norm rows/10 dither": _rows(3, _DITHER),
-    "8 bit, norm rows/10 dither": Config(bits=8, norm=_DITHER),
-    "8 bit, norm projected/8": Config(bits=8, norm=Config(reduce=Project(8))),
-    "2 bit": Config(),
+_CURVE = ((2, 6), (4, 10), (6, 16), (10, 24), (16, 40))  # one row of so many, of linear and of norm inputs
+# Settings of one kind, from many bytes to few: the curves of the figure.
+FAMILIES: dict[str, dict[str, Config]] = {
+    "papers": {"exact": dibit.recipe("exact"), "iexact": dibit.recipe("iexact")},
+    "all rows": {"2 bit": Config(), "8 bit": Config(bits=8)},
+    **{
+        f"rows by {by}" if by != "uniform" else "rows uniformly": {
+            f"{by} 1/{r} + 1/{n}": _rows(r, n, by) for r, n in _CURVE
+        }
+        for by in ("uniform", "norm", "gradient")
+    },
 }
+# Beside the default, at about its bytes.
+_BESIDE: dict[str, Config] = {
+    "default": dibit.recipe("default"),
+    "small": dibit.recipe("small"),
+    "rows/3 at 1 bit": _rows(3, 16, bits=1),
+    "rows/12 at 4 bit": _rows(12, 16, bits=4),
+    "rows/24 at 8 bit": _rows(24, 16, bits=8),
+    "the same rows at 8 bit (more bytes)": _rows(6, 16, bits=8, norm_bits=8),
+    "blocks of 256": _rows(6, 16, block=256),
+    "blocks of 1024": _rows(6, 16, block=1024),
+    "normal levels": _rows(6, 16, levels="normal"),
+    "dither": _rows(6, 16, rounding="dither"),
+    "norm rows uniformly": _rows(6, 16, norm_by="uniform"),
+    "norm rows/8 at 1 bit": _rows(6, 8, norm_bits=1),
+    "norm rows/32 at 4 bit": _rows(6, 32, norm_bits=4),
+    "norm without dither": _rows(6, 16, norm_rounding="stochastic"),
+    "gradient 1/8 + 1/10": _rows(8, 10),
+    "gradient 1/5 + 1/32": _rows(5, 32),
+}
+CONFIGS: dict[str, Config] = {name: config for family in FAMILIES.values() for name, config in family.items()} | _BESIDE
 
 
 def measure(

@@ -15,7 +15,7 @@ import dibit
 from dibit.bench.shapes import MODELS, NAMED, Shape, random_graph
 
 FORMS = ("csr", "edge_index")
-SETTINGS = ("plain", "compile", "bf16", "checkpoint", "exact", "iexact", "default")
+SETTINGS = ("plain", "compile", "bf16", "checkpoint", "exact", "iexact", "small", "default")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dibit.codec import ops, rng
 
 ONE = 1 << 30  # probability 1
 LEFT_OUT = 255  # the score of a row that is never kept; as a measurement: not finite
-FLOOR = 0.1  # of the mean score is added to each: a row without a gradient so far may get one
+FLOOR = 0.3  # of the mean score is added to each: a row's gradient may grow from one step to the next
 _START = 0x2B6D8E13F49AC075
 
 

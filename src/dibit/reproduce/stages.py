@@ -16,6 +16,8 @@ from dibit.reproduce.training import Case
 from dibit.study import Activation, Estimate, capture, gradient_error
 from dibit.train.task import Task, adam
 
+_MEMORY = 4  # steps that scores are made of; older ones have faded
+
 
 class Stage:
     """A training at one epoch.
@@ -24,7 +26,7 @@ class Stage:
         epoch: steps taken so far.
     """
 
-    def __init__(self, task: Task, model: nn.Module, split: Any, epoch: int, before: dict[str, Any] | None) -> None:
+    def __init__(self, task: Task, model: nn.Module, split: Any, epoch: int, before: list[dict[str, Any]]) -> None:
         self.task, self.split, self.epoch = task, split, epoch
         self._model, self._before = model, before
 
@@ -39,16 +41,16 @@ class Stage:
         return [a for a in found if a.count >= 3 and a.varied().any()]
 
     def gradient_error(self, config: Config, draws: int) -> Estimate:
-        """Of the whole gradient against the plain one; scores of rows come from the step before this epoch."""
+        """Of the whole gradient against the plain one; scores of rows come from the steps before this epoch."""
         trial = self._trial()
-        before = None if self._before is None else partial(self._step_before, trial)
+        before = partial(self._steps_before, trial) if self._before else None
         return gradient_error(trial, partial(self._step, trial), config, draws, before)
 
     def saved_bytes(self, config: Config) -> int:
         """All that a forward pass keeps with this config, once scores of rows are known."""
         trial = dibit.compress(self._trial(), config)
         with torch.random.fork_rng():
-            self._step_before(trial)
+            self._steps_before(trial)
             with dibit.track(trial) as saved:
                 trial(self.task.x, self.task.adjacency)
         return saved.total
@@ -59,12 +61,12 @@ class Stage:
         train = self.split.train
         metrics.loss(trial(self.task.x, self.task.adjacency)[train], self.task.y[train]).backward()
 
-    def _step_before(self, trial: nn.Module) -> None:
-        """The gradients of the step that led here (of this one, before the first), at its weights."""
+    def _steps_before(self, trial: nn.Module) -> None:
+        """The gradients of the steps that led here (of this one, before the first), at their weights."""
         now = copy.deepcopy(trial.state_dict())
-        if self._before is not None:
-            trial.load_state_dict(self._before)
-        self._step(trial)
+        for weights in self._before or [now]:
+            trial.load_state_dict(weights)
+            self._step(trial)
         trial.load_state_dict(now)
 
     def _trial(self) -> nn.Module:
@@ -78,11 +80,11 @@ def stages(case: Case, epochs: tuple[int, ...], config: Config | None, note: Cal
     dibit.compress(model, config)
     optimizer = adam(model, case.settings.optimisation)
     y_train = task.y[split.train]
-    before = None
+    before: list[dict[str, Any]] = []
     for epoch in range(max(epochs) + 1):
         if epoch in epochs:
             note(f"epoch {epoch}")
             yield Stage(task, model, split, epoch, before)
         if epoch < max(epochs):
-            before = copy.deepcopy(model.state_dict()) if epoch + 1 in epochs else None
+            before = [*before[1 - _MEMORY :], copy.deepcopy(model.state_dict())]
             task.step(model, optimizer, split.train, y_train)

@@ -12,7 +12,7 @@ from dibit.train.errors import UserError, nearest
 MODELS = ("gcn", "sage", "gin", "gat", "gcn2")
 NORMS = ("none", "batch", "layer", "graph", "pair")
 AGGRS = ("mean", "sum", "max")
-RECIPES = ("default", "exact", "iexact", "none")
+RECIPES = ("default", "small", "exact", "iexact", "none")
 BITS = (1, 2, 4, 8)
 LEVELS = ("uniform", "normal")
 
@@ -140,7 +140,7 @@ class CompressionSettings:
     """What is kept for the backward pass.
 
     Attributes:
-        recipe: 'default'; 'exact' or 'iexact', the papers' settings; or 'none', plain training.
+        recipe: 'default'; 'small', fewer bytes; 'exact' or 'iexact', the papers' settings; or 'none', plain training.
         bits: Bits an element, one of 1, 2, 4, 8, instead of the recipe's own.
         block: Elements that share one range, or 'row' (each row has its own, as in EXACT), instead of the
             recipe's own.

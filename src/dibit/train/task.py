@@ -59,7 +59,10 @@ class Task:
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, train: Tensor, y_train: Tensor) -> Tensor:
         """Train one epoch; returns the loss, detached."""
         optimizer.zero_grad(set_to_none=True)
-        loss = metrics.loss(model(self.x, self.adjacency)[train], y_train)
+        with dibit.batch(model, loss_rows=train):
+            logits = model(self.x, self.adjacency)
+        loss = metrics.loss(logits[train], y_train)
+        del logits
         loss.backward()
         if self.settings.optimisation.clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), self.settings.optimisation.clip)
@@ -108,7 +111,7 @@ def measure(task: Task, model: nn.Module, config: dibit.Config | None, split: Sp
         targets = y_train.numel() * y_train.element_size()
         optimizer = adam(trial, task.settings.optimisation)
         task.step(trial, optimizer, split.train, y_train)  # Adam's moments and scores are there from the second step on
-        with dibit.track(trial) as saved:
+        with dibit.track(trial) as saved, dibit.batch(trial, loss_rows=split.train):
             logits = trial(task.x, task.adjacency)
         del logits
         optimizer.zero_grad(set_to_none=True)  # frees what the profiler has not seen come
