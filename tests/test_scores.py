@@ -293,3 +293,10 @@ def test_the_ledger_counts_a_byte_a_row() -> None:
         totals.append(saved.total)
     assert totals[1] - totals[0] == 2 * N
     assert any("sample 1/4 by gradient" in row.how for row in saved.rows)
+
+
+def test_the_ledger_says_where_one_row_is_all() -> None:
+    net = dibit.compress(Net(), Config(bits=8, reduce=Sample(1000)))
+    with dibit.track(net) as saved:
+        net(torch.randn(5, D))
+    assert any("sample 1/1000 (one row of 5)" in row.how for row in saved.rows)

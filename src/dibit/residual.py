@@ -88,8 +88,11 @@ class Compressed:
     def how(self) -> str:
         config = self.packed.config
         reduce = f", {type(config.reduce).__name__.lower()} 1/{config.reduce.ratio}" if config.reduce else ""
-        if isinstance(config.reduce, Sample) and self.packed.scores is not None:
-            reduce += f" by {config.reduce.by}" if config.reduce.ratio > 1 else " of the loss's"
+        if isinstance(config.reduce, Sample):
+            if self.packed.scores is not None:
+                reduce += f" by {config.reduce.by}" if config.reduce.ratio > 1 else " of the loss's"
+            if config.reduce.ratio > self.packed.rows:
+                reduce += f" (one row of {self.packed.rows})"
         return f"{config.bits} bit, block {config.block}{reduce}"
 
     def bind(self, tensors: Sequence[Tensor]) -> Compressed:
