@@ -85,7 +85,7 @@ def test_gradient(tmp_path: Path) -> None:
     rows = {row["setting"]: row for row in graph["rows"]}
     assert list(rows) == settings
     assert all(set(row["errors"]) == {"0", "2"} for row in rows.values())
-    assert b"small, sage, epoch 2" in figure.read_bytes()
+    assert b"small, epoch 2" in figure.read_bytes()
     assert rows["2 bit"]["errors"]["0"] < rows["iexact"]["errors"]["0"]
     assert rows["default"]["bytes_per_node"] < rows["iexact"]["bytes_per_node"]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dibit.bench.gradient import FAMILIES
-from dibit.reproduce.figures import INK, SOFT, Layout, figure, grid, legend_above, picture, plain_log
+from dibit.reproduce.figures import INK, SOFT, WIDE, Layout, drawn, figure, grid, legend_above, plain_log
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,15 +27,16 @@ def gradient_figure(results: Sequence[Mapping[str, Any]]) -> bytes:
 
     def draw(layout: Layout) -> Figure:
         from matplotlib.lines import Line2D
+        from matplotlib.ticker import FuncFormatter
 
         columns = max(len(epochs) for _, _, epochs in rows)
-        drawn = figure(layout, 60 + 175 * len(rows))
-        axes = drawn.subplots(len(rows), columns, squeeze=False, sharex="row", sharey="row")
+        panels = figure(layout, 60 + 175 * len(rows))
+        axes = panels.subplots(len(rows), columns, squeeze=False, sharex="row", sharey="row")
         for line, (model, graph, epochs) in zip(axes, rows, strict=True):
             known = {row["setting"]: row for row in graph["rows"]}
             for ax, epoch in zip(line, epochs, strict=False):
                 for family, members in FAMILIES.items():
-                    own = [known[name] for name in members if name in known]
+                    own = [known[name] for name in members if name in known and name != "8 bit"]  # off the scale
                     points = [(row["bytes_per_node"], row["errors"][str(epoch)]) for row in own]
                     if points:
                         style = "o" if family in ("papers", "all rows") else "o-"
@@ -48,13 +49,14 @@ def gradient_figure(results: Sequence[Mapping[str, Any]]) -> bytes:
                 ax.set_xscale("log")
                 ax.set_yscale("log")
                 plain_log(ax.xaxis)
+                ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
                 grid(ax, "y")
-                ax.set_title(f"{graph['graph']}, {model}, epoch {epoch}", fontsize=8)
-            line[0].set_ylabel("squared error", color=SOFT)
+                ax.set_title(f"{graph['graph']}, epoch {epoch}", fontsize=8)
+            line[0].set_ylabel(f"squared error, {model}", color=SOFT)
         for ax in axes[-1]:
             ax.set_xlabel("bytes a node")
         handles = [Line2D([], [], color=color, marker="o", label=name) for name, color in COLORS.items()]
-        legend_above(drawn, handles, columns=5)
-        return drawn
+        legend_above(panels, handles, columns=5)
+        return panels
 
-    return picture("gradient-error", "", "", draw).wide
+    return drawn(draw, WIDE)

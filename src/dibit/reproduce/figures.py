@@ -92,12 +92,14 @@ def picture(name: str, caption: str, alt: str, draw: Callable[[Layout], Figure])
         alt: A description with the main numbers, for readers who do not see it.
         draw: Returns the figure for a layout; called twice, under Dibit's style.
     """
+    return Picture(name, caption, alt, drawn(draw, WIDE), drawn(draw, NARROW))
+
+
+def drawn(draw: Callable[[Layout], Figure], layout: Layout) -> bytes:
+    """SVG of a figure in one layout, under Dibit's style."""
     # A style context and bare Figure objects: neither pyplot, nor the backend, nor the caller's rcParams are touched.
-    with require("matplotlib.style", "study").context(["default", _style(WIDE)]):
-        wide = _svg(draw(WIDE))
-    with require("matplotlib.style", "study").context(["default", _style(NARROW)]):
-        narrow = _svg(draw(NARROW))
-    return Picture(name, caption, alt, wide, narrow)
+    with require("matplotlib.style", "study").context(["default", _style(layout)]):
+        return _svg(draw(layout))
 
 
 def figure(layout: Layout, height: float) -> Figure:
