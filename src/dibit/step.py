@@ -163,9 +163,18 @@ class Step:
         """
         return self.note(self._encode(x, config, "path", affine, watched))
 
-    def cheap(self, x: Tensor, config: Config) -> bool:
-        """Whether x can be kept exactly for less than its codes would take."""
-        return self.free(x) or self.tape.cut(x, encoded_bytes(x.shape, config)) is not None
+    def cheap(self, x: Tensor, config: Config, gathered: Config | None = None) -> bool:
+        """Whether x can be kept exactly for less than its codes would take, or those of what it was gathered from."""
+        if self.free(x):
+            return True
+        limit = encoded_bytes(x.shape, config)
+        if self.tape.cut(x, limit) is None:
+            return False
+        found = self.tape.gathered(x) if gathered is not None else None
+        source = found[0].tensor() if found is not None else None
+        if source is None or gathered is None:
+            return True
+        return self.tape.cut(x, min(limit, encoded_bytes(source.shape, gathered))) is not None
 
     def exact(self, x: Tensor) -> Residual:
         """A residual that loses nothing."""

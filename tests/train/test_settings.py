@@ -154,7 +154,7 @@ def test_yaml_that_cannot_be_parsed(tmp_path: Path, text: str, sentence: str) ->
         ),
         (
             "--recipe excat",
-            "--recipe is 'excat', expected one of default, exact, iexact, none. Did you mean 'exact'",
+            "--recipe is 'excat', expected one of default, small, exact, iexact, none. Did you mean 'exact'",
         ),
         (
             "--norm bach",

@@ -134,10 +134,10 @@ def test_a_shared_draw_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not biased(case, setting, draws)
     encode = Step._encode
 
-    def shared(step: Step, x: Tensor, config: Config, purpose: str, affine: Any = None) -> Any:
+    def shared(step: Step, x: Tensor, config: Config, purpose: str, affine: Any = None, watched: bool = False) -> Any:
         key = "shared", step.key(x), config
         if key not in step._shared:
-            step._shared[key] = encode(step, x, config, purpose, affine)
+            step._shared[key] = encode(step, x, config, purpose, affine, watched)
         return step._shared[key]
 
     monkeypatch.setattr(Step, "_encode", shared)

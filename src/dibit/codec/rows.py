@@ -61,7 +61,7 @@ def chances(scores: Tensor, count: int) -> Tensor:
 
 def row_scores(x: Tensor) -> Tensor:
     """The binary exponent of the squared norm of each row of x (N, D): uint8 (N,), `LEFT_OUT` where not finite."""
-    return ops.row_scores(x.reshape(x.shape[0], -1).contiguous())
+    return ops.row_scores(x.reshape(x.shape[0], x.shape[1:].numel()).contiguous())
 
 
 def together(a: Tensor, b: Tensor) -> Tensor:

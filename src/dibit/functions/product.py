@@ -65,11 +65,15 @@ def _factors(step: Step, a: Tensor, b: Tensor, count: int) -> tuple[Any, Any] | 
     return kept_a, kept_b
 
 
-def _exact(step: Step, x: Tensor, count: int, config: Config) -> bool:
-    """Whether a factor is kept exactly: held by others, small, or had again for less than its codes."""
+def _exact(step: Step, x: Tensor, count: int, config: Config, gathers: bool = True) -> bool:
+    """Whether a factor is kept exactly: held by others, small, or had again for less than its codes.
+
+    Args:
+        gathers: otherwise the codes may be those of what it was gathered from.
+    """
     distinct = nbytes(x) // x.element_size()  # an expanded tensor is as small as what it was expanded from
     few = distinct < FEW or (count and distinct * _BROADCAST <= count)
-    return bool(few) or step.held(x) or step.cheap(x, config)
+    return bool(few) or step.held(x) or step.cheap(x, config, at_least_4_bits(config) if gathers else None)
 
 
 def _factor(step: Step, x: Tensor, by: Tensor, count: int) -> Any:
@@ -128,7 +132,7 @@ def div(step: Step, input: Tensor, other: Any, *, rounding_mode: Any = None, out
         return NotImplemented
     count = torch.broadcast_shapes(input.shape, other.shape).numel()
     needed = [other, input] if other.requires_grad else [other]
-    if all(_exact(step, x, count, fine(step)) for x in needed):
+    if all(_exact(step, x, count, fine(step), gathers=False) for x in needed):
         return NotImplemented
     a, b = input.detach(), other.detach()
     factors = (1 / b if input.requires_grad else None, a / b.square() if other.requires_grad else None)
