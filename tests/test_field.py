@@ -15,6 +15,7 @@ from torch_geometric.utils import to_torch_csr_tensor
 import dibit
 from dibit import Config, Sample
 from dibit.codec.rows import LEFT_OUT
+from dibit.compress import state_of
 from tests.unbiased import bias_of
 
 N, D = 300, 16
@@ -58,7 +59,8 @@ def kept_rows(net: nn.Module, x: Tensor, a: Tensor, rows: Tensor) -> dict[str, i
         if "linear" in operation:
             found[module] = N if packed.scores is None else int((packed.scores != LEFT_OUT).sum())
 
-    state = dibit.compress.__globals__["state_of"](net)
+    state = state_of(net)
+    assert state is not None
     state.observer = observe
     with dibit.batch(net, loss_rows=rows):
         F.cross_entropy(net(x, a)[rows], torch.zeros(len(rows), dtype=torch.long)).backward()
@@ -101,7 +103,7 @@ def test_gradient_is_unbiased(norm: Any, by: str) -> None:
 
     def gradient(model: nn.Module, seed: int = 0) -> Tensor:
         model.zero_grad()
-        state = dibit.compress.__globals__["state_of"](model)
+        state = state_of(model)
         if state is not None:
             state.salt = seed
         torch.manual_seed(0)  # the same dropout
@@ -176,3 +178,38 @@ def test_copies_and_the_papers_recipes() -> None:
     dibit.compress(net, "iexact")
     for _ in range(2):
         assert set(kept_rows(net, x, a, rows).values()) == {N}, "what the papers keep is kept"
+
+
+def test_a_part_of_the_model_is_not_its_output() -> None:
+    """Layers called one by one: rows of the loss are not rows of what a layer returns."""
+    x, a, rows = inputs()
+    net = dibit.compress(Net(), Config(bits=8, block=1, stats=torch.float32))
+    plain = Net()
+    grads = []
+    for model in (net, net, plain):
+        model.zero_grad()
+        with dibit.batch(model, loss_rows=rows):
+            h = model.start(x)
+            for conv in model.convs:
+                h = conv(h, a)
+        F.cross_entropy(h[rows], torch.zeros(len(rows), dtype=torch.long)).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert torch.allclose(grads[1], grads[2], rtol=1e-5, atol=1e-7)
+
+
+def test_another_matrix_on_the_same_row_pointers() -> None:
+    """The pattern is told by both its tensors."""
+    x, a, rows = inputs()
+
+    class Two(Net):
+        def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+            other = torch.sparse_csr_tensor(
+                adjacency.crow_indices(), self.col, adjacency.values(), adjacency.shape, check_invariants=False
+            )
+            return self.convs[1](self.convs[0](self.start(x), other), other)
+
+    net = Two()
+    net.register_buffer("col", a.col_indices().flip(0).contiguous())
+    dibit.compress(net, Config(reduce=Sample(2)))
+    for _ in range(3):
+        assert set(kept_rows(net, x, a, rows).values()) == {N}

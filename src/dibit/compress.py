@@ -57,7 +57,7 @@ class Enter:
         if active is None:
             if not (module.training and torch.is_grad_enabled()) or _taken():
                 return
-            active = _local.active = _start(self.state, (args, kwargs))
+            active = _local.active = _start(self.state, not self.name, (args, kwargs))
         active.step.names.append(self.name)
         active.step.configs.append(self.config)
         active.step.compresses |= self.config is not None
@@ -83,8 +83,8 @@ class Exit:
             _warn_if_unseen(active.step)
 
 
-def _start(state: State, inputs: Any) -> Active:
-    step = Step(state, inputs)
+def _start(state: State, whole: bool, inputs: Any) -> Active:
+    step = Step(state, inputs, whole)
     mode = Intercept(step, {} if state.passive else {**RULES, **state.rules} if state.rules else RULES)
     mode.frame = sys._getframe(2)  # Module._call_impl of the outermost module, below Enter.__call__
     hooks = torch.autograd.graph.saved_tensors_hooks(*mode.hooks)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dibit.identity import Alive, storage_key
+from dibit.graph import pattern
+from dibit.identity import Alive
 
 # Operations of torch whose gradient stays in its row, whatever their settings.
 _ROW_BY_ROW = {
@@ -35,6 +36,7 @@ class Field:
     steps: dict[str, int] = field(default_factory=dict)
     _alive: Alive = field(default_factory=Alive, repr=False)
     _of: Any = field(default=None, repr=False)
+    _loss_rows: Tensor | None = field(default=None, repr=False)
     _reached: list[tuple[Tensor, int]] = field(default_factory=list, repr=False)
 
     def reached(self, key: str, matrix: Tensor, loss_rows: Tensor, rows: int) -> tuple[Tensor, int] | None:
@@ -43,14 +45,14 @@ class Field:
         if steps is None or matrix.shape[0] != matrix.shape[1] or matrix.shape[0] != rows:
             return None
         crow, col = matrix.crow_indices(), matrix.col_indices()
-        of = (storage_key(crow), crow._version, storage_key(col), col._version, loss_rows, loss_rows._version)
-        if self._of is None or self._of[:4] != of[:4] or self._of[4] is not loss_rows or self._of[5] != of[5]:
+        of = pattern(crow, col), crow._version, col._version, loss_rows._version
+        if self._of != of or self._loss_rows is not loss_rows:
             self._alive.clear()
             self._alive.hold(crow)
             self._alive.hold(col)
             first = torch.zeros(rows, dtype=torch.bool, device=crow.device)
             first[loss_rows] = True
-            self._of, self._reached = of, [(first, int(first.sum()))]
+            self._of, self._loss_rows, self._reached = of, loss_rows, [(first, int(first.sum()))]
         while len(self._reached) <= steps:
             last = self._reached[-1][0]
             more = last.clone()
@@ -64,7 +66,7 @@ class Field:
         Raises:
             RuntimeError: a residual has left out rows that the loss reaches in this pass: the model took another way.
         """
-        found = distances(outputs, None if matrix is None else storage_key(matrix.crow_indices()))
+        found = distances(outputs, None if matrix is None else pattern(matrix.crow_indices(), matrix.col_indices()))
         for key, steps in assumed.items():
             if (true := found.get(key, -1)) is None or true > steps:
                 raise RuntimeError(
@@ -74,18 +76,18 @@ class Field:
         self.steps = {key: steps for key, steps in found.items() if steps is not None}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"steps": dict(self.steps), "_alive": Alive(), "_of": None, "_reached": []}
+        return {"steps": dict(self.steps), "_alive": Alive(), "_of": None, "_loss_rows": None, "_reached": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
 
 
-def distances(outputs: Iterable[Tensor], matrix: int | None) -> dict[str, int | None]:
+def distances(outputs: Iterable[Tensor], matrix: tuple[Any, ...] | None) -> dict[str, int | None]:
     """By residual: the most aggregations by this matrix to any output; `None` where other operations mix rows.
 
     Args:
         outputs: of the model.
-        matrix: identity of its row pointers.
+        matrix: its pattern.
     """
     steps: dict[Any, int | None] = {x.grad_fn: 0 for x in outputs if x.grad_fn is not None}
     found: dict[str, int | None] = {}
@@ -136,7 +138,7 @@ def _is(node: Any, *functions: Any) -> bool:
     return isinstance(node, tuple(function._backward_cls for function in functions))
 
 
-def _aggregations(node: Any, matrix: int | None) -> int | None:
+def _aggregations(node: Any, matrix: tuple[Any, ...] | None) -> int | None:
     """Steps along the edges that a gradient takes in this node; `None` where it may reach any row."""
     from dibit.functions import activation, add, aggregate, dropout, linear, norm
 

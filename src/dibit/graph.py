@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dibit.codec import ops
+from dibit.identity import storage_key
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,11 @@ class Graph:
     parts: tuple[Tensor, ...]
     shape: torch.Size
     mean: bool
+
+    @property
+    def pattern(self) -> tuple[Any, ...]:
+        """Identity of the pattern, while its parts live."""
+        return pattern(*self.parts[:2])
 
     def bind(self, parts: Sequence[Tensor]) -> Graph:
         """The same on parts that come back from autograd."""
@@ -55,3 +62,8 @@ class Graph:
         csr = csc_array((values.numpy(), col.numpy(), crow.numpy()), shape=(columns, rows)).tocsr()
         indptr, indices, data = (torch.from_numpy(part) for part in (csr.indptr, csr.indices, csr.data))
         return ops.aggregate(indptr, indices, data, dy.contiguous())
+
+
+def pattern(crow: Tensor, col: Tensor) -> tuple[Any, ...]:
+    """Identity of a matrix's live row pointers and columns."""
+    return storage_key(crow), crow.storage_offset(), storage_key(col), col.storage_offset()

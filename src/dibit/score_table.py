@@ -70,11 +70,12 @@ class Scores:
                     found[key] = _updated(found.get(key), ids, watch.scores)
         return found
 
-    def of(self, key: str, rows: int, ids: Tensor | None) -> Tensor | None:
-        """Scores of the rows of a residual, uint8 (rows,); `None` where nothing is known of them."""
-        table = self.known.get(key)
-        if table is None:
+    def of(self, key: str, x: Tensor, ids: Tensor | None) -> Tensor | None:
+        """Scores of the rows of a residual x, uint8 (rows,); `None` where nothing is known of them."""
+        if key not in self.known:
             return None
+        table = self.known[key] = self.known[key].to(x.device)
+        rows = x.shape[0]
         if ids is not None:
             ids = ids[:rows]
             if ids.numel() != rows:

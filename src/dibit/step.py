@@ -34,9 +34,10 @@ class Step:
     Args:
         state: of the compressed model.
         inputs: arguments of the outermost module; data among them (no gradient history) is held by the caller.
+        whole: the outermost module is the model, not a part of it: rows of the loss are rows of its output.
     """
 
-    def __init__(self, state: State, inputs: Any) -> None:
+    def __init__(self, state: State, inputs: Any, whole: bool = True) -> None:
         self.state = state
         self.names: list[str] = []
         self.configs: list[Config | None] = []
@@ -46,13 +47,11 @@ class Step:
         self.function: Any = None  # the function now running, for the ledger
         self.row: Row | None = None
         self.inside = False  # a rule is saving tensors of its own
-        self.batch = current(state.root)
+        told = current(state.root)
+        self.batch = told if whole else replace(told, loss_rows=None)
         self._keys: dict[str, int] = {}  # residuals with a key so far, by module and function
         self._assumed: dict[str, int] = {}  # how far from the output residuals lie that left out rows
-        sparse = (
-            [x for x in tensors_in(inputs) if x.layout == torch.sparse_csr] if self.batch.loss_rows is not None else []
-        )
-        self.matrix = sparse[0] if len(sparse) == 1 else None
+        self.matrix = _only_matrix(inputs) if self.batch.loss_rows is not None else None
         self._key: int | None = None
         self._draws = 0
         self.deferred: list[Any] = []  # residuals whose form depends on what the model returns
@@ -168,13 +167,10 @@ class Step:
         if self.free(x):
             return True
         limit = encoded_bytes(x.shape, config)
-        if self.tape.cut(x, limit) is None:
-            return False
         found = self.tape.gathered(x) if gathered is not None else None
-        source = found[0].tensor() if found is not None else None
-        if source is None or gathered is None:
-            return True
-        return self.tape.cut(x, min(limit, encoded_bytes(source.shape, gathered))) is not None
+        if gathered is not None and found is not None and (source := found[0].tensor()) is not None:
+            limit = min(limit, encoded_bytes(source.shape, gathered))
+        return self.tape.cut(x, limit) is not None
 
     def exact(self, x: Tensor) -> Residual:
         """A residual that loses nothing."""
@@ -231,7 +227,9 @@ class Step:
     def _scores(self, key: str, rows: Tensor, norms: bool) -> tuple[Tensor | None, Watch]:
         """Scores of rows by the gradients of earlier steps; by their norms as long as there are none."""
         table, ids = self.state.scores, self.batch.node_ids
-        scores = table.of(key, rows.shape[0], ids)
+        if ids is not None:
+            ids = ids.to(rows.device)
+        scores = table.of(key, rows, ids)
         if scores is None and norms:
             scores = norm_scores(rows)
         return scores, table.watch(key, ids)

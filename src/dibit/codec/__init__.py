@@ -79,23 +79,22 @@ def encode(
     x = x.detach().reshape(shape[:-1].numel(), shape[-1] if shape else 1)
     if affine is not None:
         dtype = affine.shift.dtype
-    poison, count = None, 0
+    index = poison = None
+    count = 0
     if isinstance(config.reduce, Sample):
+        poison = ops.finite(x) if affine is None else affine.finite(x)
         if scores is None and config.reduce.by == "norm":
             scores = norm_scores(x)
-        if scores is not None:
+        if scores is None:
+            index = sampled_rows(x.shape[0], config.reduce.ratio, seed)[0]
+        else:
             count = -(-(x.shape[0] if candidates is None else candidates) // config.reduce.ratio)
-        poison = ops.finite(x) if affine is None else affine.finite(x)
-    elif affine is not None:
-        x, affine = affine(x), None
+            index = picked(scores, count, seed)[0]
     else:
         scores = None
+        if affine is not None:
+            x, affine = affine(x), None
     stats = torch.float64 if dtype == torch.float64 else config.stats
-    index = None
-    if scores is not None:
-        index = picked(scores, count, seed)[0]
-    elif isinstance(config.reduce, Sample):
-        index = sampled_rows(x.shape[0], config.reduce.ratio, seed)[0]
     codes, ranges, widths = _quantized(x, config, seed, affine, index, stats)
     if stats == torch.bfloat16 and x.device.type == "cpu" and _blown_up(ranges, widths):
         codes, ranges, _ = _quantized(x, config, seed, affine, index, torch.float32)
@@ -135,12 +134,9 @@ def _quantized(
 
 
 def reduced(x: Tensor, config: Config, seed: Tensor) -> Tensor:
-    """What is quantised of a matrix x (N, D): its projection (N, R), its sampled rows (m, D), or x itself."""
-    match config.reduce:
-        case Project(ratio):
-            return x @ projection(x.shape[1], ratio, seed, x.dtype)
-        case Sample(ratio=ratio):
-            return x.index_select(0, sampled_rows(x.shape[0], ratio, seed)[0])
+    """What is quantised of a matrix x (N, D) whose rows are all kept: its projection (N, R), or x itself."""
+    if isinstance(config.reduce, Project):
+        return x @ projection(x.shape[1], config.reduce.ratio, seed, x.dtype)
     return x
 
 

@@ -9,6 +9,7 @@ import numba as nb
 import numpy as np
 
 from dibit.codec.jit import Kernel, inlined
+from dibit.codec.reference import ONE
 from dibit.codec.rng import C1, C2, C3, UNIT
 
 u32, u64, i32, f32 = np.uint32, np.uint64, np.int32, np.float32
@@ -407,8 +408,8 @@ def pick_rows(scores, chances, start, index, weight):  # type: ignore[no-untyped
         chance = chances[scores[row]]
         total += chance
         if total > at and found < index.size:
-            index[found], weight[found] = row, f32(np.float64(1 << 30) / np.float64(chance))
+            index[found], weight[found] = row, f32(np.float64(ONE) / np.float64(chance))
             found += 1
-            at += np.int64(1 << 30)
+            at += np.int64(ONE)
     for k in range(found, index.size):
         index[k], weight[k] = max(scores.size - 1, 0), f32(0)

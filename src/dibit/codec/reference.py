@@ -12,6 +12,7 @@ from torch import Tensor
 from dibit.codec import rng
 
 STOCHASTIC, NEAREST = 0, 1  # rounding modes as the operators take them
+ONE = 1 << 30  # probability 1 in the integers that decide which rows are kept
 
 
 def quantize(
@@ -219,14 +220,13 @@ def row_scores(x: Tensor) -> Tensor:
 
 
 def pick_rows(scores: Tensor, chances: Tensor, start: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The rows in whose share of the summed chances `start + j * one` falls, j = 0 ... count - 1."""
-    one = 1 << 30
+    """The rows in whose share of the summed chances `start + j * ONE` falls, j = 0 ... count - 1."""
     chance = chances[scores.long()]
-    at = start + torch.arange(count, device=scores.device) * one
+    at = start + torch.arange(count, device=scores.device) * ONE
     index = torch.searchsorted(chance.cumsum(0), at, right=True)
     beyond = index >= scores.numel()
     index.clamp_(max=max(scores.numel() - 1, 0))
-    weight = one / chance[index].clamp(min=1).double()
+    weight = ONE / chance[index].clamp(min=1).double()
     return index, torch.where(beyond, 0, weight).float()
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dibit.codec import ops, rng
+from dibit.codec.reference import ONE
 
-ONE = 1 << 30  # probability 1
 LEFT_OUT = 255  # the score of a row that is never kept; as a measurement: not finite
 FLOOR = 0.3  # of the mean score is added to each: a row's gradient may grow from one step to the next
 _START = 0x2B6D8E13F49AC075

@@ -14,7 +14,6 @@ from dibit.functions.common import dense, first_order
 from dibit.functions.linear import addmm as dense_addmm
 from dibit.functions.linear import matmul as dense_matmul
 from dibit.graph import Graph
-from dibit.identity import storage_key
 from dibit.residual import Aggregated, Reference, load, save
 from dibit.step import Step
 
@@ -66,7 +65,7 @@ class Aggregate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrix: Tensor, reduce: str | None, graph: Graph) -> Tensor:
         save(ctx, *graph.parts)
-        ctx.graph, ctx.matrix = graph.bind(()), storage_key(graph.parts[0])
+        ctx.graph, ctx.matrix = graph.bind(()), graph.pattern
         return product(matrix, x, reduce)
 
     @staticmethod

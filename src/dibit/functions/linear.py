@@ -12,7 +12,6 @@ from dibit.functions import large
 from dibit.functions.common import dense, first_order, flat
 from dibit.functions.product import bmm
 from dibit.graph import Graph
-from dibit.identity import storage_key
 from dibit.residual import Reference, load, save
 from dibit.step import Step
 
@@ -50,7 +49,7 @@ class AggregatedLinear(torch.autograd.Function):
         graph: Graph,
     ) -> Tensor:  # fmt: skip
         save(ctx, residual, weight, *graph.parts)
-        ctx.graph, ctx.aggregate, ctx.matrix = graph.bind(()), watched, storage_key(graph.parts[0])
+        ctx.graph, ctx.aggregate, ctx.matrix = graph.bind(()), watched, graph.pattern
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         return large.linear(aggregate, weight, bias)
 
