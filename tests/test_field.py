@@ -190,8 +190,8 @@ def test_a_part_of_the_model_is_not_its_output() -> None:
         model.zero_grad()
         with dibit.batch(model, loss_rows=rows):
             h = model.start(x)
-            for conv in model.convs:
-                h = conv(h, a)
+            for _ in range(3):
+                h = model.convs[0](h, a)
         F.cross_entropy(h[rows], torch.zeros(len(rows), dtype=torch.long)).backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert torch.allclose(grads[1], grads[2], rtol=1e-5, atol=1e-7)
