@@ -1,10 +1,13 @@
 """Threads that suit the machine (before torch starts), real graphs where they are present, one seed for every test."""
 
 import os
+import signal
 
 _CORES = str(len(os.sched_getaffinity(0)))
 for _name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
     os.environ.setdefault(_name, _CORES)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun in the background of a shell: tests press Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from pathlib import Path  # noqa: E402
 
