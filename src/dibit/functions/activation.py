@@ -45,9 +45,7 @@ class PReLU(torch.autograd.Function):
     """y = max(x, 0) + w min(x, 0); dw sums dy * min(x, 0), which enters no other gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, mask: Mask, negative: Any, low: torch.dtype | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Mask, negative: Any, low: torch.dtype | None) -> Tensor:
         save(ctx, mask, negative, weight)
         ctx.dtypes = x.dtype, weight.dtype
         return F.prelu(*copies(low, x, weight))
@@ -123,7 +121,7 @@ def prelu(step: Step, input: Tensor, weight: Tensor) -> Any:
 
 
 def smooth(plain: Callable[..., Tensor], derivative: Callable[..., Tensor], saves: str = "input") -> Callable[..., Any]:
-    """A rule for a smooth activation. `plain(x, inplace, *args)`, `derivative(x, *args)`, at least as exact as plain's."""
+    """A rule for a smooth activation. `plain(x, inplace, *args)`, `derivative(x, *args)`, as exact as plain or more."""
 
     def rule(step: Step, input: Tensor, *args: Any, inplace: bool = False) -> Any:
         config = step.config
@@ -148,7 +146,11 @@ def _sigmoid_slope(x: Tensor) -> Tensor:
 
 
 _sigmoid = smooth(lambda x, inplace: x.sigmoid_() if inplace else torch.sigmoid(x), _sigmoid_slope, "output")
-_tanh = smooth(lambda x, inplace: x.tanh_() if inplace else torch.tanh(x), lambda x: 1 - at_least_single(torch.tanh(x)) ** 2, "output")
+_tanh = smooth(
+    lambda x, inplace: x.tanh_() if inplace else torch.tanh(x),
+    lambda x: 1 - at_least_single(torch.tanh(x)) ** 2,
+    "output",
+)
 _silu = smooth(
     lambda x, inplace: F.silu(x, inplace),
     lambda x: aten.silu_backward(torch.ones_like(x), x),
