@@ -110,7 +110,7 @@ class TestModels:
         truth = gradient(model, x, way)
         dibit.compress(model, FINE)
         mean = torch.stack([gradient(model, x, way, i) for i in range(3)]).mean(0)
-        assert relative(mean, truth) < 2 * ROUNDING
+        assert relative(mean, truth) < 4 * ROUNDING
 
 
 @pytest.mark.parametrize(
