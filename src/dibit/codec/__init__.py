@@ -150,7 +150,7 @@ def decode(packed: Packed) -> Tensor:
         full = reduced.new_zeros(packed.rows, packed.width)
         if packed.poison is not None:
             full += packed.poison.to(full.dtype)
-        reduced = full.index_add_(0, index, reduced * weight[:, None])
+        reduced = full.index_copy_(0, index, reduced * weight[:, None])  # no row twice
     return reduced.view(packed.shape)
 
 
