@@ -74,6 +74,10 @@ def encode(
     if not isinstance(seed, Tensor):
         seed = seed_tensor(seed, x.device)
     shape, dtype = x.shape, x.dtype
+    if isinstance(config.reduce, Sample) and config.reduce.least > 1:
+        config = replace(config, reduce=config.reduce.of(shape[:-1].numel() if candidates is None else candidates))
+        if config.reduce.ratio == 1 and candidates is None:
+            scores = None
     if config.reduce is not None and config.reduce.ratio == 1 and scores is None:
         config = replace(config, reduce=None)
     x = x.detach().reshape(shape[:-1].numel(), shape[-1] if shape else 1)

@@ -16,17 +16,19 @@ from torch import Tensor
 
 from dibit.buffers import empty_like
 from dibit.codec import Affine, ops
-from dibit.config import Config, Project
+from dibit.config import Config, Project, Sample
 from dibit.functions import large
 from dibit.functions.common import dense, first_order, unreduced
 from dibit.residual import Compressed, load, save
 from dibit.step import Step
 
 
-def norm_config(step: Step) -> Config:
+def norm_config(step: Step, rows: int) -> Config:
     config = step.config
     assert config is not None
-    return config.norm or unreduced(config)
+    config = config.norm or unreduced(config)
+    few = isinstance(config.reduce, Sample) and config.reduce.ratio > 1 and config.reduce.of(rows).ratio == 1
+    return unreduced(config) if few else config
 
 
 class BatchNorm(torch.autograd.Function):
@@ -42,7 +44,7 @@ class BatchNorm(torch.autograd.Function):
         if training or ctx.needs_input_grad[1]:
             rows = x.detach().movedim(1, -1)
             normalised = Affine(mean, inverse, watches=training)
-            config = norm_config(step)
+            config = norm_config(step, rows.shape[:-1].numel())
             # a draw that serves both uses needs all rows
             inner = step.keep_affine(rows, normalised, config, watched=config.reduce is not None)
             if training and ctx.needs_input_grad[0]:
@@ -85,7 +87,7 @@ class LayerNorm(torch.autograd.Function):
         y, mean, inverse = torch.native_layer_norm(x, shape, weight, bias, eps)
         width = int(torch.Size(shape).numel())
         rows = ((x.detach() - mean) * inverse).reshape(-1, width)
-        config = norm_config(step)
+        config = norm_config(step, rows.shape[0])
         outer = step.keep(rows, leaf=False, config=config)
         inner = step.keep(rows, leaf=False, config=config) if isinstance(config.reduce, Project) else None
         inverse = inverse.reshape(-1, 1)
