@@ -49,7 +49,7 @@ class NumbaSampler(BaseSampler):
     def sample_from_edges(self, index: Any, neg_sampling: Any = None) -> Any:
         """Not what this sampler is for."""
         raise NotImplementedError(
-            "NumbaSampler samples around nodes; for links install pyg-lib or torch-sparse, and leave neighbor_sampler out."
+            "NumbaSampler samples around nodes; for links install pyg-lib or torch-sparse and leave it out."
         )
 
     def sample_from_nodes(self, index: NodeSamplerInput, **_: Any) -> SamplerOutput:
