@@ -16,7 +16,7 @@ from dibit.train.errors import UserError, require
 from dibit.train.models import adjacency_arguments
 from dibit.train.settings import Settings
 
-INSTALL = "pip install torch-scatter torch-sparse --no-build-isolation (compiles for some minutes)"
+INSTALL = "pip install --no-build-isolation 'dibit[loaders]' (compiles for some minutes)"
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def check_installed(settings: Settings) -> None:
     """
     loader = settings.loader.loader
     if loader == "cluster":
-        require("pymetis")
+        require("pymetis", "cluster")
     if loader in ("saint-rw", "saint-node", "shadow"):
         import torch_geometric.typing
 

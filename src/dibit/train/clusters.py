@@ -16,7 +16,7 @@ class Clusters(ClusterData):
     """PyTorch Geometric's `ClusterData`, partitioned by METIS through pymetis; edges count in both directions."""
 
     def _metis(self, edge_index: Tensor, num_nodes: int) -> Tensor:
-        pymetis = require("pymetis")
+        pymetis = require("pymetis", "cluster")
         pointers, neighbours = _both_ways(edge_index.numpy(), num_nodes)
         adjacency: Any = pymetis.CSRAdjacency(pointers, neighbours)
         _, cluster = pymetis.part_graph(self.num_parts, adjacency=adjacency, recursive=self.recursive)
