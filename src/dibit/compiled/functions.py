@@ -159,6 +159,9 @@ class BatchNorm(torch.autograd.Function):
         two: bool, key: Tensor, draw: int, text: str,
     ) -> Tensor:  # fmt: skip
         y, mean, inverse = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
+        # the fake of a mixed batch_norm gives statistics of the wrong dtype
+        stats = torch.float64 if x.dtype == torch.float64 else torch.float32
+        mean, inverse = mean.to(stats), inverse.to(stats)
         rows = rows_of(x.movedim(1, -1))
         inner = ops.keep(rows, mean, inverse, key, draw, text, NORM)
         outer = ops.keep(rows, mean, inverse, key, draw + 1, text, NORM) if two else []

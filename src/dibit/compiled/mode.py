@@ -32,7 +32,8 @@ class Traced(TorchFunctionMode):
         key: of this pass, int64 0-d.
         draws: residuals so far.
         inputs: of linear layers, with the numbers of their residuals; while a part of the model runs.
-        dropped: dropouts of tensors that the caller holds, with those, numbers and probabilities; likewise.
+        dropped: dropouts of tensors that the caller holds, with those, numbers and probabilities; until the next part has run.
+        older: how many of them the part that runs has found.
         held: floating-point inputs that the caller keeps.
         passes: int64 0-d, see `ops.draw_key`.
         state: of the compressed model whose pass this is.
@@ -48,6 +49,7 @@ class Traced(TorchFunctionMode):
         self.draws = 0
         self.inputs: list[tuple[Tensor, int]] = []
         self.dropped: list[tuple[Tensor, Tensor, int, float]] = []
+        self.older = 0
         self.held: tuple[Tensor, ...] = ()
         self.passes = torch.zeros((), dtype=torch.int64)
         self.state: Any = None
@@ -102,7 +104,9 @@ def leave() -> None:
     if mode.settings:
         mode.settings.pop()
         if len(mode.settings) <= 1:
-            mode.inputs, mode.dropped = [], []  # a compiled graph would return what is left here
+            # a compiled graph would return what is left here; a dropout may serve the module after it
+            mode.inputs, mode.dropped = [], mode.dropped[mode.older :]
+            mode.older = len(mode.dropped)
         if not mode.settings:
             end(mode)
 
@@ -110,7 +114,7 @@ def leave() -> None:
 def begin(mode: Traced, state: Any, key: Tensor, held: list[Tensor]) -> None:
     """Start a pass."""
     mode.key, mode.draws, mode.held, mode.used, mode.frame = key, 0, tuple(held), True, None
-    mode.inputs, mode.dropped = [], []
+    mode.inputs, mode.dropped, mode.older = [], [], 0
     mode.state, mode.own = state, tuple(state.rules)
     _push_mode(mode)
 
@@ -125,7 +129,7 @@ def end(mode: Traced) -> None:
         above.append(top)
     for other in reversed(above):
         _push_mode(other)
-    mode.inputs, mode.dropped = [], []
+    mode.inputs, mode.dropped, mode.older = [], [], 0
     mode.settings, mode.key, mode.held, mode.state, mode.own, mode.frame = [], None, (), None, (), None
 
 

@@ -190,7 +190,7 @@ def dropout(mode: Any, input: Tensor, p: float = 0.5, training: bool = True, inp
         return _placed(input, functions.SeededDropout.apply(input, mode.key, number, p), inplace)
     y = ops.seeded_dropout(input, mode.key, number, p)
     if not inplace and held(mode, input):
-        y._dibit_dropped = (input, mode.key, number, p)  # type: ignore[attr-defined]
+        mode.dropped.append((y, input, number, p))
     return _placed(input, y, inplace)
 
 
