@@ -32,7 +32,7 @@ class Traced(TorchFunctionMode):
         key: of this pass, int64 0-d.
         draws: residuals so far.
         inputs: of linear layers, with the numbers of their residuals; while a part of the model runs.
-        dropped: dropouts of tensors that the caller holds, with those, numbers and probabilities; until the next part has run.
+        dropped: dropouts of tensors that the caller holds, with those, numbers and probabilities; up to the next part.
         older: how many of them the part that runs has found.
         held: floating-point inputs that the caller keeps.
         passes: int64 0-d, see `ops.draw_key`.
@@ -141,7 +141,7 @@ def alone(*functions: Any) -> None:
             skip, default = eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
             eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(skip, default))
         else:
-            eval_frame.skip_code(code)
+            eval_frame.skip_code(code)  # type: ignore[attr-defined]
 
 
 def running(frame: FrameType | None) -> bool:

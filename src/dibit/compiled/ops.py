@@ -46,7 +46,9 @@ def seed(key: Tensor, draw: int) -> Tensor:
 
 
 @custom_op("dibit::keep", mutates_args=())
-def keep(x: Tensor, shift: Tensor | None, scale: Tensor | None, key: Tensor, draw: int, text: str, use: str) -> list[Tensor]:
+def keep(
+    x: Tensor, shift: Tensor | None, scale: Tensor | None, key: Tensor, draw: int, text: str, use: str
+) -> list[Tensor]:
     """A residual of the rows of x (N, D), or of (x - shift) * scale.
 
     Args:
@@ -71,12 +73,12 @@ def _(x, shift, scale, key, draw, text, use):  # type: ignore[no-untyped-def]
     tail = n % block
     size = n // block * reference.packed_bytes(block, config.bits) + reference.packed_bytes(tail, config.bits)
     dtype = torch.float64 if (x if shift is None else shift).dtype == torch.float64 else torch.float32
-    sampled = isinstance(config.reduce, Sample)
+    sample = config.reduce if isinstance(config.reduce, Sample) else None
     return [
         x.new_empty(size, dtype=torch.uint8),
         x.new_empty((n // block + (tail + block - 1) // block, 2), dtype=dtype),
-        x.new_empty((), dtype=torch.float32) if sampled else x.new_empty(0),
-        x.new_empty(x.shape[0] if sampled and config.reduce.by == "norm" else 0, dtype=torch.uint8),
+        x.new_empty((), dtype=torch.float32) if sample is not None else x.new_empty(0),
+        x.new_empty(x.shape[0] if sample is not None and sample.by == "norm" else 0, dtype=torch.uint8),
     ]
 
 
@@ -85,14 +87,15 @@ def residual(
 ) -> Compressed:
     """What `keep` returned, as the residual that it is."""
     codes, ranges, poison, scores = kept
-    by_scores = isinstance(config.reduce, Sample) and config.reduce.by == "norm"
-    count = -(-rows // config.reduce.ratio) if isinstance(config.reduce, Sample) and by_scores else 0
+    sample = config.reduce if isinstance(config.reduce, Sample) else None
+    by_scores = sample is not None and sample.by == "norm"
+    count = -(-rows // sample.ratio) if sample is not None and by_scores else 0
     return Compressed(
         Packed(
             codes,
             ranges,
             seed(key, draw),
-            poison if isinstance(config.reduce, Sample) else None,
+            poison if sample is not None else None,
             torch.Size((rows, width)),
             dtype,
             config,
@@ -150,6 +153,17 @@ def _(x, key, draw, p):  # type: ignore[no-untyped-def]
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+@custom_op("dibit::zeros", mutates_args=())
+def zeros(like: Tensor, size: list[int]) -> Tensor:
+    """Zeros of the dtype and device of `like`, which a compiler does not take for those of the backward pass."""
+    return like.new_zeros(size)
+
+
+@zeros.register_fake
+def _(like, size):  # type: ignore[no-untyped-def]
+    return like.new_empty(size)
+
+
 @custom_op("dibit::batch_norm_backward", mutates_args=())
 def batch_norm_backward(
     dy: Tensor, inverse: Tensor, weight: Tensor | None, inner: list[Tensor], outer: list[Tensor], key: Tensor,
@@ -161,7 +175,7 @@ def batch_norm_backward(
         dy: (N, D) in the dtype of `inverse`.
         inverse: (D,), 1 / standard deviation.
         weight: (D,) or `None`.
-        inner, outer: two draws of the normalised input, the second by `draw` + 1; `outer` empty: one draw for both uses.
+        inner, outer: two draws of the normalised input, the second by `draw` + 1; `outer` empty: one for both.
     """
     config = settings(text, NORM)
     rows, width = dy.shape
@@ -199,4 +213,3 @@ def layer_norm_backward(
 @layer_norm_backward.register_fake
 def _(dy, inverse, weight, outer, inner, key, draw, text):  # type: ignore[no-untyped-def]
     return dy.new_empty(dy.shape), dy.new_empty(dy.shape[1]), dy.new_empty(dy.shape[1])
-

@@ -184,7 +184,9 @@ def dropout(mode: Any, input: Tensor, p: float = 0.5, training: bool = True, inp
     if not training or not 0 < p < 1 or not dense(input):
         return NotImplemented
     if mode.settings[-1].masked:
-        return _placed(input, functions.MaskedDropout.apply(input, p), inplace) if input.requires_grad else NotImplemented
+        return (
+            _placed(input, functions.MaskedDropout.apply(input, p), inplace) if input.requires_grad else NotImplemented
+        )
     number = draw(mode)
     if input.requires_grad:
         return _placed(input, functions.SeededDropout.apply(input, mode.key, number, p), inplace)
@@ -210,7 +212,16 @@ def batch_norm(
         return NotImplemented
     setting = mode.settings[-1]
     return functions.BatchNorm.apply(
-        input, weight, bias, running_mean, running_var, momentum, eps, setting.two[0], mode.key, draw(mode, 2),
+        input,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        momentum,
+        eps,
+        setting.two[0],
+        mode.key,
+        draw(mode, 2),
         setting.text,
     )
 
@@ -223,6 +234,13 @@ def layer_norm(
     setting, shape = mode.settings[-1], list(normalized_shape)
     two = setting.two[1]
     return functions.LayerNorm.apply(input, shape, weight, bias, eps, two, mode.key, draw(mode, 2), setting.text)
+
+
+def new_zeros(mode: Any, input: Tensor, *size: Any, **options: Any) -> Any:
+    """What a scatter begins with: torch's partitioner would keep it for the backward pass, which needs zeros too."""
+    if options or not size or not dense(input):
+        return NotImplemented
+    return ops.zeros(input.detach(), list(size[0] if isinstance(size[0], tuple | list) else size))
 
 
 RULES: dict[Any, Any] = {
@@ -256,4 +274,5 @@ RULES: dict[Any, Any] = {
     torch.dropout_: torch_dropout_,
     F.batch_norm: batch_norm,
     F.layer_norm: layer_norm,
+    Tensor.new_zeros: new_zeros,
 }

@@ -61,6 +61,8 @@ class BatchNorm(torch.autograd.Function):
         shape = g.shape
         g = g.reshape(-1, shape[-1]).to(inverse.dtype)
         needed = ctx.needs_input_grad[0]
+        dx: Tensor | None
+        product: Tensor | None
         if ctx.training and needed:
             assert inner is not None
             dx, product, total = batch_norm_gradient(g, None if ctx.shared else outer, inner, inverse, weight)
@@ -124,7 +126,7 @@ def layer_norm_gradient(
     rows: Tensor, outer: Any, inner: Any, inverse: Tensor, weight: Tensor | None,
     needed: tuple[bool, ...] = (True, True, True),
 ) -> tuple[Any, Any, Any]:  # fmt: skip
-    """dx (N, D), dw and db (D,) of a norm over rows, for dY (N, D); `inner` is `None` where `outer` serves both uses."""
+    """dx (N, D), dw and db (D,) of a norm over rows, for dY (N, D); `inner` may be `None`: one draw."""
     dx = None
     if needed[0]:
         g = rows if weight is None else rows * weight.reshape(-1)
