@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
+from torch_geometric import EdgeIndex
 from torch_geometric.nn.models import GAT, GCN, GraphSAGE
 
 import dibit
@@ -377,7 +378,7 @@ def test_threads_do_not_share_a_pass() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     x = torch.randn(N, 16)
-    plain = mlp()
+    plain = mlp().insert(4, nn.LayerNorm(32))
     model = dibit.compress(copy.deepcopy(plain))
     if dtype == torch.float64:
         x, plain, model = x.double(), plain.double(), model.double()
@@ -437,6 +438,17 @@ def test_a_sparse_matrix_takes_the_uncompiled_pass() -> None:
         assert torch.equal(a.grad, b.grad)
 
 
+def test_an_edge_index_of_pygs_own_class_takes_the_uncompiled_pass() -> None:
+    x, index, _ = graph()
+    edges = EdgeIndex(index, sparse_size=(len(x), len(x)))
+    plain = GraphSAGE(16, 32, 2, 4)
+    model = dibit.compress(copy.deepcopy(plain))
+    y = compiled(model, fullgraph=False)(x, edges)
+    assert torch.equal(y, plain(x, edges))
+    assert nbytes(kept(y, *held(model, x, index))) < 0.3 * nbytes(kept(plain(x, edges), *held(plain, x, index)))
+    assert not counters["stats"]["unique_graphs"]
+
+
 @needs_compiler
 def test_inductor_keeps_the_codes_alone() -> None:
     x = torch.randn(N, 16)
@@ -452,6 +464,17 @@ def test_inductor_keeps_the_codes_alone() -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters())
     with torch._dynamo.config.patch(error_on_recompile=True):
         step(x).sum().backward()
+
+
+@needs_compiler
+def test_inductor_keeps_no_dense_tensor_of_a_model_on_edge_index() -> None:
+    x, index, _ = graph()
+    model = dibit.compress(GraphSAGE(16, 32, 2, 4, norm="batch_norm", dropout=0.5))
+    y = compiled(model, "inductor")(x, index)
+    own = kept(y, *held(model, x, index))
+    assert not [t.shape for t in own.values() if t.is_floating_point() and t.numel() > 2 * len(x)]
+    y.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_a_config_survives_as_text() -> None:

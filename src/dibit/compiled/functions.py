@@ -150,6 +150,11 @@ class MaskedDropout(torch.autograd.Function):
         return codec.apply_mask(dy.contiguous(), ctx.saved_tensors[0], 0.0) * ctx.scale, None
 
 
+def _statistics(x: Tensor) -> Tensor:
+    """Of half-precision inputs in float32, as they are: a trace takes them for half precision, too."""
+    return x if x.dtype == torch.float64 else x.to(torch.float32)
+
+
 class BatchNorm(torch.autograd.Function):
     """Statistics of the batch, over all dimensions but 1."""
 
@@ -159,9 +164,7 @@ class BatchNorm(torch.autograd.Function):
         two: bool, key: Tensor, draw: int, text: str,
     ) -> Tensor:  # fmt: skip
         y, mean, inverse = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
-        # the fake of a mixed batch_norm gives statistics of the wrong dtype
-        stats = torch.float64 if x.dtype == torch.float64 else torch.float32
-        mean, inverse = mean.to(stats), inverse.to(stats)
+        mean, inverse = _statistics(mean), _statistics(inverse)
         rows = rows_of(x.movedim(1, -1))
         inner = ops.keep(rows, mean, inverse, key, draw, text, NORM)
         outer = ops.keep(rows, mean, inverse, key, draw + 1, text, NORM) if two else []
@@ -190,6 +193,7 @@ class LayerNorm(torch.autograd.Function):
         text: str,
     ) -> Tensor:  # fmt: skip
         y, mean, inverse = torch.native_layer_norm(x, shape, weight, bias, eps)
+        mean, inverse = _statistics(mean), _statistics(inverse)
         width = 1
         for size in shape:
             width *= size
