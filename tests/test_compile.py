@@ -190,6 +190,31 @@ def test_two_passes_in_one_graph_are_two_draws() -> None:
     assert not torch.equal(a == 0, b == 0)
 
 
+def test_two_dropouts_of_one_pass_are_two_draws() -> None:
+    model = dibit.compress(nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5)))
+    y = compiled(model)(torch.ones(N, 16, requires_grad=True))
+    assert 0.73 < (y == 0).float().mean() < 0.77
+
+
+def test_the_hooks_of_an_uncompiled_pass_step_aside_for_a_compiled_part() -> None:
+    seen = []
+
+    class Probe(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            look()
+            return F.relu(x)
+
+    @torch.compiler.disable
+    def look() -> None:
+        seen.append(torch._C._autograd._top_saved_tensors_default_hooks(True))
+
+    model = dibit.compress(nn.Sequential(nn.Linear(16, 32), compiled(Probe(), fullgraph=False), nn.Linear(32, 4)))
+    y = model(torch.randn(N, 16))
+    y.sum().backward()
+    assert seen == [None]
+    assert type(y.grad_fn).__name__ == "LinearBackward"  # after it the uncompiled pass goes on
+
+
 def test_nothing_is_compressed_in_eval_mode_and_without_gradients() -> None:
     x = torch.randn(N, 16)
     plain = Dense(0.5)
