@@ -118,10 +118,11 @@ class Enter:
         elif _taken():
             return callback
         tensors = list(tensors_in((args, kwargs)))
-        if not tensors or not all(type(x) in _TRACED and x.layout == torch.strided for x in tensors):
+        traceable = tensors and all(type(x) in _TRACED and x.layout == torch.strided for x in tensors)
+        if not traceable or traced.weighs_edges(module):
             if active is not None:
                 active.resume()
-            self.eager(module, args, kwargs, callback)  # sparse matrices break every graph
+            self.eager(module, args, kwargs, callback)  # sparse matrices break every graph, and edges would be kept
             return None
         held = [x for x in tensors if x.is_floating_point() and not x.requires_grad]
         traced.begin(mode, self.state, traced.ops.fresh(tensors[0]), held)

@@ -68,7 +68,7 @@ class Sample:
 
     def of(self, rows: int) -> Sample:
         """What is done to a matrix of so many rows: a whole number of them for each row kept."""
-        return self if self.least == 1 else Sample(max(1, min(self.ratio, rows // self.least)), self.by)
+        return self if self.least == 1 else Sample(max(1, int(min(self.ratio, rows // self.least))), self.by)
 
 
 @dataclass(frozen=True)

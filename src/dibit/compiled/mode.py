@@ -7,6 +7,8 @@ leaves everything to torch.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 import threading
 from types import CodeType, FrameType
@@ -131,6 +133,23 @@ def end(mode: Traced) -> None:
         _push_mode(other)
     mode.inputs, mode.dropped, mode.older = [], [], 0
     mode.settings, mode.key, mode.held, mode.state, mode.own, mode.frame = [], None, (), None, (), None
+
+
+def weighs_edges(module: torch.nn.Module) -> bool:
+    """Whether a layer of PyTorch Geometric makes numbers for each edge (attention, normalised weights).
+
+    A graph would keep them all; an uncompiled pass computes them again from the nodes' (`dibit.tape`).
+    """
+    return any(_message_has_more(type(layer)) for layer in module.modules())
+
+
+@functools.cache
+def _message_has_more(kind: type) -> bool:
+    """Whether a class's messages are made of more than the neighbour's features."""
+    message = getattr(kind, "message", None)
+    if message is None or not hasattr(kind, "propagate"):
+        return False
+    return not set(inspect.signature(message).parameters) <= {"self", "x_j"}
 
 
 def alone(*functions: Any) -> None:
