@@ -20,7 +20,7 @@ from dibit.identity import Alive
 # Operations of torch whose gradient stays in its row, whatever their settings.
 _ROW_BY_ROW = {
     f"{name}Backward0"
-    for name in "Add Sub Mul Div Neg Relu LeakyRelu Elu Gelu Silu Sigmoid Tanh Exp".split()  # noqa: SIM905
+    for name in "ToCopy Add Sub Mul Div Neg Relu LeakyRelu Elu Gelu Silu Sigmoid Tanh Exp".split()  # noqa: SIM905
 }
 _LAST_DIMENSION = {"LogSoftmaxBackward0", "SoftmaxBackward0"}
 

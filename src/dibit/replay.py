@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dibit.precision import exact_dtypes
+
 _IN_PLACE = (
     "add_ sub_ mul_ div_ pow_ neg_ exp_ relu_ clamp_ masked_fill_ fill_ zero_ scatter_add_ scatter_reduce_ index_add_ "
     "__iadd__ __isub__ __imul__ __itruediv__"
@@ -52,7 +54,7 @@ class Program:
     def run(self, leaves: Sequence[Tensor], shared: Shared) -> Tensor:
         """Compute the last result again, bit for bit."""
         results: list[Any] = list(leaves)
-        with torch.no_grad():
+        with torch.no_grad(), exact_dtypes(leaves[0].device if leaves else torch.device("cpu")):
             for function, args, kwargs, identity in self.calls:
                 value = None if identity is None else shared.get(identity)
                 if value is None:

@@ -18,6 +18,7 @@ from dibit.codec import Packed, decode, ops
 from dibit.config import Sample
 from dibit.graph import Graph
 from dibit.lossless import Exact, Narrowed, bind, outer
+from dibit.precision import HALF
 from dibit.replay import Program, Shared
 from dibit.score_table import Watch
 
@@ -40,7 +41,7 @@ class Residual(Protocol):
         """The tensor, or an unbiased estimate of it, in its own shape and dtype."""
 
     def outer(self, dy: Tensor) -> Tensor:
-        """dY^T X, or an unbiased estimate: (O, D) for dy (N, O) and x (N, D)."""
+        """dY^T X, or an unbiased estimate: (O, D) for dy (N, O) and x (N, D), of the dtype of dy or a wider one."""
 
 
 @dataclass(frozen=True)
@@ -106,15 +107,19 @@ class Compressed:
         packed = self.packed
         if self.watch is not None:
             self.watch.see(dy)
-        sample = packed.sample(dy.dtype)
+        # parts add up, and weights may go beyond float16's largest number
+        dtype = torch.float32 if dy.dtype in HALF else dy.dtype
+        sample = packed.sample(dtype)
         grad: Tensor | None = None
-        for rows, part in packed.parts():
-            own = dy[rows] if sample is None else dy.index_select(0, sample[0][rows]).mul_(sample[1][rows, None])
-            part = part.to(dy.dtype)
+        for rows, part in packed.parts(dtype):
+            if sample is None:
+                own = dy[rows].to(dtype)
+            else:
+                own = dy.index_select(0, sample[0][rows]).to(dtype).mul_(sample[1][rows, None])
             grad = own.T @ part if grad is None else grad.addmm_(own.T, part)
         if grad is None:
             return dy.new_zeros(dy.shape[1], packed.width)
-        p = packed.projection(dy.dtype)
+        p = packed.projection(dtype)
         return grad if p is None else grad @ p.T
 
     def apply(self, grad: Tensor) -> Tensor:

@@ -47,6 +47,10 @@ class Step:
         self.function: Any = None  # the function now running, for the ledger
         self.row: Row | None = None
         self.inside = False  # a rule is saving tensors of its own
+        self.low: torch.dtype | None = None  # autocast's, while a rule runs for a function that takes it
+        self.low_cached = True  # it copies each parameter once
+        self.origins: dict[Any, Tensor] = {}  # by the key of a copy that autocast makes: what it is a copy of
+        self._copied: set[Any] = set()
         told = current(state.root)
         self.batch = told if whole else replace(told, loss_rows=None)
         self._keys: dict[str, int] = {}  # residuals with a key so far, by module and function
@@ -90,7 +94,7 @@ class Step:
         if self.ledger is not None:
             self.ledger.close(outputs)
         # autograd may keep the hooks, and with them this object, as long as the graph
-        for table in (self._shared, self._derived, self._aggregates, self._content, self._leaves):
+        for table in (self._shared, self._derived, self._aggregates, self._content, self._leaves, self._copied):
             table.clear()
         self._alive.clear()
         self._held.clear()
@@ -125,13 +129,27 @@ class Step:
         """Identity of a tensor's content: live storage, version, geometry. Never its address."""
         return self._alive.hold(x), x._version, x.storage_offset(), x.shape, x.stride(), x.dtype
 
+    # -- mixed precision --------------------------------------------------------------------------------------------
+
+    def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The copy of x that autocast makes for the rule that runs."""
+        if x.dtype == dtype:
+            return x
+        copy = x.to(dtype)
+        self.origins[self.key(copy)] = x
+        return copy
+
+    def origin(self, x: Tensor) -> Tensor:
+        """What x is autocast's copy of, or x."""
+        return self.origins.get(self.key(x), x) if self.origins else x
+
     # -- residuals --------------------------------------------------------------------------------------------------
 
     def keep(self, x: Tensor, *, leaf: bool, config: Config | None = None) -> Residual:
         """A residual of x.
 
         Args:
-            x: floating point (..., D).
+            x: floating point (..., D). Of a copy that autocast made, the residual may stand for what it is a copy of.
             leaf: it enters gradients of parameters only, so one draw may serve all leaves of the same tensor. A path
                 residual enters gradients of what comes before and is always drawn anew.
             config: default: that of the running module.
@@ -139,16 +157,17 @@ class Step:
         own = self.config
         assert own is not None
         config = config or own
+        origin = self.origin(x)
         if own.inputs == "reference":
-            if self.held(x):
-                return self.note(Reference(x, x.shape))
-            if self._derived and (derived := self._derived.get(self.key(x))) is not None:
+            if self.held(origin):
+                return self.note(Reference(origin, x.shape))
+            if self._derived and (derived := self._derived.get(self.key(origin))) is not None:
                 return self.note(derived)
-            if (again := self._again(x, encoded_bytes(x.shape, config))) is not None:
+            if (again := self._again(origin, encoded_bytes(x.shape, config))) is not None:
                 return self.note(again)
         if not leaf:
             return self.note(self._encode(x, config, "path"))
-        key = (self.key(x), config)
+        key = (self.key(origin), x.dtype, config)
         found = self._shared.get(key)
         if found is None:
             found = self._shared[key] = self._encode(x, config, "leaf", watched=True)
@@ -164,6 +183,7 @@ class Step:
 
     def cheap(self, x: Tensor, config: Config, gathered: Config | None = None) -> bool:
         """Whether x can be kept exactly for less than its codes would take, or those of what it was gathered from."""
+        x = self.origin(x)
         if self.free(x):
             return True
         limit = encoded_bytes(x.shape, config)
@@ -174,14 +194,16 @@ class Step:
 
     def exact(self, x: Tensor) -> Residual:
         """A residual that loses nothing."""
-        if self.held(x):
-            return self.note(Reference(x, x.shape))
-        kept = self.exactly(x)
+        origin = self.origin(x)
+        if self.held(origin):
+            return self.note(Reference(origin, x.shape))
+        kept = (self._again(origin, nbytes(x)) if origin is not x else None) or self.exactly(x)
         return self.note(kept if isinstance(kept, Recomputed) else Lossless(kept))
 
     def gathered(self, x: Tensor, config: Config) -> Residual:
         """A path residual: of the smaller tensor that x was gathered, viewed or expanded from, if there is one."""
-        found = self.tape.gathered(x)
+        origin = self.origin(x)
+        found = self.tape.gathered(origin)
         if found is None:
             return self.keep(x, leaf=False, config=config)
         source, leaves = found
@@ -190,7 +212,7 @@ class Step:
         row, self.row = self.row, None  # the ledger gets one entry, of the whole
         kept = self.keep(tensor, leaf=False, config=config)
         self.row = row
-        program = self.tape.program(x, [source, *leaves])
+        program = self.tape.program(origin, [source, *leaves])
         return self.note(Gathered(kept, tuple(self._leaf(leaf.tensor()) for leaf in leaves), program, self.tape.shared))
 
     def _again(self, x: Tensor, limit: float) -> Recomputed | None:
@@ -298,12 +320,19 @@ class Step:
         return residual
 
     def plain(self, *saved: Tensor | int | None) -> None:
-        """What the running operation would keep without Dibit: tensors, or bytes that only it would allocate."""
+        """What the running operation would keep without Dibit: tensors, or bytes that only it would allocate.
+
+        Of a leaf that a rule got as it is, that is the copy which autocast would make.
+        """
         if self.ledger is None or self.row is None:
             return
         for x in saved:
             if isinstance(x, int):
                 self.row.plain += x
+            elif x is not None and self.low not in (None, x.dtype):
+                if not self.low_cached or self.key(x) not in self._copied:
+                    self._copied.add(self.key(x))
+                    self.row.plain += x.numel() * self.low.itemsize
             elif x is not None and not self.held(x):
                 self.ledger.plain_tensor(self.row, x)
                 self.row.shape = self.row.shape or tuple(x.shape)

@@ -12,6 +12,7 @@ from dibit.codec.reduce import projection, sampled_rows
 from dibit.codec.rng import mix, seed_tensor
 from dibit.codec.rows import LEFT_OUT, picked, row_scores
 from dibit.config import Config, Project, Sample
+from dibit.precision import HALF, at_least_single, exact_dtypes
 
 __all__ = ["Affine", "Packed", "decode", "encode", "encoded_bytes", "mix", "norm_scores", "reduced", "seed_tensor"]
 
@@ -73,14 +74,22 @@ def encode(
         raise TypeError(f"encode got a tensor of {x.dtype}; expected a floating-point one (integers are kept exactly).")
     if not isinstance(seed, Tensor):
         seed = seed_tensor(seed, x.device)
-    shape, dtype = x.shape, x.dtype
     if isinstance(config.reduce, Sample) and config.reduce.least > 1:
-        config = replace(config, reduce=config.reduce.of(shape[:-1].numel() if candidates is None else candidates))
-        if config.reduce.ratio == 1 and candidates is None:
+        reduce = config.reduce.of(x.shape[:-1].numel() if candidates is None else candidates)
+        config = replace(config, reduce=reduce)
+        if reduce.ratio == 1 and candidates is None:
             scores = None
     if config.reduce is not None and config.reduce.ratio == 1 and scores is None:
         config = replace(config, reduce=None)
-    x = x.detach().reshape(shape[:-1].numel(), shape[-1] if shape else 1)
+    with exact_dtypes(x.device):
+        return _encoded(x.detach(), config, seed, affine, scores, candidates)
+
+
+def _encoded(
+    x: Tensor, config: Config, seed: Tensor, affine: Affine | None, scores: Tensor | None, candidates: int | None
+) -> Packed:
+    shape, dtype = x.shape, x.dtype
+    x = x.reshape(shape[:-1].numel(), shape[-1] if shape else 1)
     if affine is not None:
         dtype = affine.shift.dtype
     index = poison = None
@@ -121,16 +130,16 @@ def _quantized(
     rounding = reference.NEAREST if config.rounding == "nearest" else reference.STOCHASTIC
 
     def quantize(part: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        flat = part.reshape(-1).contiguous()
-        if flat.dtype not in (torch.float32, torch.float64):
-            flat = flat.float()
+        flat = at_least_single(part).reshape(-1).contiguous()
         return ops.quantize(flat, seed, config.bits, block, levels, stats, rounding, number)
 
-    if index is None:
+    step = rows_of_a_part(rows, width, block, x.device)
+    if index is None and (x.dtype not in HALF or rows <= step):
         return quantize(reduced(x, config, seed), 0)
     parts = []
-    step = rows_of_a_part(rows, width, block, x.device)
-    for i, own in enumerate(index.split(step)):
+    if index is None:  # no copy of x in float32 at once
+        parts = [quantize(reduced(part, config, seed), i * step * width) for i, part in enumerate(x.split(step))]
+    for i, own in enumerate(() if index is None else index.split(step)):
         part = x.index_select(0, own)
         parts.append(quantize(part if affine is None else affine(part), i * step * width))
     codes, ranges, widths = (torch.cat(same) for same in zip(*parts, strict=True))
@@ -140,22 +149,27 @@ def _quantized(
 def reduced(x: Tensor, config: Config, seed: Tensor) -> Tensor:
     """What is quantised of a matrix x (N, D) whose rows are all kept: its projection (N, R), or x itself."""
     if isinstance(config.reduce, Project):
+        x = at_least_single(x)
         return x @ projection(x.shape[1], config.reduce.ratio, seed, x.dtype)
     return x
 
 
 def decode(packed: Packed) -> Tensor:
     """An estimate of the tensor that was encoded, of its shape and dtype."""
-    reduced = packed.reduced()
-    if (p := packed.projection(packed.dtype)) is not None:
-        reduced = reduced @ p.T
-    elif (sample := packed.sample(packed.dtype)) is not None:
-        index, weight = sample
-        full = reduced.new_zeros(packed.rows, packed.width)
-        if packed.poison is not None:
-            full += packed.poison.to(full.dtype)
-        reduced = full.index_copy_(0, index, reduced * weight[:, None])  # no row twice
-    return reduced.view(packed.shape)
+    if packed.config.reduce is None:
+        return packed.reduced().view(packed.shape)
+    dtype = torch.float32 if packed.dtype in HALF else packed.dtype
+    with exact_dtypes(packed.codes.device):
+        reduced = packed.reduced(dtype=dtype)
+        if (p := packed.projection(dtype)) is not None:
+            reduced = reduced @ p.T
+        elif (sample := packed.sample(dtype)) is not None:
+            index, weight = sample
+            full = reduced.new_zeros(packed.rows, packed.width)
+            if packed.poison is not None:
+                full += packed.poison.to(full.dtype)
+            reduced = full.index_copy_(0, index, reduced * weight[:, None])  # no row twice
+        return reference.narrowed(reduced, packed.dtype).view(packed.shape)
 
 
 def encoded_bytes(shape: torch.Size, config: Config) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 from dibit.buffers import empty, empty_like
 from dibit.codec import kernels, reference
 from dibit.codec.rng import M1, M2
+from dibit.precision import HALF
 
 _MASK64 = 2**64 - 1
 
@@ -112,8 +113,8 @@ def norm_gradient(
 
 
 def pack_mask(x: Tensor) -> Tensor:
-    if x.dtype not in (torch.float32, torch.float64):
-        return reference.pack_mask(x)
+    if x.dtype in HALF:  # Numba has no such numbers; as integers their signs are the same
+        x = ((x.view(torch.int16) > 0) | x.isnan()).view(torch.uint8)
     out = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
     if x.numel():
         kernels.pack_mask(x.numel(), x.numpy().reshape(-1), out.numpy())
@@ -122,7 +123,7 @@ def pack_mask(x: Tensor) -> Tensor:
 
 def relu(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.dtype != torch.float32:
-        return reference.relu(x)
+        return torch.relu(x), pack_mask(x)
     y, out = empty_like(x), torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
     if x.numel():
         kernels.relu(x.numel(), x.numpy().reshape(-1), y.numpy().reshape(-1), out.numpy())

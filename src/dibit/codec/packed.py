@@ -100,19 +100,19 @@ class Packed:
             index, weight = sampled_rows(self.rows, self.config.reduce.ratio, self.seed)
         return index, (weight if self.poison is None else weight + self.poison).to(dtype)
 
-    def reduced(self, dither: float | None = None) -> Tensor:
-        """The reduced tensor (rows kept, columns kept), unpacked, in `dtype`; `dither` as in `ops.dequantize`."""
-        return self._some(0, self.reduced_shape[0], dither)
+    def reduced(self, dither: float | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """The reduced tensor (rows kept, columns kept), unpacked; `dither` and `dtype` as in `ops.dequantize`."""
+        return self._some(0, self.reduced_shape[0], dither, dtype or self.dtype)
 
-    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+    def parts(self, dtype: torch.dtype | None = None) -> Iterator[tuple[slice, Tensor]]:
         """`reduced` in parts that the caches hold, each with its rows: for users that need no tensor of full size."""
         rows, width = self.reduced_shape
         step = rows_of_a_part(rows, width, self.block, self.codes.device)
         for start in range(0, rows, step):
             stop = min(rows, start + step)
-            yield slice(start, stop), self._some(start, stop, None)
+            yield slice(start, stop), self._some(start, stop, None, dtype or self.dtype)
 
-    def _some(self, start: int, stop: int, dither: float | None) -> Tensor:
+    def _some(self, start: int, stop: int, dither: float | None, dtype: torch.dtype) -> Tensor:
         """Rows of `reduced`; `start` is the first of a block."""
         rows, width = self.reduced_shape
         block, levels = blocks(self.config, rows, width)
@@ -130,7 +130,7 @@ class Packed:
             block,
             levels,
             dither,
-            self.dtype,
+            dtype,
             first,
         )
         return flat.view(stop - start, width)

@@ -140,11 +140,12 @@ def weighs_edges(module: torch.nn.Module) -> bool:
 
     A graph would keep them all; an uncompiled pass computes them again from the nodes' (`dibit.tape`).
     """
-    return any(_message_has_more(type(layer)) for layer in module.modules())
+    kinds: list[Any] = [type(layer) for layer in module.modules()]
+    return any(map(_message_has_more, kinds))
 
 
 @functools.cache
-def _message_has_more(kind: type) -> bool:
+def _message_has_more(kind: Any) -> bool:
     """Whether a class's messages are made of more than the neighbour's features."""
     message = getattr(kind, "message", None)
     if message is None or not hasattr(kind, "propagate"):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dibit.codec import ops
 from dibit.functions.common import dense, first_order, unreduced
+from dibit.precision import at_least_single, copies, lower
 from dibit.residual import Compressed, Mask, load, save
 from dibit.step import Step
 
@@ -44,9 +45,10 @@ class PReLU(torch.autograd.Function):
     """y = max(x, 0) + w min(x, 0); dw sums dy * min(x, 0), which enters no other gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Mask, negative: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Mask, negative: Any, low: torch.dtype | None) -> Tensor:
         save(ctx, mask, negative, weight)
-        return F.prelu(x, weight)
+        ctx.dtypes = x.dtype, weight.dtype
+        return F.prelu(*copies(low, x, weight))
 
     @staticmethod
     @first_order
@@ -55,11 +57,14 @@ class PReLU(torch.autograd.Function):
         shape = [1] * dy.dim()
         if weight.numel() > 1:
             shape[1] = -1
-        dx = mask.apply(dy) + (dy - mask.apply(dy)) * weight.view(shape) if ctx.needs_input_grad[0] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = mask.apply(dy) + (dy - mask.apply(dy)) * weight.to(dy.dtype).view(shape)
+            dx = dx.to(ctx.dtypes[0])
         dw = None
         if negative is not None:
-            dw = (dy * negative.value()).sum_to_size(weight.view(shape).shape).view(weight.shape)
-        return dx, dw, None, None
+            dw = (dy * negative.value()).sum_to_size(weight.view(shape).shape).view(weight.shape).to(ctx.dtypes[1])
+        return dx, dw, None, None, None
 
 
 def masked(plain: Callable[..., Tensor], slope_at: float, saves: str) -> Callable[..., Any]:
@@ -103,19 +108,20 @@ def leaky_relu_(step: Step, input: Tensor, negative_slope: float = 0.01) -> Any:
     return leaky_relu(step, input, negative_slope, True)
 
 
+@lower
 def prelu(step: Step, input: Tensor, weight: Tensor) -> Any:
     if not dense(input, weight) or not (input.requires_grad or weight.requires_grad) or input.dim() < 2:
         return NotImplemented
-    step.plain(input)
-    x = input.detach()
+    step.plain(input, weight)
+    x = copies(step.low, input.detach())[0]
     # torch's rule here is x > 0, so NaN takes the weight: the 0/1 tensor packs just that
     mask = step.note(Mask(ops.pack_mask((x > 0).to(torch.float32)), 0.0))
     negative = step.keep(x.clamp(max=0), leaf=False) if weight.requires_grad else None
-    return PReLU.apply(input, weight, mask, negative)
+    return PReLU.apply(input, weight, mask, negative, step.low)
 
 
 def smooth(plain: Callable[..., Tensor], derivative: Callable[..., Tensor], saves: str = "input") -> Callable[..., Any]:
-    """A rule for a smooth activation. `plain(x, inplace, *args)`, `derivative(x, *args)` exact, in the dtype of x."""
+    """A rule for a smooth activation: `plain(x, inplace, *args)`, `derivative(x, *args)` at least as exact."""
 
     def rule(step: Step, input: Tensor, *args: Any, inplace: bool = False) -> Any:
         config = step.config
@@ -135,12 +141,16 @@ def smooth(plain: Callable[..., Tensor], derivative: Callable[..., Tensor], save
 
 
 def _sigmoid_slope(x: Tensor) -> Tensor:
-    y = torch.sigmoid(x)
+    y = at_least_single(torch.sigmoid(x))
     return y * (1 - y)
 
 
 _sigmoid = smooth(lambda x, inplace: x.sigmoid_() if inplace else torch.sigmoid(x), _sigmoid_slope, "output")
-_tanh = smooth(lambda x, inplace: x.tanh_() if inplace else torch.tanh(x), lambda x: 1 - torch.tanh(x) ** 2, "output")
+_tanh = smooth(
+    lambda x, inplace: x.tanh_() if inplace else torch.tanh(x),
+    lambda x: 1 - at_least_single(torch.tanh(x)) ** 2,
+    "output",
+)
 _silu = smooth(
     lambda x, inplace: F.silu(x, inplace),
     lambda x: aten.silu_backward(torch.ones_like(x), x),

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dibit.config import Config
+from dibit.precision import exact_dtypes
 
 if TYPE_CHECKING:
     from dibit.step import Step
@@ -34,7 +35,8 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
                 "a compressed model has no second derivatives, but create_graph=True asks for them; leave the modules "
                 "in question exact: dibit.compress(model, {'their.name': None, '*': 'default'})."
             )
-        return inner(ctx, *grads)
+        with exact_dtypes(grads[0].device):  # the caller's autocast block may include its call of backward()
+            return inner(ctx, *grads)
 
     return checked
 

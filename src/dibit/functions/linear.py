@@ -12,6 +12,7 @@ from dibit.functions import large
 from dibit.functions.common import dense, first_order, flat
 from dibit.functions.product import bmm
 from dibit.graph import Graph
+from dibit.precision import copies, lower
 from dibit.residual import Reference, load, save
 from dibit.step import Step
 
@@ -20,10 +21,12 @@ class Linear(torch.autograd.Function):
     """y = x W^T + b, W (O, D)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Any, low: torch.dtype | None
+    ) -> Tensor:
         save(ctx, residual, weight if ctx.needs_input_grad[0] else None)
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        return large.linear(x, weight, bias)
+        return large.linear(*copies(low, x, weight, bias))
 
     @staticmethod
     @first_order
@@ -34,7 +37,7 @@ class Linear(torch.autograd.Function):
         dx = large.mm(dy, weight.to(dy.dtype)).to(x_dtype) if ctx.needs_input_grad[0] else None
         dw = residual.outer(rows).to(w_dtype) if ctx.needs_input_grad[1] else None
         db = rows.sum(0).to(b_dtype) if ctx.needs_input_grad[2] else None
-        return dx, dw, db, None
+        return dx, dw, db, None, None
 
 
 class AggregatedLinear(torch.autograd.Function):
@@ -46,12 +49,12 @@ class AggregatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, aggregate: Tensor, watched: Any, residual: Any,
-        graph: Graph,
+        graph: Graph, low: torch.dtype | None,
     ) -> Tensor:  # fmt: skip
         save(ctx, residual, weight, *graph.parts)
         ctx.graph, ctx.aggregate, ctx.matrix = graph.bind(()), watched, graph.pattern
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        return large.linear(aggregate, weight, bias)
+        return large.linear(*copies(low, aggregate, weight, bias))
 
     @staticmethod
     @first_order
@@ -68,7 +71,7 @@ class AggregatedLinear(torch.autograd.Function):
         dw = residual.outer(z).to(w_dtype) if ctx.needs_input_grad[1] else None  # before dX is written over z
         dx = large.mm_over(z, weight.to(z.dtype)).to(x_dtype) if ctx.needs_input_grad[0] else None
         db = dy.sum(0).to(b_dtype) if ctx.needs_input_grad[2] else None
-        return dx, dw, db, None, None, None, None
+        return dx, dw, db, None, None, None, None, None
 
 
 class MatMul(torch.autograd.Function):
@@ -76,11 +79,13 @@ class MatMul(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, c: Tensor | None, beta: float, alpha: float, residual: Any
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, c: Tensor | None, beta: float, alpha: float, residual: Any,
+        low: torch.dtype | None,
+    ) -> Tensor:  # fmt: skip
         save(ctx, residual, weight if ctx.needs_input_grad[0] else None)
         ctx.scale = beta, alpha
         ctx.types = x.dtype, weight.dtype, None if c is None else (c.dtype, c.shape)
+        x, weight, c = copies(low, x, weight, c)
         return large.mm(x, weight) if c is None else torch.addmm(c, x, weight, beta=beta, alpha=alpha)
 
     @staticmethod
@@ -95,7 +100,7 @@ class MatMul(torch.autograd.Function):
         dc = None
         if ctx.needs_input_grad[2]:
             dc = (dy if beta == 1 else dy * beta).sum_to_size(c_type[1]).to(c_type[0])
-        return dx, dw, dc, None, None, None
+        return dx, dw, dc, None, None, None, None
 
 
 def keep_input(step: Step, x: Tensor, weight: Tensor) -> Any:
@@ -107,30 +112,34 @@ def keep_input(step: Step, x: Tensor, weight: Tensor) -> Any:
     return step.keep(x, leaf=weight.is_leaf) if weight.requires_grad else None
 
 
+@lower
 def linear(step: Step, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if not (dense(input, weight) and weight.dim() == 2 and weight.requires_grad):
         return NotImplemented  # a frozen weight keeps no input, in plain torch too
-    if weight.is_leaf and (found := step.source(input)) is not None:
+    if weight.is_leaf and (found := step.source(aggregate := step.origin(input))) is not None:
         graph, x = found
         step.plain(input)
         residual = step.keep(x, leaf=True)
         # detached: otherwise autograd would walk through the aggregation as well, with zeros
-        return AggregatedLinear.apply(x, weight, bias, input.detach(), weakref.ref(input), residual, graph)
-    return Linear.apply(input, weight, bias, keep_input(step, input, weight))
+        watched = weakref.ref(aggregate)
+        return AggregatedLinear.apply(x, weight, bias, input.detach(), watched, residual, graph, step.low)
+    return Linear.apply(input, weight, bias, keep_input(step, input, weight), step.low)
 
 
+@lower
 def matmul(step: Step, input: Tensor, other: Tensor, *, out: Any = None) -> Any:
     if isinstance(other, Tensor) and not other.is_leaf and (other.dim() != 2 or other.numel() >= input.numel()):
         return bmm(step, input, other, out=out)  # two activations
     if out is not None or not (dense(input, other) and input.dim() >= 2 and other.dim() == 2 and other.requires_grad):
         return NotImplemented
-    return MatMul.apply(input, other, None, 1, 1, keep_input(step, input, other))
+    return MatMul.apply(input, other, None, 1, 1, keep_input(step, input, other), step.low)
 
 
 def rmatmul(step: Step, input: Tensor, other: Tensor) -> Any:
     return matmul(step, other, input)
 
 
+@lower
 def addmm(
     step: Step,
     input: Tensor,
@@ -143,4 +152,4 @@ def addmm(
 ) -> Any:
     if out is not None or not (dense(input, mat1, mat2) and mat2.requires_grad):
         return NotImplemented
-    return MatMul.apply(mat1, mat2, input, beta, alpha, keep_input(step, mat1, mat2))
+    return MatMul.apply(mat1, mat2, input, beta, alpha, keep_input(step, mat1, mat2), step.low)

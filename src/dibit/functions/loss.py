@@ -17,6 +17,7 @@ from dibit.config import Config
 from dibit.functions.common import dense, first_order
 from dibit.identity import storage_key
 from dibit.lossless import Exact
+from dibit.precision import HALF, at_least_single, full
 from dibit.residual import Residual, load, save
 from dibit.step import Step
 
@@ -80,8 +81,10 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, target: Tensor, weight: Any, ignore: int, reduction: str, step: Step) -> Tensor:
         loss = F.cross_entropy(x, target, weight, ignore_index=ignore, reduction=reduction)
-        p = step.keep(torch.softmax(x.detach(), 1), leaf=False, config=probability_config(step))
-        scale = _target_scale(target, weight, ignore, reduction, x.dtype)
+        probabilities = torch.softmax(at_least_single(x.detach()), 1)
+        p = step.keep(probabilities, leaf=False, config=probability_config(step))
+        scale = _target_scale(target, weight, ignore, reduction, probabilities.dtype)
+        ctx.dtype = x.dtype
         kept = step.pack_index(target)
         save(ctx, p, kept.x, scale)
         ctx.target = kept.on(torch.empty(0))
@@ -95,10 +98,10 @@ class CrossEntropy(torch.autograd.Function):
         p, target, scale = load(ctx)
         target = ctx.target.on(target).restore()
         per_row = scale * dy
-        dx = p.value().to(dy.dtype) * per_row[:, None]
+        dx = p.value() * per_row[:, None]
         # an ignored target has scale 0; its index may lie outside
         dx.scatter_add_(1, target.clamp(0, dx.shape[1] - 1)[:, None], -per_row[:, None])
-        return dx, None, None, None, None, None
+        return dx.to(ctx.dtype), None, None, None, None, None
 
 
 class NLL(torch.autograd.Function):
@@ -106,7 +109,7 @@ class NLL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, target: Tensor, weight: Any, ignore: int, reduction: str, step: Step) -> Tensor:
-        scale = _target_scale(target, weight, ignore, reduction, x.dtype)
+        scale = _target_scale(target, weight, ignore, reduction, torch.float32 if x.dtype in HALF else x.dtype)
         kept = step.pack_index(target)
         save(ctx, kept.x, scale)
         ctx.target, ctx.shape = kept.on(torch.empty(0)), x.shape
@@ -121,7 +124,7 @@ class NLL(torch.autograd.Function):
         target, scale = load(ctx)
         target = ctx.target.on(target).restore()
         dx = dy.new_zeros(ctx.shape)
-        dx.scatter_(1, target.clamp(0, dx.shape[1] - 1)[:, None], -(scale * dy)[:, None])
+        dx.scatter_(1, target.clamp(0, dx.shape[1] - 1)[:, None], -(scale * dy)[:, None].to(dx.dtype))
         return dx, None, None, None, None, None
 
 
@@ -168,6 +171,7 @@ def _target_scale(target: Tensor, weight: Any, ignore: int, reduction: str, dtyp
     return scale / scale.sum() if reduction == "mean" else scale
 
 
+@full(lambda x: torch.log_softmax(x, 1))
 def log_softmax(
     step: Step, input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> Any:
@@ -195,6 +199,15 @@ def _indexed(input: Tensor, target: Tensor, reductions: tuple[Any, Any], reducti
     )
 
 
+def _whole_cross_entropy(x: Tensor) -> Tensor:
+    """In float32 if autocast runs all of it there, and not the part behind the log-softmax alone."""
+    x = torch.arange(8, device=x.device).view(2, 4).sin().to(x.dtype)
+    target = torch.zeros(2, dtype=torch.int64, device=x.device)
+    loss = F.cross_entropy(x, target)
+    return loss if torch.equal(loss, F.cross_entropy(x.float(), target)) else x
+
+
+@full(_whole_cross_entropy)
 def cross_entropy(
     step: Step, input: Tensor, target: Tensor, weight: Any = None, size_average: Any = None,
     ignore_index: int = -100, reduce: Any = None, reduction: str = "mean", label_smoothing: float = 0.0,
@@ -205,6 +218,7 @@ def cross_entropy(
     return CrossEntropy.apply(input, target, weight, ignore_index, reduction, step)
 
 
+@full(lambda x: F.nll_loss(x, torch.zeros(2, dtype=torch.int64, device=x.device)))
 def nll_loss(
     step: Step, input: Tensor, target: Tensor, weight: Any = None, size_average: Any = None,
     ignore_index: int = -100, reduce: Any = None, reduction: str = "mean",
@@ -215,6 +229,7 @@ def nll_loss(
     return NLL.apply(input, target, weight, ignore_index, reduction, step)
 
 
+@full(lambda x: F.mse_loss(x, x))
 def mse_loss(
     step: Step, input: Tensor, target: Tensor, size_average: Any = None, reduce: Any = None,
     reduction: str = "mean", weight: Any = None,
@@ -229,6 +244,7 @@ def mse_loss(
     return SquaredError.apply(input, target, reduction, kept)
 
 
+@full(lambda x: F.binary_cross_entropy_with_logits(x, x))
 def binary_cross_entropy_with_logits(
     step: Step, input: Tensor, target: Tensor, weight: Any = None, size_average: Any = None, reduce: Any = None,
     reduction: str = "mean", pos_weight: Any = None,

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dibit.buffers import empty_like
@@ -19,6 +20,7 @@ from dibit.codec import Affine, ops
 from dibit.config import Config, Project, Sample
 from dibit.functions import large
 from dibit.functions.common import dense, first_order, unreduced
+from dibit.precision import at_least_single, full
 from dibit.residual import Compressed, load, save
 from dibit.step import Step
 
@@ -40,6 +42,8 @@ class BatchNorm(torch.autograd.Function):
         eps: float, step: Step,
     ) -> Tensor:  # fmt: skip
         y, mean, inverse = large.batch_norm(x, weight, bias, *running, training, momentum, eps)
+        step.plain(mean.nbytes + inverse.nbytes if training else 0)
+        mean, inverse = at_least_single(mean), at_least_single(inverse)
         outer = inner = None
         if training or ctx.needs_input_grad[1]:
             rows = x.detach().movedim(1, -1)
@@ -49,7 +53,6 @@ class BatchNorm(torch.autograd.Function):
             inner = step.keep_affine(rows, normalised, config, watched=config.reduce is not None)
             if training and ctx.needs_input_grad[0]:
                 outer = step.keep_affine(rows, normalised, config, watched=False) if config.reduce else inner
-        step.plain(mean.nbytes + inverse.nbytes if training else 0)
         ctx.shared = outer is inner
         save(ctx, None if ctx.shared else outer, inner, inverse, weight)
         ctx.training, ctx.dtypes = training, (x.dtype, weight.dtype if weight is not None else None)
@@ -86,12 +89,13 @@ class LayerNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, shape: list[int], weight: Any, bias: Any, eps: float, step: Step) -> Tensor:
         y, mean, inverse = torch.native_layer_norm(x, shape, weight, bias, eps)
         width = int(torch.Size(shape).numel())
+        step.plain(mean.nbytes + inverse.nbytes)
+        mean, inverse = at_least_single(mean), at_least_single(inverse)
         rows = ((x.detach() - mean) * inverse).reshape(-1, width)
         config = norm_config(step, rows.shape[0])
         outer = step.keep(rows, leaf=False, config=config)
         inner = step.keep(rows, leaf=False, config=config) if isinstance(config.reduce, Project) else None
         inverse = inverse.reshape(-1, 1)
-        step.plain(mean.nbytes + inverse.nbytes)
         if step.ledger is not None and step.row is not None:
             step.ledger.kept_tensor(step.row, inverse)
         save(ctx, outer, inner, inverse, weight)
@@ -231,6 +235,7 @@ def torch_batch_norm(
     return batch_norm(step, input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
+@full(lambda x: F.layer_norm(x, (2,)))
 def layer_norm(
     step: Step, input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5,
     cudnn_enable: bool = True,

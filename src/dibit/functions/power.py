@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dibit.functions.activation import Elementwise
 from dibit.functions.common import FEW, dense, fine
+from dibit.precision import at_least_single, full
 from dibit.step import Step
 
 
@@ -30,7 +31,7 @@ def rule(plain: Callable[..., Tensor], derivative: Callable[..., Tensor], saves:
         y = plain(input.detach(), *args)
         if y.dtype != input.dtype:
             return NotImplemented
-        slope = derivative(input.detach(), y, *args)
+        slope = derivative(at_least_single(input.detach()), at_least_single(y), *args)
         if not slope.isfinite().all():
             return NotImplemented  # one pole would spoil the block it lies in
         kept = step.keep(slope, leaf=False, config=fine(step))
@@ -44,11 +45,11 @@ def rule(plain: Callable[..., Tensor], derivative: Callable[..., Tensor], saves:
     return apply
 
 
-exp = rule(torch.exp, lambda x, y: y, "output")
+exp = full(torch.exp)(rule(torch.exp, lambda x, y: y, "output"))
 sqrt = rule(torch.sqrt, lambda x, y: 0.5 / y, "output")
-rsqrt = rule(torch.rsqrt, lambda x, y: -0.5 * y**3, "output")
-reciprocal = rule(torch.reciprocal, lambda x, y: -(y**2), "output")
-log = rule(torch.log, lambda x, y: 1 / x, "input")
+rsqrt = full(torch.rsqrt)(rule(torch.rsqrt, lambda x, y: -0.5 * y**3, "output"))
+reciprocal = full(torch.reciprocal)(rule(torch.reciprocal, lambda x, y: -(y**2), "output"))
+log = full(torch.log)(rule(torch.log, lambda x, y: 1 / x, "input"))
 square = rule(torch.square, lambda x, y: 2 * x, "input")
 absolute = rule(torch.abs, lambda x, y: torch.sign(x), "input")
 sine = rule(torch.sin, lambda x, y: torch.cos(x), "input")
@@ -57,6 +58,7 @@ _power = rule(torch.pow, lambda x, y, p: p * torch.pow(x, p - 1), "input")
 _softplus = rule(F.softplus, lambda x, y, beta, threshold: _softplus_slope(x, beta, threshold), "input")
 
 
+@full(lambda x: torch.pow(x, 1.5))
 def power(step: Step, input: Tensor, exponent: Any, *, out: Any = None) -> Any:
     return NotImplemented if isinstance(exponent, Tensor | complex) else _power(step, input, exponent, out=out)
 
@@ -65,5 +67,6 @@ def _softplus_slope(x: Tensor, beta: float, threshold: float) -> Tensor:
     return torch.where(x * beta > threshold, 1.0, torch.sigmoid(x * beta)).to(x.dtype)
 
 
+@full(F.softplus)
 def softplus(step: Step, input: Tensor, beta: float = 1, threshold: float = 20) -> Any:
     return _softplus(step, input, beta, threshold)

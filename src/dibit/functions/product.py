@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dibit.config import Config, Sample
 from dibit.functions.common import FEW, dense, fine, first_order, flat, unreduced
+from dibit.precision import at_least_single, copies, lower
 from dibit.residual import load, save
 from dibit.step import Step
 from dibit.tape import nbytes
@@ -28,15 +29,15 @@ class Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, kept_a: Any, kept_b: Any) -> Tensor:
         save(ctx, kept_a, kept_b)
-        ctx.shapes = a.shape, b.shape
+        ctx.of = (a.shape, a.dtype), (b.shape, b.dtype)
         return torch.mul(a, b)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         kept_a, kept_b = load(ctx)
-        da = (dy * _seen(kept_b, dy)).sum_to_size(ctx.shapes[0]) if ctx.needs_input_grad[0] else None
-        db = (dy * _seen(kept_a, dy)).sum_to_size(ctx.shapes[1]) if ctx.needs_input_grad[1] else None
+        da = _gradient(dy * _seen(kept_b, dy), *ctx.of[0]) if ctx.needs_input_grad[0] else None
+        db = _gradient(dy * _seen(kept_a, dy), *ctx.of[1]) if ctx.needs_input_grad[1] else None
         return da, db, None, None
 
 
@@ -48,6 +49,11 @@ def _seen(kept: Any, dy: Tensor) -> Tensor:
     return kept.value()
 
 
+def _gradient(g: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Of a factor of this shape and dtype, from the gradient of the product's shape."""
+    return g.sum_to_size(shape).to(dtype)
+
+
 def mul(step: Step, input: Tensor, other: Any, *, out: Any = None) -> Any:
     if out is not None or not _operands(input, other):
         return NotImplemented
@@ -56,8 +62,8 @@ def mul(step: Step, input: Tensor, other: Any, *, out: Any = None) -> Any:
 
 
 def _operands(a: Any, b: Any) -> bool:
-    """Whether a and b are tensors of one dtype, and a gradient is wanted."""
-    return dense(a, b) and a.dtype == b.dtype and (a.requires_grad or b.requires_grad)
+    """Whether a and b are floating-point tensors, and a gradient is wanted."""
+    return dense(a, b) and (a.requires_grad or b.requires_grad)
 
 
 def _factors(step: Step, a: Tensor, b: Tensor, count: int) -> tuple[Any, Any] | None:
@@ -107,15 +113,15 @@ class Quotient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, inverse: Any, slope: Any) -> Tensor:
         save(ctx, inverse, slope)
-        ctx.shapes = a.shape, b.shape
+        ctx.of = (a.shape, a.dtype), (b.shape, b.dtype)
         return torch.div(a, b)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         inverse, slope = load(ctx)
-        da = (dy * inverse.value()).sum_to_size(ctx.shapes[0]) if ctx.needs_input_grad[0] else None
-        db = -(dy * slope.value()).sum_to_size(ctx.shapes[1]) if ctx.needs_input_grad[1] else None
+        da = _gradient(dy * inverse.value(), *ctx.of[0]) if ctx.needs_input_grad[0] else None
+        db = _gradient(dy * slope.value(), *ctx.of[1]).neg_() if ctx.needs_input_grad[1] else None
         return da, db, None, None
 
 
@@ -123,17 +129,18 @@ class MatrixProduct(torch.autograd.Function):
     """y = a b of two activations, batched or not: da = dy b^T, db = a^T dy."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, kept_a: Any, kept_b: Any) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, kept_a: Any, kept_b: Any, low: torch.dtype | None) -> Tensor:
         save(ctx, kept_a, kept_b)
-        return torch.matmul(a, b)
+        ctx.dtypes = a.dtype, b.dtype
+        return torch.matmul(*copies(low, a, b))
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         kept_a, kept_b = load(ctx)
-        da = dy @ kept_b.value().mT if ctx.needs_input_grad[0] else None
-        db = kept_a.value().mT @ dy if ctx.needs_input_grad[1] else None
-        return da, db, None, None
+        da = (dy @ kept_b.value().to(dy.dtype).mT).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
+        db = (kept_a.value().to(dy.dtype).mT @ dy).to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
+        return da, db, None, None, None
 
 
 def div(step: Step, input: Tensor, other: Any, *, rounding_mode: Any = None, out: Any = None) -> Any:
@@ -143,7 +150,7 @@ def div(step: Step, input: Tensor, other: Any, *, rounding_mode: Any = None, out
     needed = [other, input] if other.requires_grad else [other]
     if all(_exact(step, x, count, fine(step), gathers=False) for x in needed):
         return NotImplemented
-    a, b = input.detach(), other.detach()
+    a, b = at_least_single(input.detach()), at_least_single(other.detach())
     factors = (1 / b if input.requires_grad else None, a / b.square() if other.requires_grad else None)
     if not all(f is None or f.isfinite().all() for f in factors):
         return NotImplemented  # one pole would spoil the block it lies in
@@ -152,11 +159,12 @@ def div(step: Step, input: Tensor, other: Any, *, rounding_mode: Any = None, out
     return Quotient.apply(input, other, inverse, slope)
 
 
+@lower
 def bmm(step: Step, input: Tensor, mat2: Tensor, *, out: Any = None) -> Any:
     """Products of two activations; a product with a weight is a linear layer's."""
-    if out is not None or not _operands(input, mat2):
+    if out is not None or not _operands(input, mat2) or (step.low is None and input.dtype != mat2.dtype):
         return NotImplemented
     if min(input.dim(), mat2.dim()) < 2 or input.shape[:-2] != mat2.shape[:-2]:
         return NotImplemented
     kept = _factors(step, input, mat2, 0)
-    return NotImplemented if kept is None else MatrixProduct.apply(input, mat2, *kept)
+    return NotImplemented if kept is None else MatrixProduct.apply(input, mat2, *kept, step.low)
