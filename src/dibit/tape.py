@@ -108,8 +108,8 @@ class Tape:
         """The call as the tape will note it, tensors as nodes; `None` for what cannot be repeated."""
         if function not in PURE or "out" in kwargs:
             return None
-        if function in _AUTOCAST and torch.is_autocast_enabled("cpu" if _on_cpu(args) else "cuda"):
-            return None  # the dtype would differ when it is done again, outside of autocast
+        if function in _AUTOCAST and not _on_cpu(args) and torch.is_autocast_enabled("cuda"):
+            return None  # the dtype would differ when it is done again, outside of autocast; on the CPU it does not
         if function in _SIZES_ONLY:
             return _made(function, args, kwargs)
         if function in _LIKE and len(args) == 2:

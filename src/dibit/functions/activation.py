@@ -121,7 +121,7 @@ def prelu(step: Step, input: Tensor, weight: Tensor) -> Any:
 
 
 def smooth(plain: Callable[..., Tensor], derivative: Callable[..., Tensor], saves: str = "input") -> Callable[..., Any]:
-    """A rule for a smooth activation: `plain(x, inplace, *args)`, `derivative(x, *args)` at least as exact."""
+    """A rule for a smooth activation. `plain(x, inplace, *args)`, `derivative(x, *args)`, as exact as plain or more."""
 
     def rule(step: Step, input: Tensor, *args: Any, inplace: bool = False) -> Any:
         config = step.config
