@@ -21,8 +21,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 train: .venv
 	$(RUN)dibit train --out runs/first $(TRAIN)
 
+# A worker a core, each on one thread: most tests are small operations.
 test: .venv
-	$(RUN)pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN)pytest -n $(CORES) --dist loadgroup $(ARGS)
 
 lint: .venv
 	$(RUN)ruff check .

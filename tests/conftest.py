@@ -17,6 +17,13 @@ import torch  # noqa: E402
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Several workers share the tests one by one, but those of a file of tests/reproduce share one run."""
+    for item in items:
+        if item.path.parent.name == "reproduce":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -111,7 +111,7 @@ class TestModels:
         truth = gradient(model, x, way)
         dibit.compress(model, FINE)
         mean = torch.stack([gradient(model, x, way, i) for i in range(3)]).mean(0)
-        assert relative(mean, truth) < 4 * ROUNDING
+        assert relative(mean, truth) < 3 * ROUNDING
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ class TestAutocast:
             assert torch.equal(forward(model, x, "model bf16"), plain)
             bias = bias_of(lambda i, model=model, x=x: gradient(model, x, "model bf16", i), truth, 40)
             mean = torch.stack([gradient(model, x, "model bf16", i) for i in range(6)]).mean(0)
-            assert relative(mean, truth) < 2 * ROUNDING if setting is FINE else bias.unbiased
+            assert relative(mean, truth) < 3 * ROUNDING if setting is FINE else bias.unbiased
             assert model.norm.weight.grad.dtype == torch.float32
 
     def test_codes_are_shared_between_layers_that_copy_one_tensor(self) -> None:

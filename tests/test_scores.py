@@ -166,6 +166,62 @@ def test_passes_without_backward_cost_nothing_that_stays() -> None:
     assert [len(measured) for measured in dibit.scores(net)._pending.values()] == [1, 1]
 
 
+class Weighted(nn.Module):
+    """Attention's scores: the sum over a head's columns of x times a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.weight = nn.Linear(D, 4 * D), nn.Parameter(torch.randn(1, 4, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.first(x).view(-1, 4, D) * self.weight).sum(-1)
+
+
+class TestProductWithAParameter:
+    """What multiplies a parameter is kept row by row, each head of a node a row."""
+
+    def test_bytes(self) -> None:
+        model = dibit.compress(Weighted(), CONFIG)
+        with dibit.track(model) as saved:
+            model(torch.randn(N, D))
+        (row,) = (row for row in saved.rows if row.operation == "mul")
+        codes, ranges, scores = N * 4 * D // 4, N * 4 * D // 4 // 64 * 4, N * 4
+        assert "sample 1/4 by gradient" in row.how
+        assert codes + ranges + scores <= row.kept <= codes + ranges + scores + 16
+
+    def test_the_gradient_is_unbiased_and_decides_the_next_steps_rows(self) -> None:
+        model, x = dibit.compress(Weighted(), CONFIG), torch.randn(N, D)
+        torch.manual_seed(2)
+        r = torch.randn(N, 4) * torch.exp(2 * torch.randn(N, 4))
+        plain = Weighted()
+
+        def gradient(model: nn.Module) -> Tensor:
+            model.zero_grad()
+            (model(x) * r).sum().backward()
+            return model.weight.grad.flatten().clone()
+
+        exact, first = gradient(plain), gradient(model)
+        assert not torch.equal(first, exact)
+        with torch.no_grad():
+            model.weight.add_(0)  # a step of the optimiser
+
+        def draw(seed: int) -> Tensor:
+            torch.manual_seed(seed)
+            return gradient(model)
+
+        assert bias_of(draw, exact, 200).unbiased
+        assert torch.equal(dibit.scores(model).state_dict()[":mul:1"], row_scores(r.reshape(-1, 1).expand(-1, D)))
+
+    def test_heads_belong_to_their_nodes_ids(self) -> None:
+        model, ids = dibit.compress(Weighted(), CONFIG), torch.randperm(3 * N)[:N]
+        r = torch.randn(N, 4)
+        with dibit.batch(model, node_ids=ids):
+            (model(torch.randn(N, D)) * r).sum().backward()
+        table = dibit.scores(model).state_dict()[":mul:1"]
+        assert torch.equal(table.view(-1, 4)[ids], row_scores(r.reshape(-1, 1).expand(-1, D)).view(-1, 4))
+
+
 def test_nan_gradients_are_ignored() -> None:
     net, x, r = trained(1)
     before = {k: v.clone() for k, v in dibit.scores(net).state_dict().items()}

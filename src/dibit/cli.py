@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -33,11 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words)
     except UserError as error:
-        return _say(f"dibit: error: {error}", 2)
+        return _say(f"dibit: error: {error}", 2, once=True)
     except TrainingError as error:
         return _say(f"dibit: {error}", 1)
     except Interrupted as stop:
-        return _say(f"dibit: {stop}", 130)
+        return _say(f"dibit: {stop}", 130, once=True)
     except KeyboardInterrupt:
         return _say("dibit: interrupted.", 130)
 
@@ -70,6 +71,7 @@ def _dispatch(words: list[str]) -> int:
     raise UserError(f"There is no command {command!r}.{nearest(command, known)} See dibit --help.")
 
 
-def _say(sentence: str, status: int) -> int:
-    print(sentence, file=sys.stderr)
+def _say(sentence: str, status: int, once: bool = False) -> int:
+    if not once or os.environ.get("RANK", "0") == "0":  # of several processes all meet the same error
+        print(sentence, file=sys.stderr)
     return status

@@ -15,13 +15,15 @@ import torch
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
+from dibit.compiled import mode as traced
+from dibit.compiled.spec import setting_of
 from dibit.config import Config, nearest, recipe
 from dibit.functions import RULES
 from dibit.intercept import Intercept
 from dibit.ledger import Ledger
 from dibit.score_table import Scores
 from dibit.state import Rule, State
-from dibit.step import Step
+from dibit.step import Step, tensors_in
 
 Setting = Config | str | None
 M = TypeVar("M", bound=nn.Module)
@@ -34,6 +36,20 @@ class Active:
     step: Step
     mode: Intercept
     hooks: Any
+    callback: Any = None  # what compiles frames, to be put back when this pass ends
+    suspended: bool = False
+
+    def suspend(self) -> None:
+        """Step aside for a part of the model that is compiled: the mode and hooks of compiled code take over."""
+        self.mode.__exit__(None, None, None)
+        self.hooks.__exit__(None, None, None)
+        self.suspended = True
+        self.step.seen += 1
+
+    def resume(self) -> None:
+        self.hooks.__enter__()
+        self.mode.__enter__()
+        self.suspended = False
 
 
 class _Local(threading.local):
@@ -48,8 +64,22 @@ class Enter:
 
     def __init__(self, state: State, name: str, config: Config | None) -> None:
         self.state, self.name, self.config = state, name, config
+        self.setting = setting_of(config)  # for compiled code
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            traced.enter(self, module, args, kwargs)
+        elif not torch.compiler.is_compiling():  # `torch.export` and the like: exact
+            callback = traced.set_callback(None)  # nothing of what follows is to be compiled
+            if callback is None:
+                self.eager(module, args, kwargs, None)
+            else:
+                try:
+                    callback = self.compiled(module, args, kwargs, callback)
+                finally:
+                    traced.set_callback(callback)
+
+    def eager(self, module: nn.Module, args: Any, kwargs: Any, callback: Any) -> None:
         active = _local.active
         if active is not None and not active.mode.running():
             _abandon()  # Ctrl-C ended a forward pass without running any hook
@@ -58,9 +88,47 @@ class Enter:
             if not (module.training and torch.is_grad_enabled()) or _taken():
                 return
             active = _local.active = _start(self.state, not self.name, (args, kwargs))
+            active.callback = callback
         active.step.names.append(self.name)
         active.step.configs.append(self.config)
         active.step.compresses |= self.config is not None
+
+    def compiled(self, module: nn.Module, args: Any, kwargs: Any, callback: Any) -> Any:
+        """A call from compiled code that is not traced itself: the outermost, or one at which a graph was broken.
+
+        Returns:
+            What is to be compiled in this call: as before, or nothing.
+        """
+        mode = traced.local.mode
+        outermost = not mode.settings or (not self.name and mode.state is self.state)
+        if mode.settings and (outermost or (mode.frame is not None and not traced.running(mode.frame))):
+            traced.end(mode)  # an interrupted pass
+            outermost = True
+        if not outermost:
+            mode.settings.append(self.setting)
+            return callback
+        active = _local.active
+        if active is not None and not active.mode.running():
+            _abandon()
+            active = None
+        if self.state.passive or not (module.training and torch.is_grad_enabled()):
+            return callback
+        if active is not None:
+            active.suspend()
+        elif _taken():
+            return callback
+        tensors = list(tensors_in((args, kwargs)))
+        traceable = tensors and all(type(x) in _TRACED and x.layout == torch.strided for x in tensors)
+        if not traceable or traced.weighs_edges(module):
+            if active is not None:
+                active.resume()
+            self.eager(module, args, kwargs, callback)  # sparse matrices break every graph, and edges would be kept
+            return None
+        held = [x for x in tensors if x.is_floating_point() and not x.requires_grad]
+        traced.begin(mode, self.state, traced.ops.fresh(tensors[0]), held)
+        mode.frame = _caller()
+        mode.settings.append(self.setting)
+        return callback
 
 
 class Exit:
@@ -70,6 +138,22 @@ class Exit:
         self.state, self.name = state, name
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            traced.leave()
+        elif not torch.compiler.is_compiling():
+            callback = traced.set_callback(None)
+            if callback is None:
+                self.eager(output)
+            else:
+                try:
+                    traced.leave()
+                    active = _local.active
+                    if active is not None and active.suspended and not traced.local.mode.settings:
+                        active.resume()
+                finally:
+                    traced.set_callback(callback)
+
+    def eager(self, output: Any) -> None:
         active = _local.active
         if active is None or not active.step.names:
             return
@@ -79,14 +163,32 @@ class Exit:
             _local.active = None
             active.mode.__exit__(None, None, None)
             active.hooks.__exit__(None, None, None)
-            active.step.end(output)
-            _warn_if_unseen(active.step)
+            try:
+                active.step.end(output)
+                active.step.seen += traced.local.mode.used
+                _warn_if_unseen(active.step)
+            finally:
+                if active.callback is not None:
+                    traced.set_callback(active.callback)
+
+
+_TRACED = (torch.Tensor, nn.Parameter)
+traced.alone(Enter.__call__, Exit.__call__)
+
+
+def _caller() -> Any:
+    """The frame of Module._call_impl that runs a hook of ours."""
+    frame = sys._getframe(1)
+    while frame.f_code is not Enter.__call__.__code__ and frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_back
 
 
 def _start(state: State, whole: bool, inputs: Any) -> Active:
     step = Step(state, inputs, whole)
     mode = Intercept(step, {} if state.passive else {**RULES, **state.rules} if state.rules else RULES)
-    mode.frame = sys._getframe(2)  # Module._call_impl of the outermost module, below Enter.__call__
+    mode.frame = _caller()
+    traced.local.mode.used = False
     hooks = torch.autograd.graph.saved_tensors_hooks(*mode.hooks)
     hooks.__enter__()
     mode.__enter__()
@@ -126,7 +228,7 @@ def _warn_if_unseen(step: Step) -> None:
         warnings.warn(
             f"dibit: a training forward pass of the compressed {type(state.root).__name__} had no operation that Dibit "
             "knows, so nothing was compressed; dibit.track(model) lists what is kept.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

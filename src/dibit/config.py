@@ -53,14 +53,22 @@ class Sample:
             :math:`dY^T X` whose inputs are of similar size. One byte a row lives on between steps; before there are
             any, `"norm"`. Inputs of linear layers and the statistics of norm layers have such gradients; where a
             residual has none of its own, `"uniform"`.
+        least: at least about so many rows are kept (all, where there are no more): the error of what is left averages
+            out over the rows kept, so that a small graph or batch needs a larger part.
     """
 
     ratio: int = 8
     by: Literal["uniform", "norm", "gradient"] = "uniform"
+    least: int = 1
 
     def __post_init__(self) -> None:
         _positive("Sample.ratio", self.ratio)
         _choice("Sample.by", self.by, ("uniform", "norm", "gradient"))
+        _positive("Sample.least", self.least)
+
+    def of(self, rows: int) -> Sample:
+        """What is done to a matrix of so many rows: a whole number of them for each row kept."""
+        return self if self.least == 1 else Sample(max(1, int(min(self.ratio, rows // self.least))), self.by)
 
 
 @dataclass(frozen=True)
@@ -176,16 +184,16 @@ def _choice(name: str, value: object, known: tuple[str, ...]) -> None:
 _papers = {"bits": 2, "reduce": Project(8), "dropout": "mask", "inputs": "compress"}
 
 
-def _important(ratio: int, norm_ratio: int) -> Config:
+def _important(ratio: int, norm_ratio: int, least: int) -> Config:
     """Rows by their last gradients, of linear inputs and of norm inputs."""
-    norm = Config(bits=2, block=1024, reduce=Sample(norm_ratio, by="gradient"), rounding="dither")
-    return Config(bits=2, block=128, reduce=Sample(ratio, by="gradient"), norm=norm)
+    norm = Config(bits=2, block=1024, reduce=Sample(norm_ratio, by="gradient", least=least), rounding="dither")
+    return Config(bits=2, block=128, reduce=Sample(ratio, by="gradient", least=least), norm=norm)
 
 
 RECIPES: dict[str, Config] = {
     # Measured on the gradient of whole models, all bytes counted (docs/gradient-error.md).
-    "default": _important(6, 16),
-    "small": _important(10, 24),
+    "default": _important(6, 16, 1024),
+    "small": _important(10, 24, 512),
     "exact": Config(block="row", **_papers),  # type: ignore[arg-type]
     "iexact": Config(block=1024, **_papers),  # type: ignore[arg-type]
 }

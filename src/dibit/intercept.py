@@ -48,6 +48,8 @@ class Intercept(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_dynamo_compiling():
+            return func(*args, **kwargs)  # a compiled function within the model: exact
         step = self.step
         if func in _GRADIENTS and step.config is not None and self.running():
             raise RuntimeError(_INNER_GRADIENT.format(step.module or type(step.state.root).__name__, step.module))

@@ -232,7 +232,7 @@ class Step:
             key = self._name()
             rows = x.detach().reshape(x.shape[:-1].numel(), x.shape[-1])
             if _by_gradient(config):
-                scores, watch = self._scores(key, rows, affine is None)
+                scores, watch = self._scores(key, rows, x.shape, affine is None)
             config, scores, candidates = self._reached(key, config, rows, scores)
         packed = encode(x, config, self.seed(purpose, x.device, *salt), affine, scores, candidates)
         if self.state.observer is not None:
@@ -246,11 +246,13 @@ class Step:
         self._keys[name] = number = self._keys.get(name, 0) + 1
         return f"{name}:{number}"
 
-    def _scores(self, key: str, rows: Tensor, norms: bool) -> tuple[Tensor | None, Watch]:
+    def _scores(self, key: str, rows: Tensor, shape: torch.Size, norms: bool) -> tuple[Tensor | None, Watch]:
         """Scores of rows by the gradients of earlier steps; by their norms as long as there are none."""
         table, ids = self.state.scores, self.batch.node_ids
         if ids is not None:
             ids = ids.to(rows.device)
+            if (each := shape[1:-1].numel()) > 1:  # the heads of a node are rows of their own
+                ids = (ids[: shape[0], None] * each + torch.arange(each, device=ids.device)).reshape(-1)
         scores = table.of(key, rows, ids)
         if scores is None and norms:
             scores = norm_scores(rows)

@@ -85,11 +85,13 @@ class Tape:
         self.shared = Shared()
         self.cuts: dict[Node, dict[Node, None] | None] = {}  # the best of each node, until something more is kept
         self.running: tuple[Any, Any, Any] | None = None  # the call whose result does not exist yet
+        self._held: list[Tensor] = []  # arguments that nobody else may hold
 
     def clear(self) -> None:
         """End of the pass: nothing more is noted, and no cycle with whoever made the tape is left."""
         self.nodes.clear()
         self.cuts.clear()
+        self._held.clear()
         del self.key, self.free
 
     def node(self, x: Tensor) -> Node:
@@ -129,6 +131,14 @@ class Tape:
                 self.nodes[key] = Node(result, call)
             elif found.ref() is None:
                 found.ref = TensorWeakRef(result)
+
+    def made(self, function: Callable[..., Tensor], args: tuple[Any, ...], result: Tensor) -> None:
+        """Note what a rule computed by a function of its own that gives the same bits again."""
+        self._held += [x for x in args[1:] if isinstance(x, Tensor)]
+        try:
+            self.after((function, _noded(args, self.node), {}), result)
+        except TypeError:
+            return  # a subclass or a layout that the tape does not know
 
     def saved(self, x: Tensor) -> None:
         """Autograd saves x while a call runs: some operations save their own result before they return it."""

@@ -87,7 +87,7 @@ def test_gradient(tmp_path: Path) -> None:
     assert all(set(row["errors"]) == {"0", "2"} for row in rows.values())
     assert b"small, epoch 2" in figure.read_bytes()
     assert rows["2 bit"]["errors"]["0"] < rows["iexact"]["errors"]["0"]
-    assert rows["default"]["bytes_per_node"] < rows["iexact"]["bytes_per_node"]
+    assert rows["gradient 1/2 + 1/6"]["bytes_per_node"] < rows["iexact"]["bytes_per_node"]
 
 
 def test_codec(tmp_path: Path) -> None:

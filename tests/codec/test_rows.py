@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dibit import Config, Sample, decode, encode
-from dibit.codec import mix, norm_scores, ops, reference, seed_tensor
+from dibit.codec import encoded_bytes, mix, norm_scores, ops, reference, seed_tensor
 from dibit.codec.rows import FLOOR, LEFT_OUT, ONE, chances, picked, row_scores, together
 from tests.unbiased import bias_of
 
@@ -36,7 +36,7 @@ KINDS = ("long tail", "few count", "nothing known", "equal", "left out")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("n", "count"), [(1, 1), (7, 2), (1000, 125), (1000, 1), (1000, 480), (4097, 1366)])
+@pytest.mark.parametrize(("n", "count"), [(1, 1), (7, 2), (950, 106), (1000, 1), (1000, 480), (4097, 1366)])
 def test_probabilities_add_up_to_the_rows(kind: str, n: int, count: int) -> None:
     scores = scores_like(kind, n)
     if (scores < LEFT_OUT).sum() < count:
@@ -171,3 +171,21 @@ def test_scores_take_their_byte() -> None:
     assert b.nbytes - a.nbytes == 800
     again = b.without_tensors().with_tensors(b.tensors)
     assert torch.equal(decode(again), decode(b))
+
+
+@pytest.mark.parametrize("by", ["uniform", "norm", "gradient"])
+@pytest.mark.parametrize(("rows", "kept"), [(5000, 500), (950, 106), (200, 100), (150, 150), (3, 3)])
+def test_of_few_rows_more_are_kept(by: str, rows: int, kept: int) -> None:
+    """One of 10, or of so few that at least 100 are kept; all of them without scores, and no range is wasted."""
+    reduce = Sample(10, by=by, least=100)  # type: ignore[arg-type]
+    x = torch.randn(rows, 16)
+    scores = norm_scores(x) if by != "uniform" else None
+    packed = encode(x, Config(bits=2, block=16, reduce=reduce), 0, scores=scores)
+    assert packed.reduced_shape == (kept, 16)
+    assert (packed.scores is None) == (by == "uniform" or kept == rows)
+    assert packed.codes.nbytes + packed.ranges.nbytes == encoded_bytes(x.shape, Config(bits=2, block=16, reduce=reduce))
+
+
+def test_at_least_so_many_rows_is_checked() -> None:
+    with pytest.raises(ValueError, match="least"):
+        Sample(8, least=0)

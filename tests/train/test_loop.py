@@ -80,7 +80,7 @@ def test_measuring_changes_nothing(small: Path) -> None:
     model = task.model(0)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     state = torch.get_rng_state()
-    measured = measure(task, model, dibit.recipe("default"), task.split(0))
+    measured = measure(task, model, dibit.recipe("default"), task.batches(0))
     assert torch.equal(torch.get_rng_state(), state)
     assert _same(dict(model.state_dict()), before)
     assert all(p.grad is None for p in model.parameters())
@@ -91,7 +91,7 @@ def test_measuring_changes_nothing(small: Path) -> None:
 def test_plain_training_saves_what_it_saves(small: Path) -> None:
     """By hand: two layers of SAGE with BatchNorm on 60 nodes, 8 features, width 16, 36 training nodes."""
     task = _task(small, recipe="none")
-    measured = measure(task, task.model(0), None, task.split(0))
+    measured = measure(task, task.model(0), None, task.batches(0))
     assert measured.saved == measured.plain
     # aggregated inputs; the norm's input, its mean and deviation; relu's output, dropout's output; targets
     floats = 60 * 8 + 60 * 16 + 60 * 16 + 2 * 16 + 60 * 16 + 60 * 16

@@ -74,6 +74,11 @@ def encode(
         raise TypeError(f"encode got a tensor of {x.dtype}; expected a floating-point one (integers are kept exactly).")
     if not isinstance(seed, Tensor):
         seed = seed_tensor(seed, x.device)
+    if isinstance(config.reduce, Sample) and config.reduce.least > 1:
+        reduce = config.reduce.of(x.shape[:-1].numel() if candidates is None else candidates)
+        config = replace(config, reduce=reduce)
+        if reduce.ratio == 1 and candidates is None:
+            scores = None
     if config.reduce is not None and config.reduce.ratio == 1 and scores is None:
         config = replace(config, reduce=None)
     with exact_dtypes(x.device):
@@ -163,7 +168,7 @@ def decode(packed: Packed) -> Tensor:
             full = reduced.new_zeros(packed.rows, packed.width)
             if packed.poison is not None:
                 full += packed.poison.to(full.dtype)
-            reduced = full.index_add_(0, index, reduced * weight[:, None])
+            reduced = full.index_copy_(0, index, reduced * weight[:, None])  # no row twice
         return reference.narrowed(reduced, packed.dtype).view(packed.shape)
 
 

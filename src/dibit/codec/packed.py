@@ -157,8 +157,8 @@ def reduced_shape(rows: int, width: int, config: Config) -> tuple[int, int]:
     match config.reduce:
         case Project(ratio) if ratio > 1:
             return rows, max(1, width // ratio)
-        case Sample(ratio=ratio):
-            return -(-rows // ratio), width
+        case Sample():
+            return -(-rows // config.reduce.of(rows).ratio), width
     return rows, width
 
 

@@ -62,6 +62,11 @@ class MaskedDropout(torch.autograd.Function):
         return mask.apply(dy) * scale, None, None, None
 
 
+def dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """What `SeededDropout` gives, once more."""
+    return ops.dropout(x.contiguous(), seed, p)
+
+
 def dropout(step: Step, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     config = step.config
     if config is None or not training or not 0 < p < 1 or not dense(input):
@@ -75,6 +80,8 @@ def dropout(step: Step, input: Tensor, p: float = 0.5, training: bool = True, in
         step.plain(input.numel() * (input.element_size() if input.device.type == "cpu" else 1))
         step.note(residual)
     y = SeededDropout.apply(input, residual, inplace)
+    if not inplace:
+        step.tape.made(dropped, (input, residual.seed, residual.p), y)
     if not inplace and step.held(input):
         step.derived(y, Reseeded(residual.seed, residual.p, input))
     return y

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dibit.buffers import empty_like
 from dibit.codec import Affine, ops
-from dibit.config import Config, Project
+from dibit.config import Config, Project, Sample
 from dibit.functions import large
 from dibit.functions.common import dense, first_order, unreduced
 from dibit.precision import at_least_single, full
@@ -25,10 +25,12 @@ from dibit.residual import Compressed, load, save
 from dibit.step import Step
 
 
-def norm_config(step: Step) -> Config:
+def norm_config(step: Step, rows: int) -> Config:
     config = step.config
     assert config is not None
-    return config.norm or unreduced(config)
+    config = config.norm or unreduced(config)
+    few = isinstance(config.reduce, Sample) and config.reduce.ratio > 1 and config.reduce.of(rows).ratio == 1
+    return unreduced(config) if few else config
 
 
 class BatchNorm(torch.autograd.Function):
@@ -46,7 +48,7 @@ class BatchNorm(torch.autograd.Function):
         if training or ctx.needs_input_grad[1]:
             rows = x.detach().movedim(1, -1)
             normalised = Affine(mean, inverse, watches=training)
-            config = norm_config(step)
+            config = norm_config(step, rows.shape[:-1].numel())
             # a draw that serves both uses needs all rows
             inner = step.keep_affine(rows, normalised, config, watched=config.reduce is not None)
             if training and ctx.needs_input_grad[0]:
@@ -63,17 +65,17 @@ class BatchNorm(torch.autograd.Function):
         g = dy.movedim(1, -1)
         shape = g.shape
         g = g.reshape(-1, shape[-1]).to(inverse.dtype)
-        count = g.shape[0]
-        total = g.sum(0)
-        product = column_sums(inner, g) if inner is not None else None
-        dx = None
-        if ctx.needs_input_grad[0]:
-            gain = inverse if weight is None else inverse * weight
-            if ctx.training:
-                assert product is not None
-                dx = norm_gradient(g, total / count, inner if ctx.shared else outer, product / count, gain, ctx.shared)
-            else:
-                dx = g * gain
+        needed = ctx.needs_input_grad[0]
+        dx: Tensor | None
+        product: Tensor | None
+        if ctx.training and needed:
+            assert inner is not None
+            dx, product, total = batch_norm_gradient(g, None if ctx.shared else outer, inner, inverse, weight)
+        else:
+            total = g.sum(0)
+            product = column_sums(inner, g) if inner is not None else None
+            dx = g * (inverse if weight is None else inverse * weight) if needed else None
+        if dx is not None:
             dx = dx.view(shape).movedim(-1, 1).to(ctx.dtypes[0])
         dw = None if product is None or not ctx.needs_input_grad[1] else product.to(ctx.dtypes[1])
         db = total.to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
@@ -90,7 +92,7 @@ class LayerNorm(torch.autograd.Function):
         step.plain(mean.nbytes + inverse.nbytes)
         mean, inverse = at_least_single(mean), at_least_single(inverse)
         rows = ((x.detach() - mean) * inverse).reshape(-1, width)
-        config = norm_config(step)
+        config = norm_config(step, rows.shape[0])
         outer = step.keep(rows, leaf=False, config=config)
         inner = step.keep(rows, leaf=False, config=config) if isinstance(config.reduce, Project) else None
         inverse = inverse.reshape(-1, 1)
@@ -105,6 +107,34 @@ class LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         outer, inner, inverse, weight = load(ctx)
         rows = dy.reshape(inverse.shape[0], -1).to(inverse.dtype)
+        dx, dw, db = layer_norm_gradient(
+            rows, outer, inner, inverse, weight, tuple(ctx.needs_input_grad[i] for i in (0, 2, 3))
+        )
+        dx = None if dx is None else dx.view(dy.shape).to(ctx.dtypes[0])
+        dw, db = (None if part is None else part.view(ctx.shape).to(ctx.dtypes[1]) for part in (dw, db))
+        return dx, None, dw, db, None, None
+
+
+def batch_norm_gradient(
+    g: Tensor, outer: Any, inner: Any, inverse: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx (N, D), dw and db (D,) of a BatchNorm in training, for dY g (N, D); `outer` is `None` where `inner` serves."""
+    count = g.shape[0]
+    total = g.sum(0)
+    product = column_sums(inner, g)
+    gain = inverse if weight is None else inverse * weight
+    shared = outer is None
+    dx = norm_gradient(g, total / count, inner if shared else outer, product / count, gain, shared)
+    return dx, product, total
+
+
+def layer_norm_gradient(
+    rows: Tensor, outer: Any, inner: Any, inverse: Tensor, weight: Tensor | None,
+    needed: tuple[bool, ...] = (True, True, True),
+) -> tuple[Any, Any, Any]:  # fmt: skip
+    """dx (N, D), dw and db (D,) of a norm over rows, for dY (N, D); `inner` may be `None`: one draw."""
+    dx = None
+    if needed[0]:
         g = rows if weight is None else rows * weight.reshape(-1)
         dx = g - g.mean(1, keepdim=True)
         if inner is not None:
@@ -121,10 +151,9 @@ class LayerNorm(torch.autograd.Function):
                 dx -= term
             else:
                 dx.index_add_(0, sample[0], term * sample[1][:, None], alpha=-1)
-        dx = (dx * inverse).view(dy.shape).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
-        dw = column_sums(outer, rows).view(ctx.shape).to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
-        db = rows.sum(0).view(ctx.shape).to(ctx.dtypes[1]) if ctx.needs_input_grad[3] else None
-        return dx, None, dw, db, None, None
+        dx = dx * inverse
+    dw = column_sums(outer, rows) if needed[1] else None
+    return dx, dw, rows.sum(0) if needed[2] else None
 
 
 def correction(kept: Any) -> bool:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dibit.config import Config
-from dibit.functions.common import FEW, dense, fine, first_order, unreduced
+from dibit.config import Config, Sample
+from dibit.functions.common import FEW, dense, fine, first_order, flat, unreduced
 from dibit.precision import at_least_single, copies, lower
 from dibit.residual import load, save
 from dibit.step import Step
@@ -36,9 +36,17 @@ class Product(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         kept_a, kept_b = load(ctx)
-        da = _gradient(dy * kept_b.value(), *ctx.of[0]) if ctx.needs_input_grad[0] else None
-        db = _gradient(dy * kept_a.value(), *ctx.of[1]) if ctx.needs_input_grad[1] else None
+        da = _gradient(dy * _seen(kept_b, dy), *ctx.of[0]) if ctx.needs_input_grad[0] else None
+        db = _gradient(dy * _seen(kept_a, dy), *ctx.of[1]) if ctx.needs_input_grad[1] else None
         return da, db, None, None
+
+
+def _seen(kept: Any, dy: Tensor) -> Tensor:
+    """The factor, after it has been told what it is multiplied with."""
+    watch = getattr(kept, "watch", None)
+    if watch is not None:
+        watch.see(flat(dy))
+    return kept.value()
 
 
 def _gradient(g: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -87,8 +95,9 @@ def _factor(step: Step, x: Tensor, by: Tensor, count: int) -> Any:
     assert config is not None
     if _exact(step, x, count, unreduced(config)):
         return step.exact(x)
-    if by.is_leaf:  # a parameter: x enters its gradient and no other
-        return step.keep(x, leaf=True, config=unreduced(config))
+    if by.is_leaf:  # a parameter: x enters its gradient and no other, as a linear layer's input does
+        many = isinstance(config.reduce, Sample) and x.dim() > 1 and by.numel() * _BROADCAST <= x.numel()
+        return step.keep(x, leaf=True, config=None if many else unreduced(config))
     return step.gathered(x, at_least_4_bits(config))
 
 

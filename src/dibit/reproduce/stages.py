@@ -59,7 +59,7 @@ class Stage:
         from dibit.train import metrics
 
         train = self.split.train
-        metrics.loss(trial(self.task.x, self.task.adjacency)[train], self.task.y[train]).backward()
+        metrics.loss(trial(self.task.x, self.task.adjacency)[train], self.task.graph.y[train]).backward()
 
     def _steps_before(self, trial: nn.Module) -> None:
         """The gradients of the steps that led here (of this one, before the first), at their weights."""
@@ -79,7 +79,7 @@ def stages(case: Case, epochs: tuple[int, ...], config: Config | None, note: Cal
     model, split = task.model(0).train(), task.split(0)
     dibit.compress(model, config)
     optimizer = adam(model, case.settings.optimisation)
-    y_train = task.y[split.train]
+    (batch,) = task.batches(0)
     before: list[dict[str, Any]] = []
     for epoch in range(max(epochs) + 1):
         if epoch in epochs:
@@ -87,4 +87,4 @@ def stages(case: Case, epochs: tuple[int, ...], config: Config | None, note: Cal
             yield Stage(task, model, split, epoch, before)
         if epoch < max(epochs):
             before = [*before[1 - _MEMORY :], copy.deepcopy(model.state_dict())]
-            task.step(model, optimizer, split.train, y_train)
+            task.step(model, optimizer, batch)

@@ -7,9 +7,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from dibit.train.checkpoint import write_atomically
-from dibit.train.errors import Interrupted, json_path, require
+from dibit.train.distributed import World, joined, told
+from dibit.train.errors import Interrupted, UserError, json_path, require
 from dibit.train.folder import RunFolder, how_to_go_on
 from dibit.train.parser import build_parser, parse
 from dibit.train.settings import Settings
@@ -25,14 +27,31 @@ def train(argv: Sequence[str]) -> int:
     for module in ("rich", "tensorboard"):  # before the training, not after it
         require(module)
     json_file = json_path(settings.run.json)
-    folder = RunFolder(settings)
-    folder.check()
-    from dibit.train.data import load_graph  # late: torch_geometric takes seconds
+    world = told()
+    if world.size > 1 and settings.loader.loader == "full":
+        raise UserError(
+            f"{world.size} processes were started, but --loader full is one step on the whole graph, which they cannot "
+            "share; choose a loader, such as --loader neighbor."
+        )
+    from dibit.train.batches import check_installed  # late: torch_geometric takes seconds
+    from dibit.train.task import pick_device
+
+    device = pick_device(settings.run.device, world.local_rank if world.size > 1 else None)
+    check_installed(settings)
+    with joined(world, device):
+        _train(settings, json_file, world)
+    return 0
+
+
+def _train(settings: Settings, json_file: Path | None, world: World) -> None:
+    from dibit.train.data import load_graph
     from dibit.train.loop import train_one
     from dibit.train.report import print_table, to_json
-    from dibit.train.task import Task, compression_config, pick_device
+    from dibit.train.task import Task, compression_config
 
-    pick_device(settings.run.device)
+    folder = RunFolder(world.shared(_placed(settings)))  # the name of a new one has the time in it
+    if world.first:
+        folder.check()
     recipes = _recipes(settings)
     configs = {name: compression_config(replace(settings.compression, recipe=name)) for name in recipes}
     with warnings.catch_warnings():
@@ -44,14 +63,16 @@ def train(argv: Sequence[str]) -> int:
         seeds = range(settings.run.seed, settings.run.seed + settings.run.seeds)
         for seed in seeds:
             graph.split(seed)  # an empty part is said now
-        task = Task.build(folder.settings, graph)
-        folder.open()
-        if not settings.run.quiet:
-            print(
-                f"{_headline(folder.settings)}; files in {shlex.quote(str(folder.path))}",
-                file=sys.stderr,
-                flush=True,
-            )
+        task = Task.build(folder.settings, graph, world)
+        if world.first:
+            folder.open()
+            if not settings.run.quiet:
+                print(
+                    f"{_headline(folder.settings, world)}; files in {shlex.quote(str(folder.path))}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        world.shared(None)  # nobody looks into the folder before it is there
         runs = [(name, seed) for seed in seeds for name in recipes]
         try:
             results = [
@@ -60,11 +81,17 @@ def train(argv: Sequence[str]) -> int:
             ]
         except KeyboardInterrupt as stop:  # between two epochs' ends; the last checkpoint is whole
             raise Interrupted(f"interrupted; {how_to_go_on(folder.path)}") from stop
+    if not world.first:
+        return
     results.sort(key=lambda r: recipes.index(r.recipe))
     print_table(results, task)
     if json_file is not None:
         write_atomically(json_file, to_json(results, task))
-    return 0
+
+
+def _placed(settings: Settings) -> Settings:
+    """The settings with the folder that the run will be in."""
+    return settings if settings.run.out is not None else settings.updated(out=str(RunFolder(settings).path))
 
 
 def _recipes(settings: Settings) -> list[str]:
@@ -72,9 +99,11 @@ def _recipes(settings: Settings) -> list[str]:
     return ["none", recipe] if settings.run.compare else [recipe]
 
 
-def _headline(settings: Settings) -> str:
-    model = settings.model
+def _headline(settings: Settings, world: World) -> str:
+    model, loader = settings.model, settings.loader.loader
+    batches = "" if loader == "full" else f" in batches ({loader})"
+    processes = "" if world.size == 1 else f" and {world.size} processes"
     return (
         f"Training {model.model}, {model.layers} layers of {model.hidden}, on {settings.data.dataset}, "
-        f"{settings.optimisation.epochs} epochs"
+        f"{settings.optimisation.epochs} epochs{batches}{processes}"
     )

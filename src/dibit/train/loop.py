@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import signal
 import statistics
@@ -10,11 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import dibit
@@ -94,7 +97,8 @@ def train_one(
         Interrupted: After Ctrl-C, once the epoch is finished and the checkpoint written.
         TrainingError: The loss is not finite.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if task.world.first:
+        folder.mkdir(parents=True, exist_ok=True)
     return _Training(task, name, config, seed, folder).run(on_epoch, last)
 
 
@@ -106,51 +110,71 @@ class _Training:
         self.settings = task.settings
         self.split = task.split(seed)
         self.fingerprint = task.graph.fingerprint()
+        self.world = task.world
         self.state = State()
         self.best: dict[str, torch.Tensor] = {}
         self.best_is_written = True
         self.model: nn.Module = task.model(seed)
+        self.batches = task.batches(seed)
         loaded = self._load()
-        self.measured = Measured(**loaded["measured"]) if loaded else measure(task, self.model, config, self.split)
+        self.measured = Measured(**loaded["measured"]) if loaded else self._measure(config)
         self.compressed = config is not None
         compressed(self.model, config)  # in place
         self.optimizer = adam(self.model, self.settings.optimisation)
+        self.scaler = task.scaler()
+        if self.world.size > 1:
+            torch.manual_seed(_own_seed(seed, self.world.rank))  # dropout, samples and codes are each process's own
         if loaded:
             self._restore(loaded)
+        self.trained = self.model if self.world.size == 1 else nn.parallel.DistributedDataParallel(self.model)
+
+    def _measure(self, config: dibit.Config | None) -> Measured:
+        found = measure(self.task, self.model, config, self.batches) if self.world.first else None
+        return self.world.shared(found)
 
     def run(self, on_epoch: Callable[[int, int], None] | None, nothing_follows: bool) -> Result:
         """Train to the end."""
         optimisation, every = self.settings.optimisation, self.settings.run.checkpoint_every
-        y_train = self.task.y[self.split.train]
         self.model.train()
         label = f"{self.name:<7} seed {self.seed}"
         with (
-            Progress(label, optimisation.epochs, self.state.epoch, self.settings.run.quiet) as progress,
+            Progress(label, optimisation.epochs, self.state.epoch, self._silent()) as progress,
             self._log() as log,
             _stop_after_epoch(progress) as stop,
         ):
             while self.state.epoch < optimisation.epochs and not self._out_of_patience():
-                self._epoch(y_train, log)
+                self._epoch(log, progress)
                 state = self.state
                 progress.epoch(state.epoch, state.loss[-1], state.last_val, state.seconds[-1])
                 if on_epoch is not None:
                     on_epoch(state.epoch, optimisation.epochs)
                 last = state.epoch == optimisation.epochs or self._out_of_patience()
-                if last or stop.is_set() or state.epoch % every == 0:
+                stopped = bool(self.world.sums(stop.is_set())[0])  # of one, of all
+                if last or stopped or state.epoch % every == 0:
                     self._save()
-                if stop.is_set() and not last:
+                if stopped and not last:
                     raise Interrupted(self._how_to_go_on())
-        if stop.is_set() and not nothing_follows:
+        if self.world.sums(stop.is_set())[0] and not nothing_follows:
             raise Interrupted(self._how_to_go_on())
         return self._result()
 
-    def _epoch(self, y_train: torch.Tensor, log: Any) -> None:
+    def _silent(self) -> bool:
+        return self.settings.run.quiet or not self.world.first
+
+    def _epoch(self, log: Any, progress: Progress) -> None:
         state, optimisation = self.state, self.settings.optimisation
         start = time.perf_counter()
-        loss = float(self.task.step(self.model, self.optimizer, self.split.train, y_train))  # float: waits for a GPU
+        total = rows = 0.0
+        self.batches.begin(state.epoch)
+        for number, batch in enumerate(self.batches, 1):
+            mean, own = self.task.step(self.trained, self.optimizer, batch, self.scaler)
+            total, rows = total + float(mean) * own, rows + own  # float: waits for a GPU
+            progress.within("batch", number, len(self.batches))
         if self.task.device.type == "cuda":
             torch.cuda.synchronize(self.task.device)
         seconds = time.perf_counter() - start
+        total, rows = self.world.sums(total, rows)
+        loss = total / rows if rows else math.nan
         state.epoch += 1
         if not math.isfinite(loss):
             raise TrainingError(
@@ -163,7 +187,10 @@ class _Training:
         log.add_scalar("seconds/epoch", seconds, state.epoch)
         if state.epoch % optimisation.eval_every and state.epoch != optimisation.epochs:
             return
-        val, test = self.task.evaluate(self.model, self.split)
+        if self.world.size > 1:  # statistics of norm layers are each process's own since its last forward pass
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
+        val, test = self.task.evaluate(self.model, self.split, partial(progress.within, "evaluating"))
         log.add_scalar(f"{self.task.graph.metric}/val", val, state.epoch)
         log.add_scalar(f"{self.task.graph.metric}/test", test, state.epoch)
         state.last_val = val
@@ -179,6 +206,16 @@ class _Training:
 
     def _save(self) -> None:
         """Write best.pt, if it is new, and then the checkpoint, which holds the best weights too."""
+        cuda = self.task.device.type == "cuda"
+        processes = self.world.gathered(
+            {
+                "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state(self.task.device) if cuda else None,
+                "scores": dibit.scores(self.model).state_dict() if self.compressed else {},
+            }
+        )
+        if not self.world.first:
+            return
         if not self.best_is_written:
             checkpoint.save(
                 self.folder / "best.pt",
@@ -193,7 +230,6 @@ class _Training:
                 },
             )
             self.best_is_written = True
-        cuda = self.task.device.type == "cuda"
         checkpoint.save(
             self.folder / "checkpoint.pt",
             {
@@ -205,9 +241,8 @@ class _Training:
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "best": self.best,
-                "scores": dibit.scores(self.model).state_dict() if self.compressed else {},
-                "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state(self.task.device) if cuda else None,
+                "scaler": None if self.scaler is None else self.scaler.state_dict(),
+                "processes": processes,
             },
         )
 
@@ -232,16 +267,25 @@ class _Training:
         self.best_is_written = False
         self.model.load_state_dict(loaded["model"])
         self.optimizer.load_state_dict(loaded["optimizer"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(loaded["scaler"])
+        own = loaded["processes"][self.world.rank % len(loaded["processes"])]
         if self.compressed:
-            scores = loaded.get("scores", {})
-            dibit.scores(self.model).load_state_dict({k: v.to(self.task.device) for k, v in scores.items()})
-        torch.set_rng_state(loaded["rng"])
-        if loaded["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(loaded["cuda_rng"], self.task.device)
+            scores = {k: v.to(self.task.device) for k, v in own["scores"].items()}
+            dibit.scores(self.model).load_state_dict(scores)
+        if len(loaded["processes"]) != self.world.size:  # another number of processes goes on: with draws of their own
+            torch.manual_seed(_own_seed(self.seed, self.world.rank, self.state.epoch))
+            return
+        torch.set_rng_state(own["rng"])
+        if own["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(own["cuda_rng"], self.task.device)
 
     @contextmanager
     def _log(self) -> Iterator[Any]:
         """TensorBoard's writer; what an interrupted run logged after its checkpoint is hidden."""
+        if not self.world.first:
+            yield _NoLog()
+            return
         tensorboard = require("torch.utils.tensorboard")
         log = tensorboard.SummaryWriter(str(self.folder), purge_step=self.state.epoch + 1)
         try:
@@ -271,6 +315,18 @@ class _Training:
             seconds_per_epoch=statistics.median(state.seconds),
             loss=state.loss,
         )
+
+
+class _NoLog:
+    """In the place of TensorBoard's writer, in processes that write nothing."""
+
+    def add_scalar(self, *_: object) -> None:
+        """Nothing."""
+
+
+def _own_seed(seed: int, *more: int) -> int:
+    """A seed for one process."""
+    return int.from_bytes(hashlib.blake2b(repr((seed, *more)).encode(), digest_size=7).digest(), "big")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch_geometric.nn.conv.gcn_conv import gcn_norm
 from torch_geometric.nn.resolver import normalization_resolver
 from torch_geometric.utils import to_torch_csr_tensor
 
-from dibit.train.settings import ModelSettings
+from dibit.train.settings import ModelSettings, Settings
 
 # Class of each --norm and its arguments; LayerNorm by default would take one mean over the whole graph.
 _NORMS: dict[str, tuple[str | None, dict[str, Any]]] = {
@@ -44,7 +44,8 @@ class GCN2(nn.Module):
         residual: Add each layer's input x to its output, before the ReLU.
 
     Shapes:
-        x: (N, in_channels); adj: sparse CSR (N, N), normalised; output: (N, out_channels).
+        x: (N, in_channels); adj: sparse CSR (N, N), normalised, or edges int64 (2, E) with their weights (E,);
+        output: (N, out_channels).
     """
 
     def __init__(
@@ -73,13 +74,32 @@ class GCN2(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.residual = residual
 
-    def forward(self, x: Tensor, adj: Tensor) -> Tensor:
+    @property
+    def num_layers(self) -> int:
+        """Steps of layer-wise inference: the two linear layers count."""
+        return len(self.convs) + 2
+
+    def forward(self, x: Tensor, adj: Tensor, edge_weight: Tensor | None = None) -> Tensor:
         """Return the logits."""
         x = initial = F.relu(self.lin_in(self.dropout(x)))
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            h = norm(conv(self.dropout(x), initial, adj))
-            x = F.relu(h + x if self.residual else h)
+        for i in range(len(self.convs)):
+            x = self._layer(i, x, initial, adj, edge_weight)
         return self.lin_out(self.dropout(x))
+
+    def inference_per_layer(self, layer: int, x: Tensor, adj: Tensor, batch_size: int) -> Tensor:
+        """One step of layer-wise inference for the first rows; between the layers the first one's output goes along."""
+        if layer == 0:
+            initial = F.relu(self.lin_in(x[:batch_size]))
+            return torch.cat((initial, initial), dim=1)
+        h, initial = x.chunk(2, dim=1)
+        if layer == self.num_layers - 1:
+            return self.lin_out(h[:batch_size])
+        h = self._layer(layer - 1, h, initial, adj, None)
+        return torch.cat((h[:batch_size], initial[:batch_size]), dim=1)
+
+    def _layer(self, i: int, x: Tensor, initial: Tensor, adj: Tensor, edge_weight: Tensor | None) -> Tensor:
+        h = self.norms[i](self.convs[i](self.dropout(x), initial, adj, edge_weight))
+        return F.relu(h + x if self.residual else h)
 
 
 def build_model(settings: ModelSettings, in_channels: int, out_channels: int) -> nn.Module:
@@ -133,3 +153,18 @@ def build_adjacency(settings: ModelSettings, edge_index: Tensor, num_nodes: int,
         edge_index, weight = gcn_norm(edge_index, None, num_nodes)
     adjacency = to_torch_csr_tensor(edge_index.flip(0), weight, size=(num_nodes, num_nodes))
     return adjacency.to(device)
+
+
+def adjacency_arguments(
+    settings: Settings, edge_index: Tensor, num_nodes: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    """What the model takes after x in training: the adjacency, or below FP32 the edges and, for gcn, their weights.
+
+    torch's sparse products with a mean take FP32 alone.
+    """
+    if settings.optimisation.precision == "fp32":
+        return (build_adjacency(settings.model, edge_index, num_nodes, device),)
+    if settings.model.model not in ("gcn", "gcn2"):
+        return (edge_index.to(device),)
+    edge_index, weight = gcn_norm(edge_index, None, num_nodes)
+    return edge_index.to(device), weight.to(device)

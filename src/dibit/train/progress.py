@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 from dibit.train.errors import require
+
+_SILENCE = 10.0  # seconds
 
 
 class Progress:
@@ -24,6 +27,7 @@ class Progress:
         self.label, self.epochs, self.quiet = label, epochs, quiet
         self.done = done
         self.bar: Any = None
+        self.said = time.monotonic()
 
     def __enter__(self) -> Progress:
         if not self.quiet and sys.stderr.isatty():
@@ -56,8 +60,21 @@ class Progress:
         status = f"loss {loss:.4f}  val {shown}  {seconds:.3f} s/epoch"
         if self.bar is not None:
             self.bar.update(self.task, completed=epoch, status=status)
-        elif not self.quiet and (epoch % max(1, self.epochs // self.LINES) == 0 or epoch == self.epochs):
+            return
+        self.said = time.monotonic()
+        if not self.quiet and (epoch % max(1, self.epochs // self.LINES) == 0 or epoch == self.epochs):
             print(f"{self.label}  epoch {epoch}/{self.epochs}  {status}", file=sys.stderr, flush=True)
+
+    def within(self, what: str, done: int, of: int) -> None:
+        """Report the parts of an epoch or of an evaluation, where there are several: on a terminal as they come, in a
+        log every ten seconds."""
+        if self.quiet or of == 1:
+            return
+        if self.bar is not None:
+            self.bar.update(self.task, status=f"{what} {done}/{of}")
+        elif time.monotonic() - self.said > _SILENCE:
+            self.said = time.monotonic()
+            print(f"{self.label}  {what} {done}/{of}", file=sys.stderr, flush=True)
 
     def say(self, sentence: str) -> None:
         """Print a sentence beside the progress."""

@@ -15,6 +15,8 @@ AGGRS = ("mean", "sum", "max")
 RECIPES = ("default", "small", "exact", "iexact", "none")
 BITS = (1, 2, 4, 8)
 LEVELS = ("uniform", "normal")
+LOADERS = ("full", "neighbor", "cluster", "saint-rw", "saint-node", "shadow")
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -104,15 +106,17 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class OptimisationSettings:
-    """Adam on the full graph.
+    """Adam.
 
     Attributes:
-        epochs: Number of epochs; one epoch is one step on the full graph.
+        epochs: Number of epochs; one epoch is one step on the full graph, or one pass over the batches.
         lr: Learning rate.
         weight_decay: L2 penalty, as Adam's weight_decay.
         clip: Clip the norm of the gradient to this.
         patience: Stop after this many evaluations without a better validation result.
         eval_every: Evaluate on the validation and test nodes every N epochs, and after the last one.
+        precision: 'fp32'; 'bf16' or 'fp16', autocast in the training step (fp16 with a scaled loss), with the list
+            of edges in place of the sparse matrix, whose mean takes FP32 alone.
     """
 
     epochs: int = 100
@@ -121,6 +125,7 @@ class OptimisationSettings:
     clip: float | None = None
     patience: int | None = None
     eval_every: int = 1
+    precision: str = "fp32"
 
     def check(self) -> None:
         """Raise `UserError` for a value that cannot be meant."""
@@ -133,6 +138,61 @@ class OptimisationSettings:
         if self.patience is not None:
             _at_least("patience", self.patience, 1)
         _at_least("eval-every", self.eval_every, 1)
+        _one_of("precision", self.precision, PRECISIONS)
+
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    """Mini-batches, by PyTorch Geometric's loaders.
+
+    Attributes:
+        loader: 'full', the whole graph in one step; 'neighbor', sampled neighbours of some training nodes; 'cluster'
+            (Cluster-GCN); 'saint-rw' or 'saint-node', random walks or nodes (GraphSAINT); or 'shadow' (ShaDow-GNN).
+        batch_size: Training nodes of a batch (neighbor, shadow), walks (saint-rw), nodes (saint-node).
+        neighbors: Neighbours sampled for a node, -1 for all; for neighbor one number, or one a hop, such as
+            '15,10,5'; for shadow one number.
+        parts: Clusters that the graph is cut into (cluster).
+        clusters: Clusters of a batch (cluster).
+        walk_length: Steps of a random walk (saint-rw).
+        steps: Batches of an epoch, all processes together (saint-rw, saint-node).
+        depth: Hops around a training node (shadow).
+        workers: Processes that make batches.
+    """
+
+    loader: str = "full"
+    batch_size: int = 1024
+    neighbors: str = "10"
+    parts: int = 100
+    clusters: int = 10
+    walk_length: int = 3
+    steps: int = 10
+    depth: int = 2
+    workers: int = 0
+
+    def check(self) -> None:
+        """Raise `UserError` for a value that cannot be meant."""
+        _one_of("loader", self.loader, LOADERS)
+        for name in ("batch_size", "parts", "clusters", "walk_length", "steps", "depth"):
+            _at_least(name.replace("_", "-"), getattr(self, name), 1)
+        _at_least("workers", self.workers, 0)
+        if self.clusters > self.parts:
+            raise UserError(f"--clusters is {self.clusters}, expected at most the number of --parts, {self.parts}.")
+        self.hops(1)
+        if self.loader == "shadow" and len(self.neighbors.split(",")) > 1:
+            raise UserError(f"--neighbors is {self.neighbors!r}, expected one number with --loader shadow.")
+
+    def hops(self, layers: int) -> list[int]:
+        """Neighbours to sample in each hop of a model of so many layers."""
+        try:
+            numbers = [int(word) for word in self.neighbors.split(",")]
+        except ValueError:
+            numbers = [0]
+        if not all(number == -1 or number >= 1 for number in numbers):
+            raise UserError(
+                f"--neighbors is {self.neighbors!r}, expected whole numbers of at least 1, or -1 for all, separated "
+                "by commas, such as 15,10,5."
+            )
+        return numbers if len(numbers) > 1 else numbers * layers
 
 
 @dataclass(frozen=True)
@@ -186,7 +246,7 @@ class RunSettings:
         resume: Go on with the run in the folder --out, from its last checkpoint.
         overwrite: Replace the run in the folder --out.
         checkpoint_every: Write a checkpoint every N epochs, and after the last one.
-        device: 'auto' (a GPU if there is one), 'cpu', 'cuda' or 'cuda:N'.
+        device: 'auto' (a GPU if there is one), 'cpu', 'cuda' or 'cuda:N'; under torchrun 'cuda' is each process's own.
         quiet: Print the result and nothing else.
     """
 
@@ -224,13 +284,20 @@ class Settings:
     data: DataSettings = field(default_factory=DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     optimisation: OptimisationSettings = field(default_factory=OptimisationSettings)
+    loader: LoaderSettings = field(default_factory=LoaderSettings)
     compression: CompressionSettings = field(default_factory=CompressionSettings)
     run: RunSettings = field(default_factory=RunSettings)
 
     def check(self) -> None:
         """Raise `UserError` for the first value, or pair of values, that cannot be meant."""
-        for group in (self.data, self.model, self.optimisation, self.compression, self.run):
+        for group in (self.data, self.model, self.optimisation, self.loader, self.compression, self.run):
             group.check()
+        hops = len(self.loader.hops(self.model.layers))
+        if self.loader.loader == "neighbor" and hops != self.model.layers:
+            raise UserError(
+                f"--neighbors names {hops} hops, but the model has {self.model.layers} layers (--layers); expected one "
+                "number, or one for each layer."
+            )
         if self.run.compare and self.compression.recipe == "none":
             raise UserError("--compare with --recipe none compares plain training with itself; give another recipe.")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,9 +14,12 @@ from torch import Tensor, nn
 import dibit
 from dibit.bench.memory import peak_bytes
 from dibit.train import metrics
+from dibit.train.batches import Batches, MiniBatch, Whole, sampled
 from dibit.train.data import Graph, Split
+from dibit.train.distributed import World
 from dibit.train.errors import UserError
-from dibit.train.models import build_adjacency, build_model
+from dibit.train.inference import layerwise
+from dibit.train.models import adjacency_arguments, build_adjacency, build_model
 from dibit.train.settings import CompressionSettings, OptimisationSettings, Settings
 
 
@@ -25,25 +30,27 @@ class Task:
     Attributes:
         settings: All of them.
         graph: On the CPU, for its splits.
-        device: Of the tensors below.
-        x: float32 (N, F).
-        y: int64 (N,) or float32 (N, C).
-        adjacency: As the model takes it.
+        device: Where the model is.
+        x: float32 (N, F), where `adjacency` is.
+        adjacency: Of the whole graph, as the model takes it; on the device, or with mini-batches on the CPU.
+        world: The processes that share the training.
     """
 
     settings: Settings
     graph: Graph
     device: torch.device
     x: Tensor
-    y: Tensor
     adjacency: Tensor
+    world: World = field(default_factory=World)
 
     @classmethod
-    def build(cls, settings: Settings, graph: Graph) -> Task:
-        """Move the graph to the device that the settings name."""
-        device = pick_device(settings.run.device)
-        adjacency = build_adjacency(settings.model, graph.edge_index, graph.num_nodes, device)
-        return cls(settings, graph, device, graph.x.to(device), graph.y.to(device), adjacency)
+    def build(cls, settings: Settings, graph: Graph, world: World | None = None) -> Task:
+        """Move the graph to the device that the settings name; with mini-batches it stays on the CPU."""
+        world = world or World()
+        device = pick_device(settings.run.device, world.local_rank if world.size > 1 else None)
+        held = device if settings.loader.loader == "full" else torch.device("cpu")
+        adjacency = build_adjacency(settings.model, graph.edge_index, graph.num_nodes, held)
+        return cls(settings, graph, device, graph.x.to(held), adjacency, world)
 
     def model(self, seed: int) -> nn.Module:
         """Seed torch and build the model: the same weights, and the same draws after it, for a seed."""
@@ -51,32 +58,99 @@ class Task:
         model = build_model(self.settings.model, self.x.shape[1], self.graph.num_classes)
         return model.to(self.device)
 
-    def split(self, seed: int) -> Split:
-        """The split for this seed, on the device."""
-        split = self.graph.split(seed)
-        return Split(*(part.to(self.device) for part in (split.train, split.val, split.test)))
+    @property
+    def whole(self) -> bool:
+        """Whether a step is on the whole graph."""
+        return self.settings.loader.loader == "full"
 
-    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, train: Tensor, y_train: Tensor) -> Tensor:
-        """Train one epoch; returns the loss, detached."""
+    def split(self, seed: int) -> Split:
+        """The split for this seed."""
+        return self.graph.split(seed)
+
+    def batches(self, seed: int) -> Batches:
+        """What an epoch of this seed's training is made of."""
+        split, graph = self.split(seed), self.graph
+        if not self.whole:
+            return sampled(self.settings, graph, split, seed, self.device, self.world)
+        edges: tuple[Tensor, ...] = (self.adjacency,)
+        if self.settings.optimisation.precision != "fp32":
+            edges = adjacency_arguments(self.settings, graph.edge_index, graph.num_nodes, self.device)
+        train = split.train.to(self.device)
+        return Whole(MiniBatch(self.x, edges, train, graph.y[split.train].to(self.device)))
+
+    def step(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batch: MiniBatch,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> tuple[Tensor, int]:
+        """Train on one batch.
+
+        Args:
+            model: Compressed or not; with several processes in torch's `DistributedDataParallel`.
+            optimizer: Of its parameters.
+            batch: Without a row for the loss in any process nothing happens.
+            scaler: Of the loss, in fp16.
+
+        Returns:
+            The mean loss over the batch's rows, detached, and their number; of this process.
+        """
+        own = batch.rows.numel()
+        count = self.world.sums(own)[0]
+        if not count:
+            return torch.zeros(()), 0
         optimizer.zero_grad(set_to_none=True)
-        with dibit.batch(model, loss_rows=train):
-            logits = model(self.x, self.adjacency)
-        loss = metrics.loss(logits[train], y_train)
+        with self.autocast(), dibit.batch(unwrapped(model), node_ids=batch.nodes, loss_rows=batch.rows):
+            logits = model(batch.x, *batch.adjacency)
+        loss = metrics.loss(logits[batch.rows].float(), batch.y) if own else logits.sum() * 0.0
         del logits
-        loss.backward()
+        # processes average their gradients: each counts as much as it has rows
+        scaled = loss if self.world.size == 1 else loss * (own * self.world.size / count)
+        (scaled if scaler is None else scaler.scale(scaled)).backward()
+        if scaler is not None:
+            scaler.unscale_(optimizer)
         if self.settings.optimisation.clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), self.settings.optimisation.clip)
-        optimizer.step()
-        return loss.detach()
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+        return loss.detach(), own
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision of the forward pass."""
+        precision = self.settings.optimisation.precision
+        if precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """Scales the loss, in fp16."""
+        return torch.amp.GradScaler(self.device.type) if self.settings.optimisation.precision == "fp16" else None
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, split: Split) -> tuple[float, float]:
-        """Return the metric on the validation and on the test nodes, 0 to 1."""
+    def evaluate(
+        self, model: nn.Module, split: Split, note: Callable[[int, int], None] | None = None
+    ) -> tuple[float, float]:
+        """Return the metric on the validation and on the test nodes, 0 to 1, in FP32 and on every edge.
+
+        With mini-batches layer by layer (`layerwise`); `note` gets the parts done and their number.
+        """
         model.eval()
-        logits = model(self.x, self.adjacency)
+        if self.whole:
+            logits = model(self.x, self.adjacency).cpu()
+        else:
+            logits = layerwise(model, self.x, self.adjacency, self.device, note, self.world)
         model.train()
-        val, test = (metrics.score(self.graph.metric, logits[p], self.y[p]) for p in (split.val, split.test))
+        val, test = (metrics.score(self.graph.metric, logits[p], self.graph.y[p]) for p in (split.val, split.test))
         return val, test
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch's `DistributedDataParallel`."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 @dataclass(frozen=True)
@@ -94,28 +168,30 @@ class Measured:
     peak: int
 
 
-def measure(task: Task, model: nn.Module, config: dibit.Config | None, split: Split) -> Measured:
+def measure(task: Task, model: nn.Module, config: dibit.Config | None, batches: Batches) -> Measured:
     """Measure on a copy of a plain model; the model and torch's random state are left as they were.
 
     Args:
         task: Graph and settings.
         model: Not compressed.
         config: How to compress the copy; None leaves it plain.
-        split: Its training nodes enter the loss.
+        batches: The first of them is measured.
     """
     cuda = [task.device] if task.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         trial = compressed(copy.deepcopy(model), config)
         trial.train()
-        y_train = task.y[split.train]
-        targets = y_train.numel() * y_train.element_size()
-        optimizer = adam(trial, task.settings.optimisation)
-        task.step(trial, optimizer, split.train, y_train)  # Adam's moments and scores are there from the second step on
-        with dibit.track(trial) as saved, dibit.batch(trial, loss_rows=split.train):
-            logits = trial(task.x, task.adjacency)
+        alone = replace(task, world=World())  # one process measures
+        batch = next(iter(batches))
+        targets = batch.y.numel() * batch.y.element_size()
+        optimizer, scaler = adam(trial, task.settings.optimisation), task.scaler()
+        alone.step(trial, optimizer, batch, scaler)  # Adam's moments and scores are there from the second step on
+        told = dibit.batch(trial, node_ids=batch.nodes, loss_rows=batch.rows)
+        with dibit.track(trial) as saved, task.autocast(), told:
+            logits = trial(batch.x, *batch.adjacency)
         del logits
         optimizer.zero_grad(set_to_none=True)  # frees what the profiler has not seen come
-        peak = peak_bytes(lambda: task.step(trial, optimizer, split.train, y_train), task.device)
+        peak = peak_bytes(lambda: alone.step(trial, optimizer, batch, scaler), task.device)
     return Measured(saved.total + targets, saved.plain + targets, peak)
 
 
@@ -153,10 +229,17 @@ def adam(model: nn.Module, settings: OptimisationSettings) -> torch.optim.Adam:
     return torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the device of the setting `device`, or say why it cannot be used."""
+def pick_device(name: str, local_rank: int | None = None) -> torch.device:
+    """Return the device of the setting `device`, or say why it cannot be used.
+
+    Args:
+        name: The setting.
+        local_rank: Of this process, where several share a machine: which GPU "cuda" means.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_rank is not None:
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -1,0 +1,219 @@
+"""The `autograd.Function`s of compiled code: plain forward, codes kept by `dibit.compiled.ops`, traceable throughout.
+
+Where a tensor that is kept comes from is told by `key`, `draw` and `text`: the pass, the number of the residual in it,
+and the config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dibit.codec import ops as codec
+from dibit.compiled import ops
+from dibit.compiled.spec import LEAF, NORM, PATH
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """(..., D) as rows (N, D)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+class Linear(torch.autograd.Function):
+    """y = x W^T + b, W (O, D), or y = x W, W (D, O), for `product`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, product: bool, key: Tensor, draw: int, text: str
+    ) -> Tensor:
+        kept = ops.keep(rows_of(x), None, None, key, draw, text, LEAF)
+        ctx.save_for_backward(weight, key, *kept)
+        ctx.product, ctx.draw, ctx.text = product, draw, text
+        ctx.width, ctx.dtypes = x.shape[-1], (x.dtype, None if bias is None else bias.dtype)
+        return torch.matmul(x, weight) if product else F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        weight, key, *kept = ctx.saved_tensors
+        rows = rows_of(dy)
+        dw = ops.outer(rows, kept, key, ctx.draw, ctx.width, ctx.dtypes[0], ctx.text).to(weight.dtype)
+        return *_rest(ctx, dy, rows, weight, dw, ctx.dtypes), None, None, None, None
+
+
+class DroppedLinear(torch.autograd.Function):
+    """The same for y = dropout(x) W^T + b of an x that the caller holds: nothing is kept but the key."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, dropped: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, key: Tensor, draw: int, p: float
+    ) -> Tensor:
+        ctx.save_for_backward(weight, key, x)
+        ctx.product, ctx.draw, ctx.p = False, draw, p
+        ctx.dtypes = dropped.dtype, None if bias is None else bias.dtype
+        return F.linear(dropped, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        weight, key, x = ctx.saved_tensors
+        rows = rows_of(dy)
+        dw = ops.dropped_outer(rows, x, key, ctx.draw, ctx.p).to(weight.dtype)
+        return *_rest(ctx, dy, rows, weight, dw, ctx.dtypes), None, None, None, None
+
+
+def _rest(ctx: Any, dy: Tensor, rows: Tensor, weight: Tensor, dw: Tensor, dtypes: Any) -> tuple[Any, ...]:
+    """dx, dw, db of a linear layer."""
+    dx = db = None
+    if ctx.needs_input_grad[0]:
+        dx = (dy @ (weight.T if ctx.product else weight).to(dy.dtype)).to(dtypes[0])
+    if ctx.needs_input_grad[2]:
+        db = rows.sum(0).to(dtypes[1])
+    return dx, dw.T if ctx.product else dw, db
+
+
+class ReLU(torch.autograd.Function):
+    """One bit an element."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y, bits = codec.relu(x.contiguous())
+        ctx.save_for_backward(bits)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return codec.apply_mask(dy.contiguous(), ctx.saved_tensors[0], 0.0)
+
+
+class LeakyReLU(torch.autograd.Function):
+    """One bit an element."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: float) -> Tensor:
+        ctx.save_for_backward(codec.pack_mask(x.contiguous()))
+        ctx.slope = slope
+        return F.leaky_relu(x, slope)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return codec.apply_mask(dy.contiguous(), ctx.saved_tensors[0], ctx.slope), None
+
+
+class Smooth(torch.autograd.Function):
+    """y = f(x), its exact derivative kept through the codec."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, plain: Callable[..., Tensor], derivative: Callable[..., Tensor], option: Any, key: Tensor,
+        draw: int, text: str,
+    ) -> Tensor:  # fmt: skip
+        kept = ops.keep(rows_of(derivative(x, option)), None, None, key, draw, text, PATH)
+        ctx.save_for_backward(key, *kept)
+        ctx.draw, ctx.text, ctx.dtype = draw, text, x.dtype
+        return plain(x, option)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        key, *kept = ctx.saved_tensors
+        return ops.slope(dy, kept, key, ctx.draw, ctx.dtype, ctx.text), None, None, None, None, None, None
+
+
+class SeededDropout(torch.autograd.Function):
+    """Nothing but the key of the pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, key: Tensor, draw: int, p: float) -> Tensor:
+        ctx.save_for_backward(key)
+        ctx.draw, ctx.p = draw, p
+        return ops.seeded_dropout(x, key, draw, p)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return ops.seeded_dropout(dy, ctx.saved_tensors[0], ctx.draw, ctx.p), None, None, None
+
+
+class MaskedDropout(torch.autograd.Function):
+    """torch's own draw; one bit an element of its mask."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        y, mask = torch.native_dropout(x, p, True)
+        ctx.save_for_backward(codec.pack_mask(mask.to(torch.float32).contiguous()))
+        ctx.scale = 1 / (1 - p)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return codec.apply_mask(dy.contiguous(), ctx.saved_tensors[0], 0.0) * ctx.scale, None
+
+
+def _statistics(x: Tensor) -> Tensor:
+    """Of half-precision inputs in float32, as they are: a trace takes them for half precision, too."""
+    return x if x.dtype == torch.float64 else x.to(torch.float32)
+
+
+class BatchNorm(torch.autograd.Function):
+    """Statistics of the batch, over all dimensions but 1."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, momentum: float, eps: float,
+        two: bool, key: Tensor, draw: int, text: str,
+    ) -> Tensor:  # fmt: skip
+        y, mean, inverse = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
+        mean, inverse = _statistics(mean), _statistics(inverse)
+        rows = rows_of(x.movedim(1, -1))
+        inner = ops.keep(rows, mean, inverse, key, draw, text, NORM)
+        outer = ops.keep(rows, mean, inverse, key, draw + 1, text, NORM) if two else []
+        ctx.save_for_backward(weight, inverse, key, *inner, *outer)
+        ctx.draw, ctx.text, ctx.dtypes = draw, text, (x.dtype, None if weight is None else weight.dtype)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        weight, inverse, key, *kept = ctx.saved_tensors
+        g = dy.movedim(1, -1)
+        rows = rows_of(g).to(inverse.dtype)
+        dx, dw, db = ops.batch_norm_backward(rows, inverse, weight, kept[:4], kept[4:], key, ctx.draw, ctx.text)
+        dx = dx.view(g.shape).movedim(-1, 1).to(ctx.dtypes[0])
+        affine = ctx.dtypes[1] is not None
+        grads = (dw.to(ctx.dtypes[1]), db.to(ctx.dtypes[1])) if affine else (None, None)
+        return dx, *grads, None, None, None, None, None, None, None, None
+
+
+class LayerNorm(torch.autograd.Function):
+    """Statistics over the last dimensions, for each row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, shape: list[int], weight: Any, bias: Any, eps: float, two: bool, key: Tensor, draw: int,
+        text: str,
+    ) -> Tensor:  # fmt: skip
+        y, mean, inverse = torch.native_layer_norm(x, shape, weight, bias, eps)
+        mean, inverse = _statistics(mean), _statistics(inverse)
+        width = 1
+        for size in shape:
+            width *= size
+        rows = ((x - mean) * inverse).reshape(-1, width)
+        outer = ops.keep(rows, None, None, key, draw, text, NORM)
+        inner = ops.keep(rows, None, None, key, draw + 1, text, NORM) if two else []
+        ctx.save_for_backward(weight, inverse, key, *outer, *inner)
+        ctx.draw, ctx.text, ctx.shape, ctx.width, ctx.bias = draw, text, shape, width, bias is not None
+        ctx.dtypes = x.dtype, None if weight is None else weight.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        weight, inverse, key, *kept = ctx.saved_tensors
+        rows = dy.reshape(-1, ctx.width).to(inverse.dtype)
+        gain = None if weight is None else weight.reshape(-1)
+        dx, dw, db = ops.layer_norm_backward(
+            rows, inverse.reshape(-1, 1), gain, kept[:4], kept[4:], key, ctx.draw, ctx.text
+        )
+        dx = dx.view(dy.shape).to(ctx.dtypes[0])
+        dw = None if weight is None else dw.view(ctx.shape).to(ctx.dtypes[1])
+        db = db.view(ctx.shape).to(ctx.dtypes[1]) if ctx.bias and weight is not None else None
+        return dx, None, dw, db, None, None, None, None, None

@@ -1,0 +1,172 @@
+"""The mode of a compiled pass: small enough that Dynamo traces it, with a table of its own (`dibit.compiled.rules`).
+
+There is one object a thread, always the same one: where Dynamo has to break a graph in the middle of a model, it can
+put back a mode only if it knows where to find it. Between the parts of a broken graph the mode is on the stack and
+leaves everything to torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import threading
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._dynamo import eval_frame
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+
+from dibit.compiled import ops
+from dibit.compiled.rules import RULES
+from dibit.compiled.spec import Setting
+
+set_callback = eval_frame.set_eval_frame
+
+
+class Traced(TorchFunctionMode):
+    """One compiled forward pass of a compressed model.
+
+    Attributes:
+        settings: configs of the modules that are running, innermost last; empty between passes.
+        key: of this pass, int64 0-d.
+        draws: residuals so far.
+        inputs: of linear layers, with the numbers of their residuals; while a part of the model runs.
+        dropped: dropouts of tensors that the caller holds, with those, numbers and probabilities; up to the next part.
+        older: how many of them the part that runs has found.
+        held: floating-point inputs that the caller keeps.
+        passes: int64 0-d, see `ops.draw_key`.
+        state: of the compressed model whose pass this is.
+        own: functions for which the user gave rules of another kind: left to torch.
+        used: some pass was compiled since this was last set to `False`.
+        frame: of the outermost module's call, where it is known.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings: list[Setting | None] = []
+        self.key: Any = None
+        self.draws = 0
+        self.inputs: list[tuple[Tensor, int]] = []
+        self.dropped: list[tuple[Tensor, Tensor, int, float]] = []
+        self.older = 0
+        self.held: tuple[Tensor, ...] = ()
+        self.passes = torch.zeros((), dtype=torch.int64)
+        self.state: Any = None
+        self.own: tuple[Any, ...] = ()
+        self.used = False
+        self.frame: FrameType | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_dynamo_compiling() and self.settings and torch.is_grad_enabled():
+            rule = RULES.get(func)
+            if rule is not None and self.settings[-1] is not None and func not in self.own:
+                result = rule(self, *args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+        return func(*args, **kwargs)
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.mode = Traced()
+
+
+local = _Local()
+
+
+def enter(hook: Any, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+    """A module of a compressed model begins, in a call that Dynamo traces."""
+    mode = local.mode
+    if mode.settings and not hook.name and mode.state is hook.state:
+        end(mode)  # the model cannot run within itself: an interrupted pass has left this behind
+    if not mode.settings:
+        if hook.state.passive or not (module.training and torch.is_grad_enabled()):
+            return
+        held = []
+        like = None
+        for x in (*args, *kwargs.values()):
+            if isinstance(x, Tensor):
+                if like is None:
+                    like = x
+                if x.is_floating_point() and not x.requires_grad:
+                    held.append(x)
+        if like is None:
+            return  # no tensor among the arguments tells the device
+        begin(mode, hook.state, ops.draw_key(mode.passes, like), held)
+    mode.settings.append(hook.setting)
+
+
+def leave() -> None:
+    """A module of a compressed model ends."""
+    mode = local.mode
+    if mode.settings:
+        mode.settings.pop()
+        if len(mode.settings) <= 1:
+            # a compiled graph would return what is left here; a dropout may serve the module after it
+            mode.inputs, mode.dropped = [], mode.dropped[mode.older :]
+            mode.older = len(mode.dropped)
+        if not mode.settings:
+            end(mode)
+
+
+def begin(mode: Traced, state: Any, key: Tensor, held: list[Tensor]) -> None:
+    """Start a pass."""
+    mode.key, mode.draws, mode.held, mode.used, mode.frame = key, 0, tuple(held), True, None
+    mode.inputs, mode.dropped, mode.older = [], [], 0
+    mode.state, mode.own = state, tuple(state.rules)
+    _push_mode(mode)
+
+
+def end(mode: Traced) -> None:
+    """End a pass, also one that was interrupted."""
+    above = []
+    while torch._C._len_torch_function_stack():
+        top = _pop_mode()
+        if top is mode:
+            break
+        above.append(top)
+    for other in reversed(above):
+        _push_mode(other)
+    mode.inputs, mode.dropped, mode.older = [], [], 0
+    mode.settings, mode.key, mode.held, mode.state, mode.own, mode.frame = [], None, (), None, (), None
+
+
+def weighs_edges(module: torch.nn.Module) -> bool:
+    """Whether a layer of PyTorch Geometric makes numbers for each edge (attention, normalised weights).
+
+    A graph would keep them all; an uncompiled pass computes them again from the nodes' (`dibit.tape`).
+    """
+    kinds: list[Any] = [type(layer) for layer in module.modules()]
+    return any(map(_message_has_more, kinds))
+
+
+@functools.cache
+def _message_has_more(kind: Any) -> bool:
+    """Whether a class's messages are made of more than the neighbour's features."""
+    message = getattr(kind, "message", None)
+    if message is None or not hasattr(kind, "propagate"):
+        return False
+    return not set(inspect.signature(message).parameters) <= {"self", "x_j"}
+
+
+def alone(*functions: Any) -> None:
+    """Dynamo does not compile these functions on their own; where it compiles their caller, it traces them."""
+    for function in functions:
+        code: CodeType = function.__code__
+        if hasattr(eval_frame, "set_code_exec_strategy"):
+            skip, default = eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
+            eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(skip, default))
+        else:
+            eval_frame.skip_code(code)  # type: ignore[attr-defined]
+
+
+def running(frame: FrameType | None) -> bool:
+    """Whether a frame is still on the stack."""
+    own: FrameType | None = sys._getframe(1)
+    while own is not None and own is not frame:
+        own = own.f_back
+    return own is not None

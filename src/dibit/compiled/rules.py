@@ -1,0 +1,278 @@
+"""What compiled code does with each function of torch: `rule(mode, ...)`, or `NotImplemented` to leave it to torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dibit.compiled import functions, ops
+
+aten = torch.ops.aten
+
+
+def dense(x: Any) -> bool:
+    """A plain strided floating-point tensor of at least one dimension."""
+    plain = isinstance(x, Tensor) and type(x) in (Tensor, nn.Parameter)
+    return plain and x.layout == torch.strided and x.is_floating_point() and x.dim() > 0
+
+
+def draw(mode: Any, count: int = 1) -> int:
+    """The number of a new residual; `count` of them are taken."""
+    first: int = mode.draws
+    mode.draws = first + count
+    return first
+
+
+def draw_for(mode: Any, x: Tensor) -> int:
+    """The same number for the same input of several linear layers: one call, and so one residual."""
+    for own, number in mode.inputs:
+        if x is own:
+            return int(number)
+    number = draw(mode)
+    mode.inputs.append((x, number))
+    return number
+
+
+def dropped(mode: Any, x: Tensor) -> Any:
+    """Source, number and probability of an x that is the dropout of what the caller holds."""
+    for own, source, number, p in mode.dropped:
+        if x is own:
+            return source, number, p
+    return None
+
+
+def held(mode: Any, x: Tensor) -> bool:
+    """Whether the caller keeps x: an input of the model, or a parameter."""
+    if isinstance(x, nn.Parameter):
+        return True
+    for own in mode.held:  # noqa: SIM110 (a generator is not traced)
+        if x is own:
+            return True
+    return False
+
+
+def linear(mode: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    return _product(mode, input, weight, bias, False)
+
+
+def matmul(mode: Any, input: Tensor, other: Tensor, *, out: Any = None) -> Any:
+    return NotImplemented if out is not None else _product(mode, input, other, None, True)
+
+
+def rmatmul(mode: Any, input: Tensor, other: Tensor) -> Any:
+    return _product(mode, other, input, None, True)
+
+
+def _product(mode: Any, x: Any, weight: Any, bias: Any, product: bool) -> Any:
+    if not (isinstance(weight, nn.Parameter) and weight.requires_grad and weight.dim() == 2 and dense(weight)):
+        return NotImplemented  # a frozen weight keeps no input, in plain torch too
+    if not dense(x) or x.dim() < 2:
+        return NotImplemented
+    if mode.settings[-1].by_reference:
+        if held(mode, x):
+            return NotImplemented  # the caller keeps it: exact, and free
+        found = dropped(mode, x)
+        if found is not None and not product:
+            return functions.DroppedLinear.apply(x, weight, bias, found[0], mode.key, found[1], found[2])
+    return functions.Linear.apply(x, weight, bias, product, mode.key, draw_for(mode, x), mode.settings[-1].text)
+
+
+def relu(mode: Any, input: Tensor, inplace: bool = False) -> Any:
+    if not _differs(input):
+        return NotImplemented
+    return _placed(input, functions.ReLU.apply(input), inplace)
+
+
+def relu_(mode: Any, input: Tensor) -> Any:
+    return relu(mode, input, True)
+
+
+def leaky_relu(mode: Any, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
+    if not _differs(input) or negative_slope < 0:
+        return NotImplemented
+    return _placed(input, functions.LeakyReLU.apply(input, negative_slope), inplace)
+
+
+def leaky_relu_(mode: Any, input: Tensor, negative_slope: float = 0.01) -> Any:
+    return leaky_relu(mode, input, negative_slope, True)
+
+
+def _differs(x: Any) -> bool:
+    return dense(x) and x.requires_grad
+
+
+def _placed(x: Tensor, y: Tensor, inplace: bool) -> Tensor:
+    return x.copy_(y) if inplace else y
+
+
+def _smooth(mode: Any, x: Any, plain: Any, derivative: Any, option: Any = None, inplace: bool = False) -> Any:
+    if not _differs(x):
+        return NotImplemented
+    y = functions.Smooth.apply(x, plain, derivative, option, mode.key, draw(mode), mode.settings[-1].text)
+    return _placed(x, y, inplace)
+
+
+def _plain_sigmoid(x: Tensor, option: Any) -> Tensor:
+    return torch.sigmoid(x)
+
+
+def _sigmoid_slope(x: Tensor, option: Any) -> Tensor:
+    y = torch.sigmoid(x)
+    return y * (1 - y)
+
+
+def _plain_tanh(x: Tensor, option: Any) -> Tensor:
+    return torch.tanh(x)
+
+
+def _tanh_slope(x: Tensor, option: Any) -> Tensor:
+    return 1 - torch.tanh(x) ** 2
+
+
+def _plain_gelu(x: Tensor, approximate: str) -> Tensor:
+    return F.gelu(x, approximate=approximate)
+
+
+def _gelu_slope(x: Tensor, approximate: str) -> Tensor:
+    return aten.gelu_backward(torch.ones_like(x), x, approximate=approximate)
+
+
+def _plain_silu(x: Tensor, option: Any) -> Tensor:
+    return F.silu(x)
+
+
+def _silu_slope(x: Tensor, option: Any) -> Tensor:
+    return aten.silu_backward(torch.ones_like(x), x)
+
+
+def _plain_elu(x: Tensor, alpha: float) -> Tensor:
+    return F.elu(x, alpha)
+
+
+def _elu_slope(x: Tensor, alpha: float) -> Tensor:
+    return aten.elu_backward(torch.ones_like(x), alpha, 1, 1, False, x)
+
+
+def sigmoid(mode: Any, input: Tensor, *, out: Any = None) -> Any:
+    return NotImplemented if out is not None else _smooth(mode, input, _plain_sigmoid, _sigmoid_slope)
+
+
+def tanh(mode: Any, input: Tensor, *, out: Any = None) -> Any:
+    return NotImplemented if out is not None else _smooth(mode, input, _plain_tanh, _tanh_slope)
+
+
+def gelu(mode: Any, input: Tensor, *, approximate: str = "none") -> Any:
+    return _smooth(mode, input, _plain_gelu, _gelu_slope, approximate)
+
+
+def silu(mode: Any, input: Tensor, inplace: bool = False) -> Any:
+    return _smooth(mode, input, _plain_silu, _silu_slope, None, inplace)
+
+
+def elu(mode: Any, input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Any:
+    return _smooth(mode, input, _plain_elu, _elu_slope, alpha, inplace)
+
+
+def elu_(mode: Any, input: Tensor, alpha: float = 1.0) -> Any:
+    return elu(mode, input, alpha, True)
+
+
+def dropout(mode: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    if not training or not 0 < p < 1 or not dense(input):
+        return NotImplemented
+    if mode.settings[-1].masked:
+        return (
+            _placed(input, functions.MaskedDropout.apply(input, p), inplace) if input.requires_grad else NotImplemented
+        )
+    number = draw(mode)
+    if input.requires_grad:
+        return _placed(input, functions.SeededDropout.apply(input, mode.key, number, p), inplace)
+    y = ops.seeded_dropout(input, mode.key, number, p)
+    if not inplace and held(mode, input):
+        mode.dropped.append((y, input, number, p))
+    return _placed(input, y, inplace)
+
+
+def torch_dropout(mode: Any, input: Tensor, p: float, train: bool) -> Any:
+    return dropout(mode, input, p, train)
+
+
+def torch_dropout_(mode: Any, input: Tensor, p: float, train: bool) -> Any:
+    return dropout(mode, input, p, train, True)
+
+
+def batch_norm(
+    mode: Any, input: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
+    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> Any:  # fmt: skip
+    if not training or not _differs(input) or input.dim() < 2 or input.numel() <= input.shape[1]:
+        return NotImplemented
+    setting = mode.settings[-1]
+    return functions.BatchNorm.apply(
+        input,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        momentum,
+        eps,
+        setting.two[0],
+        mode.key,
+        draw(mode, 2),
+        setting.text,
+    )
+
+
+def layer_norm(
+    mode: Any, input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5,
+) -> Any:  # fmt: skip
+    if not _differs(input) or input.numel() == 0:
+        return NotImplemented
+    setting, shape = mode.settings[-1], list(normalized_shape)
+    two = setting.two[1]
+    return functions.LayerNorm.apply(input, shape, weight, bias, eps, two, mode.key, draw(mode, 2), setting.text)
+
+
+def new_zeros(mode: Any, input: Tensor, *size: Any, **options: Any) -> Any:
+    """What a scatter begins with: torch's partitioner would keep it for the backward pass, which needs zeros too."""
+    if options or not size or not dense(input):
+        return NotImplemented
+    return ops.zeros(input.detach(), list(size[0] if isinstance(size[0], tuple | list) else size))
+
+
+RULES: dict[Any, Any] = {
+    F.linear: linear,
+    torch.matmul: matmul,
+    torch.mm: matmul,
+    Tensor.matmul: matmul,
+    Tensor.mm: matmul,
+    Tensor.__matmul__: matmul,
+    Tensor.__rmatmul__: rmatmul,
+    F.relu: relu,
+    F.relu_: relu_,
+    torch.relu: relu,
+    torch.relu_: relu_,
+    Tensor.relu: relu,
+    Tensor.relu_: relu_,
+    F.leaky_relu: leaky_relu,
+    F.leaky_relu_: leaky_relu_,
+    F.elu: elu,
+    F.elu_: elu_,
+    F.gelu: gelu,
+    F.silu: silu,
+    F.sigmoid: sigmoid,
+    F.tanh: tanh,
+    torch.sigmoid: sigmoid,
+    Tensor.sigmoid: sigmoid,
+    torch.tanh: tanh,
+    Tensor.tanh: tanh,
+    F.dropout: dropout,
+    torch.dropout: torch_dropout,
+    torch.dropout_: torch_dropout_,
+    F.batch_norm: batch_norm,
+    F.layer_norm: layer_norm,
+    Tensor.new_zeros: new_zeros,
+}
