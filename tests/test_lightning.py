@@ -86,3 +86,15 @@ def test_scores_go_with_the_checkpoint(tmp_path: Path) -> None:
 def test_a_name_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(AttributeError, match="no module of that name; it has 'body'"):
         trainer(tmp_path, DibitCallback(module="boddy"), 1).fit(Net(), DataLoader([0]))  # type: ignore[attr-defined]
+
+
+def test_a_model_without_an_operation_that_is_known_warns(tmp_path: Path) -> None:
+    class Unknown(Net):
+        def training_step(self, batch: Tensor, index: int) -> Tensor:
+            return self(torch.randn(4, 16)).sum()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("ij,kj->ik", x, self.body[0].weight)
+
+    with pytest.warns(UserWarning, match="nothing was compressed"):
+        trainer(tmp_path, DibitCallback(), 1).fit(Unknown(), DataLoader([0]))  # type: ignore[attr-defined]

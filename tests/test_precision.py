@@ -347,6 +347,22 @@ class TestScaler:
         assert all(p.grad.isfinite().all() for p in model[1].parameters() if p.dim() == 2)
 
 
+@pytest.mark.parametrize("aggr", ["mean", "max"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_csr_matrix_of_half_precision(dtype: torch.dtype, aggr: str) -> None:
+    """torch has these products; the sum, and any of them under autocast, it refuses without Dibit too."""
+    adjacency = to_torch_csr_tensor(EDGES, size=(N, N)).to(dtype)
+    found = []
+    for setting in (None, FINE):
+        torch.manual_seed(0)
+        model = dibit.compress(GraphSAGE(D, D, 3, C, aggr=aggr).to(dtype).train(), setting)
+        y = model(torch.randn(N, D).to(dtype), adjacency)
+        y.float().square().sum().backward()
+        found.append((y, torch.cat([p.grad.flatten().float() for p in model.parameters()])))
+    assert torch.equal(found[0][0], found[1][0])
+    assert relative(found[1][1], found[0][1]) < 0.04
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_masks_of_half_precision(dtype: torch.dtype) -> None:
     nan = float("nan")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dibit.codec import ops
 from dibit.identity import storage_key
+from dibit.precision import at_least_single
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,14 @@ class Graph:
         return torch.sparse.mm(matrix, x, "mean") if self.mean else torch.sparse.mm(matrix, x)
 
     def transposed_product(self, dy: Tensor) -> Tensor:
-        """A^T dY: (M, D) for dy (N, D), in the dtype of the values.
+        """A^T dY: (M, D) for dy (N, D), in the dtype of the values; on the CPU in float32 for values of half precision.
 
         On the CPU one counting sort and one parallel product; torch sorts and converts at each backward pass.
         """
         crow, col, values = self.parts
         rows, columns = self.shape
+        if dy.device.type == "cpu":
+            values = at_least_single(values)
         dy = dy.to(values.dtype)
         if self.mean:  # the values take the division, E of them instead of N x D
             count = crow.diff()

@@ -71,7 +71,7 @@ class Aggregate(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        return ctx.graph.bind(load(ctx)).transposed_product(dy), None, None, None
+        return ctx.graph.bind(load(ctx)).transposed_product(dy).to(dy.dtype), None, None, None
 
 
 class AggregateExtreme(torch.autograd.Function):
