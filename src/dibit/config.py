@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -154,6 +154,13 @@ class Config:
                 return max(1, min(count * width, most or count * width))
             case _:
                 return int(self.block)
+
+    def settled(self, rows: int) -> Config:
+        """For a matrix of so many rows: how many of them are kept is decided, and all of anything is no reduction."""
+        reduce = self.reduce.of(rows) if isinstance(self.reduce, Sample) else self.reduce
+        if reduce is not None and reduce.ratio == 1:
+            reduce = None
+        return self if reduce is self.reduce else replace(self, reduce=reduce)
 
     def _check_levels(self) -> None:
         if isinstance(self.levels, str):

@@ -59,12 +59,21 @@ class DibitCallback(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log what the second step kept."""
-        if self._tracking is not None:
-            self._tracking.__exit__(None, None, None)
-            self._tracking = None
+        if self._tracked():
             assert self.saved is not None
             pl_module.log("dibit/saved_mb", self.saved.total / 2**20)
             pl_module.log("dibit/plain_mb", self.saved.plain / 2**20)
+
+    def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
+        """Nothing is tracked any more."""
+        self._tracked()
+
+    def _tracked(self) -> bool:
+        """End the tracking, if it has begun."""
+        tracking, self._tracking = self._tracking, None
+        if tracking is not None:
+            tracking.__exit__(None, None, None)
+        return tracking is not None
 
     def on_save_checkpoint(self, trainer: Any, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
         """Scores go beside the weights: the `state_dict` is the plain model's."""

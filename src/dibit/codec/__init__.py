@@ -74,13 +74,10 @@ def encode(
         raise TypeError(f"encode got a tensor of {x.dtype}; expected a floating-point one (integers are kept exactly).")
     if not isinstance(seed, Tensor):
         seed = seed_tensor(seed, x.device)
-    if isinstance(config.reduce, Sample) and config.reduce.least > 1:
-        reduce = config.reduce.of(x.shape[:-1].numel() if candidates is None else candidates)
-        config = replace(config, reduce=reduce)
-        if reduce.ratio == 1 and candidates is None:
-            scores = None
-    if config.reduce is not None and config.reduce.ratio == 1 and scores is None:
-        config = replace(config, reduce=None)
+    if candidates is None:
+        config = config.settled(x.shape[:-1].numel())
+    elif isinstance(config.reduce, Sample):
+        config = replace(config, reduce=config.reduce.of(candidates))
     with exact_dtypes(x.device):
         return _encoded(x.detach(), config, seed, affine, scores, candidates)
 

@@ -16,11 +16,7 @@ from torch import Tensor
 from dibit.codec import ops as codec
 from dibit.compiled import ops
 from dibit.compiled.spec import LEAF, NORM, PATH
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """(..., D) as rows (N, D)."""
-    return x.reshape(-1, x.shape[-1])
+from dibit.functions.common import flat
 
 
 class Linear(torch.autograd.Function):
@@ -30,7 +26,7 @@ class Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, product: bool, key: Tensor, draw: int, text: str
     ) -> Tensor:
-        kept = ops.keep(rows_of(x), None, None, key, draw, text, LEAF)
+        kept = ops.keep(flat(x), None, None, key, draw, text, LEAF)
         ctx.save_for_backward(weight, key, *kept)
         ctx.product, ctx.draw, ctx.text = product, draw, text
         ctx.width, ctx.dtypes = x.shape[-1], (x.dtype, None if bias is None else bias.dtype)
@@ -39,7 +35,7 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         weight, key, *kept = ctx.saved_tensors
-        rows = rows_of(dy)
+        rows = flat(dy)
         dw = ops.outer(rows, kept, key, ctx.draw, ctx.width, ctx.dtypes[0], ctx.text).to(weight.dtype)
         return *_rest(ctx, dy, rows, weight, dw, ctx.dtypes), None, None, None, None
 
@@ -59,7 +55,7 @@ class DroppedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         weight, key, x = ctx.saved_tensors
-        rows = rows_of(dy)
+        rows = flat(dy)
         dw = ops.dropped_outer(rows, x, key, ctx.draw, ctx.p).to(weight.dtype)
         return *_rest(ctx, dy, rows, weight, dw, ctx.dtypes), None, None, None, None
 
@@ -107,13 +103,13 @@ class Smooth(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, plain: Callable[..., Tensor], derivative: Callable[..., Tensor], option: Any, key: Tensor,
+        ctx: Any, x: Tensor, plain: Callable[..., Tensor], derivative: Callable[..., Tensor], options: Any, key: Tensor,
         draw: int, text: str,
     ) -> Tensor:  # fmt: skip
-        kept = ops.keep(rows_of(derivative(x, option)), None, None, key, draw, text, PATH)
+        kept = ops.keep(flat(derivative(x, *options)), None, None, key, draw, text, PATH)
         ctx.save_for_backward(key, *kept)
         ctx.draw, ctx.text, ctx.dtype = draw, text, x.dtype
-        return plain(x, option)
+        return plain(x, *options)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
@@ -165,7 +161,7 @@ class BatchNorm(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         y, mean, inverse = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
         mean, inverse = _statistics(mean), _statistics(inverse)
-        rows = rows_of(x.movedim(1, -1))
+        rows = flat(x.movedim(1, -1))
         inner = ops.keep(rows, mean, inverse, key, draw, text, NORM)
         outer = ops.keep(rows, mean, inverse, key, draw + 1, text, NORM) if two else []
         ctx.save_for_backward(weight, inverse, key, *inner, *outer)
@@ -176,7 +172,7 @@ class BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         weight, inverse, key, *kept = ctx.saved_tensors
         g = dy.movedim(1, -1)
-        rows = rows_of(g).to(inverse.dtype)
+        rows = flat(g).to(inverse.dtype)
         dx, dw, db = ops.batch_norm_backward(rows, inverse, weight, kept[:4], kept[4:], key, ctx.draw, ctx.text)
         dx = dx.view(g.shape).movedim(-1, 1).to(ctx.dtypes[0])
         affine = ctx.dtypes[1] is not None

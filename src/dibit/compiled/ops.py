@@ -13,7 +13,7 @@ from torch.library import custom_op
 
 from dibit.codec import Affine, Packed, encode, mix, ops, reference, seed_tensor
 from dibit.codec.packed import reduced_shape
-from dibit.compiled.spec import LEAF, NORM, PATH, settings, settled
+from dibit.compiled.spec import LEAF, NORM, PATH, settings
 from dibit.config import Config, Sample
 from dibit.functions.norm import batch_norm_gradient, layer_norm_gradient
 from dibit.residual import Compressed
@@ -67,7 +67,7 @@ def keep(
 
 @keep.register_fake
 def _(x, shift, scale, key, draw, text, use):  # type: ignore[no-untyped-def]
-    config = settled(settings(text, use), x.shape[0])
+    config = settings(text, use).settled(x.shape[0])
     rows, width = reduced_shape(x.shape[0], x.shape[1], config)
     n, block = rows * width, config.elements(rows, width)
     tail = n % block
@@ -87,7 +87,7 @@ def residual(
 ) -> Compressed:
     """What `keep` returned, as the residual that it is."""
     codes, ranges, poison, scores = kept
-    config = settled(config, rows)
+    config = config.settled(rows)
     sample = config.reduce if isinstance(config.reduce, Sample) else None
     by_scores = sample is not None and sample.by == "norm"
     count = -(-rows // sample.ratio) if sample is not None and by_scores else 0

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dibit.compiled import functions, ops
-
-aten = torch.ops.aten
+from dibit.functions import activation
 
 
 def dense(x: Any) -> bool:
@@ -108,72 +107,35 @@ def _placed(x: Tensor, y: Tensor, inplace: bool) -> Tensor:
     return x.copy_(y) if inplace else y
 
 
-def _smooth(mode: Any, x: Any, plain: Any, derivative: Any, option: Any = None, inplace: bool = False) -> Any:
+def _smooth(mode: Any, x: Any, plain: Any, derivative: Any, *options: Any, inplace: bool = False) -> Any:
     if not _differs(x):
         return NotImplemented
-    y = functions.Smooth.apply(x, plain, derivative, option, mode.key, draw(mode), mode.settings[-1].text)
+    y = functions.Smooth.apply(x, plain, derivative, options, mode.key, draw(mode), mode.settings[-1].text)
     return _placed(x, y, inplace)
 
 
-def _plain_sigmoid(x: Tensor, option: Any) -> Tensor:
-    return torch.sigmoid(x)
-
-
-def _sigmoid_slope(x: Tensor, option: Any) -> Tensor:
-    y = torch.sigmoid(x)
-    return y * (1 - y)
-
-
-def _plain_tanh(x: Tensor, option: Any) -> Tensor:
-    return torch.tanh(x)
-
-
-def _tanh_slope(x: Tensor, option: Any) -> Tensor:
-    return 1 - torch.tanh(x) ** 2
-
-
-def _plain_gelu(x: Tensor, approximate: str) -> Tensor:
-    return F.gelu(x, approximate=approximate)
-
-
-def _gelu_slope(x: Tensor, approximate: str) -> Tensor:
-    return aten.gelu_backward(torch.ones_like(x), x, approximate=approximate)
-
-
-def _plain_silu(x: Tensor, option: Any) -> Tensor:
-    return F.silu(x)
-
-
-def _silu_slope(x: Tensor, option: Any) -> Tensor:
-    return aten.silu_backward(torch.ones_like(x), x)
-
-
-def _plain_elu(x: Tensor, alpha: float) -> Tensor:
-    return F.elu(x, alpha)
-
-
-def _elu_slope(x: Tensor, alpha: float) -> Tensor:
-    return aten.elu_backward(torch.ones_like(x), alpha, 1, 1, False, x)
-
-
 def sigmoid(mode: Any, input: Tensor, *, out: Any = None) -> Any:
-    return NotImplemented if out is not None else _smooth(mode, input, _plain_sigmoid, _sigmoid_slope)
+    return NotImplemented if out is not None else _smooth(mode, input, torch.sigmoid, activation.sigmoid_slope)
 
 
 def tanh(mode: Any, input: Tensor, *, out: Any = None) -> Any:
-    return NotImplemented if out is not None else _smooth(mode, input, _plain_tanh, _tanh_slope)
+    return NotImplemented if out is not None else _smooth(mode, input, torch.tanh, activation.tanh_slope)
+
+
+def _gelu(x: Tensor, approximate: str) -> Tensor:
+    return F.gelu(x, approximate=approximate)
 
 
 def gelu(mode: Any, input: Tensor, *, approximate: str = "none") -> Any:
-    return _smooth(mode, input, _plain_gelu, _gelu_slope, approximate)
+    return _smooth(mode, input, _gelu, activation.gelu_slope, approximate)
 
 
 def silu(mode: Any, input: Tensor, inplace: bool = False) -> Any:
-    return _smooth(mode, input, _plain_silu, _silu_slope, None, inplace)
+    return _smooth(mode, input, F.silu, activation.silu_slope, inplace=inplace)
 
 
 def elu(mode: Any, input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Any:
-    return _smooth(mode, input, _plain_elu, _elu_slope, alpha, inplace)
+    return _smooth(mode, input, F.elu, activation.elu_slope, alpha, inplace=inplace)
 
 
 def elu_(mode: Any, input: Tensor, alpha: float = 1.0) -> Any:

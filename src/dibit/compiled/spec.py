@@ -67,17 +67,7 @@ def settings(text: str, use: str) -> Config:
     reduce = config.reduce
     if isinstance(reduce, Sample) and reduce.by == "gradient":
         reduce = dataclasses.replace(reduce, by="norm" if use == LEAF else "uniform")
-    if reduce is not None and reduce.ratio == 1:
-        reduce = None
     return dataclasses.replace(config, reduce=reduce, stats=torch.float32, norm=None)
-
-
-def settled(config: Config, rows: int) -> Config:
-    """The codec for a matrix of so many rows; with dynamic shapes a graph holds for a range of them."""
-    if not isinstance(config.reduce, Sample) or config.reduce.least == 1:
-        return config
-    reduce = config.reduce.of(rows)
-    return dataclasses.replace(config, reduce=None if reduce.ratio == 1 else reduce)
 
 
 def _plain(config: Config) -> dict[str, object]:

@@ -140,30 +140,32 @@ def smooth(plain: Callable[..., Tensor], derivative: Callable[..., Tensor], save
     return rule
 
 
-def _sigmoid_slope(x: Tensor) -> Tensor:
+def sigmoid_slope(x: Tensor) -> Tensor:
     y = at_least_single(torch.sigmoid(x))
     return y * (1 - y)
 
 
-_sigmoid = smooth(lambda x, inplace: x.sigmoid_() if inplace else torch.sigmoid(x), _sigmoid_slope, "output")
-_tanh = smooth(
-    lambda x, inplace: x.tanh_() if inplace else torch.tanh(x),
-    lambda x: 1 - at_least_single(torch.tanh(x)) ** 2,
-    "output",
-)
-_silu = smooth(
-    lambda x, inplace: F.silu(x, inplace),
-    lambda x: aten.silu_backward(torch.ones_like(x), x),
-    "copy in place",
-)
-_gelu = smooth(
-    lambda x, _, approximate: F.gelu(x, approximate=approximate),
-    lambda x, approximate: aten.gelu_backward(torch.ones_like(x), x, approximate=approximate),
-)
-_elu = smooth(
-    lambda x, inplace, alpha: F.elu(x, alpha, inplace),
-    lambda x, alpha: aten.elu_backward(torch.ones_like(x), alpha, 1, 1, False, x),
-)
+def tanh_slope(x: Tensor) -> Tensor:
+    return 1 - at_least_single(torch.tanh(x)) ** 2
+
+
+def silu_slope(x: Tensor) -> Tensor:
+    return aten.silu_backward(torch.ones_like(x), x)
+
+
+def gelu_slope(x: Tensor, approximate: str) -> Tensor:
+    return aten.gelu_backward(torch.ones_like(x), x, approximate=approximate)
+
+
+def elu_slope(x: Tensor, alpha: float) -> Tensor:
+    return aten.elu_backward(torch.ones_like(x), alpha, 1, 1, False, x)
+
+
+_sigmoid = smooth(lambda x, inplace: x.sigmoid_() if inplace else torch.sigmoid(x), sigmoid_slope, "output")
+_tanh = smooth(lambda x, inplace: x.tanh_() if inplace else torch.tanh(x), tanh_slope, "output")
+_silu = smooth(lambda x, inplace: F.silu(x, inplace), silu_slope, "copy in place")
+_gelu = smooth(lambda x, _, approximate: F.gelu(x, approximate=approximate), gelu_slope)
+_elu = smooth(lambda x, inplace, alpha: F.elu(x, alpha, inplace), elu_slope)
 
 
 def sigmoid(step: Step, input: Tensor, *, out: Any = None) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dibit.buffers import empty_like
 from dibit.codec import Affine, ops
-from dibit.config import Config, Project, Sample
+from dibit.config import Config, Project
 from dibit.functions import large
 from dibit.functions.common import dense, first_order, unreduced
 from dibit.precision import at_least_single, full
@@ -28,9 +28,7 @@ from dibit.step import Step
 def norm_config(step: Step, rows: int) -> Config:
     config = step.config
     assert config is not None
-    config = config.norm or unreduced(config)
-    few = isinstance(config.reduce, Sample) and config.reduce.ratio > 1 and config.reduce.of(rows).ratio == 1
-    return unreduced(config) if few else config
+    return (config.norm or unreduced(config)).settled(rows)
 
 
 class BatchNorm(torch.autograd.Function):

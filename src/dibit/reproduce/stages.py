@@ -8,12 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import dibit
 from dibit.config import Config
 from dibit.reproduce.training import Case
 from dibit.study import Activation, Estimate, capture, gradient_error
+from dibit.train.batches import MiniBatch
 from dibit.train.task import Task, adam
 
 _MEMORY = 4  # steps that scores are made of; older ones have faded
@@ -26,9 +27,9 @@ class Stage:
         epoch: steps taken so far.
     """
 
-    def __init__(self, task: Task, model: nn.Module, split: Any, epoch: int, before: list[dict[str, Any]]) -> None:
-        self.task, self.split, self.epoch = task, split, epoch
-        self._model, self._before = model, before
+    def __init__(self, batch: MiniBatch, model: nn.Module, epoch: int, before: list[dict[str, Any]]) -> None:
+        self.epoch = epoch
+        self._batch, self._model, self._before = batch, model, before
 
     def activations(self, config: Config) -> list[Activation]:
         """What would be quantised with this config; the training is not disturbed.
@@ -37,7 +38,7 @@ class Stage:
         """
         trial = self._trial()
         with torch.random.fork_rng():
-            found = capture(trial, lambda: trial(self.task.x, self.task.adjacency), config=config)
+            found = capture(trial, lambda: self._forward(trial), config=config)
         return [a for a in found if a.count >= 3 and a.varied().any()]
 
     def gradient_error(self, config: Config, draws: int) -> Estimate:
@@ -52,14 +53,16 @@ class Stage:
         with torch.random.fork_rng():
             self._steps_before(trial)
             with dibit.track(trial) as saved:
-                trial(self.task.x, self.task.adjacency)
+                self._forward(trial)
         return saved.total
 
     def _step(self, trial: nn.Module) -> None:
         from dibit.train import metrics
 
-        train = self.split.train
-        metrics.loss(trial(self.task.x, self.task.adjacency)[train], self.task.graph.y[train]).backward()
+        metrics.loss(self._forward(trial)[self._batch.rows], self._batch.y).backward()
+
+    def _forward(self, trial: nn.Module) -> Tensor:
+        return trial(self._batch.x, *self._batch.adjacency)
 
     def _steps_before(self, trial: nn.Module) -> None:
         """The gradients of the steps that led here (of this one, before the first), at their weights."""
@@ -76,7 +79,7 @@ class Stage:
 def stages(case: Case, epochs: tuple[int, ...], config: Config | None, note: Callable[[str], None]) -> Iterator[Stage]:
     """Train with `config` (`None`: plainly) and stop at each of the epochs, 0 being before the first step."""
     task = Task.build(case.settings, case.graph)
-    model, split = task.model(0).train(), task.split(0)
+    model = task.model(0).train()
     dibit.compress(model, config)
     optimizer = adam(model, case.settings.optimisation)
     (batch,) = task.batches(0)
@@ -84,7 +87,7 @@ def stages(case: Case, epochs: tuple[int, ...], config: Config | None, note: Cal
     for epoch in range(max(epochs) + 1):
         if epoch in epochs:
             note(f"epoch {epoch}")
-            yield Stage(task, model, split, epoch, before)
+            yield Stage(batch, model, epoch, before)
         if epoch < max(epochs):
             before = [*before[1 - _MEMORY :], copy.deepcopy(model.state_dict())]
             task.step(model, optimizer, batch)

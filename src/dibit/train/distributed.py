@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from dibit.train.errors import TrainingError, UserError
 
-_LOST = ("closed by peer", "reset by peer", "broken pipe", "connection closed", "nccl", "timed out")
+# What gloo and nccl say of a process that is gone.
+_LOST = ("closed by peer", "reset by peer", "broken pipe", "connection closed", "remote process exited", "was aborted")
 
 
 @dataclass(frozen=True)
