@@ -107,18 +107,9 @@ class Compressed:
         packed = self.packed
         if self.watch is not None:
             self.watch.see(dy)
-        # parts add up, and weights may go beyond float16's largest number
+        # sums, and weights that may go beyond float16's largest number
         dtype = torch.float32 if dy.dtype in HALF else dy.dtype
-        sample = packed.sample(dtype)
-        grad: Tensor | None = None
-        for rows, part in packed.parts(dtype):
-            if sample is None:
-                own = dy[rows].to(dtype)
-            else:
-                own = dy.index_select(0, sample[0][rows]).to(dtype).mul_(sample[1][rows, None])
-            grad = own.T @ part if grad is None else grad.addmm_(own.T, part)
-        if grad is None:
-            return dy.new_zeros(dy.shape[1], packed.width)
+        grad = packed.outer(dy, packed.sample(dtype))
         p = packed.projection(dtype)
         return grad if p is None else grad @ p.T
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dibit import Config, Project, Sample, decode, encode
-from dibit.codec import Affine, mix, ops, packed, reference, seed_tensor
+from dibit.codec import Affine, cpu, mix, ops, reference, seed_tensor
 from dibit.codec.levels import expected_variance, normal_levels
 from dibit.residual import Compressed
 from tests.unbiased import bias_of
@@ -446,9 +446,19 @@ SAMPLES = {
         torch.tensor([0, 2, 2, 5]), torch.tensor([0, 3, 1, 2, 3]), torch.rand(5), torch.randn(4, 9)
     ),
     "row_scores": lambda: (torch.randn(5, 9),),
-    "pick_rows": lambda: (
-        torch.arange(9, dtype=torch.uint8), torch.full((256,), 1 << 28), torch.tensor(77), 2
+    "pick_rows": lambda: (torch.arange(9, dtype=torch.uint8), seed_tensor(1), 2),
+    "quantize_rows": lambda: (
+        torch.randn(20, 6), torch.tensor([3, 4, 19]), torch.randn(6), torch.rand(6), seed_tensor(1), 2, 16, [],
+        torch.bfloat16, 0,
     ),
+    "weight_gradient": lambda: (
+        *ops.quantize(torch.randn(100), seed_tensor(1), 2, 16, [], torch.bfloat16, 0)[:2],
+        seed_tensor(1), torch.randn(20, 3), torch.arange(10), torch.rand(10), 10, 10, 2, 16, [], 1.0,
+    ),
+    "norm_relu_dropout": lambda: (
+        torch.randn(5, 9), torch.randn(9), torch.rand(9), torch.randn(9), seed_tensor(1), 0.5
+    ),
+    "relu_dropout_gradient": lambda: (torch.randn(5, 9), ops.pack_mask(torch.randn(5, 9)), seed_tensor(1), 0.5),
     "finite": lambda: (torch.randn(5, 9),),
 }  # fmt: skip
 
@@ -475,17 +485,50 @@ def test_in_parts_as_at_once(monkeypatch: pytest.MonkeyPatch, config: Config, af
     function = Affine(torch.randn(12), torch.rand(12), watches=False) if affine else None
     whole = encode(x, config, 3, function)
     expected = whole.reduced()
-    monkeypatch.setattr(packed, "_PART", 96 * 3)
+    dy = torch.randn(1001, 5)
+    gradient = Compressed(whole).outer(dy)
+    monkeypatch.setattr(cpu, "_PART", 96 * 3)
     own = encode(x, config, 3, function)
     assert torch.equal(own.codes, whole.codes)
     assert torch.equal(own.ranges, whole.ranges)
-    parts = list(own.parts())
-    assert len(parts) > 10
-    assert torch.equal(torch.cat([part for _, part in parts]), expected)
-    assert torch.equal(torch.cat([torch.arange(len(expected))[rows] for rows, _ in parts]), torch.arange(len(expected)))
-    dy = torch.randn(1001, 5)
     full = dy if (sample := own.sample(dy.dtype)) is None else dy[sample[0]] * sample[1][:, None]
-    assert torch.allclose(Compressed(own).outer(dy), full.T @ expected, rtol=1e-4, atol=1e-3)
+    for grad in (gradient, Compressed(own).outer(dy)):
+        assert torch.allclose(grad, full.T @ expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("levels", [[], [0.0, 0.6, 2.2, 3.0]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rows_encoded_and_multiplied_agree(levels: list[float], dtype: torch.dtype) -> None:
+    """Gathering, moving and scaling, and products without the tensor: as the definition has them."""
+    x, index = torch.randn(300, 12).to(dtype), torch.randperm(300)[:77]
+    shift, scale = (v.to(torch.promote_types(dtype, torch.float32)) for v in (torch.randn(12), torch.rand(12)))
+    stats = torch.float64 if dtype == torch.float64 else torch.bfloat16
+    for rows, moved in itertools.product((index, None), ((shift, scale), (None, None))):
+        args = x, rows, *moved, seed_tensor(4), 2, 48, levels, stats, 0
+        fast, plain = ops.quantize_rows(*args), reference.quantize_rows(*args)
+        assert all(torch.equal(a, b) for a, b in zip(fast, plain, strict=True))
+        count = 300 if rows is None else 77
+        dy, weight = torch.randn(300, 5).to(dtype), torch.rand(count, dtype=shift.dtype)
+        args = *fast[:2], seed_tensor(4), dy, rows, None if rows is None else weight, count, 12, 2, 48, levels, 0.0
+        a, b = ops.weight_gradient(*args), reference.weight_gradient(*args)
+        assert a.dtype == b.dtype == shift.dtype
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [(0, 3), (1, 1), (7, 5), (3001, 33)])
+@pytest.mark.parametrize("p", [0.0, 0.5, 0.3])
+def test_norm_relu_and_dropout_in_one_pass(n: tuple[int, int], p: float) -> None:
+    x, seed = torch.randn(n), seed_tensor(11)
+    mean, gain, bias = torch.randn(n[1]), torch.rand(n[1]), torch.randn(n[1])
+    x[1::9], gain[0] = float("nan"), 0
+    fast, plain = (f.norm_relu_dropout(x, mean, gain, bias, seed, p) for f in (ops, reference))
+    assert torch.equal(fast[0].view(torch.int32), plain[0].view(torch.int32))
+    assert torch.equal(fast[1], plain[1])
+    h = torch.relu((x - mean) * gain + bias)
+    assert torch.equal(fast[0].nan_to_num(7), (h if p == 0 else ops.dropout(h, seed, p)).nan_to_num(7))
+    grad = torch.randn(n)
+    fast, plain = (f.relu_dropout_gradient(grad, fast[1], seed, p) for f in (ops, reference))
+    assert torch.equal(fast, plain)
 
 
 @pytest.mark.parametrize("number", [0, 64 * 5, 2**32 - 64, 2**40])

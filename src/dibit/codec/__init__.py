@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dibit.buffers import empty
 from dibit.codec import ops, reference
-from dibit.codec.packed import Packed, blocks, reduced_shape, rows_of_a_part
+from dibit.codec.packed import Packed, blocks, reduced_shape
 from dibit.codec.reduce import projection, sampled_rows
 from dibit.codec.rng import mix, seed_tensor
 from dibit.codec.rows import LEFT_OUT, picked, row_scores
@@ -16,6 +16,7 @@ from dibit.precision import HALF, at_least_single, exact_dtypes
 
 __all__ = ["Affine", "Packed", "decode", "encode", "encoded_bytes", "mix", "norm_scores", "reduced", "seed_tensor"]
 
+_ROWS = 1 << 13
 _BLOW_UP = 1.5  # above this, ranges rounded to bfloat16 are so much wider than the true ones that float32 pays
 
 
@@ -102,7 +103,7 @@ def _encoded(
             index = picked(scores, count, seed)[0]
     else:
         scores = None
-        if affine is not None:
+        if affine is not None and isinstance(config.reduce, Project):
             x, affine = affine(x), None
     stats = torch.float64 if dtype == torch.float64 else config.stats
     codes, ranges, widths = _quantized(x, config, seed, affine, index, stats)
@@ -119,35 +120,22 @@ def norm_scores(x: Tensor) -> Tensor:
 def _quantized(
     x: Tensor, config: Config, seed: Tensor, affine: Affine | None, index: Tensor | None, stats: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, ranges and true widths of a matrix, of its projection, or of its rows `index`, gathered in parts."""
-    rows, width = reduced_shape(x.shape[0], x.shape[1], config)
-    if index is not None:
-        rows = index.shape[0]
-    block, levels = blocks(config, rows, width)
+    """Codes, ranges and true widths of a matrix, of its projection, or of its rows `index`."""
+    x = reduced(x, config, seed)
+    rows = x.shape[0] if index is None else index.shape[0]
+    block, levels = blocks(config, rows, x.shape[1])
     rounding = reference.NEAREST if config.rounding == "nearest" else reference.STOCHASTIC
-
-    def quantize(part: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        flat = at_least_single(part).reshape(-1).contiguous()
-        return ops.quantize(flat, seed, config.bits, block, levels, stats, rounding, number)
-
-    step = rows_of_a_part(rows, width, block, x.device)
-    if index is None and (x.dtype not in HALF or rows <= step):
-        return quantize(reduced(x, config, seed), 0)
-    parts = []
-    if index is None:  # no copy of x in float32 at once
-        parts = [quantize(reduced(part, config, seed), i * step * width) for i, part in enumerate(x.split(step))]
-    for i, own in enumerate(() if index is None else index.split(step)):
-        part = x.index_select(0, own)
-        parts.append(quantize(part if affine is None else affine(part), i * step * width))
-    codes, ranges, widths = (torch.cat(same) for same in zip(*parts, strict=True))
-    return codes, ranges, widths
+    shift, scale = (None, None) if affine is None else (affine.shift, affine.scale)
+    return ops.quantize_rows(x.contiguous(), index, shift, scale, seed, config.bits, block, levels, stats, rounding)
 
 
 def reduced(x: Tensor, config: Config, seed: Tensor) -> Tensor:
     """What is quantised of a matrix x (N, D) whose rows are all kept: its projection (N, R), or x itself."""
     if isinstance(config.reduce, Project):
-        x = at_least_single(x)
-        return x @ projection(x.shape[1], config.reduce.ratio, seed, x.dtype)
+        p = projection(x.shape[1], config.reduce.ratio, seed, at_least_single(x[:0]).dtype)
+        if x.dtype in HALF:  # in parts: no copy of x in float32 at once
+            return torch.cat([part.to(p.dtype) @ p for part in x.split(_ROWS)])
+        return x @ p
     return x
 
 

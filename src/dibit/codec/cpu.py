@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from dibit.buffers import empty, empty_like
-from dibit.codec import kernels, reference
+from dibit.codec import chances, kernels, reference
 from dibit.codec.rng import M1, M2
-from dibit.precision import HALF
+from dibit.precision import HALF, at_least_single
 
 _MASK64 = 2**64 - 1
+_PART = 1 << 20  # elements of a matrix that are gathered or unpacked at once: what the caches hold
 
 
 def _keys(seed: Tensor) -> tuple[np.uint32, np.uint32]:
@@ -50,6 +54,54 @@ def quantize(
             np.array(levels, np.float32), half, rounding, number,
         )  # fmt: skip
     return codes, ranges, widths
+
+
+def quantize_rows(
+    x: Tensor, index: Tensor | None, shift: Tensor | None, scale: Tensor | None, seed: Tensor, bits: int, block: int,
+    levels: list[float], stats: torch.dtype, rounding: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """In parts, so that no tensor of full size is made."""
+    rows, width = x.shape[0] if index is None else index.shape[0], x.shape[1]
+    if index is None and shift is None and x.dtype not in HALF:
+        return quantize(x.reshape(-1), seed, bits, block, levels, stats, rounding)
+    found = []
+    for start, stop in _parts(rows, width, block):
+        part = x[start:stop] if index is None else x.index_select(0, index[start:stop])
+        if shift is not None and scale is not None:
+            part = part.to(shift.dtype)
+            part = torch.sub(part, shift, out=empty(part.shape, part.dtype)).mul_(scale)
+        flat = at_least_single(part).reshape(-1)
+        found.append(quantize(flat, seed, bits, block, levels, stats, rounding, start * width))
+    codes, ranges, widths = (torch.cat(same) for same in zip(*found, strict=True))
+    return codes, ranges, widths
+
+
+def _parts(rows: int, width: int, block: int) -> Iterator[tuple[int, int]]:
+    """First row and end of parts that are whole blocks of whole rows (all but the last); one at least."""
+    least = math.lcm(block, max(1, width)) // max(1, width)
+    step = least * max(1, _PART // (least * max(1, width)))
+    for start in range(0, max(1, rows), step):
+        yield start, min(rows, start + step)
+
+
+def weight_gradient(
+    codes: Tensor, ranges: Tensor, seed: Tensor, dy: Tensor, index: Tensor | None, weight: Tensor | None, rows: int,
+    width: int, bits: int, block: int, levels: list[float], dither: float,
+) -> Tensor:  # fmt: skip
+    """In parts, so that no tensor of full size is made."""
+    dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
+    size, grad = reference.packed_bytes(block, bits), dy.new_zeros((dy.shape[1], width), dtype=dtype)
+    for start, stop in _parts(rows, width, block):
+        first, count = start * width, (stop - start) * width
+        begin, end = first // block, -(-(first + count) // block)
+        x = dequantize(
+            codes[begin * size : end * size], ranges[begin:end], seed, count, bits, block, levels, dither, dtype, first
+        ).view(-1, width)
+        own = (dy[start:stop] if index is None else dy.index_select(0, index[start:stop])).to(dtype)
+        if weight is not None:
+            own = own.mul_(weight[start:stop, None]) if index is not None else own * weight[start:stop, None]
+        grad.addmm_(own.T, x)
+    return grad
 
 
 def dequantize(
@@ -151,6 +203,35 @@ def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     return out
 
 
+def norm_relu_dropout(
+    x: Tensor, mean: Tensor, gain: Tensor, bias: Tensor, seed: Tensor, p: float
+) -> tuple[Tensor, Tensor]:
+    if x.dtype != torch.float32 or mean.dtype != torch.float32:
+        return reference.norm_relu_dropout(x, mean, gain, bias, seed, p)
+    y, mask = empty_like(x), torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
+    if x.numel():
+        vectors = (part.contiguous().numpy() for part in (mean, gain, bias))
+        scale = np.float32(reference.dropout_scale(p, x.dtype))
+        kernels.norm_relu_dropout(
+            x.numel(), x.numpy().reshape(-1), *vectors, y.numpy().reshape(-1), mask.numpy(), *_keys(seed),
+            np.float32(p), scale,
+        )  # fmt: skip
+    return y, mask
+
+
+def relu_dropout_gradient(grad: Tensor, mask: Tensor, seed: Tensor, p: float) -> Tensor:
+    if grad.dtype != torch.float32:
+        return reference.relu_dropout_gradient(grad, mask, seed, p)
+    out = empty_like(grad)
+    if grad.numel():
+        scale = np.float32(reference.dropout_scale(p, grad.dtype))
+        kernels.relu_dropout_gradient(
+            grad.numel(), grad.numpy().reshape(-1), mask.numpy(), out.numpy().reshape(-1), *_keys(seed),
+            np.float32(p), scale,
+        )  # fmt: skip
+    return out
+
+
 def signs(seed: Tensor, count: int) -> Tensor:
     out = torch.empty(count)
     if count:
@@ -180,10 +261,11 @@ def row_scores(x: Tensor) -> Tensor:
     return out
 
 
-def pick_rows(scores: Tensor, chances: Tensor, start: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def pick_rows(scores: Tensor, seed: Tensor, count: int) -> tuple[Tensor, Tensor]:
     index, weight = torch.empty(count, dtype=torch.int64), torch.empty(count)
+    chance, begin = chances.chances(scores, count), np.int64(int(chances.start(seed)))
     # one running sum: never in parallel
-    kernels.pick_rows(0, scores.numpy(), chances.numpy(), np.int64(int(start)), index.numpy(), weight.numpy())
+    kernels.pick_rows(0, scores.numpy(), chance.numpy(), begin, index.numpy(), weight.numpy())
     return index, weight
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numba as nb
 import numpy as np
 
+from dibit.codec.chances import ONE
 from dibit.codec.jit import Kernel, inlined
-from dibit.codec.reference import ONE
 from dibit.codec.rng import C1, C2, C3, UNIT
 
 u32, u64, i32, f32 = np.uint32, np.uint64, np.int32, np.float32
@@ -326,6 +326,49 @@ def dropout(x, out, key0, key1, p, scale):  # type: ignore[no-untyped-def]
             low32 = u32(c0 + u32(j))
             keep = _uniform(low32, _chosen(low32, c0, here, beyond), key0, key1) >= p
             result[j] = part[j] * (scale if keep else f32(0))
+
+
+@Kernel
+def norm_relu_dropout(x, mean, gain, bias, y, out, key0, key1, p, scale):  # type: ignore[no-untyped-def]
+    n, size, width = x.size, out.size, mean.size
+    for task in nb.prange((size + CHUNK // 8 - 1) // (CHUNK // 8)):
+        start, stop = task * (CHUNK // 8), min(size, (task + 1) * (CHUNK // 8))
+        bytes_ = out[start:stop]
+        for j in range(stop - start):
+            bytes_[j] = 0
+        for slot in range(8):
+            at, end = slot * size + start, min(n, slot * size + stop)
+            while at < end:  # row by row: a column is one element of a vector
+                column = at % width
+                m = min(width - column, end - at)
+                first = at - slot * size - start
+                part, result, own = x[at : at + m], y[at : at + m], bytes_[first : first + m]
+                a, s, b = mean[column : column + m], gain[column : column + m], bias[column : column + m]
+                c0, here, beyond = u32(at), _upper(at), _upper(at + m)
+                for j in range(m):
+                    h = (part[j] - a[j]) * s[j] + b[j]
+                    low32 = u32(c0 + u32(j))
+                    kept = _uniform(low32, _chosen(low32, c0, here, beyond), key0, key1) >= p
+                    own[j] |= np.uint8(u32(not (h <= 0)) << u32(slot))
+                    result[j] = (f32(0) if h <= 0 else h) * (scale if kept else f32(0))
+                at += m
+
+
+@Kernel
+def relu_dropout_gradient(grad, mask, out, key0, key1, p, scale):  # type: ignore[no-untyped-def]
+    n, size = grad.size, mask.size
+    for task in nb.prange((size + CHUNK // 8 - 1) // (CHUNK // 8)):
+        start, stop = task * (CHUNK // 8), min(size, (task + 1) * (CHUNK // 8))
+        bytes_ = mask[start:stop]
+        for slot in range(8):
+            bit, at = np.uint8(1 << slot), slot * size + start
+            part, result = grad[at : min(n, slot * size + stop)], out[at:]
+            c0, here, beyond = u32(at), _upper(at), _upper(at + part.size)
+            for j in range(part.size):
+                low32 = u32(c0 + u32(j))
+                kept = _uniform(low32, _chosen(low32, c0, here, beyond), key0, key1) >= p
+                passed = part[j] * (scale if kept else f32(0))
+                result[j] = passed if bytes_[j] & bit else f32(0)
 
 
 @Kernel

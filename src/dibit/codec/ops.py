@@ -1,12 +1,15 @@
 """Every operator of the codec: schema, fake and dispatch by device.
 
 `torch.library.custom_op` ties the backends together. The definition (`reference.py`) serves any device; the CPU has
-Numba kernels (`cpu.py`). All take contiguous tensors and 0-d int64 seeds.
+Numba kernels (`cpu.py`), GPUs have Triton's (`cuda/`). All take contiguous tensors and 0-d int64 seeds.
 """
 
+import functools
+import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,7 +27,7 @@ def quantize(
     """Block-wise quantisation and packing of a flat tensor (PAPER: i-EXACT, section 3.1).
 
     Args:
-        x: float32 or float64 (n,).
+        x: floating point (n,); half precision is taken to float32 on the way.
         seed: int64 0-d.
         bits: 1, 2, 4 or 8.
         block: elements that share a range.
@@ -42,10 +45,42 @@ def quantize(
 
 @quantize.register_fake
 def _(x, seed, bits, block, levels, stats, rounding, number=0):  # type: ignore[no-untyped-def]
-    full, tail = x.numel() // block, x.numel() % block
-    blocks = full + (tail + block - 1) // block
-    size = full * reference.packed_bytes(block, bits) + reference.packed_bytes(tail, bits)
-    return x.new_empty(size, dtype=torch.uint8), x.new_empty((blocks, 2), dtype=stats), x.new_empty(blocks)
+    n = x.numel()
+    blocks = n // block + (n % block + block - 1) // block
+    codes, dtype = x.new_empty(_bytes(n, bits, block), dtype=torch.uint8), torch.promote_types(x.dtype, torch.float32)
+    return codes, x.new_empty((blocks, 2), dtype=stats), x.new_empty(blocks, dtype=dtype)
+
+
+@custom_op("dibit::quantize_rows", mutates_args=())
+def quantize_rows(
+    x: Tensor, index: Tensor | None, shift: Tensor | None, scale: Tensor | None, seed: Tensor, bits: int, block: int,
+    levels: list[float], stats: torch.dtype, rounding: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`quantize` of rows of a matrix, gathered, moved and scaled on the way.
+
+    Args:
+        x: floating point (N, D).
+        index: int64 (m,), the rows; `None`: all.
+        shift, scale: (D,); (x - shift) * scale is encoded. `None`: x.
+    """
+    return reference.quantize_rows(x, index, shift, scale, seed, bits, block, levels, stats, rounding)
+
+
+@quantize_rows.register_fake
+def _(x, index, shift, scale, seed, bits, block, levels, stats, rounding):  # type: ignore[no-untyped-def]
+    rows = x.shape[0] if index is None else index.shape[0]
+    n, dtype = rows * x.shape[1], x.dtype if shift is None else shift.dtype
+    blocks = n // block + (n % block + block - 1) // block
+    return (
+        x.new_empty(_bytes(n, bits, block), dtype=torch.uint8),
+        x.new_empty((blocks, 2), dtype=stats),
+        x.new_empty(blocks, dtype=torch.float64 if dtype == torch.float64 else torch.float32),
+    )
+
+
+def _bytes(n, bits, block):  # type: ignore[no-untyped-def]
+    """Of the codes of n elements in blocks."""
+    return n // block * reference.packed_bytes(block, bits) + reference.packed_bytes(n % block, bits)
 
 
 @custom_op("dibit::dequantize", mutates_args=())
@@ -100,6 +135,26 @@ def _(codes, ranges, seed, g, shift, factor, gain, bits, block):  # type: ignore
     return torch.empty_like(g)
 
 
+@custom_op("dibit::weight_gradient", mutates_args=())
+def weight_gradient(
+    codes: Tensor, ranges: Tensor, seed: Tensor, dy: Tensor, index: Tensor | None, weight: Tensor | None, rows: int,
+    width: int, bits: int, block: int, levels: list[float], dither: float,
+) -> Tensor:  # fmt: skip
+    """dY^T X, (O, width), for what was encoded of X (rows, width), never formed: float32, or float64 for such a dy.
+
+    Args:
+        codes, ranges, seed, bits, block, levels, dither: as in `dequantize`.
+        dy: contiguous (N, O), floating point.
+        index, weight: row k of X belongs to row index[k] of dy, and counts weight[k] times; `None`: all rows, once.
+    """
+    return reference.weight_gradient(codes, ranges, seed, dy, index, weight, rows, width, bits, block, levels, dither)
+
+
+@weight_gradient.register_fake
+def _(codes, ranges, seed, dy, index, weight, rows, width, bits, block, levels, dither):  # type: ignore[no-untyped-def]
+    return dy.new_empty((dy.shape[1], width), dtype=torch.promote_types(dy.dtype, torch.float32))
+
+
 @custom_op("dibit::pack_mask", mutates_args=())
 def pack_mask(x: Tensor) -> Tensor:
     """1 bit an element, not (x <= 0): uint8 (ceil(n / 8),) for x of n elements, any shape."""
@@ -144,6 +199,36 @@ def _(x, seed, p):  # type: ignore[no-untyped-def]
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+@custom_op("dibit::norm_relu_dropout", mutates_args=())
+def norm_relu_dropout(
+    x: Tensor, mean: Tensor, gain: Tensor, bias: Tensor, seed: Tensor, p: float
+) -> tuple[Tensor, Tensor]:
+    """`dropout(relu((x - mean) * gain + bias), seed, p)` and the ReLU's mask (`pack_mask`), in one pass.
+
+    Args:
+        x: contiguous (N, D).
+        mean, gain, bias: (D,), float32 or, for such an x, float64.
+        p: in [0, 1); 0 drops nothing.
+    """
+    return reference.norm_relu_dropout(x, mean, gain, bias, seed, p)
+
+
+@norm_relu_dropout.register_fake
+def _(x, mean, gain, bias, seed, p):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x), x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
+
+
+@custom_op("dibit::relu_dropout_gradient", mutates_args=())
+def relu_dropout_gradient(grad: Tensor, mask: Tensor, seed: Tensor, p: float) -> Tensor:
+    """`apply_mask(dropout(grad, seed, p), mask, 0)` in one pass: back through both."""
+    return reference.relu_dropout_gradient(grad, mask, seed, p)
+
+
+@relu_dropout_gradient.register_fake
+def _(grad, mask, seed, p):  # type: ignore[no-untyped-def]
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
 @custom_op("dibit::aggregate", mutates_args=())
 def aggregate(crow: Tensor, col: Tensor, values: Tensor, x: Tensor) -> Tensor:
     """A x for A in compressed rows (N, M) and a contiguous x (M, D): (N, D), in the dtype of x."""
@@ -181,23 +266,22 @@ def _(x):  # type: ignore[no-untyped-def]
 
 
 @custom_op("dibit::pick_rows", mutates_args=())
-def pick_rows(scores: Tensor, chances: Tensor, start: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Systematic sampling: see `dibit.codec.rows.picked`.
+def pick_rows(scores: Tensor, seed: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Systematic sampling with the probabilities `dibit.codec.chances`: see `dibit.codec.rows.picked`.
 
     Args:
         scores: uint8 (N,).
-        chances: int64 (256,), probability of each score out of 2^30.
-        start: int64 0-d below 2^30.
+        seed: int64 0-d.
         count: rows to pick.
 
     Returns:
         index int64 (count,), weight float32 (count,); entries beyond the sum of all chances have weight 0.
     """
-    return reference.pick_rows(scores, chances, start, count)
+    return reference.pick_rows(scores, seed, count)
 
 
 @pick_rows.register_fake
-def _(scores, chances, start, count):  # type: ignore[no-untyped-def]
+def _(scores, seed, count):  # type: ignore[no-untyped-def]
     return scores.new_empty(count, dtype=torch.int64), scores.new_empty(count, dtype=torch.float32)
 
 
@@ -213,27 +297,32 @@ def _(x):  # type: ignore[no-untyped-def]
 
 
 OPS = (
-    quantize, dequantize, column_sums, norm_gradient, pack_mask, relu, apply_mask, dropout, signs, aggregate,
-    row_scores, pick_rows, finite,
+    quantize, quantize_rows, dequantize, weight_gradient, column_sums, norm_gradient, pack_mask, relu, apply_mask,
+    dropout, norm_relu_dropout, relu_dropout_gradient, signs, aggregate, row_scores, pick_rows, finite,
 )  # fmt: skip
 
 
-def _numba(name: str) -> Callable[..., Any]:
-    """The CPU kernel of this name; Numba is imported when the first one runs."""
+@functools.cache
+def _backend(module: str, package: str, consequence: str) -> ModuleType:
+    """The kernels of a kind of device, imported when the first one runs; without their compiler the definition."""
+    if importlib.util.find_spec(package) is None:
+        warnings.warn(
+            f"dibit: {package} is not installed, so {consequence} runs the plain-torch codec, which is slower; "
+            f"'pip install {package}'.",
+            stacklevel=4,
+        )
+        return reference
+    return importlib.import_module(f"dibit.codec.{module}")
 
+
+def _kernel(name: str, *backend: str) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
-        from dibit.codec import cpu
-
-        return getattr(cpu, name)(*args)
+        return getattr(_backend(*backend), name)(*args)
 
     return kernel
 
 
-if importlib.util.find_spec("numba") is None:
-    warnings.warn(
-        "dibit: numba is not installed, so the CPU runs the plain-torch codec, which is slower; 'pip install numba'.",
-        stacklevel=2,
-    )
-else:
-    for _op in OPS:
-        _op.register_kernel("cpu")(_numba(_op._name))
+for _op in OPS:
+    _op.register_kernel("cpu")(_kernel(_op._name, "cpu", "numba", "the CPU"))
+    if _op is not aggregate:  # cuSPARSE's
+        _op.register_kernel("cuda")(_kernel(_op._name, "cuda", "triton", "the GPU"))

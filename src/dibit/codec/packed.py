@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,8 +13,6 @@ from dibit.codec.reduce import projection, sampled_rows
 from dibit.codec.rng import UNIT, uniform_range
 from dibit.codec.rows import picked
 from dibit.config import Config, Project, Sample
-
-_PART = 1 << 20  # elements
 
 
 @dataclass(frozen=True)
@@ -102,38 +98,37 @@ class Packed:
 
     def reduced(self, dither: float | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """The reduced tensor (rows kept, columns kept), unpacked; `dither` and `dtype` as in `ops.dequantize`."""
-        return self._some(0, self.reduced_shape[0], dither, dtype or self.dtype)
-
-    def parts(self, dtype: torch.dtype | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """`reduced` in parts that the caches hold, each with its rows: for users that need no tensor of full size."""
-        rows, width = self.reduced_shape
-        step = rows_of_a_part(rows, width, self.block, self.codes.device)
-        for start in range(0, rows, step):
-            stop = min(rows, start + step)
-            yield slice(start, stop), self._some(start, stop, None, dtype or self.dtype)
-
-    def _some(self, start: int, stop: int, dither: float | None, dtype: torch.dtype) -> Tensor:
-        """Rows of `reduced`; `start` is the first of a block."""
         rows, width = self.reduced_shape
         block, levels = blocks(self.config, rows, width)
-        if dither is None:
-            dither = float(self.config.rounding == "dither")
-        first, count = start * width, (stop - start) * width
-        begin, end = first // block, -(-(first + count) // block)
-        size = reference.packed_bytes(block, self.config.bits)
-        flat = ops.dequantize(
-            self.codes[begin * size : end * size],
-            self.ranges[begin:end],
+        return ops.dequantize(
+            self.codes,
+            self.ranges,
             self.seed,
-            count,
+            rows * width,
             self.config.bits,
             block,
             levels,
-            dither,
-            dtype,
-            first,
-        )
-        return flat.view(stop - start, width)
+            self._dither if dither is None else dither,
+            dtype or self.dtype,
+        ).view(rows, width)
+
+    def outer(self, dy: Tensor, sample: tuple[Tensor, Tensor] | None) -> Tensor:
+        """dY^T R: (O, columns kept) for dy (N, O) and the reduced tensor R, which is never formed.
+
+        Args:
+            sample: what `sample` gives, in float32, or in float64 for such a dy.
+        """
+        rows, width = self.reduced_shape
+        block, levels = blocks(self.config, rows, width)
+        index, weight = sample or (None, None)
+        return ops.weight_gradient(
+            self.codes, self.ranges, self.seed, dy.contiguous(), index, weight, rows, width, self.config.bits, block,
+            levels, self._dither,
+        )  # fmt: skip
+
+    @property
+    def _dither(self) -> float:
+        return float(self.config.rounding == "dither")
 
     def variance(self) -> Tensor:
         r"""An unbiased estimate of each reduced element's rounding variance :math:`(h - a_{i-1})(a_i - h)`.
@@ -172,9 +167,3 @@ def blocks(config: Config, rows: int, width: int) -> tuple[int, list[float]]:
     elif config.levels != "uniform":
         levels = config.levels
     return block, list(levels)
-
-
-def rows_of_a_part(rows: int, width: int, block: int, device: torch.device) -> int:
-    """Whole blocks of whole rows that are read or written at once: on the CPU what its caches hold, else everything."""
-    least = math.lcm(block, max(1, width)) // max(1, width)
-    return least * max(1, _PART // (least * max(1, width))) if device.type == "cpu" else max(1, rows)

@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 
 from dibit.codec import rng
+from dibit.codec.chances import ONE, chances, start
+from dibit.precision import at_least_single
 
 STOCHASTIC, NEAREST = 0, 1  # rounding modes as the operators take them
-ONE = 1 << 30  # probability 1 in the integers that decide which rows are kept
 
 
 def quantize(
     x: Tensor, seed: Tensor, bits: int, block: int, levels: list[float], stats: torch.dtype, rounding: int,
     number: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Codes, ranges as stored, and true widths of the blocks of a flat float32 or float64 x; see `ops.quantize`."""
+    """Codes, ranges as stored, and true widths of the blocks of a flat x; see `ops.quantize`."""
+    x = at_least_single(x)
     full = x.numel() // block * block
     parts = [
         _quantize_rows(part.view(rows, -1), number + start, seed, bits, levels, stats, rounding)
@@ -30,6 +32,18 @@ def quantize(
         return x.new_empty(0, dtype=torch.uint8), x.new_empty((0, 2), dtype=stats), x.new_empty(0)
     codes, ranges, widths = zip(*parts, strict=True)
     return torch.cat(codes), torch.cat(ranges), torch.cat(widths)
+
+
+def quantize_rows(
+    x: Tensor, index: Tensor | None, shift: Tensor | None, scale: Tensor | None, seed: Tensor, bits: int, block: int,
+    levels: list[float], stats: torch.dtype, rounding: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`quantize` of the rows `index` of a matrix, moved and scaled; see `ops.quantize_rows`."""
+    if index is not None:
+        x = x.index_select(0, index)
+    if shift is not None and scale is not None:
+        x = (x.to(shift.dtype) - shift) * scale
+    return quantize(x.reshape(-1), seed, bits, block, levels, stats, rounding)
 
 
 def dequantize(
@@ -167,6 +181,17 @@ def norm_gradient(
     return (g - shift - x * factor) * gain
 
 
+def weight_gradient(
+    codes: Tensor, ranges: Tensor, seed: Tensor, dy: Tensor, index: Tensor | None, weight: Tensor | None, rows: int,
+    width: int, bits: int, block: int, levels: list[float], dither: float,
+) -> Tensor:  # fmt: skip
+    """dY^T X for what was encoded; see `ops.weight_gradient`."""
+    dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
+    x = dequantize(codes, ranges, seed, rows * width, bits, block, levels, dither, dtype).view(rows, width)
+    own = (dy if index is None else dy.index_select(0, index)).to(dtype)
+    return (own if weight is None else own * weight[:, None]).T @ x
+
+
 def narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:
     """`value` in `dtype`. A range rounded outwards may lie beyond float16's largest number: no infinity comes of it."""
     if dtype == torch.float16:
@@ -203,6 +228,23 @@ def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     return x * torch.where(keep, dropout_scale(p, x.dtype), 0.0).to(x.dtype)
 
 
+def norm_relu_dropout(
+    x: Tensor, mean: Tensor, gain: Tensor, bias: Tensor, seed: Tensor, p: float
+) -> tuple[Tensor, Tensor]:
+    """Dropout of the ReLU of (x - mean) * gain + bias, and the ReLU's mask; see `ops.norm_relu_dropout`."""
+    h = (x.to(mean.dtype) - mean) * gain + bias
+    y = torch.where(h <= 0, 0, h)
+    scale = dropout_scale(p, x.dtype)
+    if p > 0:
+        y = y * torch.where(rng.uniform_range(0, x.numel(), seed).view(x.shape) >= p, scale, 0.0)
+    return y.to(x.dtype), pack_mask(h)
+
+
+def relu_dropout_gradient(grad: Tensor, mask: Tensor, seed: Tensor, p: float) -> Tensor:
+    """The gradient of dropout, then that of the ReLU before it."""
+    return apply_mask(dropout(grad, seed, p) if p > 0 else grad, mask, 0.0)
+
+
 def dropout_scale(p: float, dtype: torch.dtype) -> float:
     """1 / (1 - p) rounded as torch's CPU dropout rounds it."""
     return float(torch.ones((), dtype=dtype).div_(1 - p))
@@ -219,10 +261,10 @@ def row_scores(x: Tensor) -> Tensor:
     return (x.to(torch.float32).square().sum(1).view(torch.int32) >> 23).to(torch.uint8)
 
 
-def pick_rows(scores: Tensor, chances: Tensor, start: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def pick_rows(scores: Tensor, seed: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The rows in whose share of the summed chances `start + j * ONE` falls, j = 0 ... count - 1."""
-    chance = chances[scores.long()]
-    at = start + torch.arange(count, device=scores.device) * ONE
+    chance = chances(scores, count)[scores.long()]
+    at = start(seed) + torch.arange(count, device=scores.device) * ONE
     index = torch.searchsorted(chance.cumsum(0), at, right=True)
     beyond = index >= scores.numel()
     index.clamp_(max=max(scores.numel() - 1, 0))

@@ -1,0 +1,24 @@
+"""The codec's operators on a GPU: tensors in, tensors out, Triton kernels between.
+
+Nothing here waits for the device, and seeds are read on it: what is called can be captured in a CUDA graph. Without a
+kernel, as for float64, the definition runs.
+"""
+
+from dibit.codec.cuda.blocks import dequantize, quantize, quantize_rows
+from dibit.codec.cuda.elementwise import (
+    apply_mask,
+    dropout,
+    finite,
+    norm_relu_dropout,
+    pack_mask,
+    relu,
+    relu_dropout_gradient,
+    signs,
+)
+from dibit.codec.cuda.products import column_sums, norm_gradient, weight_gradient
+from dibit.codec.cuda.sampling import pick_rows, row_scores
+
+__all__ = [
+    "apply_mask", "column_sums", "dequantize", "dropout", "finite", "norm_gradient", "norm_relu_dropout", "pack_mask",
+    "pick_rows", "quantize", "quantize_rows", "relu", "relu_dropout_gradient", "row_scores", "signs", "weight_gradient",
+]  # fmt: skip

@@ -1,0 +1,118 @@
+"""Codes of numbers, and numbers of codes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dibit.codec import reference
+from dibit.codec.cuda.kernels import blocks as kernels
+from dibit.codec.cuda.launch import SINGLE, as_bits, launch, on_device, parts, power
+
+_MOST = 2048  # bytes of a block that one program takes whole
+_TILE = 1024  # elements of one slot that a program holds at once
+
+
+def quantize(
+    x: Tensor, seed: Tensor, bits: int, block: int, levels: list[float], stats: torch.dtype, rounding: int,
+    number: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if x.dtype not in SINGLE:
+        return reference.quantize(x, seed, bits, block, levels, stats, rounding, number)
+    return _quantize(x, None, None, None, x.numel(), 0, seed, bits, block, levels, stats, rounding, number)
+
+
+def quantize_rows(
+    x: Tensor, index: Tensor | None, shift: Tensor | None, scale: Tensor | None, seed: Tensor, bits: int, block: int,
+    levels: list[float], stats: torch.dtype, rounding: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if x.dtype not in SINGLE or (shift is not None and shift.dtype != torch.float32):
+        return reference.quantize_rows(x, index, shift, scale, seed, bits, block, levels, stats, rounding)
+    if index is None and shift is None:
+        return quantize(x.reshape(-1), seed, bits, block, levels, stats, rounding)
+    n = x.numel() if index is None else index.shape[0] * x.shape[1]
+    return _quantize(x, index, shift, scale, n, x.shape[1], seed, bits, block, levels, stats, rounding, 0)
+
+
+def _quantize(
+    x: Tensor, index: Tensor | None, shift: Tensor | None, scale: Tensor | None, n: int, width: int, seed: Tensor,
+    bits: int, block: int, levels: list[float], stats: torch.dtype, rounding: int, number: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Equal blocks in one launch, the short one at the end in another."""
+    full, tail = divmod(n, block)
+    size = reference.packed_bytes(block, bits)
+    codes = x.new_empty(full * size + reference.packed_bytes(tail, bits), dtype=torch.uint8)
+    ranges = x.new_empty((full + bool(tail), 2), dtype=stats)
+    widths = x.new_empty(full + bool(tail), dtype=torch.float32)
+    table = on_device(levels, x.device, widths)
+    meta = {
+        "BITS": bits, "LEVELS": bool(levels), "NEAREST": rounding == reference.NEAREST,
+        "HALF": stats == torch.bfloat16, "WIDTH": width, "GATHER": index is not None, "AFFINE": shift is not None,
+    }  # fmt: skip
+    moved = tuple(x if part is None else part.contiguous() for part in (index, shift, scale))
+    source = x.contiguous()
+    for count, own, start, at, row in _launches(full, tail, block, size):
+        t, b, chunks = _shape(size, count, own, bits)
+        ends = widths
+        if chunks > 1:
+            ends = x.new_empty((count, 2), dtype=torch.int32)
+            ends[:, 0], ends[:, 1] = 2**31 - 1, -(2**31)
+            some = {name: meta[name] for name in ("WIDTH", "GATHER", "AFFINE")}
+            pieces = parts(own, _TILE)
+            launch(kernels.ends, (count * pieces,), x.device, source, *moved, ends, own, start, pieces, **some, T=_TILE)
+        launch(
+            kernels.quantize, (parts(count, b) * chunks,), x.device, source, *moved, seed, ends, table,
+            codes[at:], as_bits(ranges[row:]), widths[row:], count, own, start, number + start, chunks,
+            BLOCK=own if own == block and chunks == 1 else 0, SHARED=chunks > 1, **meta,
+            RUN=size if own == block and chunks == 1 and width and width % size == 0 else 0, B=b, T=t, warps=8,
+        )  # fmt: skip
+    return codes, ranges, widths
+
+
+def _launches(full: int, tail: int, block: int, size: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """How many blocks of how many elements, first element, byte and block: the full ones, and the short one."""
+    if full:
+        yield full, block, 0, 0, 0
+    if tail:
+        yield 1, tail, full * block, full * size, full
+
+
+def _shape(size: int, count: int, own: int, bits: int) -> tuple[int, int, int]:
+    """Bytes and blocks of a program's tile, and programs a block; the short block's tile is as wide as the others'."""
+    t = power(size, most=_MOST)
+    chunks = parts(reference.packed_bytes(own, bits), t)
+    if chunks == 1:
+        return t, 1 if count == 1 else max(1, _TILE // t), 1
+    return _TILE, 1, parts(reference.packed_bytes(own, bits), _TILE)
+
+
+def dequantize(
+    codes: Tensor,
+    ranges: Tensor,
+    seed: Tensor,
+    numel: int,
+    bits: int,
+    block: int,
+    levels: list[float],
+    dither: float,
+    dtype: torch.dtype,
+    number: int = 0,
+) -> Tensor:
+    if dtype not in SINGLE or ranges.dtype == torch.float64:
+        return reference.dequantize(codes, ranges, seed, numel, bits, block, levels, dither, dtype, number)
+    out = codes.new_empty(numel, dtype=dtype)
+    full, tail = divmod(numel, block)
+    size = reference.packed_bytes(block, bits)
+    table = on_device(levels, codes.device, out)
+    for count, own, start, at, row in _launches(full, tail, block, size):
+        t, b, chunks = _shape(size, count, own, bits)
+        launch(
+            kernels.dequantize, (parts(count, b) * chunks,), codes.device, codes[at:], as_bits(ranges[row:]), seed,
+            table, out[start:], count, own, number + start, float(dither), chunks,
+            BLOCK=own if own == block and chunks == 1 else 0, SHARED=chunks > 1, BITS=bits, LEVELS=bool(levels),
+            DITHERED=dither != 0, HALF=ranges.dtype == torch.bfloat16, CLAMP=65504.0 if dtype == torch.float16 else 0.0,
+            B=b, T=t,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,126 @@
+"""Kernels that multiply with what was encoded, unpacked in registers and never formed.
+
+The matrix (rows, WIDTH) was encoded in blocks of BLOCK elements with uniform or other levels; TAIL: the last one is
+short.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dibit.codec.cuda.kernels.numbers import decoded, keys, stored_range, uniform
+
+
+@triton.jit
+def _unpacked(
+    codes_ptr, ranges_ptr, levels_ptr, key0, key1, row, r, d, rows, dither,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, DITHERED: tl.constexpr,
+    HALF: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """The tile of elements (row + r, d) for row int64, r (R, 1) and d (1, C) int32; 0 outside of the matrix."""
+    SLOTS: tl.constexpr = 8 // BITS
+    SIZE: tl.constexpr = (BLOCK + SLOTS - 1) // SLOTS
+    mask = (row + r < rows) & (d < WIDTH)
+    first = row * WIDTH
+    at = (first % BLOCK).to(tl.int32) + r * WIDTH + d
+    block, within = first // BLOCK + at // BLOCK, at % BLOCK
+    slot, j = within // SIZE, within % SIZE
+    if TAIL:
+        n = rows * WIDTH
+        short = (((n % BLOCK).to(tl.int32) + SLOTS - 1) // SLOTS).to(tl.int32)
+        last = block == n // BLOCK
+        slot, j = tl.where(last, within // short, slot), tl.where(last, within % short, j)
+    low, high = stored_range(ranges_ptr, block, mask, HALF)
+    byte = tl.load(codes_ptr + block * SIZE + j, mask=mask, other=0).to(tl.int32)
+    code = (byte >> (slot * BITS)) & ((1 << BITS) - 1)
+    u = uniform(first, r * WIDTH + d, key0, key1) if DITHERED else 0.0
+    value = decoded(code, low, high, u, dither, levels_ptr, mask, BITS, LEVELS, DITHERED)
+    return tl.where(mask, value, 0.0)
+
+
+@triton.jit
+def weight_gradient(
+    codes_ptr, ranges_ptr, levels_ptr, seed_ptr, dy_ptr, index_ptr, weight_ptr, out_ptr, rows, share, columns, dither,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, DITHERED: tl.constexpr,
+    HALF: tl.constexpr, TAIL: tl.constexpr, SAMPLED: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """A part of dY^T X: rows `share * program` onwards, to the slab of `out` (parts, columns, WIDTH) of that program.
+
+    SAMPLED: row k of X belongs to row index[k] of dY, and counts weight[k] times.
+    """
+    part = tl.program_id(1).to(tl.int64)
+    tiles: tl.constexpr = (WIDTH + D - 1) // D
+    o = tl.program_id(0) // tiles * C + tl.arange(0, C)[None, :]
+    d = tl.program_id(0) % tiles * D + tl.arange(0, D)[None, :]
+    r = tl.arange(0, R)[:, None]
+    key0, key1 = keys(seed_ptr, 0)
+    total = tl.zeros((C, D), tl.float32)
+    stop = tl.minimum(rows, (part + 1) * share)
+    for step in range(0, share, R):
+        row = part * share + step
+        mask = row + r < stop
+        if SAMPLED:
+            source = tl.load(index_ptr + row + r, mask=mask, other=0)
+            own = tl.load(dy_ptr + source * columns + o, mask=mask & (o < columns), other=0.0).to(tl.float32)
+            own = own * tl.load(weight_ptr + row + r, mask=mask, other=0.0)
+        else:
+            own = tl.load(dy_ptr + (row + r) * columns + o, mask=mask & (o < columns), other=0.0).to(tl.float32)
+        x = _unpacked(
+            codes_ptr, ranges_ptr, levels_ptr, key0, key1, row, r, d, rows, dither,
+            WIDTH, BLOCK, BITS, LEVELS, DITHERED, HALF, TAIL,
+        )  # fmt: skip
+        total += tl.dot(tl.trans(own), x, input_precision=PRECISION)
+    o = tl.program_id(0) // tiles * C + tl.arange(0, C)[:, None]
+    to = out_ptr + (part * columns + o) * WIDTH + d
+    tl.store(to, total, mask=(o < columns) & (d < WIDTH))
+
+
+@triton.jit
+def column_sums(
+    codes_ptr, ranges_ptr, levels_ptr, seed_ptr, g_ptr, out_ptr, rows, share, dither,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, DITHERED: tl.constexpr,
+    HALF: tl.constexpr, TAIL: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """A part of sum_n g_n x_n: rows `share * program` onwards, to the row of `out` (parts, WIDTH) of that program."""
+    part = tl.program_id(1).to(tl.int64)
+    d = tl.program_id(0) * D + tl.arange(0, D)[None, :]
+    r = tl.arange(0, R)[:, None]
+    key0, key1 = keys(seed_ptr, 0)
+    total = tl.zeros((R, D), tl.float32)
+    stop = tl.minimum(rows, (part + 1) * share)
+    for step in range(0, share, R):
+        row = part * share + step
+        mask = (row + r < stop) & (d < WIDTH)
+        g = tl.load(g_ptr + (row + r) * WIDTH + d, mask=mask, other=0.0).to(tl.float32)
+        x = _unpacked(
+            codes_ptr, ranges_ptr, levels_ptr, key0, key1, row, r, d, rows, dither,
+            WIDTH, BLOCK, BITS, LEVELS, DITHERED, HALF, TAIL,
+        )  # fmt: skip
+        total += tl.where(mask, g * x, 0.0)
+    column = tl.program_id(0) * D + tl.arange(0, D)
+    tl.store(out_ptr + part * WIDTH + column, tl.sum(total, axis=0), mask=column < WIDTH)
+
+
+@triton.jit
+def norm_gradient(
+    codes_ptr, ranges_ptr, levels_ptr, seed_ptr, g_ptr, shift_ptr, factor_ptr, gain_ptr, out_ptr, rows,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr,
+    R: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """(g - shift - x * factor) * gain."""
+    row = tl.program_id(0).to(tl.int64) * R
+    r = tl.arange(0, R)[:, None]
+    d = tl.program_id(1) * D + tl.arange(0, D)[None, :]
+    mask = (row + r < rows) & (d < WIDTH)
+    x = _unpacked(
+        codes_ptr, ranges_ptr, levels_ptr, 0, 0, row, r, d, rows, 0.0,
+        WIDTH, BLOCK, BITS, False, False, HALF, TAIL,
+    )  # fmt: skip
+    inside = d < WIDTH
+    shift = tl.load(shift_ptr + d, mask=inside, other=0.0)
+    factor = tl.load(factor_ptr + d, mask=inside, other=0.0)
+    gain = tl.load(gain_ptr + d, mask=inside, other=0.0)
+    g = tl.load(g_ptr + (row + r) * WIDTH + d, mask=mask, other=0.0)
+    tl.store(out_ptr + (row + r) * WIDTH + d, (g - shift - x * factor) * gain, mask=mask)

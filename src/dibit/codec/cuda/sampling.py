@@ -1,0 +1,50 @@
+"""Which rows are kept: scores, chances and systematic sampling, all on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dibit.codec import reference
+from dibit.codec.chances import FLOOR, START
+from dibit.codec.cuda.kernels import sampling as kernels
+from dibit.codec.cuda.launch import SINGLE, launch, parts, power
+
+_TILE = 2048  # elements that a program adds up at once
+_RUN = 1024  # rows that a program takes
+
+
+def row_scores(x: Tensor) -> Tensor:
+    if x.dtype not in SINGLE:
+        return reference.row_scores(x)
+    rows, width = x.shape
+    out = x.new_empty(rows, dtype=torch.uint8)
+    c = power(width, 16, 256)
+    launch(
+        kernels.row_scores, (parts(rows, _TILE // c),), x.device, x.contiguous(), out, rows, width,
+        R=_TILE // c, C=c,
+    )  # fmt: skip
+    return out
+
+
+def pick_rows(scores: Tensor, seed: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    rows = scores.numel()
+    if not rows:
+        return reference.pick_rows(scores, seed, count)
+    device, tiles = scores.device, parts(rows, _RUN)
+    scores = scores.contiguous()
+    counts = scores.new_zeros(256, dtype=torch.int32)
+    chance, start = scores.new_empty(256, dtype=torch.int64), scores.new_empty(1, dtype=torch.int64)
+    sums = scores.new_empty(tiles, dtype=torch.int64)
+    index = scores.new_empty(count, dtype=torch.int64)
+    weight = scores.new_empty(count, dtype=torch.float32)
+    launch(kernels.count_scores, (tiles,), device, scores, counts, rows, T=_RUN)
+    launch(
+        kernels.chances, (1,), device, counts, seed, chance, start, count, SALT=START, FLOOR=FLOOR,
+    )  # fmt: skip
+    launch(kernels.sum_chances, (tiles,), device, scores, chance, sums, rows, T=_RUN)
+    launch(
+        kernels.pick_rows, (tiles,), device, scores, chance, start, sums, sums.cumsum(0), index, weight, rows, count,
+        T=_RUN,
+    )  # fmt: skip
+    return index, weight

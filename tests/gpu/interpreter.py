@@ -1,0 +1,29 @@
+"""Triton 3.6's interpreter, mended where it differs from the hardware. Imported before a kernel runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+_convert, _patch_tensor = interpreter._convert_float, interpreter._patch_lang_tensor
+
+
+def _converted(data: Any, source: Any, target: Any, rounding: Any) -> Any:
+    """float32 to bfloat16 to nearest, ties to even: the interpreter neither carries nor breaks ties."""
+    if (source, target) == (tl.float32, tl.bfloat16):
+        x = torch.from_numpy(np.ascontiguousarray(data)).to(torch.bfloat16)
+        return x.view(torch.int16).numpy().view(np.uint16)
+    return _convert(data, source, target, rounding)
+
+
+def _patched(tensor: Any, scope: Any) -> None:
+    """A scalar as the bound of a loop: NumPy 2.4 makes no number of an array with one element."""
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+interpreter._convert_float, interpreter._patch_lang_tensor = _converted, _patched

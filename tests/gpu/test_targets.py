@@ -1,0 +1,100 @@
+"""Every kernel, in every configuration used, compiled for GPUs that need not be there, and what it takes of them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from dibit.codec.cuda.launch import options  # noqa: E402
+from tests.gpu.recorded import Configuration, configurations  # noqa: E402
+
+SHARED = {"sm_80": 163, "sm_90": 227, "gfx942": 64}  # KiB that a program may have
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+KERNELS = (
+    "apply_mask", "chances", "column_sums", "count_scores", "dequantize", "dropout", "ends", "finite", "norm_gradient",
+    "norm_relu_dropout", "pack_mask", "pick_rows", "quantize", "relu_dropout_gradient", "row_scores", "signs",
+    "sum_chances", "weight_gradient",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[str, list[Configuration]]:
+    found: dict[str, list[Configuration]] = {}
+    for own in configurations():
+        found.setdefault(own.kernel.__name__, []).append(own)
+    return found
+
+
+def test_every_kernel_is_launched(known: dict[str, list[Configuration]]) -> None:
+    from dibit.codec.cuda.kernels import blocks, elementwise, products, sampling
+
+    written = {
+        name
+        for module in (blocks, elementwise, products, sampling)
+        for name, value in vars(module).items()
+        if hasattr(value, "arg_names") and value.__module__ == module.__name__ and not name.startswith("_")
+    }
+    assert set(known) == written == set(KERNELS)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_compiles_without_spills(
+    known: dict[str, list[Configuration]], kernel: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    hip = target.startswith("gfx")
+    for own in known[kernel]:
+        built = compiled(own, target)
+        assert len(built.asm["hsaco" if hip else "cubin"]) > 1000
+        assert built.metadata.shared <= SHARED[target] << 10, own
+        used = amd_resources(built) if hip else nvidia_resources(built, tmp_path)
+        assert used["spilled"] == 0, f"{own}: {used}"
+        assert 0 < used["registers"] <= (512 if hip else 255), f"{own}: {used}"
+        assert "fma.rn.f32" not in built.asm.get("ptx", ""), "a contraction would round once where others round twice"
+
+
+def compiled(own: Configuration, target: str) -> Any:
+    constants = dict(own.constants)
+    if constants.get("PRECISION") == "tf32x3" and target.startswith("gfx"):
+        constants["PRECISION"] = "ieee"
+    source = ASTSource(
+        own.kernel,
+        dict(own.signature),
+        {name: constants[name] for name, kind in own.signature if kind == "constexpr"},
+        {(i,): [["tt.divisibility", 16]] for i in own.aligned},
+    )
+    chosen = options(own.warps, own.registers, hip=target.startswith("gfx"))
+    return triton.compile(source, target=TARGETS[target], options=chosen)
+
+
+def nvidia_resources(built: Any, folder: Path) -> dict[str, int]:
+    """By NVIDIA's own tool, which comes with Triton: a spilled register lies in the stack's frame."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(built.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    said = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+    return {"registers": used["REG"], "spilled": used["STACK"] + used["LOCAL"]}
+
+
+def amd_resources(built: Any) -> dict[str, int]:
+    """From the metadata that the assembler writes."""
+    used = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", built.asm["amdgcn"]))
+    return {
+        "registers": int(used["vgpr_count"]),
+        "spilled": int(used["vgpr_spill_count"]) + int(used["sgpr_spill_count"]),
+    }
