@@ -41,7 +41,10 @@ class Graph:
         """A x: (N, D) for x (M, D)."""
         crow, col, values = self.parts
         matrix = torch.sparse_csr_tensor(crow, col, values, self.shape, check_invariants=False)
-        return torch.sparse.mm(matrix, x, "mean") if self.mean else torch.sparse.mm(matrix, x)
+        if self.mean and x.device.type == "cpu":
+            return torch.sparse.mm(matrix, x, "mean")
+        y = torch.sparse.mm(matrix, x)
+        return y / crow.diff().clamp_(min=1)[:, None] if self.mean else y
 
     def transposed_product(self, dy: Tensor) -> Tensor:
         """A^T dY: (M, D) for dy (N, D), in the dtype of the values; on the CPU in float32 for values of half precision.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import resolve_name
 
+from dibit.averages import numerator
 from dibit.batch import current
 from dibit.codec import Affine, encode, encoded_bytes, mix, norm_scores, seed_tensor
 from dibit.codec.rows import LEFT_OUT
@@ -19,11 +20,11 @@ from dibit.graph import Graph
 from dibit.identity import Alive, storage_key, storages
 from dibit.ledger import Ledger, Row
 from dibit.lossless import Exact, Kept, Narrowed, Recomputed, narrow
-from dibit.residual import Compressed, Gathered, Lossless, Reference, Residual
+from dibit.residual import Aggregated, Compressed, Gathered, Lossless, Reference, Residual
 from dibit.score_table import Watch
 from dibit.state import State
-from dibit.stream import fresh_key
-from dibit.tape import Tape, nbytes
+from dibit.stream import capturing, fresh_key, replayed_key
+from dibit.tape import SMALL, Tape, nbytes
 
 _DEEPEST = 6  # nested containers that are searched for the caller's tensors
 
@@ -57,6 +58,7 @@ class Step:
         self._assumed: dict[str, int] = {}  # how far from the output residuals lie that left out rows
         self.matrix = _only_matrix(inputs) if self.batch.loss_rows is not None else None
         self._key: int | None = None
+        self._replayed: Tensor | None = None
         self._draws = 0
         self.deferred: list[Any] = []  # residuals whose form depends on what the model returns
         self._held: set[int] = set()
@@ -77,7 +79,16 @@ class Step:
     # -- randomness -------------------------------------------------------------------------------------------------
 
     def seed(self, purpose: str, device: torch.device, *more: int) -> Tensor:
-        """A fresh seed. The stream is a function of torch's default generator and draws nothing from it."""
+        """A fresh seed. The stream is a function of torch's default generator and draws nothing from it.
+
+        While a CUDA graph is captured a number would be written into it once and for all: there the key is drawn on the
+        device, anew at each replay.
+        """
+        if capturing(device):
+            self._draws += 1
+            if self._replayed is None:
+                self._replayed = replayed_key(device)
+            return self._replayed ^ mix(self._draws, purpose, *more)
         if self._key is None:
             self._key = fresh_key()
         self._draws += 1
@@ -161,7 +172,7 @@ class Step:
         if own.inputs == "reference":
             if self.held(origin):
                 return self.note(Reference(origin, x.shape))
-            if self._derived and (derived := self._derived.get(self.key(origin))) is not None:
+            if self._derived and (derived := self._had_again(origin)) is not None:
                 return self.note(derived)
             if (again := self._again(origin, encoded_bytes(x.shape, config))) is not None:
                 return self.note(again)
@@ -285,14 +296,35 @@ class Step:
 
     def source(self, y: Tensor) -> tuple[Graph, Tensor] | None:
         """A and x of a y = A x whose gradient nobody has asked for, where the recipe does not insist on keeping y."""
-        found = self._aggregates.get(self.key(y)) if self._aggregates else None
-        if found is None or self.config is None or self.config.inputs != "reference":
+        if not self._aggregates or self.config is None or self.config.inputs != "reference":
+            return None
+        found = self._aggregates.get(self.key(y)) or self._average(y)
+        if found is None:
             return None
         graph, ref, version = found
         x = ref()
         if x is None or x._version != version or y._backward_hooks or y.retains_grad:
             return None
         return graph, x
+
+    def _average(self, y: Tensor) -> tuple[Graph, weakref.ref[Tensor], int] | None:
+        """The same of a y that is a sum over neighbours divided by their number."""
+        for key, (graph, ref, version) in self._aggregates.items():
+            if not graph.mean and numerator(self.tape, y, graph.parts[0]) is self.tape.nodes.get(key, self):
+                return replace(graph, mean=True), ref, version
+        return None
+
+    def _had_again(self, x: Tensor) -> Residual | None:
+        """How x is had again from what others hold; of sums over neighbours, also their average."""
+        found = self._derived.get(self.key(x))
+        if found is not None:
+            return found
+        for key, source in self._derived.items():
+            if not isinstance(source, Aggregated) or source.graph.mean:
+                continue
+            if numerator(self.tape, x, source.graph.parts[0]) is self.tape.nodes.get(key, self):
+                return replace(source, graph=replace(source.graph, mean=True))
+        return None
 
     def share(self, x: Tensor) -> Tensor:
         """A constant of the graph structure, kept once for equal content; int64 as int32 where it fits."""
@@ -408,6 +440,8 @@ class Step:
 
     def _once(self, kept: Exact | Narrowed) -> Exact | Narrowed:
         """On an earlier constant of the same content: indices and normalised weights are made anew in each layer."""
+        if kept.x.nbytes < SMALL and kept.x.device.type != "cpu":
+            return kept  # comparing would wait for the device
         known = self._content.setdefault((type(kept), kept.x.dtype, kept.x.shape), [])
         for other in known:
             unchanged = not isinstance(other, Exact) or other.x._version == other.version

@@ -38,6 +38,16 @@ def marked(state: Tensor) -> Tensor:
     return state
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether what runs on this device is written down as a CUDA graph, to be run again."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def replayed_key(device: torch.device) -> Tensor:
+    """int64 0-d, drawn from the device's own generator, whose place torch moves on at each replay of a CUDA graph."""
+    return torch.empty((), dtype=torch.int64, device=device).random_()
+
+
 @functools.cache
 def _draws_ignore_marks() -> bool:
     """Whether this torch keeps its generator's state as described above."""

@@ -17,7 +17,7 @@ from torch.utils.weak import TensorWeakRef
 from dibit.replay import IN_PLACE, Program, Shared, Slot, functions
 
 _DEEPEST = 24  # operations between a tensor and what it is computed from
-_SMALL = 2048  # bytes below which a tensor is simply kept
+SMALL = 2048  # bytes below which a tensor is simply kept
 
 _SHAPES = (
     "view reshape unsqueeze squeeze expand expand_as transpose permute t flatten contiguous narrow select detach flip "
@@ -149,7 +149,7 @@ class Tape:
     def cut(self, x: Tensor, limit: float) -> list[Node] | None:
         """Tensors of fewer bytes than `limit` from which x can be computed; `None` if there are none."""
         node = self.nodes.get(self.key(x))
-        if node is None or node.call is None or node.nbytes < _SMALL:
+        if node is None or node.call is None or node.nbytes < SMALL:
             return None
         known = self.cuts.get(node)
         if node not in self.cuts or (known and any(leaf.tensor() is None for leaf in known)):
@@ -195,7 +195,7 @@ class Tape:
             return memo[node]
         x = None if top else node.tensor()
         keep: dict[Node, None] | None = {node: None} if x is not None else None
-        if x is not None and (node.nbytes < _SMALL or self.free(x)):
+        if x is not None and (node.nbytes < SMALL or self.free(x)):
             memo[node] = keep
             return keep
         again: dict[Node, None] | None = None
@@ -248,7 +248,7 @@ class _Writer:
             assert node.call is not None
             function, args, kwargs = node.call
             filled = _noded_to(args, self.visit), _noded_to(kwargs, self.visit)
-            identity = node if node.constant and node.nbytes >= _SMALL else None
+            identity = node if node.constant and node.nbytes >= SMALL else None
             if identity is not None:
                 self.shared.want(identity)
             self.calls.append((function, *filled, identity))

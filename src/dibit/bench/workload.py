@@ -74,6 +74,9 @@ class Batch:
     train: Tensor
     y: Tensor
 
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(*(t.to(device) for t in (self.x, self.graph, self.train, self.y)))
+
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         if self.graph.layout == torch.sparse_csr:
@@ -101,7 +104,7 @@ class Step:
 
     def logits(self) -> Tensor:
         """The model's forward pass: (N, C)."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(self.batch.x.device.type, torch.bfloat16, enabled=self.autocast):
             return self.forward_model(self.batch.x, self.batch.graph)
 
     def forward(self) -> Tensor:

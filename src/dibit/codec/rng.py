@@ -26,8 +26,8 @@ def mix(seed: int, *labels: int | str) -> int:
 
 
 def seed_tensor(seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """A seed as the 0-d int64 tensor that the codec's operators take."""
-    return torch.tensor(seed, dtype=torch.int64, device=device)
+    """A seed as the 0-d int64 tensor that the codec's operators take; nobody waits for the device."""
+    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def keys(seed: Tensor) -> tuple[Tensor, Tensor]:

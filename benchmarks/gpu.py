@@ -1,0 +1,378 @@
+"""What a GPU can tell: whether its kernels give the definition's numbers, how fast they are, how a step runs.
+
+    python benchmarks/gpu.py --out gpu.json
+
+Needs this repository, torch, Triton and PyTorch Geometric; nothing has to be installed of Dibit itself. `--device cpu`
+with `TRITON_INTERPRET=1` runs the same in Triton's interpreter, at a small `--scale`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+_ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(_ROOT / "src"), str(_ROOT)]
+warnings.filterwarnings("ignore")
+
+import torch  # noqa: E402
+from tests.gpu import cases  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+import dibit  # noqa: E402
+from dibit.bench.speed import reason  # noqa: E402
+from dibit.bench.workload import Batch, Step, Workload  # noqa: E402
+from dibit.codec import cuda, ops, seed_tensor  # noqa: E402
+
+SETTINGS = ("plain", "compile", "checkpoint", "bf16", "exact", "iexact", "small", "default")
+PARTS = ("check", "graph", "kernels", "train", "profile")
+MB = 2.0**20
+
+
+def main() -> int:
+    args = _arguments()
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("gpu.py: torch sees no GPU here; run it on a machine with one, or in the interpreter (see --help).")
+        return 2
+    if device.type == "cpu":
+        import tests.gpu.interpreter  # noqa: F401
+    results: dict[str, Any] = {"machine": machine(device)}
+    print("  ".join(f"{key}: {value}" for key, value in results["machine"].items()))
+    for part in args.only:
+        results[part] = globals()[part](device, args)
+        if args.out:
+            Path(args.out).write_text(json.dumps(results, indent=2) + "\n")
+    wrong = [row["case"] for row in results.get("check", ()) if not row["agrees"]]
+    if wrong or results.get("graph", {}).get("fresh") is False:
+        print(f"gpu.py: not as they should be: {', '.join(wrong) or 'seeds in a CUDA graph'}")
+        return 1
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run (default: all)")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS, help="how to train")
+    parser.add_argument("--shape", default="arxiv", help="sizes of the graph (default: arxiv)")
+    parser.add_argument("--model", default="sage", help="sage, gcn, gin, gat or gcn2 (default: sage)")
+    parser.add_argument("--form", default="csr", choices=("csr", "edge_index"), help="how the model gets its graph")
+    parser.add_argument("--scale", type=float, default=1.0, help="of nodes, edges and tensors (default: 1)")
+    parser.add_argument("--rounds", type=int, default=11, help="counted rounds (default: 11)")
+    parser.add_argument("--steps", type=int, default=5, help="training steps in a round (default: 5)")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu in the interpreter")
+    parser.add_argument("--out", help="JSON file with all figures")
+    return parser.parse_args()
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    import torch_geometric
+    import triton
+
+    found = {"torch": torch.__version__, "triton": triton.__version__, "pyg": torch_geometric.__version__}
+    if device.type == "cuda":
+        found["device"] = torch.cuda.get_device_name(device)
+        found["runtime"] = torch.version.cuda or f"HIP {torch.version.hip}"
+    else:
+        found["device"] = "interpreter"
+    return found
+
+
+def say(text: str) -> None:
+    """Progress, on one line of a terminal."""
+    end = "\r" if sys.stderr.isatty() else "\n"
+    print(f"{text:<100}", end=end, file=sys.stderr, flush=True)
+
+
+# -- the kernels against the definition ---------------------------------------------------------------------------
+
+
+def check(device: torch.device, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Each kernel on the device, and the definition on the CPU, on the same numbers."""
+    rows = []
+    for case in cases.every(max(1, min(20, round(20 * args.scale)))):
+        say(f"checking {case.title}")
+        row: dict[str, Any] = {"case": case.title}
+        try:
+            found = getattr(cuda, case.operator)(*(x.to(device) if isinstance(x, Tensor) else x for x in case.args))
+            found = tuple(x.cpu() for x in found) if isinstance(found, tuple) else found.cpu()
+            row["apart"] = cases.apart(found, cases.expected(case), case.tolerance)
+            row["agrees"] = row["apart"] <= case.tolerance
+        except Exception as error:
+            row |= {"agrees": False, "failed": reason(error)}
+        rows.append(row)
+        if not row["agrees"]:
+            print(f"NOT AS DEFINED  {case.title}: {row.get('failed', row.get('apart'))}")
+    print(f"{sum(row['agrees'] for row in rows)} of {len(rows)} cases as the definition has them\n")
+    return rows
+
+
+# -- seeds in a CUDA graph ----------------------------------------------------------------------------------------
+
+
+def graph(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
+    """A step, captured once and replayed: other numbers each time, and unbiased."""
+    if device.type != "cuda":
+        return {"skipped": "the interpreter captures nothing"}
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 8)).to(device)
+    x, y = torch.randn(512, 64, device=device), torch.randint(8, (512,), device=device)
+    loss = nn.functional.cross_entropy(model(x.clone().requires_grad_()), y)
+    exact = torch.autograd.grad(loss, model[3].weight)[0].double()
+    dibit.compress(model, dibit.Config(block=64))
+
+    def step() -> None:
+        nn.functional.cross_entropy(model(x), y).backward()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            model.zero_grad(set_to_none=True)
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    model.zero_grad(set_to_none=True)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        step()
+    draws = []
+    for _ in range(400):
+        model.zero_grad(set_to_none=False)
+        captured.replay()
+        draws.append(model[3].weight.grad.double().clone())
+    found = torch.stack(draws)
+    error = found.std(0) / len(found) ** 0.5
+    z = float(((found.mean(0) - exact) / error.clamp(min=1e-12)).square().mean().sqrt())
+    fresh = not torch.equal(found[0], found[1]) and 0.8 < z < 1.2
+    print(f"a captured step: {'other' if fresh else 'THE SAME'} numbers at each replay, deviation {z:.2f} (1 expected)")
+    return {"fresh": fresh, "z": z}
+
+
+# -- kernels against a copy ---------------------------------------------------------------------------------------
+
+
+def kernels(device: torch.device, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Microseconds and GB/s of each kernel, all bytes read and written counted, beside a copy; interleaved medians."""
+    found = _kernels(device, max(256, round(169_343 * args.scale)))
+    times: dict[str, list[float]] = {name: [] for name in found}
+    for done in range(args.rounds + 1):
+        say(f"kernels, round {done} of {args.rounds}")
+        for name, (run, _) in found.items():
+            times[name].append(_seconds(run, device, 1 if done == 0 or device.type != "cuda" else 10))
+    rows = []
+    for name, (_, size) in found.items():
+        seconds = statistics.median(times[name][1:])
+        rows.append({"kernel": name, "bytes": size, "us": seconds * 1e6, "gb_s": size / seconds / 1e9})
+    for row in rows:
+        row["share"] = row["gb_s"] / rows[0]["gb_s"]
+    table(
+        ("kernel", "us", "GB/s", "of a copy"),
+        [(r["kernel"], f"{r['us']:.1f}", f"{r['gb_s']:.0f}", f"{100 * r['share']:.0f} %") for r in rows],
+    )
+    return rows
+
+
+def _kernels(device: torch.device, nodes: int) -> dict[str, tuple[Callable[[], Any], int]]:
+    """By name: the call, and the bytes that it has to read and to write; tensors of nodes x 128."""
+    width, seed = 128, seed_tensor(7, device)
+    x, dy = torch.randn(nodes, width, device=device), torch.randn(nodes, width, device=device)
+    out, flat, size = torch.empty_like(x), x.view(-1), x.nbytes
+    own = cuda if device.type != "cuda" else ops
+    found: dict[str, tuple[Callable[[], Any], int]] = {"copy": (lambda: out.copy_(x), 2 * size)}
+    for bits, block in ((2, 1024), (2, 128), (1, 1024), (4, 1024), (8, 1024)):
+        codes, ranges, _ = own.quantize(flat, seed, bits, block, [], torch.bfloat16, 0)
+        moved, text = size + codes.nbytes + ranges.nbytes, f"{bits} bit, block {block}"
+        found[f"quantise + pack, {text}"] = (
+            partial(own.quantize, flat, seed, bits, block, [], torch.bfloat16, 0), moved,
+        )  # fmt: skip
+        found[f"unpack, {text}"] = (
+            partial(own.dequantize, codes, ranges, seed, flat.numel(), bits, block, [], 0.0, torch.float32), moved,
+        )  # fmt: skip
+    m = nodes // 6
+    index = torch.randperm(nodes, device=device)[:m].sort().values
+    weight, vector = torch.full((m,), 6.0, device=device), torch.rand(width, device=device)
+    rows = (x, index, None, None, seed, 2, 128, [], torch.bfloat16, 0)
+    codes, ranges, _ = own.quantize_rows(*rows)
+    found["gather a sixth + quantise"] = partial(own.quantize_rows, *rows), size // 6 + codes.nbytes
+    sampled = (codes, ranges, seed, dy, index, weight, m, width, 2, 128, [], 0.0)
+    found["weight gradient from a sixth"] = partial(own.weight_gradient, *sampled), size // 6 + codes.nbytes
+    found["weight gradient, dense, torch"] = (lambda: dy.T @ x), 2 * size
+    codes, ranges, _ = own.quantize(flat, seed, 2, 1024, [], torch.bfloat16, 0)
+    kept = codes.nbytes + ranges.nbytes
+    found["column sums"] = partial(own.column_sums, codes, ranges, seed, dy, 2, 1024, 2.0), size + kept
+    found["norm gradient"] = (
+        partial(own.norm_gradient, codes, ranges, seed, dy, vector, vector, vector, 2, 1024), 2 * size + kept,
+    )  # fmt: skip
+    mask = own.pack_mask(x)
+    found["pack a mask"] = partial(own.pack_mask, x), size + mask.nbytes
+    found["ReLU + mask"] = partial(own.relu, x), 2 * size + mask.nbytes
+    found["apply a mask"] = partial(own.apply_mask, dy, mask, 0.0), 2 * size + mask.nbytes
+    found["dropout from a seed"] = partial(own.dropout, x, seed, 0.5), 2 * size
+    found["norm + ReLU + dropout + mask"] = (
+        partial(own.norm_relu_dropout, x, vector, vector, vector, seed, 0.5), 2 * size + mask.nbytes,
+    )  # fmt: skip
+    found["back through dropout and ReLU"] = (
+        partial(own.relu_dropout_gradient, dy, mask, seed, 0.5), 2 * size + mask.nbytes,
+    )  # fmt: skip
+    scores = own.row_scores(x)
+    found["scores of rows"] = partial(own.row_scores, x), size + scores.nbytes
+    found["pick a sixth of the rows"] = partial(own.pick_rows, scores, seed, m), 2 * scores.nbytes + 12 * m
+    found["look for NaN and inf"] = partial(own.finite, x), size
+    return found
+
+
+def _seconds(run: Callable[[], Any], device: torch.device, times: int) -> float:
+    """Of one call; on a GPU by its own clock, several in a row."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    start.record()
+    for _ in range(times):
+        run()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end) / times / 1e3
+
+
+# -- training steps -----------------------------------------------------------------------------------------------
+
+
+def train(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds a step, MB saved by the forward pass, and the peak of a step, under each setting."""
+    workload = Workload(args.shape, args.model, form=args.form, scale=args.scale)
+    print(workload)
+    rows: dict[str, dict[str, Any]] = {}
+    steps: dict[str, Step] = {}
+    batch = workload.build()[1].to(device)
+    for setting in args.settings:
+        say(f"memory of {setting}")
+        try:
+            step = _step(workload, batch, setting, device)
+            rows[setting] = {"setting": setting, **_memory(step, device)}
+            steps[setting] = step
+        except Exception as error:
+            rows[setting] = {"setting": setting, "failed": reason(error)}
+        _let_go(device)
+    times: dict[str, list[float]] = {setting: [] for setting in steps}
+    for done in range(args.rounds + 1):
+        say(f"steps, round {done} of {args.rounds}")
+        for setting, step in steps.items():
+            _synchronize(device)
+            start = time.perf_counter()
+            for _ in range(args.steps):
+                step()
+            _synchronize(device)
+            times[setting].append((time.perf_counter() - start) / args.steps)
+    for setting, own in times.items():
+        ratios = [a / b for a, b in zip(own[1:], times.get("plain", own)[1:], strict=True)]
+        rows[setting] |= {"seconds": statistics.median(own[1:]), "ratio": statistics.median(ratios), "times": own[1:]}
+    table(("setting", "ms a step", "to plain", "saved MB", "peak MB"), [_cells(row) for row in rows.values()])
+    return {"workload": str(workload), "rows": list(rows.values())}
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    if "failed" in row:
+        return f"{row['setting']}: {row['failed']}", "", "", "", ""
+    return (
+        row["setting"],
+        f"{1e3 * row['seconds']:.2f}",
+        f"{row['ratio']:.2f}",
+        f"{row['saved']:.1f}",
+        f"{row['peak']:.0f}",
+    )
+
+
+def _step(workload: Workload, batch: Batch, setting: str, device: torch.device) -> Step:
+    step = Step(workload.build()[0].to(device), batch, setting)
+    for _ in range(3):
+        step()
+    _synchronize(device)
+    return step
+
+
+def _memory(step: Step, device: torch.device) -> dict[str, float]:
+    """MB that a warm forward pass keeps, and the most that is allocated during a step, data and weights included."""
+    if device.type != "cuda":
+        return {"saved": float("nan"), "peak": float("nan")}
+    step.optimizer.zero_grad()
+    before = torch.cuda.memory_allocated(device)
+    logits = step.logits()
+    saved = torch.cuda.memory_allocated(device) - before - logits.nbytes + step.batch.y.nbytes
+    del logits
+    _let_go(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    _synchronize(device)
+    others = before - step.input_bytes()  # models and moments of other settings
+    return {"saved": saved / MB, "peak": (torch.cuda.max_memory_allocated(device) - max(0, others)) / MB}
+
+
+def profile(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
+    """The kernels that take most of a plain and of a default step."""
+    if device.type != "cuda":
+        return {"skipped": "the interpreter has no kernels to profile"}
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiled
+
+    workload, found = Workload(args.shape, args.model, form=args.form, scale=args.scale), {}
+    batch = workload.build()[1].to(device)
+    for setting in ("plain", "default"):
+        step = _step(workload, batch, setting, device)
+        with profiled(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as log:
+            for _ in range(args.steps):
+                step()
+            _synchronize(device)
+        events = [e for e in log.key_averages() if e.device_type == torch.profiler.DeviceType.CUDA]
+        events.sort(key=lambda e: -e.self_device_time_total)
+        found[setting] = [
+            {"kernel": e.key[:90], "us": e.self_device_time_total / args.steps, "calls": e.count / args.steps}
+            for e in events[:25]
+        ]
+        total = sum(e.self_device_time_total for e in events) / args.steps
+        print(
+            f"{setting}: {total / 1e3:.2f} ms of kernels a step, {sum(e.count for e in events) // args.steps} launches"
+        )
+        table(
+            ("kernel", "us a step", "calls"),
+            [(row["kernel"], f"{row['us']:.0f}", f"{row['calls']:.0f}") for row in found[setting]],
+        )
+    return found
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _let_go(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        cells = (
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  ".join(cells).rstrip())
+    print()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Recognising a mean over neighbours where it is made of a sum and a division, as PyTorch Geometric does on a GPU.
+
+There `torch.sparse.mm` has no mean: what it gives is divided by `ptr[1:] - ptr[:-1]`, at least 1. The tape knows how
+that divisor came about, so no element of it has to be looked at.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from dibit.replay import functions
+from dibit.tape import Node, Tape
+
+_DIVISIONS = functions("div true_divide __truediv__")
+_AT_LEAST = functions("clamp clamp_ clamp_min clamp_min_")
+_DIFFERENCES = functions("sub __sub__")
+_SHAPES = functions("view reshape unsqueeze")
+_UPPER, _LOWER = slice(1, None), slice(None, -1)
+
+
+def numerator(tape: Tape, y: Tensor, crow: Tensor) -> Node | None:
+    """What y is the quotient of, by the number of elements of each row that `crow` (N + 1,) points to, at least 1."""
+    node = tape.nodes.get(tape.key(y))
+    call = _call(node, _DIVISIONS)
+    if call is None or len(call) != 2 or not all(isinstance(part, Node) for part in call):
+        return None
+    return call[0] if _counts(call[1], tape.nodes.get(tape.key(crow))) else None
+
+
+def _counts(node: Node, crow: Node | None) -> bool:
+    clamped = _call(node, _AT_LEAST)
+    if crow is None or clamped is None or clamped[1:] != (1,):
+        return False
+    shaped = _call(clamped[0], _SHAPES)
+    difference = None if shaped is None else _call(shaped[0], _DIFFERENCES)
+    if difference is None or len(difference) != 2:
+        return False
+    ends = [_call(part, {Tensor.__getitem__}) for part in difference]
+    return ends == [(crow, _UPPER), (crow, _LOWER)]
+
+
+def _call(node: Any, expected: Any) -> tuple[Any, ...] | None:
+    """Arguments of the call that made a node, if it was one of these."""
+    if not isinstance(node, Node) or node.call is None or node.call[0] not in expected:
+        return None
+    return (*node.call[1], *node.call[2].values())

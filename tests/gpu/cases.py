@@ -1,0 +1,194 @@
+"""Calls on which the GPU's kernels must give the definition's numbers: in the interpreter, and on a real GPU.
+
+Used by the tests here and by benchmarks/gpu.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dibit.codec import reference, seed_tensor
+from dibit.codec.chances import LEFT_OUT
+
+BITS = (1, 2, 4, 8)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SEED = -3
+
+
+class Case(NamedTuple):
+    """A call of an operator, tensors on the CPU; `tolerance` relative to the largest number, 0 for bit for bit."""
+
+    title: str
+    operator: str
+    args: tuple[Any, ...]
+    tolerance: float = 0.0
+
+
+def apart(found: Any, expected: Any, tolerance: float) -> float:
+    """How far results lie from the expected ones: 0 where they are the same, NaN with NaN."""
+    worst = 0.0
+    for a, b in zip(*(x if isinstance(x, tuple) else (x,) for x in (found, expected)), strict=True):
+        if a.shape != b.shape or a.dtype != b.dtype or not torch.equal(a.isnan(), b.isnan()):
+            return float("inf")
+        a, b = a.nan_to_num(0.0), b.nan_to_num(0.0)
+        if torch.equal(a, b):
+            continue
+        if not tolerance:
+            return float("inf")
+        a, b = a.double(), b.double()
+        worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)))
+    return worst
+
+
+def expected(case: Case) -> Any:
+    """By the definition; sums in float64, whose order does not show."""
+    found = getattr(reference, case.operator)(*case.args)
+    if not case.tolerance or case.operator not in ("weight_gradient", "column_sums"):
+        return found
+    wide = tuple(
+        x.double() if isinstance(x, Tensor) and x.dtype == torch.float32 and x.dim() == 2 else x for x in case.args
+    )
+    return getattr(reference, case.operator)(*wide).to(found.dtype)
+
+
+def awkward(n: int) -> Tensor:
+    """Numbers that take every branch: constants, NaN, infinities, tiny ones, both zeros."""
+    x = torch.randn(n) * 3 + 1
+    x[n // 2 : n // 2 + 400] = -2.5
+    x[n // 4 : n // 4 + 300] *= 1e-40
+    x[1::50], x[3::50] = 0.0, -0.0
+    x[n // 7 :: max(1, n // 2)] = float("nan")
+    x[n // 5 :: max(1, n // 2)] = float("-inf")
+    return x
+
+
+def levels_of(bits: int) -> list[float]:
+    """Unequal levels."""
+    top = 2**bits - 1
+    return [top * (i / top) ** 1.5 for i in range(top + 1)]
+
+
+def codes(bits: int, scale: int) -> Iterator[Case]:
+    """Quantised and unpacked: block sizes, levels, ranges, rounding, dither, dtypes, short blocks."""
+    seed = seed_tensor(SEED)
+    for block, n in ((1, 5), (3, 1), (7, 703), (128, 4103), (1000, 4103), (1024, 4103), (1024, 0), (9001, 9001)):
+        x = awkward(n * scale if n > 5 else n)
+        for levels, (stats, rounding) in itertools.product(
+            ([], levels_of(bits)), ((torch.bfloat16, 0), (torch.float32, 0), (torch.bfloat16, 1))
+        ):
+            title = f"{bits} bit, block {block} of {x.numel()}, {'levels' if levels else 'uniform'}, {str(stats)[6:]}"
+            args = (x, seed, bits, block, levels, stats, rounding)
+            yield Case(f"quantise {title}, rounding {rounding}", "quantize", args)
+            kept = reference.quantize(*args)[:2]
+            for dither, dtype in itertools.product((0.0,) if levels else (0.0, 2.0), DTYPES):
+                own = (*kept, seed, x.numel(), bits, block, levels, dither, dtype)
+                yield Case(f"unpack {title}, {str(dtype)[6:]}, dither {dither}", "dequantize", own)
+    for n, block in ((70_000, 32_000), (20_000, 9_000)):  # blocks that several programs share
+        args = (torch.randn(n), seed, bits, block, [], torch.bfloat16, 0)
+        yield Case(f"quantise {bits} bit, block {block} of {n}", "quantize", args)
+        own = (*reference.quantize(*args)[:2], seed, n, bits, block, [], 1.0, torch.float32)
+        yield Case(f"unpack {bits} bit, block {block} of {n}", "dequantize", own)
+    for spread in (3e38, 1e30, 1e-30, 1e-44):
+        args = ((torch.rand(500) * 2 - 1) * spread, seed, bits, 64, [], torch.float32, 0)
+        yield Case(f"quantise {bits} bit, numbers up to {spread}", "quantize", args)
+        for dither in (0.0, 1.0):
+            own = (*reference.quantize(*args)[:2], seed, 500, bits, 64, [], dither, torch.float32)
+            yield Case(f"unpack {bits} bit, numbers up to {spread}, dither {dither}", "dequantize", own)
+    for number in (640, 2**32 - 640, 2**40):  # the counter has 64 bits; within a block its lower half wraps
+        args = (torch.randn(1000), seed, bits, 64, [], torch.bfloat16, 0, number)
+        yield Case(f"quantise {bits} bit, from {number}", "quantize", args)
+        own = (*reference.quantize(*args)[:2], seed, 1000, bits, 64, [], 1.0, torch.float32, number)
+        yield Case(f"unpack {bits} bit, from {number}", "dequantize", own)
+    for dtype in DTYPES[1:]:
+        args = ((torch.randn(3000) * 100).to(dtype), seed, bits, 128, [], torch.bfloat16, 0)
+        yield Case(f"quantise {bits} bit, {str(dtype)[6:]}", "quantize", args)
+        args = (torch.full((200,), 65504.0).to(dtype), seed, bits, 128, [], torch.bfloat16, 0)
+        own = (*reference.quantize(*args)[:2], seed, 200, bits, 128, [], 0.0, dtype)
+        yield Case(f"unpack {bits} bit, the largest of {str(dtype)[6:]}", "dequantize", own)
+
+
+def rows(bits: int, scale: int) -> Iterator[Case]:
+    """Gathered, moved and scaled on the way; products with what was encoded, sums in another order."""
+    seed = seed_tensor(SEED)
+    for (width, block), dtype in itertools.product(
+        ((12, 48), (33, 128), (128, 128), (128, 1024), (256, 64), (40, 9000)), DTYPES[:2]
+    ):
+        n = 101 * scale
+        x, index = torch.randn(n, width).to(dtype), torch.randperm(n)[: n // 3 + 5].sort().values
+        x[7, 1], x[index[5], 2] = float("nan"), 1e30
+        moves = torch.randn(width), torch.rand(width)
+        for where, moved in itertools.product((index, None), (moves, (None, None))):
+            title = f"{'some' if where is not None else 'all'} rows{', moved' if moved[0] is not None else ''}"
+            args = (x, where, *moved, seed, bits, block, [], torch.bfloat16, 0)
+            yield Case(f"quantise {bits} bit, {title}, width {width}, block {block}", "quantize_rows", args)
+    for n, width, block in ((70, 128, 128), (70, 40, 1024), (33, 130, 96), (9, 8, 7), (33, 300, 9000)):
+        n = n * scale
+        x, title = torch.randn(n, width), f"{bits} bit, width {width}, block {block}"
+        for levels, dither in (([], 0.0), ([], 1.0), (levels_of(bits), 0.0)):
+            kept = reference.quantize(x.view(-1), seed, bits, block, levels, torch.bfloat16, 0)[:2]
+            dy, index, weight = torch.randn(3 * n, 70), torch.randperm(3 * n)[:n], torch.rand(n) * 9
+            for own in ((dy, index, weight), (dy[:n].contiguous(), None, None)):
+                args = (*kept, seed, *own, n, width, bits, block, levels, dither)
+                yield Case(f"weight gradient, {title}", "weight_gradient", args, 3e-6)
+        kept = reference.quantize(x.view(-1), seed, bits, block, [], torch.bfloat16, 0)[:2]
+        g, vectors = torch.randn(n, width), [torch.randn(width) for _ in range(3)]
+        for dither in (0.0, 2.0):
+            yield Case(f"column sums, {title}", "column_sums", (*kept, seed, g, bits, block, dither), 3e-6)
+        yield Case(f"norm gradient, {title}", "norm_gradient", (*kept, seed, g, *vectors, bits, block))
+
+
+def elementwise(scale: int) -> Iterator[Case]:
+    """Masks, dropout, signs, norm with ReLU and dropout."""
+    seed = seed_tensor(SEED)
+    for n, dtype in itertools.product((0, 1, 7, 8, 9, 1000, 9001), DTYPES):
+        n = n * scale if n > 9 else n
+        x, grad, title = awkward(n).to(dtype), torch.randn(n).to(dtype), f"{n} elements, {str(dtype)[6:]}"
+        mask = reference.pack_mask(x)
+        yield Case(f"pack a mask, {title}", "pack_mask", (x,))
+        yield Case(f"ReLU, {title}", "relu", (x,))
+        for slope in (0.0, 0.2):
+            yield Case(f"apply a mask, slope {slope}, {title}", "apply_mask", (grad, mask, slope))
+        for p in (0.5, 0.9):
+            yield Case(f"dropout {p}, {title}", "dropout", (x, seed, p))
+        for p in (0.0, 0.3):
+            yield Case(f"back through dropout {p} and ReLU, {title}", "relu_dropout_gradient", (grad, mask, seed, p))
+        yield Case(f"finite, {title}", "finite", (grad,))
+        yield Case(f"finite, {title}, not", "finite", (x,))
+        yield Case(f"signs, {n}", "signs", (seed, n))
+    for (n, width), p in itertools.product(((1, 1), (7, 5), (300, 33), (40, 128)), (0.0, 0.5)):
+        x = torch.randn(n * scale, width)
+        x[1::9] = float("nan")
+        args = (x, torch.randn(width), torch.rand(width), torch.randn(width), seed, p)
+        yield Case(f"norm, ReLU and dropout {p}, width {width}", "norm_relu_dropout", args)
+
+
+def sampling(scale: int) -> Iterator[Case]:
+    """The same rows are picked, by every kind of scores."""
+    for n, count in ((1, 1), (7, 2), (1000, 1), (1000, 480), (5000, 700), (3000, 1500)):
+        n, count = (n * scale, count * scale) if n > 7 else (n, count)
+        few, left_out = torch.zeros(n, 4), reference.row_scores(torch.randn(n, 4))
+        few[:: max(1, n // 3)] = 5
+        left_out[(n + 1) // 2 :] = LEFT_OUT
+        kinds = {
+            "long tail": reference.row_scores(torch.randn(n, 4) * torch.exp(3 * torch.randn(n, 1))),
+            "nothing known": torch.zeros(n, dtype=torch.uint8),
+            "few count": reference.row_scores(few),
+            "left out": left_out,
+        }
+        for kind, scores in kinds.items():
+            some = min(count, int((scores < LEFT_OUT).sum()))
+            yield Case(f"pick {some} of {n} rows, {kind}", "pick_rows", (scores, seed_tensor(n + some), some), 1e-6)
+
+
+def every(scale: int) -> Iterator[Case]:
+    """All of them."""
+    families: list[Callable[[], Iterator[Case]]] = [lambda: elementwise(scale), lambda: sampling(scale)]
+    families += [lambda b=bits, f=family: f(b, scale) for bits in BITS for family in (codes, rows)]  # type: ignore[misc]
+    torch.manual_seed(0)
+    for family in families:
+        yield from family()
