@@ -21,9 +21,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 train: .venv
 	$(RUN)dibit train --out runs/first $(TRAIN)
 
-# A worker a core, each on one thread: most tests are small operations.
+# A worker a core, each on one thread: most tests are small operations. The GPU's kernels are interpreted in a run of
+# their own: Triton reads that switch when it is imported.
 test: .venv
 	OMP_NUM_THREADS=1 $(RUN)pytest -n $(CORES) --dist loadgroup $(ARGS)
+	$(if $(ARGS),,TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN)pytest -n $(CORES) tests/gpu/test_values.py)
 
 lint: .venv
 	$(RUN)ruff check .

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dibit.codec.rows import LEFT_OUT, row_scores, together
+from dibit.stream import capturing
 
 
 class Watch:
@@ -22,10 +23,12 @@ class Watch:
 
     Attributes:
         scores: uint8 (N,) of their sum of squares, once a backward pass has come by.
+        live: the table itself, where a CUDA graph must change it in its place.
     """
 
-    def __init__(self, tell: Callable[[Watch], None]) -> None:
+    def __init__(self, tell: Callable[[Watch], None], live: Tensor | None = None) -> None:
         self.scores: Tensor | None = None
+        self.live = live
         self._tell = tell
 
     def see(self, dy: Tensor) -> None:
@@ -34,6 +37,8 @@ class Watch:
         if self.scores is None:
             self._tell(self)
         self.scores = new if self.scores is None else together(self.scores, new)
+        if self.live is not None and self.live.shape == self.scores.shape:
+            self.live.copy_(_faded(self.live, self.scores))
 
 
 @dataclass
@@ -41,7 +46,7 @@ class Scores:
     """The table of one model.
 
     Scores change when the optimiser has changed a parameter, not before: passes that add up to one step are sampled
-    alike.
+    alike. In a CUDA graph they change with each replay, in a table that belongs to the graph from then on.
 
     Attributes:
         known: by residual, uint8 (nodes,).
@@ -51,12 +56,15 @@ class Scores:
     _pending: dict[str, list[tuple[Tensor | None, Watch]]] = field(default_factory=dict, repr=False)
     _stamp: int | None = field(default=None, repr=False)
     _warned: bool = field(default=False, repr=False)
+    _captured: list[Tensor] = field(default_factory=list, repr=False)  # read and written by CUDA graphs
 
     def begin(self, parameters: Iterable[Tensor]) -> None:
         """A forward pass begins; if the parameters have changed, what was measured counts from now on."""
         stamp = sum(p._version for p in parameters)
         if stamp == self._stamp:
             return
+        if any(capturing(table.device) for table in self.known.values()):
+            return  # what a graph reads must be there before it
         self._stamp = stamp
         self.known = self._latest()
         self._pending.clear()
@@ -83,7 +91,7 @@ class Scores:
             known = ids < table.numel()
             return torch.where(known, table[ids.clamp(max=table.numel() - 1)], 0)
         if table.numel() == rows:
-            return table
+            return table.clone() if capturing(table.device) else table  # the backward pass draws the same rows again
         if not self._warned:
             self._warned = True
             warnings.warn(
@@ -97,6 +105,10 @@ class Scores:
 
     def watch(self, key: str, ids: Tensor | None) -> Watch:
         """Measure the gradient of a residual in the backward pass that follows."""
+        live = self.known.get(key) if ids is None else None
+        if live is not None and capturing(live.device):
+            self._captured.append(live)
+            return Watch(lambda _: None, live)
         return Watch(partial(self._measured, key, ids))
 
     def _measured(self, key: str, ids: Tensor | None, watch: Watch) -> None:
@@ -128,7 +140,7 @@ class Scores:
         self._pending.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"known": dict(self.known), "_pending": {}, "_stamp": None, "_warned": self._warned}
+        return {"known": dict(self.known), "_pending": {}, "_stamp": None, "_warned": self._warned, "_captured": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

@@ -531,13 +531,13 @@ def test_norm_relu_and_dropout_in_one_pass(n: tuple[int, int], p: float) -> None
     assert torch.equal(fast, plain)
 
 
-@pytest.mark.parametrize("number", [0, 64 * 5, 2**32 - 64, 2**40])
+@pytest.mark.parametrize("number", [0, 48 * 5, 2**32 // 48 * 48 - 96, 2**40 // 48 * 48])
 def test_backends_agree_on_a_part(number: int) -> None:
     x, seed = torch.randn(1000), seed_tensor(5)
-    fast = ops.quantize(x, seed, 2, 64, [], torch.bfloat16, 0, number)
-    plain = reference.quantize(x, seed, 2, 64, [], torch.bfloat16, 0, number)
+    fast = ops.quantize(x, seed, 2, 48, [], torch.bfloat16, 0, number)
+    plain = reference.quantize(x, seed, 2, 48, [], torch.bfloat16, 0, number)
     assert all(torch.equal(a, b) for a, b in zip(fast, plain, strict=True))
     a, b = (
-        f(*fast[:2], seed, 1000, 2, 64, [], 1.0, torch.float32, number) for f in (ops.dequantize, reference.dequantize)
+        f(*fast[:2], seed, 1000, 2, 48, [], 1.0, torch.float32, number) for f in (ops.dequantize, reference.dequantize)
     )
     assert torch.equal(a, b)
