@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dibit.functions import activation, add, aggregate, dropout, linear, loss, norm, power, product
+from dibit.functions import activation, add, aggregate, dropout, fused, linear, loss, norm, power, product
+from dibit.nn import norm_relu_dropout
 from dibit.state import Rule
 
 RULES: Mapping[Any, Rule] = {
@@ -88,6 +89,7 @@ RULES: Mapping[Any, Rule] = {
     torch.batch_norm: norm.torch_batch_norm,
     F.layer_norm: norm.layer_norm,
     torch.layer_norm: norm.layer_norm,
+    norm_relu_dropout: fused.norm_relu_dropout,
     F.log_softmax: loss.log_softmax,
     torch.log_softmax: loss.torch_log_softmax,
     Tensor.log_softmax: loss.torch_log_softmax,

@@ -46,11 +46,7 @@ class BatchNorm(torch.autograd.Function):
         if training or ctx.needs_input_grad[1]:
             rows = x.detach().movedim(1, -1)
             normalised = Affine(mean, inverse, watches=training)
-            config = norm_config(step, rows.shape[:-1].numel())
-            # a draw that serves both uses needs all rows
-            inner = step.keep_affine(rows, normalised, config, watched=config.reduce is not None)
-            if training and ctx.needs_input_grad[0]:
-                outer = step.keep_affine(rows, normalised, config, watched=False) if config.reduce else inner
+            outer, inner = keep_normalised(step, rows, normalised, training and ctx.needs_input_grad[0])
         ctx.shared = outer is inner
         save(ctx, None if ctx.shared else outer, inner, inverse, weight)
         ctx.training, ctx.dtypes = training, (x.dtype, weight.dtype if weight is not None else None)
@@ -78,6 +74,16 @@ class BatchNorm(torch.autograd.Function):
         dw = None if product is None or not ctx.needs_input_grad[1] else product.to(ctx.dtypes[1])
         db = total.to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
         return dx, dw, db, None, None, None, None, None
+
+
+def keep_normalised(step: Step, rows: Tensor, normalised: Affine, both: bool) -> tuple[Any, Any]:
+    """Draws of the normalised input (..., D), for its element's own term (where `both`) and for the sums over rows."""
+    config = norm_config(step, rows.shape[:-1].numel())
+    inner = step.keep_affine(rows, normalised, config, watched=config.reduce is not None)
+    if not both:
+        return None, inner
+    # a draw that serves both uses needs all rows
+    return (step.keep_affine(rows, normalised, config, watched=False) if config.reduce else inner), inner
 
 
 class LayerNorm(torch.autograd.Function):

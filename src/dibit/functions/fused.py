@@ -1,0 +1,91 @@
+"""BatchNorm, ReLU and dropout in one pass: `dibit.nn.norm_relu_dropout`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dibit.codec import Affine, ops
+from dibit.functions.common import dense, first_order
+from dibit.functions.dropout import dropout
+from dibit.functions.norm import batch_norm_gradient, keep_normalised
+from dibit.precision import at_least_single
+from dibit.residual import Mask, Reseeded, load, save
+from dibit.step import Step
+
+
+class NormReLUDropout(torch.autograd.Function):
+    """y = m * max(0, gain * x_hat + bias), statistics of the batch; m of a seed, or 1 where p is 0."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Any, bias: Any, running: tuple[Any, Any], momentum: float, eps: float, p: float,
+        step: Step,
+    ) -> Tensor:  # fmt: skip
+        mean, inverse = _statistics(x, running, momentum, eps)
+        gain = inverse if weight is None else inverse * weight
+        shift = torch.zeros_like(mean) if bias is None else bias.detach().to(mean.dtype)
+        seed = step.seed("dropout", x.device)
+        y, bits = ops.norm_relu_dropout(x, mean, gain, shift, seed, p)
+        mask = step.note(Mask(bits, 0.0))
+        if p:
+            step.note(Reseeded(seed, p))
+        # plain torch keeps the statistics, the ReLU's output and dropout's mask
+        noise = x.numel() * (x.element_size() if x.device.type == "cpu" else 1)
+        step.plain(mean.nbytes + inverse.nbytes, y.nbytes, noise if p else 0)
+        outer, inner = keep_normalised(step, x, Affine(mean, inverse, watches=True), ctx.needs_input_grad[0])
+        ctx.shared, ctx.p = outer is inner, p
+        ctx.dtypes = x.dtype, None if weight is None else weight.dtype
+        save(ctx, None if ctx.shared else outer, inner, inverse, weight, mask, seed)
+        return y
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        outer, inner, inverse, weight, mask, seed = load(ctx)
+        g = ops.relu_dropout_gradient(dy.contiguous(), mask.bits, seed, ctx.p).to(inverse.dtype)
+        dx, dw, db = batch_norm_gradient(g, None if ctx.shared else outer, inner, inverse, weight)
+        needs = ctx.needs_input_grad
+        x_dtype, w_dtype = ctx.dtypes
+        return (
+            dx.to(x_dtype) if needs[0] else None,
+            dw.to(w_dtype) if needs[1] else None,
+            db.to(w_dtype) if needs[2] else None,
+            None, None, None, None, None,
+        )  # fmt: skip
+
+
+def _statistics(x: Tensor, running: tuple[Any, Any], momentum: float, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and inverse standard deviation (D,) of the rows of x, of single precision at least; running ones follow."""
+    if x.device.type == "cuda":
+        mean, inverse = torch.batch_norm_stats(x, eps)
+        var = inverse.square().reciprocal_().sub_(eps) if running[1] is not None else None
+    else:
+        var, mean = torch.var_mean(at_least_single(x), 0, correction=0)
+        inverse = torch.rsqrt(var + eps)
+    if running[0] is not None and var is not None:
+        n = x.shape[0]
+        running[0].lerp_(mean.to(running[0].dtype), momentum)
+        running[1].lerp_((var * (n / (n - 1))).to(running[1].dtype), momentum)
+    return mean, inverse
+
+
+def norm_relu_dropout(
+    step: Step, input: Tensor, running_mean: Any, running_var: Any, weight: Any, bias: Any, p: float, training: bool,
+    momentum: float, eps: float,
+) -> Any:  # fmt: skip
+    config, given = step.config, [t for t in (weight, bias) if t is not None]
+    if config is None or not dense(input, *given) or input.dim() != 2 or input.shape[0] < 2 or not input.numel():
+        return NotImplemented
+    if not training or not 0 <= p < 1 or not any(t.requires_grad for t in (input, *given)):
+        return NotImplemented
+    step.plain(input)
+    own = p if config.dropout == "seed" else 0.0
+    running = running_mean, running_var
+    y = NormReLUDropout.apply(input.contiguous(), weight, bias, running, momentum, eps, float(own), step)
+    if own == p:
+        return y
+    masked = dropout(step, y, p, training)  # torch's own draw
+    return y if masked is NotImplemented else masked
