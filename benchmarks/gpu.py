@@ -10,13 +10,20 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
+import multiprocessing
 import os
+import shutil
 import statistics
+import subprocess
 import sys
+import sysconfig
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,27 +44,70 @@ from dibit.codec import cuda, ops, seed_tensor  # noqa: E402
 SETTINGS = ("plain", "compile", "checkpoint", "bf16", "exact", "iexact", "small", "default")
 PARTS = ("check", "graph", "kernels", "train", "profile")
 MB = 2.0**20
+_CALLS = 10  # in a row, where one is timed
 
 
 def main() -> int:
     args = _arguments()
     device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("gpu.py: torch sees no GPU here; run it on a machine with one, or in the interpreter (see --help).")
+    if (wrong := _unfit(device)) is not None:
+        print(f"gpu.py: {wrong}")
         return 2
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if device.type == "cpu":
         import tests.gpu.interpreter  # noqa: F401
-    results: dict[str, Any] = {"machine": machine(device)}
-    print("  ".join(f"{key}: {value}" for key, value in results["machine"].items()))
-    for part in args.only:
-        results[part] = globals()[part](device, args)
-        if args.out:
-            Path(args.out).write_text(json.dumps(results, indent=2) + "\n")
-    wrong = [row["case"] for row in results.get("check", ()) if not row["agrees"]]
-    if wrong or results.get("graph", {}).get("fresh") is False:
-        print(f"gpu.py: not as they should be: {', '.join(wrong) or 'seeds in a CUDA graph'}")
-        return 1
+    if len(args.only) > 1:
+        return _each_part(device, args)
+    (part,) = args.only
+    _write(args.out, {"machine": machine(device), part: globals()[part](device, args)})
     return 0
+
+
+def _each_part(device: torch.device, args: argparse.Namespace) -> int:
+    """Each part in a process of its own: an error on the device ends that part, not the others."""
+    results: dict[str, Any] = {"machine": machine(device)}
+    print("  ".join(f"{key}: {value}" for key, value in results["machine"].items()), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for part in args.only:
+            own = Path(folder) / f"{part}.json"
+            given = [x for i, x in enumerate(sys.argv[1:], 1) if not _names_parts_or_file(i)]
+            done = subprocess.run([sys.executable, __file__, *given, "--only", part, "--out", str(own)], check=False)
+            results[part] = json.loads(own.read_text())[part] if own.exists() else {"failed": done.returncode}
+            _write(args.out, results)
+    wrong = [row["case"] for row in results.get("check", ()) if not row["agrees"]]
+    failed = [part for part in args.only if isinstance(results[part], dict) and "failed" in results[part]]
+    if results.get("graph", {}).get("fresh") is False:
+        wrong.append("seeds in a CUDA graph")
+    if wrong or failed:
+        print(f"gpu.py: not as it should be: {', '.join([*wrong[:9], *failed])}{' ...' if len(wrong) > 9 else ''}")
+    return 1 if wrong or failed else 0
+
+
+def _names_parts_or_file(i: int) -> bool:
+    """Whether argument i belongs to --only or --out, which each part gets for itself."""
+    before = [x for x in sys.argv[1 : i + 1] if x.startswith("--")]
+    return bool(before) and before[-1].split("=")[0] in ("--only", "--out")
+
+
+def _unfit(device: torch.device) -> str | None:
+    """Why nothing can be run here, in a sentence."""
+    if device.type != "cuda":
+        return None
+    if not torch.cuda.is_available():
+        return "torch sees no GPU here; run it on a machine with one, or in the interpreter (see --help)."
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed here; a build of torch with CUDA brings it along: 'pip install triton'."
+    if shutil.which(os.environ.get("CC", "")) is None and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        return "there is no C compiler here, which Triton needs to launch kernels; install gcc, or set CC."
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return "Python's headers are not here, which Triton needs to launch kernels; install python3-dev."
+    return None
+
+
+def _write(out: str | None, results: dict[str, Any]) -> None:
+    if out:
+        Path(out).write_text(json.dumps(results, indent=2) + "\n")
 
 
 def _arguments() -> argparse.Namespace:
@@ -98,10 +148,34 @@ def say(text: str) -> None:
 
 
 def check(device: torch.device, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Each kernel on the device, and the definition on the CPU, on the same numbers."""
+    """Each kernel on the device, and the definition on the CPU, on the same numbers; a process a family compiles."""
+    scale = max(1, min(20, round(20 * args.scale)))
+    workers = max(1, min(len(cases.FAMILIES), (os.cpu_count() or 2) // 2))
+    rows: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        jobs = {pool.submit(_family, name, scale, args.device): name for name in cases.FAMILIES}
+        for done, job in enumerate(as_completed(jobs), 1):
+            say(f"checked {jobs[job]}, {done} of {len(jobs)}")
+            try:
+                rows += job.result()
+            except Exception as error:
+                rows.append({"case": jobs[job], "agrees": False, "failed": reason(error)})
+    for row in rows:
+        if not row["agrees"]:
+            print(f"NOT AS DEFINED  {row['case']}: {row.get('failed', row.get('apart'))}")
+    print(f"{sum(row['agrees'] for row in rows)} of {len(rows)} cases as the definition has them\n")
+    return rows
+
+
+def _family(name: str, scale: int, device: str) -> list[dict[str, Any]]:
+    torch.set_num_threads(2)
+    if device == "cpu":
+        import tests.gpu.interpreter  # noqa: F401
+    else:
+        torch.cuda.set_device(device)
+    torch.manual_seed(0)
     rows = []
-    for case in cases.every(max(1, min(20, round(20 * args.scale)))):
-        say(f"checking {case.title}")
+    for case in cases.FAMILIES[name](scale):
         row: dict[str, Any] = {"case": case.title}
         try:
             found = getattr(cuda, case.operator)(*(x.to(device) if isinstance(x, Tensor) else x for x in case.args))
@@ -111,9 +185,6 @@ def check(device: torch.device, args: argparse.Namespace) -> list[dict[str, Any]
         except Exception as error:
             row |= {"agrees": False, "failed": reason(error)}
         rows.append(row)
-        if not row["agrees"]:
-            print(f"NOT AS DEFINED  {case.title}: {row.get('failed', row.get('apart'))}")
-    print(f"{sum(row['agrees'] for row in rows)} of {len(rows)} cases as the definition has them\n")
     return rows
 
 
@@ -162,24 +233,88 @@ def graph(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def kernels(device: torch.device, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Microseconds and GB/s of each kernel, all bytes read and written counted, beside a copy; interleaved medians."""
+    """Microseconds and GB/s of each kernel, all bytes read and written counted, beside a copy; interleaved medians.
+
+    On a GPU ten calls are captured in a CUDA graph, so that Python is not timed, each after a write over its
+    caches, whose own time is taken off. What a call costs the host is told beside.
+    """
     found = _kernels(device, max(256, round(169_343 * args.scale)))
+    clocks: dict[str, Callable[[], float]] = {}
+    for name, (run, _) in found.items():
+        say(f"kernels, {name}")
+        clocks[name] = _clock(run, device)
     times: dict[str, list[float]] = {name: [] for name in found}
     for done in range(args.rounds + 1):
         say(f"kernels, round {done} of {args.rounds}")
-        for name, (run, _) in found.items():
-            times[name].append(_seconds(run, device, 1 if done == 0 or device.type != "cuda" else 10))
+        for name, clock in clocks.items():
+            times[name].append(clock())
     rows = []
-    for name, (_, size) in found.items():
+    for name, (run, size) in found.items():
         seconds = statistics.median(times[name][1:])
-        rows.append({"kernel": name, "bytes": size, "us": seconds * 1e6, "gb_s": size / seconds / 1e9})
+        host = _host_seconds(run, device)
+        rows.append(
+            {"kernel": name, "bytes": size, "us": seconds * 1e6, "host_us": host * 1e6, "gb_s": size / seconds / 1e9}
+        )
     for row in rows:
         row["share"] = row["gb_s"] / rows[0]["gb_s"]
     table(
-        ("kernel", "us", "GB/s", "of a copy"),
-        [(r["kernel"], f"{r['us']:.1f}", f"{r['gb_s']:.0f}", f"{100 * r['share']:.0f} %") for r in rows],
+        ("kernel", "us", "host us", "GB/s", "of a copy"),
+        [
+            (r["kernel"], f"{r['us']:.1f}", f"{r['host_us']:.0f}", f"{r['gb_s']:.0f}", f"{100 * r['share']:.0f} %")
+            for r in rows
+        ],
     )
     return rows
+
+
+def _clock(run: Callable[[], Any], device: torch.device) -> Callable[[], float]:
+    """Seconds of one call, each time it is asked."""
+    if device.type != "cuda":
+
+        def once() -> float:
+            start = time.perf_counter()
+            run()
+            return time.perf_counter() - start
+
+        return once
+    flushed = torch.empty(1 << 28, dtype=torch.uint8, device=device)  # five times the caches of an H100
+    both, alone = _captured(lambda: (flushed.zero_(), run())), _captured(flushed.zero_)
+    return lambda: max(1e-9, (_replayed(both, device) - _replayed(alone, device)) / _CALLS)
+
+
+def _captured(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_CALLS):
+            run()
+    return graph
+
+
+def _replayed(graph: torch.cuda.CUDAGraph, device: torch.device) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    start.record()
+    graph.replay()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end) / 1e3
+
+
+def _host_seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """What a call costs Python, the device's work not waited for."""
+    _synchronize(device)
+    start = time.perf_counter()
+    for _ in range(_CALLS if device.type == "cuda" else 1):
+        run()
+    seconds = time.perf_counter() - start
+    _synchronize(device)
+    return seconds / (_CALLS if device.type == "cuda" else 1)
 
 
 def _kernels(device: torch.device, nodes: int) -> dict[str, tuple[Callable[[], Any], int]]:
@@ -231,22 +366,6 @@ def _kernels(device: torch.device, nodes: int) -> dict[str, tuple[Callable[[], A
     return found
 
 
-def _seconds(run: Callable[[], Any], device: torch.device, times: int) -> float:
-    """Of one call; on a GPU by its own clock, several in a row."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(device)
-    start.record()
-    for _ in range(times):
-        run()
-    end.record()
-    torch.cuda.synchronize(device)
-    return start.elapsed_time(end) / times / 1e3
-
-
 # -- training steps -----------------------------------------------------------------------------------------------
 
 
@@ -269,13 +388,18 @@ def train(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
     times: dict[str, list[float]] = {setting: [] for setting in steps}
     for done in range(args.rounds + 1):
         say(f"steps, round {done} of {args.rounds}")
-        for setting, step in steps.items():
-            _synchronize(device)
-            start = time.perf_counter()
-            for _ in range(args.steps):
-                step()
-            _synchronize(device)
-            times[setting].append((time.perf_counter() - start) / args.steps)
+        for setting, step in list(steps.items()):
+            try:
+                _synchronize(device)
+                start = time.perf_counter()
+                for _ in range(args.steps):
+                    step()
+                _synchronize(device)
+                times[setting].append((time.perf_counter() - start) / args.steps)
+            except Exception as error:  # out of memory beside the others, say
+                rows[setting]["failed"] = reason(error)
+                del steps[setting], times[setting]
+    del steps
     for setting, own in times.items():
         ratios = [a / b for a, b in zip(own[1:], times.get("plain", own)[1:], strict=True)]
         rows[setting] |= {"seconds": statistics.median(own[1:]), "ratio": statistics.median(ratios), "times": own[1:]}

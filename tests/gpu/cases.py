@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -76,8 +77,9 @@ def levels_of(bits: int) -> list[float]:
 def codes(bits: int, scale: int) -> Iterator[Case]:
     """Quantised and unpacked: block sizes, levels, ranges, rounding, dither, dtypes, short blocks."""
     seed = seed_tensor(SEED)
-    for block, n in ((1, 5), (3, 1), (7, 703), (128, 4103), (1000, 4103), (1024, 4103), (1024, 0), (9001, 9001)):
-        x = awkward(n * scale if n > 5 else n)
+    sizes = (1, 5), (3, 1), (7, 703), (128, 1025), (128, 4103), (1000, 4103), (1024, 4103), (1024, 0), (9001, 9001)
+    for block, n in sizes:
+        x = awkward(n * scale // block * block + n % block if n > 5 else n)  # the short block stays as it is
         for levels, (stats, rounding) in itertools.product(
             ([], levels_of(bits)), ((torch.bfloat16, 0), (torch.float32, 0), (torch.bfloat16, 1))
         ):
@@ -116,7 +118,7 @@ def rows(bits: int, scale: int) -> Iterator[Case]:
     """Gathered, moved and scaled on the way; products with what was encoded, sums in another order."""
     seed = seed_tensor(SEED)
     for (width, block), dtype in itertools.product(
-        ((12, 48), (33, 128), (128, 128), (128, 1024), (256, 64), (40, 9000)), DTYPES[:2]
+        ((12, 48), (33, 128), (128, 128), (128, 1024), (256, 64), (40, 9000), (8, 7), (16, 63), (32, 121)), DTYPES[:2]
     ):
         n = 101 * scale
         x, index = torch.randn(n, width).to(dtype), torch.randperm(n)[: n // 3 + 5].sort().values
@@ -183,12 +185,13 @@ def sampling(scale: int) -> Iterator[Case]:
         for kind, scores in kinds.items():
             some = min(count, int((scores < LEFT_OUT).sum()))
             yield Case(f"pick {some} of {n} rows, {kind}", "pick_rows", (scores, seed_tensor(n + some), some), 1e-6)
+    for width, dtype in itertools.product((1, 15, 40, 300), DTYPES):
+        x = torch.randint(-8, 9, (130 * scale, width)).to(dtype)  # sums are exact in any order
+        x[3], x[5, 0], x[6, 0] = 0, float("nan"), float("inf")
+        yield Case(f"scores of rows, width {width}, {str(dtype)[6:]}", "row_scores", (x,))
 
 
-def every(scale: int) -> Iterator[Case]:
-    """All of them."""
-    families: list[Callable[[], Iterator[Case]]] = [lambda: elementwise(scale), lambda: sampling(scale)]
-    families += [lambda b=bits, f=family: f(b, scale) for bits in BITS for family in (codes, rows)]  # type: ignore[misc]
-    torch.manual_seed(0)
-    for family in families:
-        yield from family()
+FAMILIES: dict[str, Callable[[int], Iterator[Case]]] = {"elementwise": elementwise, "sampling": sampling}
+for _bits in BITS:
+    FAMILIES[f"codes, {_bits} bit"] = partial(codes, _bits)
+    FAMILIES[f"rows, {_bits} bit"] = partial(rows, _bits)

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from dibit.codec import reference
 from dibit.codec.cuda.kernels import blocks as kernels
-from dibit.codec.cuda.launch import SINGLE, as_bits, launch, on_device, parts, power
+from dibit.codec.cuda.launch import SINGLE, as_bits, constant, launch, on_device, parts, power
 
 _MOST = 2048  # bytes of a block that one program takes whole
-_TILE = 1024  # elements of one slot that a program holds at once
+_TILE = 1024  # bytes that a program takes of blocks that several share
+_ELEMENTS = 4096  # that a program takes of whole blocks
 
 
 def quantize(
@@ -55,7 +56,7 @@ def _quantize(
     source = x.contiguous()
     for count, own, start, at, row in _launches(full, tail, block, size):
         t, b, chunks = _shape(size, count, own, bits)
-        ends = widths
+        ends, fixed = widths, constant(own) if own == block and chunks == 1 else 0
         if chunks > 1:
             ends = x.new_empty((count, 2), dtype=torch.int32)
             ends[:, 0], ends[:, 1] = 2**31 - 1, -(2**31)
@@ -65,8 +66,8 @@ def _quantize(
         launch(
             kernels.quantize, (parts(count, b) * chunks,), x.device, source, *moved, seed, ends, table,
             codes[at:], as_bits(ranges[row:]), widths[row:], count, own, start, number + start, chunks,
-            BLOCK=own if own == block and chunks == 1 else 0, SHARED=chunks > 1, **meta,
-            RUN=size if own == block and chunks == 1 and width and width % size == 0 else 0, B=b, T=t, warps=8,
+            BLOCK=fixed, SHARED=chunks > 1, **meta,
+            RUN=size if fixed and width and width % size == 0 and block % (8 // bits) == 0 else 0, B=b, T=t, warps=8,
         )  # fmt: skip
     return codes, ranges, widths
 
@@ -83,8 +84,10 @@ def _shape(size: int, count: int, own: int, bits: int) -> tuple[int, int, int]:
     """Bytes and blocks of a program's tile, and programs a block; the short block's tile is as wide as the others'."""
     t = power(size, most=_MOST)
     chunks = parts(reference.packed_bytes(own, bits), t)
+    if chunks == 1 and count == 1:
+        return max(64, t), 1, 1  # a smaller tile would be a scalar
     if chunks == 1:
-        return t, 1 if count == 1 else max(1, _TILE // t), 1
+        return t, max(1, _ELEMENTS * bits // 8 // t), 1
     return _TILE, 1, parts(reference.packed_bytes(own, bits), _TILE)
 
 
@@ -108,10 +111,11 @@ def dequantize(
     table = on_device(levels, codes.device, out)
     for count, own, start, at, row in _launches(full, tail, block, size):
         t, b, chunks = _shape(size, count, own, bits)
+        fixed = constant(own) if own == block and chunks == 1 else 0
         launch(
             kernels.dequantize, (parts(count, b) * chunks,), codes.device, codes[at:], as_bits(ranges[row:]), seed,
             table, out[start:], count, own, number + start, float(dither), chunks,
-            BLOCK=own if own == block and chunks == 1 else 0, SHARED=chunks > 1, BITS=bits, LEVELS=bool(levels),
+            BLOCK=fixed, SHARED=chunks > 1, BITS=bits, LEVELS=bool(levels),
             DITHERED=dither != 0, HALF=ranges.dtype == torch.bfloat16, CLAMP=65504.0 if dtype == torch.float16 else 0.0,
             B=b, T=t,
         )  # fmt: skip

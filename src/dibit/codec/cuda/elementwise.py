@@ -68,7 +68,9 @@ def norm_relu_dropout(
     y, mask = _result(x), _mask_of(x)
     tensors = x.contiguous(), mean.contiguous(), gain.contiguous(), bias.contiguous(), seed, y, mask
     numbers = x.numel(), mask.numel(), float(p), reference.dropout_scale(p, x.dtype)
-    _masked(kernels.norm_relu_dropout, mask, *tensors, *numbers, WIDTH=x.shape[-1], DROPS=p > 0)
+    width = x.shape[-1]
+    aligned = width % 4 == 0 and mask.numel() % 4 == 0
+    _masked(kernels.norm_relu_dropout, mask, *tensors, *numbers, WIDTH=width, ALIGNED=aligned, DROPS=p > 0)
     return y, mask
 
 

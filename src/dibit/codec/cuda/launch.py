@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from dibit.precision import HALF
+from dibit.stream import capturing
 
 SINGLE = (torch.float32, *HALF)  # what kernels compute in, or convert; for others the definition runs
 
@@ -71,15 +72,29 @@ def parts(count: int, size: int) -> int:
     return -(-count // size)
 
 
+def constant(block: int) -> int:
+    """A block that the code is compiled for; 0 for others: blocks of whole tensors would be compiled size by size."""
+    return block if block & (block - 1) == 0 else 0
+
+
 def on_device(levels: list[float], device: torch.device, unread: Tensor) -> Tensor:
     """Levels as a float32 tensor; without any, what stands for a pointer that is not read."""
-    return _table(tuple(levels), device) if levels else unread
+    if not levels:
+        return unread
+    if capturing(device):  # made by each replay, so nobody else may read it
+        return _filled(tuple(levels), device)
+    return _table(tuple(levels), device)
 
 
-@functools.lru_cache(maxsize=64)
-def _table(levels: tuple[float, ...], device: torch.device) -> Tensor:
-    """The first use waits for the copy, later ones find it."""
-    return torch.tensor(levels, dtype=torch.float32, device=device)
+def _filled(levels: tuple[float, ...], device: torch.device) -> Tensor:
+    """Number by number: a copy from the host would be waited for."""
+    table = torch.empty(len(levels), dtype=torch.float32, device=device)
+    for i, level in enumerate(levels):
+        table[i].fill_(level)
+    return table
+
+
+_table = functools.cache(_filled)
 
 
 def as_bits(ranges: Tensor) -> Tensor:

@@ -7,21 +7,25 @@ from torch import Tensor
 
 from dibit.codec import reference
 from dibit.codec.cuda.kernels import products as kernels
-from dibit.codec.cuda.launch import SINGLE, as_bits, launch, on_device, parts, power
-from dibit.precision import HALF
+from dibit.codec.cuda.launch import SINGLE, as_bits, constant, launch, on_device, parts, power
 
 _LARGEST = 8192  # elements of a block; larger ones are unpacked before they are multiplied
 _TILE = 1024  # elements that a program holds at once
+_PRECISION = "ieee" if torch.version.hip else "tf32x3"  # on tensor cores, to float32's own precision
 _PROGRAMS = 264  # twice the multiprocessors of an H100: into so many parts a sum is cut
 
 
-def _packing(ranges: Tensor, rows: int, width: int, bits: int, block: int) -> dict[str, int | bool] | None:
-    """What kernels that multiply with an encoded matrix are compiled for; `None` where they do not serve."""
+def _packing(
+    ranges: Tensor, rows: int, width: int, bits: int, block: int
+) -> tuple[tuple[int, ...], dict[str, int | bool]] | None:
+    """Numbers and constants that kernels over an encoded matrix take; `None` where they do not serve."""
     if ranges.dtype == torch.float64 or block > _LARGEST or not rows * width:
         return None
-    return {
-        "WIDTH": width, "BLOCK": block, "BITS": bits, "HALF": ranges.dtype == torch.bfloat16,
-        "TAIL": rows * width % block != 0,
+    last, tail = divmod(rows * width, block)
+    numbers = rows, block, last, max(1, reference.packed_bytes(tail, bits))
+    return numbers, {
+        "WIDTH": width, "BLOCK": constant(block), "BITS": bits, "HALF": ranges.dtype == torch.bfloat16,
+        "TAIL": tail != 0,
     }  # fmt: skip
 
 
@@ -34,6 +38,7 @@ def weight_gradient(
         return reference.weight_gradient(
             codes, ranges, seed, dy, index, weight, rows, width, bits, block, levels, dither
         )
+    numbers, meta = packing
     columns = dy.shape[1]
     r, c, d = 16, power(columns, 16, 64), power(width, 16, 64)
     tiles = parts(columns, c) * parts(width, d)
@@ -42,24 +47,18 @@ def weight_gradient(
     launch(
         kernels.weight_gradient, (tiles, slabs.shape[0]), dy.device, codes, as_bits(ranges),
         on_device(levels, dy.device, slabs),
-        seed, dy.contiguous(), dy if index is None else index, dy if weight is None else weight, slabs, rows, share,
-        columns, float(dither), **packing, LEVELS=bool(levels), DITHERED=dither != 0, SAMPLED=index is not None,
-        PRECISION=_precision(dy), R=r, C=c, D=d, warps=8,
+        seed, dy.contiguous(), dy if index is None else index, dy if weight is None else weight, slabs, *numbers,
+        share, columns, float(dither), **meta, LEVELS=bool(levels), DITHERED=dither != 0, SAMPLED=index is not None,
+        PRECISION=_PRECISION, R=r, C=c, D=d, warps=8,
     )  # fmt: skip
     return slabs.sum(0)
-
-
-def _precision(dy: Tensor) -> str:
-    """How float32 is multiplied: on tensor cores to float32's own precision, or as coarsely as torch may do it."""
-    if torch.version.hip:
-        return "ieee"
-    return "tf32" if dy.dtype in HALF or torch.get_float32_matmul_precision() != "highest" else "tf32x3"
 
 
 def column_sums(codes: Tensor, ranges: Tensor, seed: Tensor, g: Tensor, bits: int, block: int, dither: float) -> Tensor:
     packing = _packing(ranges, g.shape[0], g.shape[1], bits, block)
     if packing is None or g.dtype != torch.float32:
         return reference.column_sums(codes, ranges, seed, g, bits, block, dither)
+    numbers, meta = packing
     rows, width = g.shape
     d = power(width, 16, 128)
     r, tiles = _TILE // d, parts(width, d)
@@ -67,7 +66,7 @@ def column_sums(codes: Tensor, ranges: Tensor, seed: Tensor, g: Tensor, bits: in
     sums = g.new_empty((parts(rows, share), width))
     launch(
         kernels.column_sums, (tiles, sums.shape[0]), g.device, codes, as_bits(ranges), sums, seed, g.contiguous(), sums,
-        rows, share, float(dither), **packing, LEVELS=False, DITHERED=dither != 0, R=r, D=d,
+        *numbers, share, float(dither), **meta, LEVELS=False, DITHERED=dither != 0, R=r, D=d,
     )  # fmt: skip
     return sums.sum(0)
 
@@ -80,11 +79,12 @@ def norm_gradient(
     if packing is None or g.dtype != torch.float32:
         return reference.norm_gradient(codes, ranges, seed, g, shift, factor, gain, bits, block)
     out = torch.empty_like(g, memory_format=torch.contiguous_format)
+    numbers, meta = packing
     rows, width = g.shape
     d = power(width, 16, 128)
     vectors = (part.contiguous() for part in (shift, factor, gain))
     launch(
         kernels.norm_gradient, (parts(rows, _TILE // d), parts(width, d)), g.device, codes, as_bits(ranges), out, seed,
-        g.contiguous(), *vectors, out, rows, **packing, R=_TILE // d, D=d,
+        g.contiguous(), *vectors, out, *numbers, **meta, R=_TILE // d, D=d,
     )  # fmt: skip
     return out

@@ -17,6 +17,7 @@ from dibit.codec.cuda.kernels.numbers import (
     decoded,
     keys,
     ordered,
+    quotient,
     rounded,
     stored_range,
     uniform,
@@ -91,6 +92,7 @@ def quantize(
     """
     SLOTS: tl.constexpr = 8 // BITS
     TOP: tl.constexpr = (1 << BITS) - 1
+    EVEN: tl.constexpr = BLOCK > 0 and BLOCK == SLOTS * T  # a tile has no element beyond its block
     program = tl.program_id(0).to(tl.int64)
     if BLOCK:
         block, size = BLOCK, (BLOCK + SLOTS - 1) // SLOTS
@@ -107,7 +109,7 @@ def quantize(
         lowest = tl.full((B, T), 2147483647, tl.int32)
         highest = tl.full((B, T), -2147483648, tl.int32)
         for slot in tl.static_range(SLOTS):
-            mask = there & (j < size) & (slot * size + j < block)
+            mask = tl.broadcast_to(there, (B, T)) if EVEN else there & (j < size) & (slot * size + j < block)
             first = start + b * block + slot * size
             some = there & (slot * size < block)
             x = _element(x_ptr, index_ptr, shift_ptr, scale_ptr, first, j, mask, some, WIDTH, GATHER, AFFINE, RUN)
@@ -140,15 +142,24 @@ def quantize(
 
     zero, width, scale, _ = affine(low, high)
     wide = width > 0
-    divisor = tl.broadcast_to(tl.where(wide, width, 1.0), (B, T))
+    divisor = tl.where(wide, width, 1.0)
+    usual = (divisor >= 5.421010862427522e-20) & (divisor <= 4.253529586511731e37)  # 2^-64, 2^125
+    usually = tl.min(usual.to(tl.int32)) == 1
+    inverse = tl.div_rn(tl.full((B, 1), 1.0, tl.float32), divisor)
+    every = tl.broadcast_to(divisor, (B, T))
     key0, key1 = keys(seed_ptr, 0)
     packed = tl.zeros((B, T), tl.int32)
     for slot in tl.static_range(SLOTS):
-        mask = there & (begin + j < size) & (slot * size + begin + j < block)
+        if EVEN:
+            mask = tl.broadcast_to(there, (B, T))
+        else:
+            mask = there & (begin + j < size) & (slot * size + begin + j < block)
         first = b * block + slot * size + begin
         some = there & (slot * size + begin < block)
         x = _element(x_ptr, index_ptr, shift_ptr, scale_ptr, start + first, j, mask, some, WIDTH, GATHER, AFFINE, RUN)
-        h = tl.where(wide, tl.div_rn(x * scale - zero, divisor) * TOP, 0.0)
+        above = x * scale - zero
+        h = quotient(above, every, inverse) if usually else tl.div_rn(above, every)
+        h = tl.where(wide, h * TOP, 0.0)
         u = uniform(number + first, j, key0, key1)
         code = rounded(tl.where(mask, h, 0.0), u, levels_ptr, BITS, LEVELS, NEAREST)
         packed |= tl.where(mask, code, 0) << (slot * BITS)

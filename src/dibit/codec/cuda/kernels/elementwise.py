@@ -17,14 +17,15 @@ def pack_mask(x_ptr, y_ptr, bits_ptr, n, size, RELU: tl.constexpr, T: tl.constex
     begin = tl.program_id(0).to(tl.int64) * T
     j = tl.arange(0, T)
     packed = tl.zeros((T,), tl.int32)
+    first = begin
     for slot in tl.static_range(8):
-        first = slot * size + begin
         mask = (begin + j < size) & (first + j < n)
         x = tl.load(x_ptr + first + j, mask=mask, other=0.0)
         positive = (x.to(tl.float32) <= 0) == 0  # true for NaN
         packed |= (mask & positive).to(tl.int32) << slot
         if RELU:
             tl.store(y_ptr + first + j, tl.where(positive, x, tl.zeros_like(x)), mask=mask)
+        first += size  # in 64 bits
     tl.store(bits_ptr + begin + j, packed.to(tl.uint8), mask=begin + j < size)
 
 
@@ -34,13 +35,14 @@ def apply_mask(grad_ptr, bits_ptr, out_ptr, n, size, slope, SLOPED: tl.constexpr
     begin = tl.program_id(0).to(tl.int64) * T
     j = tl.arange(0, T)
     packed = tl.load(bits_ptr + begin + j, mask=begin + j < size, other=0).to(tl.int32)
+    first = begin
     for slot in tl.static_range(8):
-        first = slot * size + begin
         mask = (begin + j < size) & (first + j < n)
         grad = tl.load(grad_ptr + first + j, mask=mask, other=0.0).to(tl.float32)
         rest = grad * slope if SLOPED else tl.zeros_like(grad)
         passed = tl.where(((packed >> slot) & 1) == 1, grad, rest)
         tl.store(out_ptr + first + j, passed.to(out_ptr.dtype.element_ty), mask=mask)
+        first += size  # in 64 bits
 
 
 @triton.jit
@@ -58,17 +60,22 @@ def dropout(x_ptr, out_ptr, seed_ptr, n, p, scale, T: tl.constexpr):
 @triton.jit
 def norm_relu_dropout(
     x_ptr, mean_ptr, gain_ptr, bias_ptr, seed_ptr, y_ptr, bits_ptr, n, size, p, scale,
-    WIDTH: tl.constexpr, DROPS: tl.constexpr, T: tl.constexpr,
+    WIDTH: tl.constexpr, ALIGNED: tl.constexpr, DROPS: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Dropout of the ReLU of (x - mean) * gain + bias, and the ReLU's mask, in one pass."""
+    """Dropout of the ReLU of (x - mean) * gain + bias, and the ReLU's mask, in one pass.
+
+    ALIGNED: WIDTH and size are multiples of 4, so that four elements in a row have four columns in a row.
+    """
     begin = tl.program_id(0).to(tl.int64) * T
     j = tl.arange(0, T)
     packed = tl.zeros((T,), tl.int32)
     key0, key1 = keys(seed_ptr, 0)
+    first = begin
     for slot in tl.static_range(8):
-        first = slot * size + begin
         mask = (begin + j < size) & (first + j < n)
         column = ((first % WIDTH).to(tl.int32) + j) % WIDTH
+        if ALIGNED:
+            column = tl.max_contiguous(tl.multiple_of(column, 4), 4)
         x = tl.load(x_ptr + first + j, mask=mask, other=0.0).to(tl.float32)
         mean, gain = tl.load(mean_ptr + column), tl.load(gain_ptr + column)
         h = (x - mean) * gain + tl.load(bias_ptr + column)
@@ -78,6 +85,7 @@ def norm_relu_dropout(
         if DROPS:
             y = y * tl.where(uniform(first, j, key0, key1) >= p, scale, 0.0)
         tl.store(y_ptr + first + j, y.to(y_ptr.dtype.element_ty), mask=mask)
+        first += size  # in 64 bits
     tl.store(bits_ptr + begin + j, packed.to(tl.uint8), mask=begin + j < size)
 
 
@@ -90,14 +98,15 @@ def relu_dropout_gradient(
     j = tl.arange(0, T)
     key0, key1 = keys(seed_ptr, 0)
     packed = tl.load(bits_ptr + begin + j, mask=begin + j < size, other=0).to(tl.int32)
+    first = begin
     for slot in tl.static_range(8):
-        first = slot * size + begin
         mask = (begin + j < size) & (first + j < n)
         grad = tl.load(grad_ptr + first + j, mask=mask, other=0.0).to(tl.float32)
         if DROPS:
             grad = grad * tl.where(uniform(first, j, key0, key1) >= p, scale, 0.0)
         grad = tl.where(((packed >> slot) & 1) == 1, grad, 0.0)
         tl.store(out_ptr + first + j, grad.to(out_ptr.dtype.element_ty), mask=mask)
+        first += size  # in 64 bits
 
 
 @triton.jit

@@ -30,10 +30,10 @@ def hashed(first, offset, key0, key1):
     """`rng.hash32` of the counters `first` (int64) + `offset` (int32, not negative)."""
     low0, high0 = first.to(tl.uint32), (first >> 32).to(tl.uint32)
     low = low0 + offset.to(tl.uint32)
-    high = tl.where(low < low0, high0 + 1, high0)  # the lower half wrapped
+    here, beyond = high0 * _C3, (high0 + 1) * _C3  # what the upper half adds, before and after the lower one wraps
     x = low + key0
     x = (x ^ (x >> 16)) * _C1
-    x = (x ^ (x >> 15) ^ key1) + high * _C3
+    x = (x ^ (x >> 15) ^ key1) + tl.where(low < low0, beyond, here)
     x = x * _C2
     x = (x ^ (x >> 16)) * _C3
     return x ^ (x >> 15)
@@ -49,6 +49,18 @@ def uniform(first, offset, key0, key1):
 def ordered(bits):
     """float32 bits as an int32 of the same order, NaN beyond infinity; its own inverse."""
     return bits ^ ((bits >> 31) & MAGNITUDE)
+
+
+@triton.jit
+def quotient(a, d, r):
+    """a / d to nearest, for r = 1 / d to nearest and d in [2^-64, 2^125]: a product and two corrections.
+
+    A remainder is exact in one fused operation. It is not where a is below 2^-102; there a / d is so small that only
+    its being positive counts, and that it keeps.
+    """
+    q = a * r
+    q = tl.fma(tl.fma(-q, d, a), r, q)
+    return tl.fma(tl.fma(-q, d, a), r, q)
 
 
 @triton.jit

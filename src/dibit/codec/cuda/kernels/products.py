@@ -1,7 +1,7 @@
 """Kernels that multiply with what was encoded, unpacked in registers and never formed.
 
-The matrix (rows, WIDTH) was encoded in blocks of BLOCK elements with uniform or other levels; TAIL: the last one is
-short.
+The matrix (rows, WIDTH) was encoded in blocks of BLOCK elements, or of `own` ones where BLOCK is 0. TAIL: block `last`
+is short, of `short` bytes.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from dibit.codec.cuda.kernels.numbers import decoded, keys, stored_range, unifor
 
 @triton.jit
 def _unpacked(
-    codes_ptr, ranges_ptr, levels_ptr, key0, key1, row, r, d, rows, dither,
+    codes_ptr, ranges_ptr, levels_ptr, key0, key1, row, r, d, rows, own, last, short, dither,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, DITHERED: tl.constexpr,
     HALF: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """The tile of elements (row + r, d) for row int64, r (R, 1) and d (1, C) int32; 0 outside of the matrix."""
     SLOTS: tl.constexpr = 8 // BITS
-    SIZE: tl.constexpr = (BLOCK + SLOTS - 1) // SLOTS
+    if BLOCK:
+        count, size = BLOCK, (BLOCK + SLOTS - 1) // SLOTS
+    else:
+        count, size = own, (own + SLOTS - 1) // SLOTS
     mask = (row + r < rows) & (d < WIDTH)
     first = row * WIDTH
-    at = (first % BLOCK).to(tl.int32) + r * WIDTH + d
-    block, within = first // BLOCK + at // BLOCK, at % BLOCK
-    slot, j = within // SIZE, within % SIZE
+    at = (first % count).to(tl.int32) + r * WIDTH + d
+    block, within = first // count + at // count, at % count
+    slot, j = within // size, within % size
     if TAIL:
-        n = rows * WIDTH
-        short = (((n % BLOCK).to(tl.int32) + SLOTS - 1) // SLOTS).to(tl.int32)
-        last = block == n // BLOCK
-        slot, j = tl.where(last, within // short, slot), tl.where(last, within % short, j)
+        slot, j = tl.where(block == last, within // short, slot), tl.where(block == last, within % short, j)
     low, high = stored_range(ranges_ptr, block, mask, HALF)
-    byte = tl.load(codes_ptr + block * SIZE + j, mask=mask, other=0).to(tl.int32)
+    byte = tl.load(codes_ptr + block * size + j, mask=mask, other=0).to(tl.int32)
     code = (byte >> (slot * BITS)) & ((1 << BITS) - 1)
     u = uniform(first, r * WIDTH + d, key0, key1) if DITHERED else 0.0
     value = decoded(code, low, high, u, dither, levels_ptr, mask, BITS, LEVELS, DITHERED)
@@ -41,7 +41,8 @@ def _unpacked(
 
 @triton.jit
 def weight_gradient(
-    codes_ptr, ranges_ptr, levels_ptr, seed_ptr, dy_ptr, index_ptr, weight_ptr, out_ptr, rows, share, columns, dither,
+    codes_ptr, ranges_ptr, levels_ptr, seed_ptr, dy_ptr, index_ptr, weight_ptr, out_ptr, rows, own, last, short,
+    share, columns, dither,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, DITHERED: tl.constexpr,
     HALF: tl.constexpr, TAIL: tl.constexpr, SAMPLED: tl.constexpr, PRECISION: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
@@ -63,15 +64,15 @@ def weight_gradient(
         mask = row + r < stop
         if SAMPLED:
             source = tl.load(index_ptr + row + r, mask=mask, other=0)
-            own = tl.load(dy_ptr + source * columns + o, mask=mask & (o < columns), other=0.0).to(tl.float32)
-            own = own * tl.load(weight_ptr + row + r, mask=mask, other=0.0)
+            rows_of_dy = tl.load(dy_ptr + source * columns + o, mask=mask & (o < columns), other=0.0).to(tl.float32)
+            rows_of_dy = rows_of_dy * tl.load(weight_ptr + row + r, mask=mask, other=0.0)
         else:
-            own = tl.load(dy_ptr + (row + r) * columns + o, mask=mask & (o < columns), other=0.0).to(tl.float32)
+            rows_of_dy = tl.load(dy_ptr + (row + r) * columns + o, mask=mask & (o < columns), other=0.0).to(tl.float32)
         x = _unpacked(
-            codes_ptr, ranges_ptr, levels_ptr, key0, key1, row, r, d, rows, dither,
+            codes_ptr, ranges_ptr, levels_ptr, key0, key1, row, r, d, rows, own, last, short, dither,
             WIDTH, BLOCK, BITS, LEVELS, DITHERED, HALF, TAIL,
         )  # fmt: skip
-        total += tl.dot(tl.trans(own), x, input_precision=PRECISION)
+        total += tl.dot(tl.trans(rows_of_dy), x, input_precision=PRECISION)
     o = tl.program_id(0) // tiles * C + tl.arange(0, C)[:, None]
     to = out_ptr + (part * columns + o) * WIDTH + d
     tl.store(to, total, mask=(o < columns) & (d < WIDTH))
@@ -79,7 +80,7 @@ def weight_gradient(
 
 @triton.jit
 def column_sums(
-    codes_ptr, ranges_ptr, levels_ptr, seed_ptr, g_ptr, out_ptr, rows, share, dither,
+    codes_ptr, ranges_ptr, levels_ptr, seed_ptr, g_ptr, out_ptr, rows, own, last, short, share, dither,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, DITHERED: tl.constexpr,
     HALF: tl.constexpr, TAIL: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
@@ -95,7 +96,7 @@ def column_sums(
         mask = (row + r < stop) & (d < WIDTH)
         g = tl.load(g_ptr + (row + r) * WIDTH + d, mask=mask, other=0.0).to(tl.float32)
         x = _unpacked(
-            codes_ptr, ranges_ptr, levels_ptr, key0, key1, row, r, d, rows, dither,
+            codes_ptr, ranges_ptr, levels_ptr, key0, key1, row, r, d, rows, own, last, short, dither,
             WIDTH, BLOCK, BITS, LEVELS, DITHERED, HALF, TAIL,
         )  # fmt: skip
         total += tl.where(mask, g * x, 0.0)
@@ -105,7 +106,8 @@ def column_sums(
 
 @triton.jit
 def norm_gradient(
-    codes_ptr, ranges_ptr, levels_ptr, seed_ptr, g_ptr, shift_ptr, factor_ptr, gain_ptr, out_ptr, rows,
+    codes_ptr, ranges_ptr, levels_ptr, seed_ptr, g_ptr, shift_ptr, factor_ptr, gain_ptr, out_ptr,
+    rows, own, last, short,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr,
     R: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +117,7 @@ def norm_gradient(
     d = tl.program_id(1) * D + tl.arange(0, D)[None, :]
     mask = (row + r < rows) & (d < WIDTH)
     x = _unpacked(
-        codes_ptr, ranges_ptr, levels_ptr, 0, 0, row, r, d, rows, 0.0,
+        codes_ptr, ranges_ptr, levels_ptr, 0, 0, row, r, d, rows, own, last, short, 0.0,
         WIDTH, BLOCK, BITS, False, False, HALF, TAIL,
     )  # fmt: skip
     inside = d < WIDTH

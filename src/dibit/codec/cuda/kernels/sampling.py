@@ -43,7 +43,7 @@ def chances(counts_ptr, seed_ptr, chances_ptr, start_ptr, count, SALT: tl.conste
     n = tl.where(code == 255, 0, tl.load(counts_ptr + code)).to(tl.int64)
     # 2 to the power of (code - 127) / 2, put together from its bits
     half = code - 127
-    root = tl.where((half & 1) == 1, 1.4142135623730951, 1.0).to(tl.float64)
+    root = tl.where((half & 1) == 1, tl.full((256,), 1.4142135623730951, tl.float64), 1.0)
     value = (((half >> 1) + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True) * root
     value = tl.where((code == 0) | (code == 255), 0.0, value)
     rows = tl.sum(n, axis=0)
