@@ -90,6 +90,8 @@ def test_unbiased(config: Config) -> None:
         (net(own) * readout).sum().backward()
         h = twin.middle[0](twin.first(other))  # type: ignore[index]
         (twin.last(torch.relu(h) * masks.pop() * 2) * readout).sum().backward()
+        own_bias, its_bias = net.middle.bias.grad, twin.middle[0].bias.grad  # type: ignore[index, union-attr]
+        assert torch.allclose(own_bias, its_bias, rtol=1e-4, atol=1e-4), "exact: it needs the masks alone"  # type: ignore[arg-type]
         found = [[p.grad.flatten() for p in part.parameters() if p.grad is not None] for part in (net, twin)]
         return torch.cat([own.grad.flatten(), *found[0]]) - torch.cat([other.grad.flatten(), *found[1]])  # type: ignore[union-attr]
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import dibit
 from dibit import Config, Project, Sample
 from dibit.functions import RULES
+from dibit.nn import norm_relu_dropout
 from tests.unbiased import bias_of, gradient
 
 N, D = 64, 16
@@ -249,6 +250,7 @@ def test_every_rule_is_exercised() -> None:
         F.dropout,
         torch.dropout,
         torch.dropout_,
+        norm_relu_dropout,
     }
     # torch.nn's own functions call these where no mode is active
     inner = {torch.prelu, Tensor.prelu, torch.batch_norm, torch.layer_norm, Tensor.log_softmax}

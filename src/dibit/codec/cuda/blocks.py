@@ -56,6 +56,7 @@ def _quantize(
     source = x.contiguous()
     for count, own, start, at, row in _launches(full, tail, block, size):
         t, b, chunks = _shape(size, count, own, bits)
+        # of a power of two, so that a run of `size` elements begins at a multiple of it
         ends, fixed = widths, constant(own) if own == block and chunks == 1 else 0
         if chunks > 1:
             ends = x.new_empty((count, 2), dtype=torch.int32)
@@ -67,7 +68,7 @@ def _quantize(
             kernels.quantize, (parts(count, b) * chunks,), x.device, source, *moved, seed, ends, table,
             codes[at:], as_bits(ranges[row:]), widths[row:], count, own, start, number + start, chunks,
             BLOCK=fixed, SHARED=chunks > 1, **meta,
-            RUN=size if fixed and width and width % size == 0 and block % (8 // bits) == 0 else 0, B=b, T=t, warps=8,
+            RUN=size if fixed and width and width % size == 0 else 0, B=b, T=t, warps=8,
         )  # fmt: skip
     return codes, ranges, widths
 
