@@ -32,6 +32,9 @@ _ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(_ROOT / "src"), str(_ROOT)]
 warnings.filterwarnings("ignore")
 
+if importlib.util.find_spec("triton") is None:
+    sys.exit("gpu.py: Triton is not installed here; builds of torch with CUDA bring it along: 'pip install triton'.")
+
 import torch  # noqa: E402
 from tests.gpu import cases  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -44,6 +47,7 @@ from dibit.codec import cuda, ops, seed_tensor  # noqa: E402
 SETTINGS = ("plain", "compile", "checkpoint", "bf16", "exact", "iexact", "small", "default")
 PARTS = ("check", "graph", "kernels", "train", "profile")
 MB = 2.0**20
+_SHARED = ("shape", "model", "form", "scale", "rounds", "steps", "device")  # options that every part takes
 _CALLS = 10  # in a row, where one is timed
 
 
@@ -60,8 +64,9 @@ def main() -> int:
     if len(args.only) > 1:
         return _each_part(device, args)
     (part,) = args.only
-    _write(args.out, {"machine": machine(device), part: globals()[part](device, args)})
-    return 0
+    results = {"machine": machine(device), part: globals()[part](device, args)}
+    _write(args.out, results)
+    return 1 if _wrong(results) else 0
 
 
 def _each_part(device: torch.device, args: argparse.Namespace) -> int:
@@ -71,23 +76,25 @@ def _each_part(device: torch.device, args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for part in args.only:
             own = Path(folder) / f"{part}.json"
-            given = [x for i, x in enumerate(sys.argv[1:], 1) if not _names_parts_or_file(i)]
-            done = subprocess.run([sys.executable, __file__, *given, "--only", part, "--out", str(own)], check=False)
+            given = [f"--{name}={getattr(args, name)}" for name in _SHARED]
+            done = subprocess.run(
+                [sys.executable, __file__, *given, "--settings", *args.settings, "--only", part, f"--out={own}"],
+                check=False,
+            )
             results[part] = json.loads(own.read_text())[part] if own.exists() else {"failed": done.returncode}
             _write(args.out, results)
-    wrong = [row["case"] for row in results.get("check", ()) if not row["agrees"]]
-    failed = [part for part in args.only if isinstance(results[part], dict) and "failed" in results[part]]
+    return 1 if _wrong(results) else 0
+
+
+def _wrong(results: dict[str, Any]) -> list[str]:
+    """What is not as it should be."""
+    found = [row["case"] for row in results.get("check", ()) if isinstance(row, dict) and not row["agrees"]]
     if results.get("graph", {}).get("fresh") is False:
-        wrong.append("seeds in a CUDA graph")
-    if wrong or failed:
-        print(f"gpu.py: not as it should be: {', '.join([*wrong[:9], *failed])}{' ...' if len(wrong) > 9 else ''}")
-    return 1 if wrong or failed else 0
-
-
-def _names_parts_or_file(i: int) -> bool:
-    """Whether argument i belongs to --only or --out, which each part gets for itself."""
-    before = [x for x in sys.argv[1 : i + 1] if x.startswith("--")]
-    return bool(before) and before[-1].split("=")[0] in ("--only", "--out")
+        found.append("seeds in a CUDA graph")
+    found += [part for part, result in results.items() if isinstance(result, dict) and "failed" in result]
+    if found:
+        print(f"gpu.py: not as it should be: {', '.join(found[:9])}{' ...' if len(found) > 9 else ''}")
+    return found
 
 
 def _unfit(device: torch.device) -> str | None:
@@ -96,8 +103,6 @@ def _unfit(device: torch.device) -> str | None:
         return None
     if not torch.cuda.is_available():
         return "torch sees no GPU here; run it on a machine with one, or in the interpreter (see --help)."
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed here; a build of torch with CUDA brings it along: 'pip install triton'."
     if shutil.which(os.environ.get("CC", "")) is None and not any(map(shutil.which, ("cc", "gcc", "clang"))):
         return "there is no C compiler here, which Triton needs to launch kernels; install gcc, or set CC."
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():

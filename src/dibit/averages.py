@@ -20,17 +20,17 @@ _SHAPES = functions("view reshape unsqueeze")
 _UPPER, _LOWER = slice(1, None), slice(None, -1)
 
 
-def numerator(tape: Tape, y: Tensor, crow: Tensor) -> Node | None:
-    """What y is the quotient of, by the number of elements of each row that `crow` (N + 1,) points to, at least 1."""
-    node = tape.nodes.get(tape.key(y))
-    call = _call(node, _DIVISIONS)
+def division(tape: Tape, y: Tensor) -> tuple[Node, Node] | None:
+    """Dividend and divisor of y, if it is the quotient of two tensors."""
+    call = _call(tape.nodes.get(tape.key(y)), _DIVISIONS)
     if call is None or len(call) != 2 or not all(isinstance(part, Node) for part in call):
         return None
-    return call[0] if _counts(call[1], tape.nodes.get(tape.key(crow))) else None
+    return call  # type: ignore[return-value]
 
 
-def _counts(node: Node, crow: Node | None) -> bool:
-    clamped = _call(node, _AT_LEAST)
+def counts(divisor: Node, crow: Node | None) -> bool:
+    """Whether a divisor is the number of elements of each row that `crow` (N + 1,) points to, at least 1."""
+    clamped = _call(divisor, _AT_LEAST)
     if crow is None or clamped is None or clamped[1:] != (1,):
         return False
     shaped = _call(clamped[0], _SHAPES)

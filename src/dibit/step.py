@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import resolve_name
 
-from dibit.averages import numerator
+from dibit.averages import counts, division
 from dibit.batch import current
 from dibit.codec import Affine, encode, encoded_bytes, mix, norm_scores, seed_tensor
 from dibit.codec.rows import LEFT_OUT
@@ -24,7 +24,7 @@ from dibit.residual import Aggregated, Compressed, Gathered, Lossless, Reference
 from dibit.score_table import Watch
 from dibit.state import State
 from dibit.stream import capturing, fresh_key, replayed_key
-from dibit.tape import SMALL, Tape, nbytes
+from dibit.tape import SMALL, Node, Tape, nbytes
 
 _DEEPEST = 6  # nested containers that are searched for the caller's tensors
 
@@ -309,22 +309,29 @@ class Step:
 
     def _average(self, y: Tensor) -> tuple[Graph, weakref.ref[Tensor], int] | None:
         """The same of a y that is a sum over neighbours divided by their number."""
-        for key, (graph, ref, version) in self._aggregates.items():
-            if not graph.mean and numerator(self.tape, y, graph.parts[0]) is self.tape.nodes.get(key, self):
-                return replace(graph, mean=True), ref, version
+        parts = division(self.tape, y)
+        if parts is not None:
+            for key, (graph, ref, version) in self._aggregates.items():
+                if self._is_mean(parts, key, graph):
+                    return replace(graph, mean=True), ref, version
         return None
 
     def _had_again(self, x: Tensor) -> Residual | None:
         """How x is had again from what others hold; of sums over neighbours, also their average."""
         found = self._derived.get(self.key(x))
-        if found is not None:
+        parts = division(self.tape, x) if found is None else None
+        if parts is None:
             return found
         for key, source in self._derived.items():
-            if not isinstance(source, Aggregated) or source.graph.mean:
-                continue
-            if numerator(self.tape, x, source.graph.parts[0]) is self.tape.nodes.get(key, self):
+            if isinstance(source, Aggregated) and self._is_mean(parts, key, source.graph):
                 return replace(source, graph=replace(source.graph, mean=True))
         return None
+
+    def _is_mean(self, parts: tuple[Node, Node], key: Any, graph: Graph) -> bool:
+        """Whether a division is of the sum over a graph's neighbours that has this key, by their number."""
+        if graph.mean or parts[0] is not self.tape.nodes.get(key):
+            return False
+        return counts(parts[1], self.tape.nodes.get(self.key(graph.parts[0])))
 
     def share(self, x: Tensor) -> Tensor:
         """A constant of the graph structure, kept once for equal content; int64 as int32 where it fits."""

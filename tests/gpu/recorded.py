@@ -147,3 +147,8 @@ def _elementwise() -> None:
     cuda.signs(seed, 1000)
     for rows, count in ((1000, 100), (5000, 1600)):
         cuda.pick_rows(torch.zeros(rows, dtype=torch.uint8), seed, count)
+
+
+if __name__ == "__main__":
+    found = configurations()
+    print(*(f"{own.kernel.__name__}: {own}" for own in found), f"{len(found)} configurations", sep="\n")

@@ -64,6 +64,8 @@ def test_compiles_without_spills(
         used = amd_resources(built) if hip else nvidia_resources(built, tmp_path)
         assert used["spilled"] == 0, f"{own}: {used}"
         assert 0 < used["registers"] <= (512 if hip else 255), f"{own}: {used}"
+        if kernel == "weight_gradient" and not hip:
+            assert re.search(r"\b(wgmma|mma)\.", built.asm["ptx"]), f"{own}: no tensor cores"
         fused = built.asm.get("ptx", "").count("fma.rn.f32")  # a contraction rounds once where others round twice
         assert fused == 0 or (kernel == "quantize" and fused % 4 == 0), f"{own}: {fused}"
 

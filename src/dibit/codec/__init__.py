@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dibit.buffers import empty
 from dibit.codec import ops, reference
 from dibit.codec.packed import Packed, blocks, reduced_shape
 from dibit.codec.reduce import projection, sampled_rows
@@ -16,7 +15,7 @@ from dibit.precision import HALF, at_least_single, exact_dtypes
 
 __all__ = ["Affine", "Packed", "decode", "encode", "encoded_bytes", "mix", "norm_scores", "reduced", "seed_tensor"]
 
-_ROWS = 1 << 13
+_ROWS = 1 << 13  # of half precision that are taken to float32 at once
 _BLOW_UP = 1.5  # above this, ranges rounded to bfloat16 are so much wider than the true ones that float32 pays
 
 
@@ -35,9 +34,7 @@ class Affine:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The rows of x (N, D), moved and scaled, in a tensor of their own."""
-        if x.dtype != self.shift.dtype:
-            x = x.to(self.shift.dtype)
-        return torch.sub(x, self.shift, out=empty(x.shape, x.dtype, x.device)).mul_(self.scale)
+        return reference.moved(x, self.shift, self.scale)
 
     def finite(self, x: Tensor) -> Tensor:
         """`ops.finite` of the result."""

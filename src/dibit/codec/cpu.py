@@ -68,8 +68,7 @@ def quantize_rows(
     for start, stop in _parts(rows, width, block):
         part = x[start:stop] if index is None else x.index_select(0, index[start:stop])
         if shift is not None and scale is not None:
-            part = part.to(shift.dtype)
-            part = torch.sub(part, shift, out=empty(part.shape, part.dtype)).mul_(scale)
+            part = reference.moved(part, shift, scale)
         flat = at_least_single(part).reshape(-1)
         found.append(quantize(flat, seed, bits, block, levels, stats, rounding, start * width))
     codes, ranges, widths = (torch.cat(same) for same in zip(*found, strict=True))
@@ -97,9 +96,10 @@ def weight_gradient(
         x = dequantize(
             codes[begin * size : end * size], ranges[begin:end], seed, count, bits, block, levels, dither, dtype, first
         ).view(-1, width)
-        own = (dy[start:stop] if index is None else dy.index_select(0, index[start:stop])).to(dtype)
-        if weight is not None:
-            own = own.mul_(weight[start:stop, None]) if index is not None else own * weight[start:stop, None]
+        if index is None or weight is None:
+            own = dy[start:stop].to(dtype)
+        else:
+            own = dy.index_select(0, index[start:stop]).to(dtype).mul_(weight[start:stop, None])
         grad.addmm_(own.T, x)
     return grad
 

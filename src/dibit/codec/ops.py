@@ -145,7 +145,7 @@ def weight_gradient(
     Args:
         codes, ranges, seed, bits, block, levels, dither: as in `dequantize`.
         dy: contiguous (N, O), floating point.
-        index, weight: row k of X belongs to row index[k] of dy, and counts weight[k] times; `None`: all rows, once.
+        index, weight: row k of X belongs to row index[k] of dy, and counts weight[k] times; both or neither.
     """
     return reference.weight_gradient(codes, ranges, seed, dy, index, weight, rows, width, bits, block, levels, dither)
 

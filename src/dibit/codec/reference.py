@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dibit.buffers import empty
 from dibit.codec import rng
 from dibit.codec.chances import ONE, chances, start
 from dibit.precision import at_least_single
@@ -42,8 +43,14 @@ def quantize_rows(
     if index is not None:
         x = x.index_select(0, index)
     if shift is not None and scale is not None:
-        x = (x.to(shift.dtype) - shift) * scale
+        x = moved(x, shift, scale)
     return quantize(x.reshape(-1), seed, bits, block, levels, stats, rounding)
+
+
+def moved(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """(x - shift) * scale for x (N, D), rows of it (D,), in their dtype and in a tensor of its own."""
+    x = x.to(shift.dtype)
+    return torch.sub(x, shift, out=empty(x.shape, x.dtype, x.device)).mul_(scale)
 
 
 def dequantize(
@@ -188,8 +195,9 @@ def weight_gradient(
     """dY^T X for what was encoded; see `ops.weight_gradient`."""
     dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
     x = dequantize(codes, ranges, seed, rows * width, bits, block, levels, dither, dtype).view(rows, width)
-    own = (dy if index is None else dy.index_select(0, index)).to(dtype)
-    return (own if weight is None else own * weight[:, None]).T @ x
+    if index is None or weight is None:
+        return dy.to(dtype).T @ x
+    return dy.index_select(0, index).to(dtype).mul_(weight[:, None]).T @ x
 
 
 def narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:

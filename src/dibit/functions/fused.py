@@ -59,17 +59,12 @@ class NormReLUDropout(torch.autograd.Function):
 
 def _statistics(x: Tensor, running: tuple[Any, Any], momentum: float, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and inverse standard deviation (D,) of the rows of x, of single precision at least; running ones follow."""
-    if x.device.type == "cuda":
-        mean, inverse = torch.batch_norm_stats(x, eps)
-        var = inverse.square().reciprocal_().sub_(eps) if running[1] is not None else None
-    else:
-        var, mean = torch.var_mean(at_least_single(x), 0, correction=0)
-        inverse = torch.rsqrt(var + eps)
-    if running[0] is not None and var is not None:
+    var, mean = torch.var_mean(at_least_single(x), 0, correction=0)
+    if running[0] is not None:
         n = x.shape[0]
         running[0].lerp_(mean.to(running[0].dtype), momentum)
         running[1].lerp_((var * (n / (n - 1))).to(running[1].dtype), momentum)
-    return mean, inverse
+    return mean, torch.rsqrt(var + eps)
 
 
 def norm_relu_dropout(

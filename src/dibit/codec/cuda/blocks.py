@@ -55,9 +55,8 @@ def _quantize(
     moved = tuple(x if part is None else part.contiguous() for part in (index, shift, scale))
     source = x.contiguous()
     for count, own, start, at, row in _launches(full, tail, block, size):
-        t, b, chunks = _shape(size, count, own, bits)
-        # of a power of two, so that a run of `size` elements begins at a multiple of it
-        ends, fixed = widths, constant(own) if own == block and chunks == 1 else 0
+        t, b, chunks, fixed = _shape(size, count, own, block, bits)
+        ends = widths
         if chunks > 1:
             ends = x.new_empty((count, 2), dtype=torch.int32)
             ends[:, 0], ends[:, 1] = 2**31 - 1, -(2**31)
@@ -81,15 +80,19 @@ def _launches(full: int, tail: int, block: int, size: int) -> Iterator[tuple[int
         yield 1, tail, full * block, full * size, full
 
 
-def _shape(size: int, count: int, own: int, bits: int) -> tuple[int, int, int]:
-    """Bytes and blocks of a program's tile, and programs a block; the short block's tile is as wide as the others'."""
-    t = power(size, most=_MOST)
-    chunks = parts(reference.packed_bytes(own, bits), t)
-    if chunks == 1 and count == 1:
-        return max(64, t), 1, 1  # a smaller tile would be a scalar
-    if chunks == 1:
-        return t, max(1, _ELEMENTS * bits // 8 // t), 1
-    return _TILE, 1, parts(reference.packed_bytes(own, bits), _TILE)
+def _shape(size: int, count: int, own: int, block: int, bits: int) -> tuple[int, int, int, int]:
+    """Bytes and blocks of a program's tile, programs a block, and the block that the code is compiled for (0: none).
+
+    That one has a power of two of elements, so that a run of `size` elements begins at a multiple of it. The short
+    block's tile is as wide as the others'.
+    """
+    t, bytes_ = power(size, most=_MOST), reference.packed_bytes(own, bits)
+    if bytes_ > t:
+        return _TILE, 1, parts(bytes_, _TILE), 0
+    fixed = constant(own) if own == block else 0
+    if count == 1:
+        return max(64, t), 1, 1, fixed  # a smaller tile would be a scalar
+    return t, max(1, _ELEMENTS * bits // 8 // t), 1, fixed
 
 
 def dequantize(
@@ -111,8 +114,7 @@ def dequantize(
     size = reference.packed_bytes(block, bits)
     table = on_device(levels, codes.device, out)
     for count, own, start, at, row in _launches(full, tail, block, size):
-        t, b, chunks = _shape(size, count, own, bits)
-        fixed = constant(own) if own == block and chunks == 1 else 0
+        t, b, chunks, fixed = _shape(size, count, own, block, bits)
         launch(
             kernels.dequantize, (parts(count, b) * chunks,), codes.device, codes[at:], as_bits(ranges[row:]), seed,
             table, out[start:], count, own, number + start, float(dither), chunks,

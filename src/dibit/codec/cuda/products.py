@@ -47,8 +47,8 @@ def weight_gradient(
     launch(
         kernels.weight_gradient, (tiles, slabs.shape[0]), dy.device, codes, as_bits(ranges),
         on_device(levels, dy.device, slabs),
-        seed, dy.contiguous(), dy if index is None else index, dy if weight is None else weight, slabs, *numbers,
-        share, columns, float(dither), **meta, LEVELS=bool(levels), DITHERED=dither != 0, SAMPLED=index is not None,
+        seed, dy.contiguous(), *((dy, dy) if index is None else (index, weight)), slabs, *numbers, share,
+        columns, float(dither), **meta, LEVELS=bool(levels), DITHERED=dither != 0, SAMPLED=index is not None,
         PRECISION=_PRECISION, R=r, C=c, D=d, warps=8,
     )  # fmt: skip
     return slabs.sum(0)
