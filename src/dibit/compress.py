@@ -87,7 +87,7 @@ class Enter:
         if active is None:
             if not (module.training and torch.is_grad_enabled()) or _taken():
                 return
-            active = _local.active = _start(self.state, not self.name, (args, kwargs))
+            active = _local.active = _start(self.state, self.name, (args, kwargs))
             active.callback = callback
         active.step.names.append(self.name)
         active.step.configs.append(self.config)
@@ -184,8 +184,8 @@ def _caller() -> Any:
     return frame.f_back
 
 
-def _start(state: State, whole: bool, inputs: Any) -> Active:
-    step = Step(state, inputs, whole)
+def _start(state: State, name: str, inputs: Any) -> Active:
+    step = Step(state, inputs, name)
     mode = Intercept(step, {} if state.passive else {**RULES, **state.rules} if state.rules else RULES)
     mode.frame = _caller()
     traced.local.mode.used = False

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dibit.codec import ops
+from dibit.codec.memory import array
 from dibit.identity import storage_key
 from dibit.precision import at_least_single
 
@@ -65,7 +66,7 @@ class Graph:
         from scipy.sparse import csc_array
 
         # A's arrays in compressed rows are A^T's in compressed columns
-        csr = csc_array((values.numpy(), col.numpy(), crow.numpy()), shape=(columns, rows)).tocsr()
+        csr = csc_array((array(values), array(col), array(crow)), shape=(columns, rows)).tocsr()
         indptr, indices, data = (torch.from_numpy(part) for part in (csr.indptr, csr.indices, csr.data))
         return ops.aggregate(indptr, indices, data, dy.contiguous())
 

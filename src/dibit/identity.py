@@ -33,6 +33,25 @@ def storages(x: Tensor) -> list[Tensor]:
     return []
 
 
+class Weak:
+    """A strided tensor's memory, held weakly: as long as anybody has any tensor on it."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._reference = x.untyped_storage()._weak_ref()
+        self._geometry = x.storage_offset(), x.shape, x.stride()
+        self._like = x.dtype, x.device
+
+    def tensor(self) -> Tensor | None:
+        storage = torch.UntypedStorage._new_with_weak_ptr(self._reference)
+        if storage is None:
+            return None
+        dtype, device = self._like
+        return torch.empty(0, dtype=dtype, device=device).set_(storage, *self._geometry)  # type: ignore[call-overload]
+
+    def __del__(self) -> None:
+        _free(self._reference)
+
+
 class Alive:
     """Weak references to storages: their memory may go, their identities are not given out again while this lives.
 

@@ -61,6 +61,11 @@ class Ledger:
         for part in storages(x):
             self._claim(self._kept, row, part, "kept")
 
+    def copied(self, storage: int, x: Tensor) -> None:
+        """Whoever keeps this storage keeps the copy x of it too."""
+        if storage in self._kept:
+            self.kept_tensor(self._kept[storage][0], x)
+
     def _claim(self, claims: dict[int, tuple[Row, int]], row: Row, x: Tensor, side: str) -> None:
         key = storage_key(x)
         if key not in claims:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dibit.codec import ops, reference
+from dibit.identity import version
 from dibit.replay import Program, Shared
 
 _INT32 = torch.iinfo(torch.int32)
@@ -23,20 +24,26 @@ class Exact:
     how = "exact"
 
     def restore(self) -> Tensor:
-        if self.x._version != self.version:
+        if version(self.x) != self.version:
             raise RuntimeError(
                 f"a tensor of shape {tuple(self.x.shape)} that the backward pass needs was changed in place after the "
-                f"forward pass (version {self.x._version}, expected {self.version}); use the out-of-place operation."
+                f"forward pass (version {version(self.x)}, expected {self.version}); use the out-of-place operation."
             )
         return self.x
 
     def own(self) -> None:
         """Take a copy: the tensor is about to change."""
         self.x = self.x.clone()
-        self.version = self.x._version
+        self.version = version(self.x)
 
     def on(self, x: Tensor) -> Exact:
-        return Exact(x, x._version)
+        return exact(x)
+
+
+def exact(x: Tensor) -> Exact:
+    """x as it is now; what is kept does not hold the graph that x belongs to."""
+    x = x.detach()
+    return Exact(x, version(x))
 
 
 @dataclass
@@ -109,4 +116,4 @@ def narrow(x: Tensor) -> Exact | Narrowed:
         low, high = base.aminmax()
         if low >= _INT32.min and high <= _INT32.max:
             return Narrowed(base.to(torch.int32).reshape(-1), x.dtype, base.shape, x.shape)
-    return Exact(x, x._version)
+    return exact(x)

@@ -268,7 +268,20 @@ def load(ctx: Any) -> list[Any]:
     tensors = ctx.saved_tensors
     found: list[Any] = []
     at = 0
-    for residual, count in ctx.layout:
+    for residual, count in released(ctx, "layout"):
         held, at = tensors[at : at + count], at + count
         found.append(residual.bind(held) if residual is not None else held[0] if count else None)
     return found
+
+
+def released(ctx: Any, attribute: str) -> Any:
+    """An attribute of a context, which goes when autograd frees what it has saved: the graph itself may live on."""
+    value = getattr(ctx, attribute)
+    if value is None:
+        raise RuntimeError(
+            "the backward pass came through this graph a second time, after what it needs was freed; say "
+            "backward(retain_graph=True) the first time."
+        )
+    if not torch._C._autograd._get_current_graph_task_keep_graph():
+        setattr(ctx, attribute, None)
+    return value

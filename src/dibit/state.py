@@ -13,6 +13,7 @@ from dibit.codec import Packed
 from dibit.field import Field
 from dibit.identity import storages
 from dibit.ledger import Ledger
+from dibit.owners import History
 from dibit.score_table import Scores
 
 Rule = Callable[..., Any]
@@ -33,16 +34,18 @@ class State:
     warned: bool = False
     scores: Scores = field(default_factory=Scores)
     reach: Field = field(default_factory=Field)
+    history: History = field(default_factory=History)
 
-    def constants(self) -> Iterator[Tensor]:
-        """Tensors that live as long as the model: parameters, buffers, cached graph structure."""
-        yield from (p for p in self.root.parameters() if not is_lazy(p))
-        yield from (b for b in self.root.buffers() if not is_lazy(b))
-        for module in self.root.modules():
-            for value in vars(module).values():
+    def constants(self) -> Iterator[tuple[str, Tensor]]:
+        """Tensors that live as long as the model, with their names: parameters, buffers, cached graph structure."""
+        yield from ((name, p) for name, p in self.root.named_parameters() if not is_lazy(p))
+        yield from ((name, b) for name, b in self.root.named_buffers() if not is_lazy(b))
+        for path, module in self.root.named_modules():
+            for name, value in vars(module).items():
                 for x in value if isinstance(value, tuple | list) else (value,):
                     if isinstance(x, Tensor) and not x.requires_grad and storages(x):
-                        yield x
+                        yield f"{path}.{name}".lstrip("."), x
                     elif hasattr(x, "to_torch_sparse_csr_tensor"):  # a cached SparseTensor
-                        yield from (part for part in x.coo() if part is not None)
-                        yield x.storage.rowptr()
+                        for part in (*x.coo(), x.storage.rowptr()):
+                            if part is not None:
+                                yield f"{path}.{name}".lstrip("."), part

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.overrides import resolve_name
 
 from dibit.averages import counts, division
 from dibit.batch import current
 from dibit.codec import Affine, encode, encoded_bytes, mix, norm_scores, seed_tensor
+from dibit.codec.fingerprint import fingerprint
 from dibit.codec.rows import LEFT_OUT
 from dibit.config import Config, Project, Sample
 from dibit.graph import Graph
-from dibit.identity import Alive, storage_key, storages
+from dibit.identity import Alive, storage_key, storages, version
 from dibit.ledger import Ledger, Row
-from dibit.lossless import Exact, Kept, Narrowed, Recomputed, narrow
+from dibit.lossless import Exact, Kept, Narrowed, Recomputed, exact, narrow
+from dibit.owners import Owners
 from dibit.residual import Aggregated, Compressed, Gathered, Lossless, Reference, Residual
 from dibit.score_table import Watch
 from dibit.state import State
@@ -35,10 +39,10 @@ class Step:
     Args:
         state: of the compressed model.
         inputs: arguments of the outermost module; data among them (no gradient history) is held by the caller.
-        whole: the outermost module is the model, not a part of it: rows of the loss are rows of its output.
+        name: of the outermost module; empty for the model itself, rows of whose output are those of the loss.
     """
 
-    def __init__(self, state: State, inputs: Any, whole: bool = True) -> None:
+    def __init__(self, state: State, inputs: Any, name: str = "") -> None:
         self.state = state
         self.names: list[str] = []
         self.configs: list[Config | None] = []
@@ -53,7 +57,7 @@ class Step:
         self.origins: dict[Any, Tensor] = {}  # by the key of a copy that autocast makes: what it is a copy of
         self._copied: set[Any] = set()
         told = current(state.root)
-        self.batch = told if whole else replace(told, loss_rows=None)
+        self.batch = replace(told, loss_rows=None) if name else told
         self._keys: dict[str, int] = {}  # residuals with a key so far, by module and function
         self._assumed: dict[str, int] = {}  # how far from the output residuals lie that left out rows
         self.matrix = _only_matrix(inputs) if self.batch.loss_rows is not None else None
@@ -61,20 +65,26 @@ class Step:
         self._replayed: Tensor | None = None
         self._draws = 0
         self.deferred: list[Any] = []  # residuals whose form depends on what the model returns
-        self._held: set[int] = set()
+        self.owners = Owners(state.history)
+        self.unpack = self.owners.guard.unpack  # for the hooks of autograd, which must not hold this object
+        self._began = torch._C._autograd._get_sequence_nr()  # nodes of autograd with a higher number are of this pass
         self._alive = Alive()  # keeps identities in the tables below from being used again
+        self._made: set[int] = set()  # storages of what this pass has made without a gradient
+        self._exposed: set[int] = set()  # storages that somebody may write to out of sight
+        self._changes: dict[int, int] = {}  # by storage: how often this pass wrote to it, past version counters too
+        self._kept: set[Any] = set()  # keys of what plain torch keeps by reference: its own gradient rests on that
         self._shared: dict[Any, Any] = {}
         self._derived: dict[Any, Residual] = {}  # tensors that can be had again from what others hold
-        self._aggregates: dict[Any, tuple[Graph, weakref.ref[Tensor], int]] = {}
+        self._aggregates: dict[Any, tuple[Graph, weakref.ref[Tensor], Any]] = {}
         self._content: dict[Any, list[Exact | Narrowed]] = {}
         self._leaves: dict[int, list[Exact]] = {}  # by storage: kept in the place of tensors computed from them
-        self.tape = Tape(self.key, self.free)
+        self.tape = Tape(self.key, self.free, self._owned)
         state.scores.begin(state.root.parameters())
-        for x in tensors_in(inputs):
+        for number, x in enumerate(tensors_in(inputs)):
             if not x.requires_grad or x.is_leaf:
-                self._hold(x)
-        for x in state.constants():
-            self._hold(x)
+                self._hold(x, f"tensor {number} among the arguments of {name or type(state.root).__name__!r}")
+        for attribute, x in state.constants():
+            self._hold(x, f"{attribute!r} of the model")
 
     # -- randomness -------------------------------------------------------------------------------------------------
 
@@ -97,6 +107,7 @@ class Step:
     def end(self, outputs: Any) -> None:
         """Settle what depends on the outputs, and forget what is shared within the pass."""
         outputs = list(tensors_in(outputs))
+        self._let_go(outputs)
         if self.batch.loss_rows is not None:
             self.state.reach.learn(outputs, self.matrix, self._assumed)
         returned = {storage_key(part) for x in outputs for part in storages(x)}
@@ -107,8 +118,9 @@ class Step:
         # autograd may keep the hooks, and with them this object, as long as the graph
         for table in (self._shared, self._derived, self._aggregates, self._content, self._leaves, self._copied):
             table.clear()
+        for seen in (self._made, self._exposed, self._changes, self._kept, self.owners.roles, self.origins):
+            seen.clear()
         self._alive.clear()
-        self._held.clear()
         self.deferred.clear()
         self.tape.clear()
 
@@ -124,21 +136,94 @@ class Step:
         """Name of the innermost module that is running; empty for the outermost."""
         return self.names[-1] if self.names else ""
 
-    def _hold(self, x: Tensor) -> None:
+    def _hold(self, x: Tensor, role: str) -> None:
         for part in storages(x):
-            self._held.add(self._alive.hold(part))
+            self.owners.roles.setdefault(self._alive.hold(part), role)
 
     def held(self, x: Tensor) -> bool:
         """Whether someone else keeps the memory of x through the backward pass: inputs, parameters, buffers."""
-        return all(storage_key(part) in self._held for part in storages(x))
+        return all(storage_key(part) in self.owners.roles for part in storages(x))
 
     def free(self, x: Tensor) -> bool:
-        """Whether keeping x costs nothing more: somebody else holds it, or it is kept exactly already."""
-        return self.held(x) or ("lossless", self.key(x)) in self._shared
+        """Whether x can be computed from in the backward pass at no cost.
+
+        It is kept exactly already, or somebody else holds it and has never changed it between the passes.
+        """
+        key = self.key(x)
+        if key in self._kept or ("lossless", key) in self._shared or ("copy", key) in self._shared:
+            return True
+        role = self.owners.roles.get(key[0])
+        return role is not None and self.owners.steady(x, role)
 
     def key(self, x: Tensor) -> tuple[Any, ...]:
         """Identity of a tensor's content: live storage, version, geometry. Never its address."""
-        return self._alive.hold(x), x._version, x.storage_offset(), x.shape, x.stride(), x.dtype
+        storage = self._alive.hold(x)
+        count = version(x) + (self._changes[storage] << 32) if storage in self._changes else version(x)
+        return storage, count, x.storage_offset(), x.shape, x.stride(), x.dtype
+
+    def _owned(self, node: Node, x: Tensor) -> None:
+        """Remember the content of a tensor that somebody else owns, before it is read."""
+        if not self._is_made(x):
+            node.root, node.role = node, self.owners.role(storage_key(x))
+            node.content = self.owners.read(x, node.role)
+
+    def _is_made(self, x: Tensor) -> bool:
+        """Whether this pass has made the memory of x."""
+        storage = storage_key(x)
+        if storage in self.owners.roles or storage in self._exposed:
+            return False
+        base = x if x._base is None else x._base
+        made = base.grad_fn is not None and base.grad_fn._sequence_nr() >= self._began
+        return made or storage in self._made
+
+    def made(self, x: Tensor) -> None:
+        """This pass has made the memory of x; nobody else can write to it out of sight."""
+        if x.layout == torch.strided:
+            self._made.add(self._alive.hold(x))
+
+    def steady(self, x: Tensor) -> bool:
+        """Whether what is kept may rest on the content that x has now, a tensor that somebody else holds.
+
+        Of one that may change between the passes this is learnt from earlier ones: `dibit.owners`.
+        """
+        parts = storages(x)
+        nodes = [self.tape.node(part) for part in parts]  # remembers the content
+        return self._settled(x) and all(self._secure(node) is not None for node in nodes)
+
+    def _settled(self, x: Tensor) -> bool:
+        return all(self.owners.steady(part, self.owners.roles.get(storage_key(part), "")) for part in storages(x))
+
+    def _secure(self, node: Node) -> Exact | Narrowed | None:
+        """What is kept of the tensor of a node, so that it has the content in the backward pass that it was read with.
+
+        Returns:
+            By reference what this pass has made, what is kept anyway and what nobody changes; else a copy. `None`: the
+            content is not to be had any more.
+        """
+        x = node.tensor()
+        assert x is not None
+        root, key = node.root, self.key(x)
+        if root is not None and key not in self._kept and ("lossless", key) not in self._shared:
+            if ("copy", key) in self._shared:
+                return self._shared["copy", key]  # type: ignore[no-any-return]
+            whole = root.tensor()
+            if whole is None or root.content is None:
+                return None
+            if not self.owners.steady(x, root.role):
+                if x.device.type == "cpu" and fingerprint(whole) != root.content:
+                    return None
+                return self._copy(x)
+            self.owners.guard.rely(self.key(whole), whole, root.content, root.role)
+        return self._leaf(x)
+
+    def _copy(self, x: Tensor) -> Exact | Narrowed:
+        """A copy that nobody else can write to, once for equal content."""
+        kept = narrow(x.detach())
+        if storage_key(kept.x) == storage_key(x):
+            kept = kept.on(kept.x.clone())
+        self._shared["copy", self.key(x)] = kept = self._once(kept)
+        self.tape.cuts.clear()
+        return kept
 
     # -- mixed precision --------------------------------------------------------------------------------------------
 
@@ -156,7 +241,7 @@ class Step:
 
     # -- residuals --------------------------------------------------------------------------------------------------
 
-    def keep(self, x: Tensor, *, leaf: bool, config: Config | None = None) -> Residual:
+    def keep(self, x: Tensor, *, leaf: bool, config: Config | None = None, copied: bool = False) -> Residual:
         """A residual of x.
 
         Args:
@@ -164,13 +249,14 @@ class Step:
             leaf: it enters gradients of parameters only, so one draw may serve all leaves of the same tensor. A path
                 residual enters gradients of what comes before and is always drawn anew.
             config: default: that of the running module.
+            copied: plain torch keeps something that was computed from x, not x itself.
         """
         own = self.config
         assert own is not None
         config = config or own
         origin = self.origin(x)
         if own.inputs == "reference":
-            if self.held(origin):
+            if self.held(origin) and self._by_reference(x, origin, copied):
                 return self.note(Reference(origin, x.shape))
             if self._derived and (derived := self._had_again(origin)) is not None:
                 return self.note(derived)
@@ -183,6 +269,14 @@ class Step:
         if found is None:
             found = self._shared[key] = self._encode(x, config, "leaf", watched=True)
         return self.note(found)
+
+    def _by_reference(self, x: Tensor, origin: Tensor, copied: bool = False) -> bool:
+        """Whether a reference to what somebody else holds will do: plain torch keeps one, or nobody changes it."""
+        if origin is x and not copied:
+            if x.layout == torch.strided:
+                self._kept.add(self.key(x))
+            return True
+        return self.steady(origin)
 
     def keep_affine(self, x: Tensor, affine: Affine, config: Config, *, watched: bool) -> Residual:
         """A path residual of (x - shift) * scale, a tensor that nobody else has.
@@ -206,7 +300,7 @@ class Step:
     def exact(self, x: Tensor) -> Residual:
         """A residual that loses nothing."""
         origin = self.origin(x)
-        if self.held(origin):
+        if self.held(origin) and self._by_reference(x, origin):
             return self.note(Reference(origin, x.shape))
         kept = (self._again(origin, nbytes(x)) if origin is not x else None) or self.exactly(x)
         return self.note(kept if isinstance(kept, Recomputed) else Lossless(kept))
@@ -215,23 +309,37 @@ class Step:
         """A path residual: of the smaller tensor that x was gathered, viewed or expanded from, if there is one."""
         origin = self.origin(x)
         found = self.tape.gathered(origin)
-        if found is None:
+        beside = None if found is None else self._secured(found[1])
+        if found is None or beside is None:
             return self.keep(x, leaf=False, config=config)
-        source, leaves = found
+        source = found[0]
         tensor = source.tensor()
         assert tensor is not None
+        if source.root is not None and not self._settled(tensor) and self._secure(source) is None:
+            return self.keep(x, leaf=False, config=config)
         row, self.row = self.row, None  # the ledger gets one entry, of the whole
-        kept = self.keep(tensor, leaf=False, config=config)
+        kept = self.keep(tensor, leaf=False, config=config, copied=True)
         self.row = row
-        program = self.tape.program(origin, [source, *leaves])
-        return self.note(Gathered(kept, tuple(self._leaf(leaf.tensor()) for leaf in leaves), program, self.tape.shared))
+        program = self.tape.program(origin, [source, *found[1]])
+        return self.note(Gathered(kept, beside, program, self.tape.shared))
 
     def _again(self, x: Tensor, limit: float) -> Recomputed | None:
-        leaves = self.tape.cut(x, limit)
-        if leaves is None:
-            return None
-        program = self.tape.program(x, leaves)
-        return Recomputed(tuple(self._leaf(node.tensor()) for node in leaves), program, self.tape.shared)
+        while (leaves := self.tape.cut(x, limit)) is not None:
+            forms = self._secured(leaves)
+            if forms is not None:
+                return Recomputed(forms, self.tape.program(x, leaves), self.tape.shared)
+        return None
+
+    def _secured(self, leaves: Sequence[Node]) -> tuple[Exact | Narrowed, ...] | None:
+        """What is kept of the leaves of a cut; `None` where one is lost, which no later cut will have."""
+        forms = []
+        for node in leaves:
+            form = self._secure(node)
+            if form is None:
+                self.tape.lose(node)
+                return None
+            forms.append(form)
+        return tuple(forms)
 
     def _encode(
         self, x: Tensor, config: Config, purpose: str, affine: Affine | None = None, watched: bool = False
@@ -292,7 +400,9 @@ class Step:
 
     def aggregated(self, y: Tensor, graph: Graph, x: Tensor) -> None:
         """Remember that y = A x, as long as somebody else keeps x alive."""
-        self._aggregates[self.key(y)] = graph, weakref.ref(x), x._version
+        if self.held(x):
+            self.tape.node(x)  # remembers the content
+        self._aggregates[self.key(y)] = graph, weakref.ref(x), self.key(x)
 
     def source(self, y: Tensor) -> tuple[Graph, Tensor] | None:
         """A and x of a y = A x whose gradient nobody has asked for, where the recipe does not insist on keeping y."""
@@ -301,19 +411,19 @@ class Step:
         found = self._aggregates.get(self.key(y)) or self._average(y)
         if found is None:
             return None
-        graph, ref, version = found
+        graph, ref, key = found
         x = ref()
-        if x is None or x._version != version or y._backward_hooks or y.retains_grad:
+        if x is None or self.key(x) != key or y._backward_hooks or y.retains_grad:
             return None
         return graph, x
 
-    def _average(self, y: Tensor) -> tuple[Graph, weakref.ref[Tensor], int] | None:
+    def _average(self, y: Tensor) -> tuple[Graph, weakref.ref[Tensor], Any] | None:
         """The same of a y that is a sum over neighbours divided by their number."""
         parts = division(self.tape, y)
         if parts is not None:
-            for key, (graph, ref, version) in self._aggregates.items():
+            for key, (graph, ref, source) in self._aggregates.items():
                 if self._is_mean(parts, key, graph):
-                    return replace(graph, mean=True), ref, version
+                    return replace(graph, mean=True), ref, source
         return None
 
     def _had_again(self, x: Tensor) -> Residual | None:
@@ -342,7 +452,7 @@ class Step:
 
     def pack_index(self, index: Tensor) -> Exact | Narrowed:
         """An index for a rule that saves it itself: by reference, or once and in int32."""
-        kept: Exact | Narrowed = Exact(index, index._version) if self.held(index) else self._lossless(index)
+        kept: Exact | Narrowed = exact(index) if self.held(index) else self._lossless(index)
         if self.ledger is not None and self.row is not None and not self.held(index):
             self.ledger.kept_tensor(self.row, kept.x)
         return kept
@@ -386,23 +496,21 @@ class Step:
     def pack(self, x: Tensor) -> Kept:
         kept: Kept
         if self.inside:  # a rule's own tensors: entered in the ledger where they were made
-            kept = Exact(x, x._version)
+            kept = exact(x)
             if x.layout == torch.strided and (leaves := self._leaves.get(storage_key(x))) is not None:
                 leaves.append(kept)
             return kept
         free = self.held(x)
         self.tape.saved(x)
-        kept = Exact(x, x._version) if free or self.config is None or x.layout != torch.strided else self.exactly(x)
+        if free and self.config is not None and x.layout == torch.strided:
+            self._kept.add(self.key(x))
+        kept = exact(x) if free or self.config is None or x.layout != torch.strided else self.exactly(x)
         if self.ledger is not None and not free:
             row = Row(self.module, function_name(self.function), kept.how, tuple(x.shape))
             self.ledger.add(row)
             self.ledger.plain_tensor(row, x)
             self.enter(row, kept)
         return kept
-
-    @staticmethod
-    def unpack(kept: Kept) -> Tensor:
-        return kept.restore()
 
     def exactly(self, x: Tensor) -> Kept:
         """x in the fewest bytes that lose nothing: from what is kept anyway, narrowed, once for equal content."""
@@ -413,21 +521,44 @@ class Step:
                 return again
         return self._lossless(x)
 
-    def _leaf(self, x: Tensor | None) -> Exact | Narrowed:
-        assert x is not None
+    def _leaf(self, x: Tensor) -> Exact | Narrowed:
         x = x.detach()  # what is kept must not hold the graph that it belongs to
         if not self.held(x) and x.untyped_storage().nbytes() > 2 * nbytes(x):
             x = x.clone()  # a small view would keep all that it is a view of
-        kept = Exact(x, x._version) if self.held(x) else self._lossless(x)
+        kept = exact(x) if self.held(x) else self._lossless(x)
         if isinstance(kept, Exact):
             self._leaves.setdefault(storage_key(kept.x), []).append(kept)
         return kept
 
     def before_change(self, x: Any) -> None:
         """An operation is about to change x in place. Plain torch would not mind where it keeps the result alone."""
-        if isinstance(x, Tensor) and x.layout == torch.strided:
-            for leaf in self._leaves.pop(storage_key(x), ()):
+        if isinstance(x, list | tuple):
+            for item in x:
+                self.before_change(item)
+        elif isinstance(x, Tensor) and not is_lazy(x) and x.layout == torch.strided:
+            storage = self._alive.hold(x)
+            for leaf in self._leaves.pop(storage, ()):
                 leaf.own()
+            self._changes[storage] = self._changes.get(storage, 0) + 1
+            self.owners.changed(storage)
+
+    def exposed(self, x: Any) -> None:
+        """The memory of x is handed to somebody whose writes cannot be seen: NumPy, DLPack, a kernel by its address."""
+        if isinstance(x, Tensor) and not is_lazy(x) and x.layout == torch.strided:
+            self.before_change(x)
+            self._exposed.add(self._alive.hold(x))
+
+    def _let_go(self, outputs: Sequence[Tensor]) -> None:
+        """What the model returns or stores is out of sight from now on: leaves among it become copies."""
+        if self._leaves:
+            mine = (x for _, x in self.state.constants())
+            for x in chain(outputs, mine):
+                for part in storages(x):
+                    storage = storage_key(part)
+                    for leaf in () if storage in self.owners.roles else self._leaves.pop(storage, ()):
+                        leaf.own()
+                        if self.ledger is not None:
+                            self.ledger.copied(storage, leaf.x)
 
     def enter(self, row: Row, kept: Kept) -> None:
         """Enter in the ledger what a form takes."""
@@ -438,10 +569,17 @@ class Step:
 
     def _lossless(self, x: Tensor) -> Exact | Narrowed:
         if x.is_floating_point() and x.numel() != max(x.shape, default=0):
-            return Exact(x, x._version)  # an activation: its content is its own
+            return exact(x)  # an activation: its content is its own
         key = ("lossless", self.key(x))
         if key not in self._shared:
-            self._shared[key] = self._once(narrow(x))
+            kept = narrow(x)
+            node = self.tape.nodes.get(self.key(x))
+            # Of a tensor that an operation has inside, nobody can say whether it will be written to.
+            if isinstance(kept, Narrowed) or (node is not None and node.call is not None and self._is_made(x)):
+                kept = self._once(kept)
+                if isinstance(kept, Exact) and storage_key(kept.x) != storage_key(x):
+                    self._leaves.setdefault(storage_key(kept.x), []).append(kept)
+            self._shared[key] = kept
             self.tape.cuts.clear()  # what starts from x costs less now
         return self._shared[key]
 
@@ -451,7 +589,7 @@ class Step:
             return kept  # comparing would wait for the device
         known = self._content.setdefault((type(kept), kept.x.dtype, kept.x.shape), [])
         for other in known:
-            unchanged = not isinstance(other, Exact) or other.x._version == other.version
+            unchanged = not isinstance(other, Exact) or version(other.x) == other.version
             if unchanged and torch.equal(other.x, kept.x):
                 return kept.on(other.x)
         known.append(kept)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
+from dibit.identity import storage_key, version
 from dibit.replay import IN_PLACE, Program, Shared, Slot, functions
 
 _DEEPEST = 24  # operations between a tensor and what it is computed from
@@ -37,6 +38,7 @@ _COMBINED = "cat stack scatter_add scatter_reduce index_add cumsum"
 _CASTS = "to long int float double bool half bfloat16"
 PURE = functions(" ".join((_SHAPES, _ARITHMETIC, _LOGIC, _MADE, _COMBINED, _CASTS))) | IN_PLACE
 _CREATED = functions("zeros ones full arange")
+_UNIFORM = {function: value for value, name in enumerate(("zeros", "ones")) for function in functions(name)}
 _AUTOCAST = functions("exp exp_ log pow pow_ __pow__ __rpow__ rsqrt reciprocal cumsum cat stack")
 _SELECTIONS = functions(_SHAPES)
 _SAVES_RESULT = functions("exp sqrt rsqrt reciprocal sigmoid tanh relu exp_ relu_ __rpow__")
@@ -53,18 +55,24 @@ class Node:
         nbytes: of the tensor itself, not of what it is a view of; expanded dimensions count once.
         call: function and arguments, tensors among them as nodes; `None` where the tape does not know.
         constant: it requires no gradient.
+        root: where somebody else owns the memory, the node whose content was remembered when it was read; else `None`.
+        content: of a root, its fingerprint; `None` where nothing can rest on it.
+        role: of a root, who it is to the model.
     """
 
-    __slots__ = ("call", "constant", "nbytes", "ref", "version")
+    __slots__ = ("call", "constant", "content", "nbytes", "ref", "role", "root", "version")
 
     def __init__(self, x: Tensor, call: tuple[Any, Any, Any] | None) -> None:
-        self.ref, self.version, self.nbytes = TensorWeakRef(x), x._version, nbytes(x)
+        self.ref, self.version, self.nbytes = TensorWeakRef(x), version(x), nbytes(x)
         self.call, self.constant = call, not x.requires_grad
+        self.root: Node | None = None
+        self.content: Any = None
+        self.role = ""
 
     def tensor(self) -> Tensor | None:
         """The tensor, if it still exists unchanged."""
         x = self.ref()
-        return x if x is not None and x._version == self.version else None
+        return x if x is not None and version(x) == self.version else None
 
     def parents(self) -> Iterator[Node]:
         assert self.call is not None
@@ -75,12 +83,19 @@ class Tape:
     """What the operations of one forward pass made, as far as it can be made again.
 
     Args:
-        key: identity of a tensor's content.
+        key: identity of a tensor's content, its storage first.
         free: whether a tensor costs nothing to keep (somebody else holds it, or it is kept already).
+        owned: enters role and content of a tensor that is about to be read in its node, if somebody else owns its
+            memory.
     """
 
-    def __init__(self, key: Callable[[Tensor], Any], free: Callable[[Tensor], bool]) -> None:
-        self.key, self.free = key, free
+    def __init__(
+        self,
+        key: Callable[[Tensor], Any],
+        free: Callable[[Tensor], bool],
+        owned: Callable[[Node, Tensor], None] = lambda node, x: None,
+    ) -> None:
+        self.key, self.free, self.owned = key, free, owned
         self.nodes: dict[Any, Node] = {}
         self.shared = Shared()
         self.cuts: dict[Node, dict[Node, None] | None] = {}  # the best of each node, until something more is kept
@@ -92,14 +107,17 @@ class Tape:
         self.nodes.clear()
         self.cuts.clear()
         self._held.clear()
-        del self.key, self.free
+        del self.key, self.free, self.owned
 
     def node(self, x: Tensor) -> Node:
-        """The node of a tensor; a source if nothing is known of it."""
+        """The node of a tensor that is about to be read; a source if nothing is known of it."""
         key = self.key(x)
         found = self.nodes.get(key)
+        if found is not None and found.call is not None and found.call[0] in _CREATED and not _as_created(found, x):
+            found = None  # a kernel out of torch's sight has filled it
         if found is None:
             found = self.nodes[key] = Node(x, None)
+            self.owned(found, x)
         elif found.ref() is None:
             found.ref = TensorWeakRef(x)  # another object on the same content
         return found
@@ -128,13 +146,30 @@ class Tape:
             found = self.nodes.get(key)
             # A result that is one of the arguments' own content (contiguous, to, a full view) keeps its older node.
             if found is None:
-                self.nodes[key] = Node(result, call)
+                node = self.nodes[key] = Node(result, call)
+                root = self._viewed(key[0], node)
+                if root is not None and call[0] in IN_PLACE:
+                    node.call = None
+                    self.owned(node, result)  # no longer the content that was read
+                else:
+                    node.root = root
             elif found.ref() is None:
                 found.ref = TensorWeakRef(result)
 
+    @staticmethod
+    def _viewed(storage: int, node: Node) -> Node | None:
+        """The root whose memory a result shares, if it is a view of a tensor that somebody else owns."""
+        for parent in node.parents():
+            if parent.root is not None and (x := parent.ref()) is not None and storage_key(x) == storage:
+                return parent.root
+        return None
+
     def made(self, function: Callable[..., Tensor], args: tuple[Any, ...], result: Tensor) -> None:
         """Note what a rule computed by a function of its own that gives the same bits again."""
-        self._held += [x for x in args[1:] if isinstance(x, Tensor)]
+        for x in args[1:]:
+            if isinstance(x, Tensor) and self.key(x) not in self.nodes:
+                self._held.append(x)
+                self.nodes[self.key(x)] = Node(x, None)  # a seed of our own
         try:
             self.after((function, _noded(args, self.node), {}), result)
         except TypeError:
@@ -179,7 +214,7 @@ class Tape:
                     return best
                 beside |= part
             smallest = top.nbytes / 2 if best is None else best[0].nbytes
-            if node.nbytes < smallest and node.tensor() is not None:
+            if node.nbytes < smallest and (source := node.tensor()) is not None and self.usable(node, source):
                 best = node, list(beside)
         return best
 
@@ -189,11 +224,23 @@ class Tape:
         writer.visit(self.nodes[self.key(x)])
         return Program(len(leaves), tuple(writer.calls))
 
+    def lose(self, node: Node) -> None:
+        """The content that a root had when it was read is not to be had any more."""
+        if node.root is not None:
+            node.root.content = None
+        self.cuts.clear()
+
+    def usable(self, node: Node, x: Tensor) -> bool:
+        """Whether something that is kept may rest on x: it was made in this pass, or its content is remembered."""
+        return node.root is None or node.root.content is not None or self.free(x)
+
     def _cut(self, node: Node, depth: int, memo: dict[Node, Any], top: bool = False) -> dict[Node, None] | None:
         """The cheaper of keeping a node and computing it again; `None` where neither can be done."""
         if node in memo:
             return memo[node]
         x = None if top else node.tensor()
+        if x is not None and not self.usable(node, x):
+            x = None
         keep: dict[Node, None] | None = {node: None} if x is not None else None
         if x is not None and (node.nbytes < SMALL or self.free(x)):
             memo[node] = keep
@@ -254,6 +301,19 @@ class _Writer:
             self.calls.append((function, *filled, identity))
             self.slots[node] = self.leaves + len(self.calls) - 1
         return Slot(self.slots[node])
+
+
+def _as_created(node: Node, x: Tensor) -> bool:
+    """Whether what `zeros`, `ones`, `full` or `arange` gave still has that content (asked on the CPU alone)."""
+    assert node.call is not None
+    function, args, kwargs = node.call
+    if x.numel() == 0 or x.device.type != "cpu":
+        return True
+    with torch.no_grad():
+        if function in _UNIFORM and not x.is_complex():
+            low, high = x.aminmax()
+            return bool((low == high) & (low == _UNIFORM[function]))
+        return torch.equal(x, function(*args, **kwargs))
 
 
 def _on_cpu(args: Any) -> bool:

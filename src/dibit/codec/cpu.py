@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dibit.buffers import empty, empty_like
 from dibit.codec import chances, kernels, reference
+from dibit.codec.memory import array
 from dibit.codec.rng import M1, M2
 from dibit.precision import HALF, at_least_single
 
@@ -28,7 +29,7 @@ def _keys(seed: Tensor) -> tuple[np.uint32, np.uint32]:
 
 
 def _ranges32(ranges: Tensor) -> np.ndarray:
-    return ranges.to(torch.float32).numpy()
+    return array(ranges.to(torch.float32))
 
 
 def quantize(
@@ -46,11 +47,11 @@ def quantize(
     widths = torch.empty(blocks)
     if n:
         half = stats == torch.bfloat16
-        plain = np.empty((0, 2), np.float32) if half else ranges.numpy()
-        packed = ranges.view(torch.int16).numpy() if half else np.empty((0, 2), np.int16)
-        data = x.contiguous().numpy()
+        plain = np.empty((0, 2), np.float32) if half else array(ranges)
+        packed = array(ranges.view(torch.int16)) if half else np.empty((0, 2), np.int16)
+        data = array(x.contiguous())
         kernels.quantize(
-            n, data, data.view(np.int32), codes.numpy(), plain, packed, widths.numpy(), *_keys(seed), bits, block,
+            n, data, data.view(np.int32), array(codes), plain, packed, array(widths), *_keys(seed), bits, block,
             np.array(levels, np.float32), half, rounding, number,
         )  # fmt: skip
     return codes, ranges, widths
@@ -122,9 +123,9 @@ def dequantize(
     if numel:
         kernels.dequantize(
             numel,
-            codes.numpy(),
+            array(codes),
             _ranges32(ranges),
-            out.numpy(),
+            array(out),
             *_keys(seed),
             bits,
             block,
@@ -142,7 +143,7 @@ def column_sums(codes: Tensor, ranges: Tensor, seed: Tensor, g: Tensor, bits: in
     sums = torch.zeros(tasks, g.shape[1])
     if g.numel():
         kernels.column_sums(
-            g.numel(), codes.numpy(), _ranges32(ranges), g.numpy().reshape(-1), sums.numpy(), *_keys(seed), bits,
+            g.numel(), array(codes), _ranges32(ranges), array(g).reshape(-1), array(sums), *_keys(seed), bits,
             block, np.float32(dither),
         )  # fmt: skip
     return sums.sum(0)
@@ -156,9 +157,9 @@ def norm_gradient(
         return reference.norm_gradient(codes, ranges, seed, g, shift, factor, gain, bits, block)
     out = empty_like(g)
     if g.numel():
-        rows = (part.contiguous().numpy() for part in (shift, factor, gain))
+        rows = (array(part.contiguous()) for part in (shift, factor, gain))
         kernels.norm_gradient(
-            g.numel(), codes.numpy(), _ranges32(ranges), g.numpy().reshape(-1), out.numpy().reshape(-1), *rows, bits,
+            g.numel(), array(codes), _ranges32(ranges), array(g).reshape(-1), array(out).reshape(-1), *rows, bits,
             block,
         )  # fmt: skip
     return out
@@ -169,7 +170,7 @@ def pack_mask(x: Tensor) -> Tensor:
         x = ((x.view(torch.int16) > 0) | x.isnan()).view(torch.uint8)
     out = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
     if x.numel():
-        kernels.pack_mask(x.numel(), x.numpy().reshape(-1), out.numpy())
+        kernels.pack_mask(x.numel(), array(x).reshape(-1), array(out))
     return out
 
 
@@ -178,7 +179,7 @@ def relu(x: Tensor) -> tuple[Tensor, Tensor]:
         return torch.relu(x), pack_mask(x)
     y, out = empty_like(x), torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
     if x.numel():
-        kernels.relu(x.numel(), x.numpy().reshape(-1), y.numpy().reshape(-1), out.numpy())
+        kernels.relu(x.numel(), array(x).reshape(-1), array(y).reshape(-1), array(out))
     return y, out
 
 
@@ -188,7 +189,7 @@ def apply_mask(grad: Tensor, mask: Tensor, slope: float) -> Tensor:
     out = empty_like(grad)
     if grad.numel():
         kernels.apply_mask(
-            grad.numel(), grad.numpy().reshape(-1), mask.numpy(), out.numpy().reshape(-1), np.float32(slope)
+            grad.numel(), array(grad).reshape(-1), array(mask), array(out).reshape(-1), np.float32(slope)
         )
     return out
 
@@ -199,7 +200,7 @@ def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     out = empty_like(x)
     if x.numel():
         scale = np.float32(reference.dropout_scale(p, x.dtype))
-        kernels.dropout(x.numel(), x.numpy().reshape(-1), out.numpy().reshape(-1), *_keys(seed), np.float32(p), scale)
+        kernels.dropout(x.numel(), array(x).reshape(-1), array(out).reshape(-1), *_keys(seed), np.float32(p), scale)
     return out
 
 
@@ -210,10 +211,10 @@ def norm_relu_dropout(
         return reference.norm_relu_dropout(x, mean, gain, bias, seed, p)
     y, mask = empty_like(x), torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
     if x.numel():
-        vectors = (part.contiguous().numpy() for part in (mean, gain, bias))
+        vectors = (array(part.contiguous()) for part in (mean, gain, bias))
         scale = np.float32(reference.dropout_scale(p, x.dtype))
         kernels.norm_relu_dropout(
-            x.numel(), x.numpy().reshape(-1), *vectors, y.numpy().reshape(-1), mask.numpy(), *_keys(seed),
+            x.numel(), array(x).reshape(-1), *vectors, array(y).reshape(-1), array(mask), *_keys(seed),
             np.float32(p), scale,
         )  # fmt: skip
     return y, mask
@@ -226,7 +227,7 @@ def relu_dropout_gradient(grad: Tensor, mask: Tensor, seed: Tensor, p: float) ->
     if grad.numel():
         scale = np.float32(reference.dropout_scale(p, grad.dtype))
         kernels.relu_dropout_gradient(
-            grad.numel(), grad.numpy().reshape(-1), mask.numpy(), out.numpy().reshape(-1), *_keys(seed),
+            grad.numel(), array(grad).reshape(-1), array(mask), array(out).reshape(-1), *_keys(seed),
             np.float32(p), scale,
         )  # fmt: skip
     return out
@@ -235,7 +236,7 @@ def relu_dropout_gradient(grad: Tensor, mask: Tensor, seed: Tensor, p: float) ->
 def signs(seed: Tensor, count: int) -> Tensor:
     out = torch.empty(count)
     if count:
-        kernels.signs(count, out.numpy(), *_keys(seed))
+        kernels.signs(count, array(out), *_keys(seed))
     return out
 
 
@@ -245,7 +246,7 @@ def aggregate(crow: Tensor, col: Tensor, values: Tensor, x: Tensor) -> Tensor:
     out = empty((crow.shape[0] - 1, x.shape[1]), x.dtype)
     if out.numel():
         kernels.aggregate(
-            max(out.numel(), col.numel()), crow.numpy(), col.numpy(), values.numpy(), x.numpy(), out.numpy()
+            max(out.numel(), col.numel()), array(crow), array(col), array(values), array(x), array(out)
         )  # fmt: skip
     return out
 
@@ -255,7 +256,7 @@ def row_scores(x: Tensor) -> Tensor:
         return reference.row_scores(x)
     sums, out = torch.empty(x.shape[0]), torch.empty(x.shape[0], dtype=torch.uint8)
     if x.numel():
-        kernels.row_scores(x.numel(), x.numpy(), sums.numpy(), sums.numpy().view(np.int32), out.numpy())
+        kernels.row_scores(x.numel(), array(x), array(sums), array(sums).view(np.int32), array(out))
     else:
         out.zero_()
     return out
@@ -265,11 +266,11 @@ def pick_rows(scores: Tensor, seed: Tensor, count: int) -> tuple[Tensor, Tensor]
     index, weight = torch.empty(count, dtype=torch.int64), torch.empty(count)
     chance, begin = chances.chances(scores, count), np.int64(int(chances.start(seed)))
     # one running sum: never in parallel
-    kernels.pick_rows(0, scores.numpy(), chance.numpy(), begin, index.numpy(), weight.numpy())
+    kernels.pick_rows(0, array(scores), array(chance), begin, array(index), array(weight))
     return index, weight
 
 
 def finite(x: Tensor) -> Tensor:
     if x.dtype != torch.float32 or not x.is_contiguous():
         return reference.finite(x)
-    return torch.tensor(0.0 if kernels.finite(x.numel(), x.numpy().view(np.int32).reshape(-1)) else float("nan"))
+    return torch.tensor(0.0 if kernels.finite(x.numel(), array(x).view(np.int32).reshape(-1)) else float("nan"))

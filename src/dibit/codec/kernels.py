@@ -16,6 +16,7 @@ u32, u64, i32, f32 = np.uint32, np.uint64, np.int32, np.float32
 _C1, _C2, _C3, _UNIT = u32(C1), u32(C2), u32(C3), f32(UNIT)
 _MOST = f32(np.finfo(np.float32).max)
 _MAGNITUDE, _INF = i32(0x7FFFFFFF), i32(0x7F800000)
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 CHUNK = 1 << 14  # elements that one task takes at the least
 
 
@@ -383,6 +384,32 @@ def finite(xbits):  # type: ignore[no-untyped-def]
             worst = size if size > worst else worst
         bad[task] = worst
     return bad.max() < _INF if tasks else True
+
+
+@Kernel
+def fingerprint(words, rest):  # type: ignore[no-untyped-def]
+    tasks = (words.size + CHUNK - 1) // CHUNK
+    sums = np.zeros(tasks + 1, np.uint64)
+    for task in nb.prange(tasks):
+        start = task * CHUNK
+        part = words[start : start + CHUNK]
+        total = np.uint64(0)
+        for k in range(part.size):
+            total += _mixed(part[k] + np.uint64(start + k + 1) * _GOLDEN)
+        sums[task] = total
+    if rest.size:
+        last = np.uint64(0)
+        for k in range(rest.size):
+            last |= np.uint64(rest[k]) << np.uint64(8 * k)
+        sums[tasks] = _mixed(last + np.uint64(words.size + 1) * _GOLDEN)
+    return np.int64(sums.sum())
+
+
+@inlined
+def _mixed(z):  # type: ignore[no-untyped-def]
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
 @Kernel

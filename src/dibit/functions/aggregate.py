@@ -163,8 +163,10 @@ def aggregate_features(step: Step, matrix: Tensor, x: Tensor, reduce: str | None
     """Features that the caller holds, aggregated: had again from both for nothing, so a linear layer keeps neither."""
     if reduce in _ARG or not (step.held(matrix) and step.held(x)):
         return NotImplemented
+    steady = step.steady(matrix) and step.steady(x)
     y = product(matrix, x, reduce)
-    step.derived(y, Aggregated(constant_graph(step, matrix, reduce), Reference(x, x.shape)))
+    if steady:
+        step.derived(y, Aggregated(constant_graph(step, matrix, reduce), Reference(x, x.shape)))
     return y
 
 

@@ -82,7 +82,7 @@ def dropout(step: Step, input: Tensor, p: float = 0.5, training: bool = True, in
     y = SeededDropout.apply(input, residual, inplace)
     if not inplace:
         step.tape.made(dropped, (input, residual.seed, residual.p), y)
-    if not inplace and step.held(input):
+    if not inplace and step.held(input) and step.steady(input):
         step.derived(y, Reseeded(residual.seed, residual.p, input))
     return y
 

@@ -119,7 +119,7 @@ def linear(step: Step, input: Tensor, weight: Tensor, bias: Tensor | None = None
     if weight.is_leaf and (found := step.source(aggregate := step.origin(input))) is not None:
         graph, x = found
         step.plain(input)
-        residual = step.keep(x, leaf=True)
+        residual = step.keep(x, leaf=True, copied=True)
         # detached: otherwise autograd would walk through the aggregation as well, with zeros
         watched = weakref.ref(aggregate)
         return AggregatedLinear.apply(x, weight, bias, input.detach(), watched, residual, graph, step.low)

@@ -16,7 +16,7 @@ from torch import Tensor
 from dibit.config import Config
 from dibit.functions.common import dense, first_order
 from dibit.identity import storage_key
-from dibit.lossless import Exact
+from dibit.lossless import Exact, exact
 from dibit.precision import HALF, at_least_single, full
 from dibit.residual import Residual, load, save
 from dibit.step import Step
@@ -32,7 +32,7 @@ class Deferred:
     """A result whose form is settled when the forward pass ends: by reference if returned, else as a residual."""
 
     def __init__(self, step: Step, y: Tensor) -> None:
-        self.exact: Exact | None = Exact(y.detach(), y._version)
+        self.exact: Exact | None = exact(y)
         self.residual: Residual | None = None
         self.config = probability_config(step)
         self.row = step.row
