@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 _free = torch.UntypedStorage._free_weak_ref
 
@@ -21,7 +22,9 @@ def version(x: Tensor) -> int:
 
 
 def storages(x: Tensor) -> list[Tensor]:
-    """The strided tensors that hold a tensor's memory: itself, or the parts of a sparse one."""
+    """The strided tensors that hold a tensor's memory: itself, or the parts of a sparse one; none of a lazy one."""
+    if is_lazy(x):
+        return []
     if x.layout == torch.strided:
         return [x]
     if x.layout == torch.sparse_coo:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 
-from dibit.identity import storage_key
+from dibit.identity import storage_key, storages
 from dibit.replay import functions
 from dibit.state import Rule
 from dibit.step import Step, tensors_in
@@ -68,7 +68,7 @@ def tell_of_results(step: Step, func: Any, args: Any, result: Any) -> None:
     for x in result if type(result) in (tuple, list) else (result,):
         if type(x) is Tensor and not x.requires_grad and x.layout == torch.strided and func not in _FROM_OUTSIDE:
             storage = storage_key(x)
-            if not any(storage == storage_key(a) for a in tensors_in(args) if a.layout == torch.strided):
+            if not any(storage == storage_key(part) for a in tensors_in(args) for part in storages(a)):
                 step.made(x)
 
 

@@ -164,7 +164,7 @@ class Step:
     def _owned(self, node: Node, x: Tensor) -> None:
         """Remember the content of a tensor that somebody else owns, before it is read."""
         if not self._is_made(x):
-            node.root, node.role = node, self.owners.role(storage_key(x))
+            node.role = self.owners.role(storage_key(x))
             node.content = self.owners.read(x, node.role)
 
     def _is_made(self, x: Tensor) -> bool:

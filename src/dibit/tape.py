@@ -55,19 +55,24 @@ class Node:
         nbytes: of the tensor itself, not of what it is a view of; expanded dimensions count once.
         call: function and arguments, tensors among them as nodes; `None` where the tape does not know.
         constant: it requires no gradient.
-        root: where somebody else owns the memory, the node whose content was remembered when it was read; else `None`.
-        content: of a root, its fingerprint; `None` where nothing can rest on it.
-        role: of a root, who it is to the model.
+        role: who it is to the model, where somebody else owns the memory; empty for what this pass has made.
+        content: of such a tensor, its fingerprint when it was read; `None` where nothing can rest on it.
+        base: of a view of such a tensor, the tensor's node.
     """
 
-    __slots__ = ("call", "constant", "content", "nbytes", "ref", "role", "root", "version")
+    __slots__ = ("base", "call", "constant", "content", "nbytes", "ref", "role", "version")
 
     def __init__(self, x: Tensor, call: tuple[Any, Any, Any] | None) -> None:
         self.ref, self.version, self.nbytes = TensorWeakRef(x), version(x), nbytes(x)
         self.call, self.constant = call, not x.requires_grad
-        self.root: Node | None = None
-        self.content: Any = None
         self.role = ""
+        self.content: Any = None
+        self.base: Node | None = None
+
+    @property
+    def root(self) -> Node | None:
+        """The node whose content was remembered, where somebody else owns the memory."""
+        return self if self.role else self.base
 
     def tensor(self) -> Tensor | None:
         """The tensor, if it still exists unchanged."""
@@ -152,7 +157,7 @@ class Tape:
                     node.call = None
                     self.owned(node, result)  # no longer the content that was read
                 else:
-                    node.root = root
+                    node.base = root
             elif found.ref() is None:
                 found.ref = TensorWeakRef(result)
 

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-import ctypes
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_DTYPES = {
-    torch.float32: np.float32, torch.float64: np.float64, torch.uint8: np.uint8, torch.int8: np.int8,
-    torch.int16: np.int16, torch.int32: np.int32, torch.int64: np.int64, torch.bool: np.bool_,
+_TYPES = {
+    torch.float32: "<f4", torch.float64: "<f8", torch.uint8: "|u1", torch.int8: "|i1", torch.int16: "<i2",
+    torch.int32: "<i4", torch.int64: "<i8", torch.bool: "|b1",
 }  # fmt: skip
+
+
+class _Memory:
+    """NumPy's array interface of a contiguous CPU tensor; the array holds this object, and so the tensor."""
+
+    __slots__ = ("__array_interface__", "owner")
+
+    def __init__(self, x: Tensor) -> None:
+        self.owner = x
+        self.__array_interface__: dict[str, Any] = {
+            "version": 3, "shape": tuple(x.shape), "typestr": _TYPES[x.dtype], "data": (x.data_ptr(), False)
+        }  # fmt: skip
 
 
 def array(x: Tensor) -> np.ndarray:
@@ -19,8 +31,4 @@ def array(x: Tensor) -> np.ndarray:
 
     `numpy()` would forbid the owner of the memory to resize it, for good; reversible layers and sharded training do so.
     """
-    if not x.is_contiguous():
-        x = x.contiguous()
-    memory = (ctypes.c_char * x.nbytes).from_address(x.data_ptr())
-    memory.owner = x  # type: ignore[attr-defined]  # the memory lives as long as the array
-    return np.ndarray(x.shape, _DTYPES[x.dtype], buffer=memory)  # type: ignore[arg-type]
+    return np.asarray(_Memory(x if x.is_contiguous() else x.contiguous()))
