@@ -29,9 +29,14 @@ class Interrupted(Exception):
     """Training stopped by Ctrl-C after its checkpoint was written (status 130)."""
 
 
+def printable(text: str) -> str:
+    """Return a text with its control characters, line breaks too, written out: a file's name may hold any."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def shown(given: object, most: int = 80) -> str:
     """Return what was given as part of a sentence: the middle of something very long is left out."""
-    text = str(given)
+    text = printable(str(given))
     return text if len(text) <= most else f"{text[: most - 20]}...{text[-17:]}"
 
 

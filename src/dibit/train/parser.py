@@ -96,9 +96,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     hints = _hints()
     for key, value in result.items():
         if key not in hints:
-            raise UserError(
-                f"The settings file {shown(path)} has the unknown key {shown(key)!r}.{nearest(key, hints)}"
-            )
+            raise UserError(f"The settings file {shown(path)} has the unknown key {shown(key)!r}.{nearest(key, hints)}")
         if hints[key] is bool and not isinstance(value, bool):
             raise UserError(f"In {shown(path)}, {key} is {shown(value)!r}, expected true or false.")
     return {key: _converted(key, value, hints[key]) for key, value in result.items()}

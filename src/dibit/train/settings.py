@@ -227,7 +227,11 @@ class CompressionSettings:
         _one_of("recipe", self.recipe, RECIPES)
         if self.bits is not None and self.bits not in BITS:
             raise UserError(f"--bits is {shown(self.bits)}, expected 1, 2, 4 or 8.")
-        if self.block is not None and self.block != "row" and not (isinstance(self.block, int) and 1 <= self.block <= _MOST):
+        if (
+            self.block is not None
+            and self.block != "row"
+            and not (isinstance(self.block, int) and 1 <= self.block <= _MOST)
+        ):
             raise UserError(f"--block is {shown(self.block)}, expected a whole number of at least 1, or 'row'.")
         if self.levels is not None:
             _one_of("levels", self.levels, LEVELS)

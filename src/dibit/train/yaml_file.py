@@ -82,7 +82,9 @@ def _mapping(yaml: Any, events: Iterator[Any], text: str, path: str | Path) -> d
         """The value that begins with an event."""
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in anchors:
-                raise UserError(f"In {shown(path)}, {what} refers to {shown(event.anchor)!r}, which nothing before it is.")
+                raise UserError(
+                    f"In {shown(path)}, {what} refers to {shown(event.anchor)!r}, which nothing before it is."
+                )
             return anchors[event.anchor]
         if not isinstance(event, yaml.ScalarEvent):
             depth = 1
@@ -112,7 +114,9 @@ def _mapping(yaml: Any, events: Iterator[Any], text: str, path: str | Path) -> d
         raise nothing
     while not isinstance(event := next(events), yaml.MappingEndEvent):
         if not isinstance(event, yaml.ScalarEvent):
-            raise UserError(f"The settings file {shown(path)} has a key that is no name; expected lines such as 'layers: 3'.")
+            raise UserError(
+                f"The settings file {shown(path)} has a key that is no name; expected lines such as 'layers: 3'."
+            )
         key = event.value
         name = key.replace("-", "_")
         if name in names:

@@ -22,6 +22,7 @@ _LONGEST_HEADER = 10_000  # bytes; numpy's own limit, and a plain array's header
 _CHUNK = 1 << 24  # bytes
 # A header is a Python literal; those of plain arrays are read without evaluating anything.
 _DESCR = re.compile(r"""['"]descr['"]\s*:\s*['"]([^'"]*)['"]\s*,?\s*""")
+_STRUCTURED = re.compile(r"""['"]descr['"]\s*:\s*\[\s*\(""")
 _ORDER = re.compile(r"""['"]fortran_order['"]\s*:\s*(True|False)\s*,?\s*""")
 _SHAPE = re.compile(r"""['"]shape['"]\s*:\s*\(((?:\s*\d{1,18}L?\s*,)*\s*(?:\d{1,18}L?)?\s*)\)\s*,?\s*""")
 
@@ -84,6 +85,8 @@ class Archive:
                 f"The file {shown(self.path)} holds {name} {len(members)} times, expected once; write it again with "
                 "numpy.savez."
             )
+        if members[0].flag_bits & 1:
+            raise UserError(f"In {shown(self.path)}, {name} is encrypted; write the file again with numpy.savez.")
         with self._explained(name), self._zip.open(members[0]) as file:
             header = self._header(file, name)
             start = file.tell()
@@ -112,7 +115,7 @@ class Archive:
             raise ValueError(f"the header of {name} has {length:,} bytes, expected about a hundred")
         text = file.read(length).decode("utf-8" if begin[6] == 3 else "latin1").strip()
         parts = [pattern.search(text) for pattern in (_DESCR, _ORDER, _SHAPE)]
-        if "[" in text.partition("shape")[0] and parts[0] is None:
+        if parts[0] is None and _STRUCTURED.search(text):
             raise UserError(f"In {shown(self.path)}, {name} is a structured array, expected plain numbers.")
         descr, order, shape = (None if part is None else part[1] for part in parts)
         rest = text

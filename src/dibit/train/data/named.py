@@ -176,8 +176,9 @@ def _refused(error: BaseException) -> str | None:
         if isinstance(cause, guard.CodeInFile):
             return shown(str(cause))
         if isinstance(cause, pickle.UnpicklingError) and cause.__cause__ is None:
-            named = re.search(r"GLOBAL (\S+) was not", str(cause))
-            return named[1] if named else shown(" ".join(str(cause).split()) or "it is no whole pickle", 160)
+            text = " ".join(str(cause).split()) or "it is no whole pickle"
+            named = re.search(r"GLOBAL (\S+)", text)
+            return named[1] if named else shown(text.rpartition("WeightsUnpickler error: ")[2], 160)
         cause = cause.__cause__ or cause.__context__
     return None
 
