@@ -119,7 +119,7 @@ class Graph:
         checksum = 0
         arrays: list[np.ndarray] = [t.contiguous().numpy() for t in (self.x, self.edge_index, self.y)]
         for array in (*arrays, *(self.masks or ())):
-            checksum = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), checksum)
+            checksum = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, checksum)
         sizes = "-".join(str(n) for n in (*self.x.shape, self.edge_index.shape[1], self.num_classes))
         return f"{sizes}-{checksum:08x}"
 

@@ -52,7 +52,7 @@ def _new(kind: type, base: type, state: Any) -> Any:
     """How Python 2 writes an object without arguments, as `copyreg._reconstructor` reads it."""
     if base is not object or state is not None:
         raise CodeInFile(f"copyreg._reconstructor of {base.__name__}")
-    return kind.__new__(kind)
+    return object.__new__(kind)
 
 
 def _allowed() -> dict[tuple[str, str], Any]:
