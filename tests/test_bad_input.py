@@ -15,17 +15,98 @@ from tests.train.conftest import small
 __all__ = ["small"]  # a fixture
 
 HUGE = "9" * 30
-NUMBERS = ("0", "-1", "-1e-3", "nan", "inf", "-inf", "1e999", "1e-999", HUGE, "1" * 5000, "", " ", "x", "1.5", "0x10", "½", "[" * 3000,
-           "null", "true", "1,2", "2147483648", "9223372036854775807")  # fmt: skip
-TEXTS = ("", " ", "x", "\n", "\udcff", "[/]", "[" * 3000, "a" * 5000, "null", "{}", "&a [*a]", "../..", "/", "//", "planted:",
-         "planted:0", "planted:-5", "planted:1e5", f"planted:{HUGE}", "planted:999999999999", f"planted:{'9' * 5000}", "planted:²³⁴",
-         ".npz", "cora.npz/", "/dev/null", "/dev/zero", "cuda:-1", "cuda:99", "cpu:5", "meta", "mps", "cuda:x")  # fmt: skip
+NUMBERS = (
+    "0",
+    "-1",
+    "-1e-3",
+    "nan",
+    "inf",
+    "-inf",
+    "1e999",
+    "1e-999",
+    HUGE,
+    "1" * 5000,
+    "",
+    " ",
+    "x",
+    "1.5",
+    "0x10",
+    "½",
+    "[" * 3000,
+    "null",
+    "true",
+    "1,2",
+    "2147483648",
+    "9223372036854775807",
+)
+TEXTS = (
+    "",
+    " ",
+    "x",
+    "\n",
+    "\udcff",
+    "[/]",
+    "[" * 3000,
+    "a" * 5000,
+    "null",
+    "{}",
+    "&a [*a]",
+    "../..",
+    "/",
+    "//",
+    "planted:",
+    "planted:0",
+    "planted:-5",
+    "planted:1e5",
+    f"planted:{HUGE}",
+    "planted:999999999999",
+    f"planted:{'9' * 5000}",
+    "planted:²³⁴",
+    ".npz",
+    "cora.npz/",
+    "/dev/null",
+    "/dev/zero",
+    "cuda:-1",
+    "cuda:99",
+    "cpu:5",
+    "meta",
+    "mps",
+    "cuda:x",
+)
 
 
-@pytest.mark.parametrize("flag", ["svd", "split", "layers", "hidden", "dropout", "heads", "alpha", "theta", "epochs", "lr", "clip",
-                                  "weight-decay", "patience", "eval-every", "batch-size", "parts", "clusters", "walk-length",
-                                  "steps", "depth", "workers", "bits", "block", "seed", "seeds", "checkpoint-every",
-                                  "neighbors"])  # fmt: skip
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "svd",
+        "split",
+        "layers",
+        "hidden",
+        "dropout",
+        "heads",
+        "alpha",
+        "theta",
+        "epochs",
+        "lr",
+        "clip",
+        "weight-decay",
+        "patience",
+        "eval-every",
+        "batch-size",
+        "parts",
+        "clusters",
+        "walk-length",
+        "steps",
+        "depth",
+        "workers",
+        "bits",
+        "block",
+        "seed",
+        "seeds",
+        "checkpoint-every",
+        "neighbors",
+    ],
+)
 def test_numbers(
     flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -33,15 +114,20 @@ def test_numbers(
 
 
 @pytest.mark.parametrize(
-    "flag", ["dataset", "model", "norm", "aggr", "precision", "loader", "recipe", "levels", "device", "config", "json", "out"]
+    "flag",
+    ["dataset", "model", "norm", "aggr", "precision", "loader", "recipe", "levels", "device", "config", "json", "out"],
 )
-def test_texts(
-    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_texts(flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     _try(flag, TEXTS, tmp_path, monkeypatch, capsys)
 
 
-def _try(flag: str, values: tuple[str, ...], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def _try(
+    flag: str,
+    values: tuple[str, ...],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Refused in one line with nothing written, or let through to the training."""
 
     class Reached(BaseException):
@@ -72,7 +158,9 @@ def test_too_little_memory_is_a_sentence(
     words = ["train", "--dataset", str(small), "--quiet", "--out", str(tmp_path / "run")]
     errors = (
         MemoryError(),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
         RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     )
     for error in errors:

@@ -16,8 +16,34 @@ from tests.train.conftest import small_arrays
 
 Arrays = dict[str, Any]
 PARTS = ("train_mask", "val_mask", "test_mask")
-DTYPES = ("?", "i1", "u1", "<i2", ">i2", "<u4", ">i4", "<i8", ">i8", "<u8", ">u8", "<f2", ">f2", "<f4", ">f4", "<f8", ">f8",
-          "g", "F", "D", "m8[s]", "M8[s]", "S3", "U3", "V8", "O")  # fmt: skip
+DTYPES = (
+    "?",
+    "i1",
+    "u1",
+    "<i2",
+    ">i2",
+    "<u4",
+    ">i4",
+    "<i8",
+    ">i8",
+    "<u8",
+    ">u8",
+    "<f2",
+    ">f2",
+    "<f4",
+    ">f4",
+    "<f8",
+    ">f8",
+    "g",
+    "F",
+    "D",
+    "m8[s]",
+    "M8[s]",
+    "S3",
+    "U3",
+    "V8",
+    "O",
+)
 
 
 def dense() -> Arrays:
@@ -60,16 +86,21 @@ def odd_arrays() -> Iterator[tuple[str, Arrays]]:
         yield f"y {name}", {**dense(), "y": array}
     for number in (0, -1, 2, 10**12, 2**63 - 1, 100_000):
         yield f"num_classes {number}", {**dense(), "num_classes": np.array(number)}
-    for name, edges in (("none", np.zeros((2, 0), int)), ("none, as floats", np.zeros((2, 0))),
-                        ("self-loops", np.tile(np.arange(24), (2, 1))), ("one", np.array([[0], [1]])),
-                        ("twice", np.zeros((2, 50), int) + [[0], [1]])):  # fmt: skip
+    for name, edges in (
+        ("none", np.zeros((2, 0), int)),
+        ("none, as floats", np.zeros((2, 0))),
+        ("self-loops", np.tile(np.arange(24), (2, 1))),
+        ("one", np.array([[0], [1]])),
+        ("twice", np.repeat([[0], [1]], 50, axis=1)),
+    ):
         yield f"edges {name}", {**dense(), "edge_index": edges}
     for count in (1, 2, 10, 23, 24, 25):
         for turned in (False, True):
             masks = {part: np.tile(dense()[part][:, None], (1, count)) for part in PARTS}
-            yield f"{count} splits{' turned' * turned}", {
-                **dense(), **{part: mask.T if turned else mask for part, mask in masks.items()}
-            }  # fmt: skip
+            yield (
+                f"{count} splits{' turned' * turned}",
+                {**dense(), **{part: mask.T if turned else mask for part, mask in masks.items()}},
+            )
     for part in PARTS:
         yield f"{part} empty", {**dense(), part: np.zeros(24, bool)}
         yield f"{part} full", {**dense(), part: np.ones(24, bool)}
@@ -143,15 +174,54 @@ def odd_headers() -> Iterator[tuple[str, bytes]]:
         )
     for shape in ((10**12,), (2**62, 4), (24, 9), (24, 7), (23, 8), (0, 8), (24,), (2**63, 0), ()):
         yield f"shape {shape}", with_header(_header(shape), data)
-    for text in ("(60, True)", "(24, -8)", "(24, 8.0)", "(24, '8')", "24", "[24, 8]", "(24, 8", "(" * 200 + ")" * 200, "(1e3,)",
-                 f"({'9' * 5000},)", "None", "(24, 8, 1, " * 50 + ")"):  # fmt: skip
+    for text in (
+        "(60, True)",
+        "(24, -8)",
+        "(24, 8.0)",
+        "(24, '8')",
+        "24",
+        "[24, 8]",
+        "(24, 8",
+        "(" * 200 + ")" * 200,
+        "(1e3,)",
+        f"({'9' * 5000},)",
+        "None",
+        "(24, 8, 1, " * 50 + ")",
+    ):
         yield f"shape written {text[:20]}", with_header(_header(text), data)
-    for descr in ("'|O'", "'<x9'", "'<f4,<f4'", "None", "[('a', '<f4')]", "'<f" + "4" * 500 + "'", "'<U" + "9" * 30 + "'", "''",
-                  "'\\x00'", "'(2,2)f4'", "'f0'", "'V0'", "'S0'", "'i,' * 1000"):  # fmt: skip
+    for descr in (
+        "'|O'",
+        "'<x9'",
+        "'<f4,<f4'",
+        "None",
+        "[('a', '<f4')]",
+        "'<f" + "4" * 500 + "'",
+        "'<U" + "9" * 30 + "'",
+        "''",
+        "'\\x00'",
+        "'(2,2)f4'",
+        "'f0'",
+        "'V0'",
+        "'S0'",
+        "'i,' * 1000",
+    ):
         yield f"type {descr[:20]}", with_header(_header(x.shape, descr), data)
-    for text in ("[" * 3000, "-" * 5000 + "1", "{" * 200, "{}", "", "lambda: 0", "{'a': 1}", "__import__('os').system('touch x')",
-                 _header(x.shape) * 2, _header(x.shape).replace("False", "0"), " " * 60_000, "\0" * 50, "{'shape': (24, 8)}",
-                 _header(x.shape).replace("{", "{'more': 1, ")):  # fmt: skip
+    for text in (
+        "[" * 3000,
+        "-" * 5000 + "1",
+        "{" * 200,
+        "{}",
+        "",
+        "lambda: 0",
+        "{'a': 1}",
+        "__import__('os').system('touch x')",
+        _header(x.shape) * 2,
+        _header(x.shape).replace("False", "0"),
+        " " * 60_000,
+        "\0" * 50,
+        "{'shape': (24, 8)}",
+        _header(x.shape).replace("{", "{'more': 1, "),
+    ):
         yield f"header {text[:20]!r}", with_header(text, data)
 
 

@@ -16,7 +16,22 @@ from dibit.train import progress as training
 from dibit.train.errors import printable, shown
 from tests.train.conftest import small_arrays
 
-NAMES = ("a[b]", "[bold]x[", "[", "[]", "[red]", "x[0]y", ":warning:", "\\[b]", "[link=x]y", "a[b]c[", "[!]", "[@click=x]", "ü", "a b")
+NAMES = (
+    "a[b]",
+    "[bold]x[",
+    "[",
+    "[]",
+    "[red]",
+    "x[0]y",
+    ":warning:",
+    "\\[b]",
+    "[link=x]y",
+    "a[b]c[",
+    "[!]",
+    "[@click=x]",
+    "ü",
+    "a b",
+)
 
 
 class Terminal(io.StringIO):
@@ -55,7 +70,14 @@ def test_the_table_of_a_training(tmp_path: Path, name: str, monkeypatch: pytest.
 @pytest.mark.parametrize("name", [*NAMES, "[/]", "[/bold]", "[bold]x[/bold]"])
 @pytest.mark.parametrize(
     "words",
-    [("--dataset", "{}.npz"), ("--dataset", "{}x"), ("--config", "{}.yaml"), ("--model", "{}"), ("--json", "{}x/y/z"), ("{}",)],
+    [
+        ("--dataset", "{}.npz"),
+        ("--dataset", "{}x"),
+        ("--config", "{}.yaml"),
+        ("--model", "{}"),
+        ("--json", "{}x/y/z"),
+        ("{}",),
+    ],
     ids=" ".join,
 )
 def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: tuple[str, ...]) -> None:
@@ -110,7 +132,18 @@ def test_a_name_that_the_terminal_cannot_show_ends_no_training(tmp_path: Path, m
     np.savez(tmp_path / "ü日.npz", **small_arrays(nodes=24))
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
-    words = ["train", "--dataset", str(tmp_path / "ü日.npz"), "--hidden", "8", "--layers", "1", "--epochs", "1", "--quiet"]
+    words = [
+        "train",
+        "--dataset",
+        str(tmp_path / "ü日.npz"),
+        "--hidden",
+        "8",
+        "--layers",
+        "1",
+        "--epochs",
+        "1",
+        "--quiet",
+    ]
     assert main([*words, "--recipe", "none", "--out", str(tmp_path / "run")]) == 0
     stream.flush()
     assert b"\\xfc\\u65e5" in stream.buffer.getvalue()

@@ -97,7 +97,9 @@ def test_masks_of_one_and_of_several_splits_go_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize("turned", [False, True], ids=["NK", "KN"])
 def test_data_sets_with_ten_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, turned: bool) -> None:
     own = {key: torch.from_numpy(mask) for key, mask in masks(10, nodes=30, turned=turned).items()}
-    data = SimpleNamespace(x=torch.eye(30), edge_index=torch.tensor([[0], [1]]), y=torch.arange(30) % 2, num_nodes=30, **own)
+    data = SimpleNamespace(
+        x=torch.eye(30), edge_index=torch.tensor([[0], [1]]), y=torch.arange(30) % 2, num_nodes=30, **own
+    )
     for kind in ("WebKB", "WikipediaNetwork", "Actor", "HeterophilousGraphDataset", "WikiCS"):
         monkeypatch.setattr(datasets, kind, lambda root, **more: [data])
     for number in (0, 9):

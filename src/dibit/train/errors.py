@@ -10,7 +10,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-
 _LONGEST_WORD = 200
 
 

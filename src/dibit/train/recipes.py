@@ -34,5 +34,7 @@ def settings_file(given: str) -> Path:
     files = recipe_files()
     if given not in files:
         known = f", or one of {', '.join(files)}" if files else ""
-        raise UserError(f"--config is {shown(given)!r}, expected the path of a YAML file{known}.{nearest(given, files)}")
+        raise UserError(
+            f"--config is {shown(given)!r}, expected the path of a YAML file{known}.{nearest(given, files)}"
+        )
     return files[given]

@@ -29,7 +29,7 @@ class Several:
         return self.line
 
 
-Value: TypeAlias = str | bool | None | Several
+Value: TypeAlias = str | bool | Several | None
 
 
 def read_flat(path: str | Path) -> dict[str, Value]:

@@ -1,4 +1,4 @@
-"""Arrays in an ``.npz`` file: every size is known to be true before memory is taken for it, and nothing is unpickled."""
+"""Arrays in an ``.npz`` file: every size is checked before memory is taken for it, and nothing is unpickled."""
 
 from __future__ import annotations
 

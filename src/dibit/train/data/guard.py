@@ -1,8 +1,8 @@
 """Reading other people's files without running what lies in them.
 
 Planetoid's raw files, numpy's object arrays and torch's ``.pt`` files are pickles: programs that may call any function.
-PyTorch Geometric and OGB read them with `pickle` and `torch.load`. In `arrays_only` both rebuild arrays, sparse matrices
-and plain containers, and refuse the rest.
+PyTorch Geometric and OGB read them with `pickle` and `torch.load`. In `arrays_only` both rebuild arrays, sparse
+matrices and plain containers, and refuse the rest.
 """
 
 from __future__ import annotations

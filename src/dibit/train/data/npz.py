@@ -122,8 +122,8 @@ class _Reader:
         given = self._num_classes()
         if given is not None and given != y.shape[1]:
             raise UserError(
-                f"{self.place}, num_classes is {shown(given)}, but y of shape {y.shape} has {y.shape[1]:,} labels a node; "
-                "expected the same number. Leave num_classes out."
+                f"{self.place}, num_classes is {shown(given)}, but y of shape {y.shape} has {y.shape[1]:,} labels a "
+                "node; expected the same number. Leave num_classes out."
             )
         return y.astype(np.float32), y.shape[1]
 
