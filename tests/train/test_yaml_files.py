@@ -108,7 +108,8 @@ def test_what_yaml_has_for_single_values_is_understood(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(
         "\ufeff%YAML 1.1\n---\nlayers: &n 2\nheads: *n\nlr: 5e-3\n'hidden': !!int 64\ncompare: Yes\ndataset: \"null\"\n"
-        "clip: ~\npatience:\nroot: >\n  a folder\ndevice: 2001-01-01\nweight-decay: 1.\nblock: 'row'\nnorm: 'no'\nseed: 1_0\nout: null\n"
+        "clip: ~\npatience:\nroot: >\n  a folder\ndevice: 2001-01-01\nweight-decay: 1.\n"
+        "block: 'row'\nnorm: 'no'\nseed: 1_0\nout: null\n"
     )
     found = parse(["--config", str(path)]).flat()
     expected = {"layers": 2, "heads": 2, "lr": 5e-3, "hidden": 64, "compare": True, "dataset": "null", "clip": None}
