@@ -6,11 +6,12 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dibit.cli import main
 from dibit.train import loop
-from tests.train.conftest import small
+from tests.train.conftest import small, small_arrays
 
 __all__ = ["small"]  # a fixture
 
@@ -176,6 +177,24 @@ def test_too_little_memory_is_a_sentence(
     monkeypatch.setattr(loop, "train_one", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("something else")))
     with pytest.raises(RuntimeError, match="something else"):  # a fault of ours stays a traceback
         main([*words, "--overwrite"])
+
+
+@pytest.mark.parametrize("loader", [("neighbor", "--batch-size", "1"), ("cluster", "--parts", "60", "--clusters", "1")])
+def test_a_batch_of_one_node_is_a_sentence(
+    tmp_path: Path, loader: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "g.npz", **{**small_arrays(), "edge_index": np.array([[0], [1]])})
+    words = ["train", "--dataset", str(tmp_path / "g.npz"), "--hidden", "8", "--quiet", "--out", str(tmp_path / "run")]
+    assert main([*words, "--loader", *loader]) in (1, 2)  # 2: pymetis is not there
+    said = capsys.readouterr().err
+    assert "a batch has a single node" in said or "pip install" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["lr", "weight-decay", "theta", "clip"])
+def test_numbers_beyond_float32(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", f"--{flag}", "1e39"]) == 2
+    assert f"--{flag} is 1e+39, expected a number of at most 1e+38." in capsys.readouterr().err
 
 
 def test_trust_and_split_are_in_the_settings(small: Path, tmp_path: Path) -> None:

@@ -52,6 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         place = "" if error.filename is None else f"{shown(error.filename, 200)}: "
         return _say(f"dibit: error: {place}{error.strerror}.", 1, once=True)
+    except ValueError as error:
+        if "Expected more than 1 value per channel" not in str(error):  # torch's BatchNorm
+            raise
+        return _say(
+            "dibit: a batch has a single node, which BatchNorm cannot normalise; give larger batches (--batch-size, "
+            "--clusters) or another --norm.",
+            1,
+        )
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise

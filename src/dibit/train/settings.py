@@ -18,6 +18,7 @@ LEVELS = ("uniform", "normal")
 LOADERS = ("full", "neighbor", "cluster", "saint-rw", "saint-node", "shadow")
 PRECISIONS = ("fp32", "bf16", "fp16")
 _MOST = 2**31 - 1  # of whole numbers that mean nothing larger
+_MOST_REAL = 1e38  # float32 ends at 3.4e38
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ class OptimisationSettings:
         _positive("lr", self.lr)
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise UserError(f"--weight-decay is {self.weight_decay}, expected 0 or a positive number.")
+        _in_float32("weight-decay", self.weight_decay)
         if self.clip is not None:
             _positive("clip", self.clip)
         if self.patience is not None:
@@ -370,6 +372,12 @@ def _at_least(name: str, value: int, least: int, most: int = _MOST) -> None:
 def _positive(name: str, value: float) -> None:
     if not (math.isfinite(value) and value > 0):
         raise UserError(f"--{name} is {value}, expected a positive number.")
+    _in_float32(name, value)
+
+
+def _in_float32(name: str, value: float) -> None:
+    if value > _MOST_REAL:
+        raise UserError(f"--{name} is {value}, expected a number of at most {_MOST_REAL:.0e}.")
 
 
 def _printable(name: str, value: str) -> None:
