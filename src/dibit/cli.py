@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from dibit.train.errors import Interrupted, TrainingError, UserError, nearest
+from dibit.train.errors import Interrupted, TrainingError, UserError, nearest, printable, shown
 
 _USAGE = """\
 usage: dibit [--help] [--version] COMMAND ...
@@ -31,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0 done, 1 training failed, 2 bad input, 130 interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks ends no training
     try:
         return _dispatch(words)
     except UserError as error:
@@ -41,6 +44,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(f"dibit: {stop}", 130, once=True)
     except KeyboardInterrupt:
         return _say("dibit: interrupted.", 130)
+    except BrokenPipeError:  # `dibit train | head`: nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python's last flush goes
+        return 1
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        place = "" if error.filename is None else f"{shown(error.filename, 200)}: "
+        return _say(f"dibit: error: {place}{error.strerror}.", 1, once=True)
+    except ValueError as error:
+        if "Expected more than 1 value per channel" not in str(error):  # torch's BatchNorm
+            raise
+        return _say(
+            "dibit: a batch has a single node, which BatchNorm cannot normalise; give larger batches (--batch-size, "
+            "--clusters) or another --norm.",
+            1,
+        )
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        return _say(
+            "dibit: there is not enough memory for this graph and these settings; give a smaller --hidden or --layers, "
+            "mini-batches (--loader), or fewer features (--svd).",
+            1,
+        )
 
 
 def _dispatch(words: list[str]) -> int:
@@ -68,10 +95,18 @@ def _dispatch(words: list[str]) -> int:
 
         return bench(rest)
     known = ("train", "reproduce", "bench", "--help", "--version")
-    raise UserError(f"There is no command {command!r}.{nearest(command, known)} See dibit --help.")
+    raise UserError(f"There is no command {shown(command)!r}.{nearest(command, known)} See dibit --help.")
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether NumPy or torch, on any device, had no memory left; on the CPU torch's error has no type of its own."""
+    if isinstance(error, MemoryError):
+        return True
+    words = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
+    return any(word in str(error) for word in words)
 
 
 def _say(sentence: str, status: int, once: bool = False) -> int:
     if not once or os.environ.get("RANK", "0") == "0":  # of several processes all meet the same error
-        print(sentence, file=sys.stderr)
+        print(printable(sentence), file=sys.stderr)
     return status

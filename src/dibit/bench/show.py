@@ -6,27 +6,30 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from dibit.train.errors import require
+from dibit.train.errors import printable, require
 
 
 def show(content: Mapping[str, Any]) -> None:
     """Print what was measured, and on what machine."""
-    tables, consoles = require("rich.table"), require("rich.console")
+    tables, consoles, text = require("rich.table"), require("rich.console"), require("rich.text").Text
     console = consoles.Console() if sys.stdout.isatty() else consoles.Console(width=120)
     results = content["results"]
     for title, headings, rows in _KINDS[content["bench"]](results):
-        table = tables.Table(title=title, title_justify="left")
+        table = tables.Table(
+            title=text(printable(title), style="table.title"), title_justify="left"
+        )  # of a string, rich would read [...]
         for i, heading in enumerate(headings):
-            table.add_column(heading, justify="left" if i == 0 else "right", no_wrap=i > 0)
+            table.add_column(text(heading), justify="left" if i == 0 else "right", no_wrap=i > 0)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(text, row))
         console.print(table)
     machine = content["machine"]
+    plain = {"highlight": False, "markup": False, "emoji": False}
     versions = ", ".join(f"{name} {content['versions'][name]}" for name in ("torch", "torch_geometric", "numba"))
-    console.print(f"{machine['processor']}, {machine['threads']} threads; {versions}", highlight=False)
+    console.print(f"{machine['processor']}, {machine['threads']} threads; {versions}", **plain)
     for row in results.get("rows", ()):
         if "failed" in row:
-            console.print(f"{row['setting']} failed: {row['failed']}", highlight=False, markup=False)
+            console.print(f"{row['setting']} failed: {row['failed']}", **plain)
 
 
 Table = tuple[str, list[str], list[list[str]]]

@@ -31,11 +31,11 @@ class Progress:
         if not self.quiet and sys.stderr.isatty():
             rich, console = require("rich.progress", "study"), require("rich.console", "study")
             self.bar = rich.Progress(
-                rich.TextColumn("{task.description}"),
+                rich.TextColumn("{task.description}", markup=False),
                 rich.BarColumn(bar_width=12),
                 rich.MofNCompleteColumn(),
                 rich.TimeElapsedColumn(),
-                rich.TextColumn("{task.fields[status]}"),
+                rich.TextColumn("{task.fields[status]}", markup=False),
                 console=console.Console(stderr=True),
             )
             self.bar.start()

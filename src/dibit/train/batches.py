@@ -166,13 +166,13 @@ def sampled(settings: Settings, graph: Graph, split: Split, seed: int, device: t
                 return torch.arange(batch.batch_size), batch.y[: batch.batch_size]
 
         case "cluster":
-            from dibit.train.clusters import Clusters
+            from dibit.train.clusters import ClusterBatches, Clusters
 
             if own.parts > graph.num_nodes:
                 raise UserError(f"--parts is {own.parts}, expected at most the {graph.num_nodes:,} nodes of the graph.")
             clusters = Clusters(data, own.parts, log=False)
             options = shared(own.parts)
-            loader = loaders.ClusterLoader(clusters, batch_size=own.clusters, **options)
+            loader = ClusterBatches(clusters, batch_size=own.clusters, **options)
         case "saint-rw" | "saint-node":
             steps = -(-own.steps // world.size)
             kind = loaders.GraphSAINTRandomWalkSampler if own.loader == "saint-rw" else loaders.GraphSAINTNodeSampler

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
+_LONGEST_WORD = 200
+
 
 class UserError(ValueError):
     """Input that cannot be used: what was given, what was expected, what to do.
@@ -26,8 +28,21 @@ class Interrupted(Exception):
     """Training stopped by Ctrl-C after its checkpoint was written (status 130)."""
 
 
+def printable(text: str) -> str:
+    """Return a text with its control characters, line breaks too, written out: a file's name may hold any."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def shown(given: object, most: int = 80) -> str:
+    """Return what was given as part of a sentence: the middle of something very long is left out."""
+    text = printable(str(given))
+    return text if len(text) <= most else f"{text[: most - 20]}...{text[-17:]}"
+
+
 def nearest(word: str, known: Iterable[str], most: int = 3) -> str:
     """Return ``" Did you mean 'a' or 'b'?"`` with the known words nearest to `word`, or ``""``."""
+    if len(word) > _LONGEST_WORD:  # nothing is near, and looking takes time
+        return ""
     by_lower = {k.lower(): k for k in known}
     close = difflib.get_close_matches(word.lower(), list(by_lower), n=most, cutoff=0.55)
     if not close:
@@ -59,7 +74,7 @@ def json_path(given: str | None) -> Path | None:
         return None
     path = Path(given)
     if path.is_dir():
-        raise UserError(f"--json {path} is a folder, expected a file.")
+        raise UserError(f"--json {shown(path)} is a folder, expected a file.")
     if not path.parent.is_dir():
-        raise UserError(f"--json {path}: the folder {path.parent} does not exist; create it first.")
+        raise UserError(f"--json {shown(path)}: the folder {shown(path.parent)} does not exist; create it first.")
     return path

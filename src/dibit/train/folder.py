@@ -14,7 +14,7 @@ from dibit.train.settings import Settings
 
 SETTINGS = "settings.yaml"
 # What may differ between a run and its continuation: it does not change the result, or only makes it longer.
-_FREE = ("root", "epochs", "json", "resume", "overwrite", "checkpoint_every", "quiet", "out")
+_FREE = ("root", "trust", "epochs", "json", "resume", "overwrite", "checkpoint_every", "quiet", "out")
 
 
 class RunFolder:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from dibit.train.errors import UserError, nearest, require
+from dibit.train.errors import UserError, nearest, require, shown
 from dibit.train.recipes import settings_file
 from dibit.train.settings import Settings, group_fields, groups
+from dibit.train.yaml_file import Value, read_flat
 
 _DESCRIPTION = """\
 Train a graph neural network on the full graph while keeping a compressed copy of the activations for the
@@ -42,12 +46,12 @@ def build_parser() -> Any:
         hints = get_type_hints(kind)
         group = parser.add_argument_group((doc.short_description or "").rstrip("."))
         for f in group_fields(kind):
-            shown = "" if f.default is None or f.default is False else f" (default: {f.default})"
-            flag, common = _flag(f.name), {"default": f.default, "help": texts[f.name] + shown}
+            default = "" if f.default is None or f.default is False else f" (default: {f.default})"
+            flag, text = _flag(f.name), texts[f.name] + default
             if hints[f.name] is bool:
-                group.add_argument(flag, action=jsonargparse.ActionYesNo(no_prefix="no-"), **common)
-            else:
-                group.add_argument(flag, type=hints[f.name], metavar=_metavar(hints[f.name]), **common)
+                group.add_argument(flag, action=jsonargparse.ActionYesNo(no_prefix="no-"), default=None, help=text)
+            else:  # a text here: `_converted` reads flags and files alike
+                group.add_argument(flag, type=_text, metavar=_metavar(hints[f.name]), default=None, help=text)
     return parser
 
 
@@ -71,40 +75,31 @@ def parse(argv: Sequence[str]) -> Settings:
     if "--resume" in flags:
         values |= _settings_of_run(flags, values)
     try:
-        # Keys and values of the files are parsed as flags are, so that types and messages are the same.
-        defaults = parser.parse_object(values) if values else None
-        parsed = parser.parse_args(flags, namespace=defaults)
+        parsed = parser.parse_args(flags)
     except (argparse.ArgumentError, argparse.ArgumentTypeError, TypeError, ValueError) as error:
         raise UserError(_sentence(str(error))) from error
-    names = Settings().flat()
-    return Settings.from_flat({name: parsed[name] for name in names})
+    hints = _hints()
+    for name, hint in hints.items():
+        if parsed[name] is not None:
+            given = None if parsed[name] == "null" and NoneType in get_args(hint) else parsed[name]
+            values[name] = _converted(name, given, hint)
+    return Settings.from_flat(values)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read settings from a YAML file of flat keys."""
-    yaml = require("yaml")
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not a text file"
-        raise UserError(f"Cannot read the settings file {path}: {reason}.") from error
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"The settings file {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, Mapping):
-        raise UserError(f"The settings file {path} holds no settings; expected lines such as 'layers: 3'.")
-    known = Settings().flat()
-    result = {str(key).replace("-", "_"): value for key, value in values.items()}
-    for key in result:
-        if key not in known:
-            raise UserError(f"The settings file {path} has the unknown key {key!r}.{nearest(key, known)}")
-        if isinstance(known[key], bool) and not isinstance(result[key], bool):
-            raise UserError(f"In {path}, {key} is {result[key]!r}, expected true or false.")
-    # YAML 1.1 reads 1e-3 (no dot) as a word; the parser reads words as flags are read.
-    return result
+    """Read settings from a YAML file of flat keys, each of the right type.
+
+    Raises:
+        UserError: It cannot be read, has an unknown key or one that is there twice, or a value of the wrong type.
+    """
+    result = read_flat(path)
+    hints = _hints()
+    for key, value in result.items():
+        if key not in hints:
+            raise UserError(f"The settings file {shown(path)} has the unknown key {shown(key)!r}.{nearest(key, hints)}")
+        if hints[key] is bool and not isinstance(value, bool):
+            raise UserError(f"In {shown(path)}, {key} is {shown(value)!r}, expected true or false.")
+    return {key: _converted(key, value, hints[key]) for key, value in result.items()}
 
 
 def to_yaml(settings: Settings) -> str:
@@ -118,6 +113,9 @@ def to_yaml(settings: Settings) -> str:
     return "\n".join(parts)
 
 
+_NEGATIVE = re.compile(r"-[.\d]")
+
+
 def _flags_and_configs(argv: Sequence[str], parser: Any) -> tuple[list[str], list[str]]:
     """Split the words into flags (underscores made dashes, unknown ones refused) and ``--config`` files."""
     known = {option for action in parser._actions for option in action.option_strings}
@@ -125,6 +123,9 @@ def _flags_and_configs(argv: Sequence[str], parser: Any) -> tuple[list[str], lis
     configs: list[str] = []
     words = iter(argv)
     for word in words:
+        if _NEGATIVE.match(word) and flags and flags[-1] in known:  # -1e-3 is a value, not a flag
+            flags[-1] += f"={word}"
+            continue
         if not word.startswith("--"):
             flags.append(word)
             continue
@@ -138,7 +139,7 @@ def _flags_and_configs(argv: Sequence[str], parser: Any) -> tuple[list[str], lis
         elif name in known:
             flags.append(name + equals + value)
         else:
-            raise UserError(f"There is no flag {name}.{nearest(name, known)} See dibit train --help.")
+            raise UserError(f"There is no flag {shown(name)}.{nearest(name, known)} See dibit train --help.")
     return flags, configs
 
 
@@ -160,6 +161,68 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+@cache
+def _hints() -> dict[str, Any]:
+    """The type of each setting, by its flat name."""
+    return {name: hint for kind in groups().values() for name, hint in get_type_hints(kind).items()}
+
+
+def _converted(name: str, given: Value, hint: Any) -> Any:
+    """Return what was written as a value of a setting's type.
+
+    Args:
+        name: Of the setting.
+        given: The text, or true, false, null of a file.
+        hint: bool, int, float, str, a union of these, None and words.
+
+    Raises:
+        UserError: It is not of that type.
+    """
+    kinds = get_args(hint) if get_origin(hint) is not Literal and get_args(hint) else (hint,)
+    if given is None and NoneType in kinds:
+        return None
+    if isinstance(given, bool) and bool in kinds:
+        return given
+    for kind in kinds:
+        if not isinstance(given, str):
+            break
+        value = _READERS[kind](given) if kind in _READERS else given if given in get_args(kind) else None
+        if value is not None:
+            return value
+    if int in kinds and isinstance(given, str) and _WHOLE.fullmatch(given.strip()):
+        raise UserError(f"{_flag(name)} is {shown(given)}, expected a whole number of at most 19 digits.")
+    words = [_KINDS.get(kind) or " or ".join(map(repr, get_args(kind))) for kind in kinds if kind is not NoneType]
+    raise UserError(f"{_flag(name)} is {shown(given)!r}, expected {' or '.join(words)}.")
+
+
+def _text(given: str) -> str:
+    """As it is: of `str` the parser would make YAML first."""
+    return given
+
+
+_WHOLE = re.compile(r"[+-]?[0-9][0-9_]*")
+
+
+def _whole(text: str) -> int | None:
+    text = text.strip()
+    try:
+        return int(text) if _WHOLE.fullmatch(text) and len(text) <= 20 else None
+    except ValueError:  # 1__0
+        return None
+
+
+def _real(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+_READERS: dict[Any, Any] = {int: _whole, float: _real, str: str}
+_KINDS = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}
+
+
 def _metavar(hint: Any) -> str:
     """Name a flag's value by its type: N for whole numbers, X for numbers, TEXT; and the words it may be instead."""
     kinds = get_args(hint) or (hint,)
@@ -170,18 +233,7 @@ def _metavar(hint: Any) -> str:
 def _sentence(message: str) -> str:
     """Make the parser's message one line that names the flag."""
     message = " ".join(message.split())
-    if message.startswith('Parser key "'):
-        key, _, rest = message.removeprefix('Parser key "').partition('":')
-        value = re.search(r".*(?:Got|Given) value: (.*)$", rest)  # the last: a union names it more than once
-        types, _, _ = (rest.partition("Subtypes:")[2] or rest).partition("Errors:")
-        kinds = [_KINDS.get(kind, word) for kind, word in re.findall(r"class '(\w+)'|Literal\[(.*?)\]", types)]
-        if value and any(kinds):
-            return f"{_flag(key)} is {value[1]!r}, expected {' or '.join(filter(None, kinds))}."
-        return f"{_flag(key)}: {rest.strip()}"
     if message.startswith("unrecognized arguments: "):
         words = message.removeprefix("unrecognized arguments: ")
-        return f"There is nothing to do with {words!r}; every setting is a flag, see dibit train --help."
-    return message.removeprefix("argument ")
-
-
-_KINDS = {"int": "a whole number", "float": "a finite number", "str": "a text"}
+        return f"There is nothing to do with {shown(words)!r}; every setting is a flag, see dibit train --help."
+    return shown(message.removeprefix("argument "), 200)

@@ -33,10 +33,10 @@ class Progress:
         if not self.quiet and sys.stderr.isatty():
             rich, console = require("rich.progress"), require("rich.console")
             self.bar = rich.Progress(
-                rich.TextColumn("{task.description}"),
+                rich.TextColumn("{task.description}", markup=False),
                 rich.BarColumn(bar_width=10),
                 rich.MofNCompleteColumn(),
-                rich.TextColumn("{task.fields[status]}"),
+                rich.TextColumn("{task.fields[status]}", markup=False),
                 console=console.Console(stderr=True),
             )
             self.bar.start()
@@ -81,6 +81,6 @@ class Progress:
         if self.quiet:
             return
         if self.bar is not None:
-            self.bar.console.print(sentence, highlight=False, markup=False)
+            self.bar.console.print(sentence, highlight=False, markup=False, emoji=False)
         else:
             print(sentence, file=sys.stderr, flush=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from dibit.train.errors import UserError, nearest
+from dibit.train.errors import UserError, nearest, shown
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -28,10 +29,12 @@ def settings_file(given: str) -> Path:
         UserError: It is neither, and does not look like the path of a file either.
     """
     path = Path(given)
-    if given and (path.exists() or path.name != given or path.suffix):
+    if given and (os.path.exists(given) or path.name != given or path.suffix):
         return path  # reading it says what is wrong with it
     files = recipe_files()
     if given not in files:
         known = f", or one of {', '.join(files)}" if files else ""
-        raise UserError(f"--config is {given!r}, expected the path of a YAML file{known}.{nearest(given, files)}")
+        raise UserError(
+            f"--config is {shown(given)!r}, expected the path of a YAML file{known}.{nearest(given, files)}"
+        )
     return files[given]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dibit.train.errors import require
+from dibit.train.errors import require, shown
 from dibit.train.loop import Result
 from dibit.train.metrics import TITLES
 from dibit.train.task import Task
@@ -58,13 +58,16 @@ def paired_difference(differences: Sequence[float]) -> dict[str, Any]:
 
 def print_table(results: Sequence[Result], task: Task) -> None:
     """Print one row a recipe on stdout, and under a comparison the ratios and the difference."""
-    tables, consoles = require("rich.table"), require("rich.console")
+    tables, consoles, texts = require("rich.table"), require("rich.console"), require("rich.text")
     summary = summarise(results)
     title = TITLES[task.graph.metric]
     graph = task.graph
     table = tables.Table(
-        title=f"{task.settings.model.model} on {graph.name} ({graph.num_nodes:,} nodes, "
-        f"{graph.edge_index.shape[1]:,} edges), {task.device}"
+        title=texts.Text(  # of a plain string, rich would take [...] and :...: for its own
+            f"{task.settings.model.model} on {shown(graph.name, 200)} ({graph.num_nodes:,} nodes, "
+            f"{graph.edge_index.shape[1]:,} edges), {task.device}",
+            style="table.title",
+        )
     )
     for heading in ("recipe", f"test {title} %", "saved MB", "peak MB", "s/epoch"):
         table.add_column(heading, justify="left" if heading == "recipe" else "right", no_wrap=True)

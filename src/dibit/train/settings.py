@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, Literal
 
-from dibit.train.errors import UserError, nearest
+from dibit.train.errors import UserError, nearest, shown
 
 MODELS = ("gcn", "sage", "gin", "gat", "gcn2")
 NORMS = ("none", "batch", "layer", "graph", "pair")
@@ -17,6 +17,8 @@ BITS = (1, 2, 4, 8)
 LEVELS = ("uniform", "normal")
 LOADERS = ("full", "neighbor", "cluster", "saint-rw", "saint-node", "shadow")
 PRECISIONS = ("fp32", "bf16", "fp16")
+_MOST = 2**31 - 1  # of whole numbers that mean nothing larger
+_MOST_REAL = 1e38  # float32 ends at 3.4e38
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class DataSettings:
         svd: Replace the features by their K leading singular directions (truncated SVD).
         standardize: Give every feature mean 0 and variance 1 over the nodes.
         undirected: Add the reverse of every edge.
+        split: Which of several published splits to train on, from 0; without it --seed modulo their number.
+        trust: Let the data set's files run code when they are read, as Python's pickles may; without it, files that
+            are more than arrays are refused.
     """
 
     dataset: str = "planted"
@@ -39,6 +44,8 @@ class DataSettings:
     svd: int | None = None
     standardize: bool = False
     undirected: bool = False
+    split: int | None = None
+    trust: bool = False
 
     def check(self) -> None:
         """Raise `UserError` for a value that cannot be meant."""
@@ -46,6 +53,8 @@ class DataSettings:
             raise UserError("--dataset is empty; give the name of a data set or the path of an .npz file.")
         if self.svd is not None:
             _at_least("svd", self.svd, 1)
+        if self.split is not None:
+            _at_least("split", self.split, 0)
 
 
 @dataclass(frozen=True)
@@ -80,8 +89,8 @@ class ModelSettings:
     def check(self) -> None:
         """Raise `UserError` for a value that cannot be meant."""
         _one_of("model", self.model, MODELS)
-        _at_least("layers", self.layers, 1)
-        _at_least("hidden", self.hidden, 1)
+        _at_least("layers", self.layers, 1, 1_000)
+        _at_least("hidden", self.hidden, 1, 1_000_000)
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout is {self.dropout}, expected a number from 0 up to but not including 1.")
         _one_of("norm", self.norm, NORMS)
@@ -133,6 +142,7 @@ class OptimisationSettings:
         _positive("lr", self.lr)
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise UserError(f"--weight-decay is {self.weight_decay}, expected 0 or a positive number.")
+        _in_float32("weight-decay", self.weight_decay)
         if self.clip is not None:
             _positive("clip", self.clip)
         if self.patience is not None:
@@ -174,12 +184,12 @@ class LoaderSettings:
         _one_of("loader", self.loader, LOADERS)
         for name in ("batch_size", "parts", "clusters", "walk_length", "steps", "depth"):
             _at_least(name.replace("_", "-"), getattr(self, name), 1)
-        _at_least("workers", self.workers, 0)
+        _at_least("workers", self.workers, 0, 1_000)
         if self.clusters > self.parts:
             raise UserError(f"--clusters is {self.clusters}, expected at most the number of --parts, {self.parts}.")
         self.hops(1)
         if self.loader == "shadow" and len(self.neighbors.split(",")) > 1:
-            raise UserError(f"--neighbors is {self.neighbors!r}, expected one number with --loader shadow.")
+            raise UserError(f"--neighbors is {shown(self.neighbors)!r}, expected one number with --loader shadow.")
 
     def hops(self, layers: int) -> list[int]:
         """Neighbours to sample in each hop of a model of so many layers."""
@@ -187,10 +197,10 @@ class LoaderSettings:
             numbers = [int(word) for word in self.neighbors.split(",")]
         except ValueError:
             numbers = [0]
-        if not all(number == -1 or number >= 1 for number in numbers):
+        if not all(number == -1 or 1 <= number <= _MOST for number in numbers):
             raise UserError(
-                f"--neighbors is {self.neighbors!r}, expected whole numbers of at least 1, or -1 for all, separated "
-                "by commas, such as 15,10,5."
+                f"--neighbors is {shown(self.neighbors)!r}, expected whole numbers of at least 1, or -1 for all, "
+                "separated by commas, such as 15,10,5."
             )
         return numbers if len(numbers) > 1 else numbers * layers
 
@@ -218,9 +228,13 @@ class CompressionSettings:
         """Raise `UserError` for a value that cannot be meant."""
         _one_of("recipe", self.recipe, RECIPES)
         if self.bits is not None and self.bits not in BITS:
-            raise UserError(f"--bits is {self.bits}, expected 1, 2, 4 or 8.")
-        if self.block is not None and self.block != "row" and not (isinstance(self.block, int) and self.block >= 1):
-            raise UserError(f"--block is {self.block}, expected a whole number of at least 1, or 'row'.")
+            raise UserError(f"--bits is {shown(self.bits)}, expected 1, 2, 4 or 8.")
+        if (
+            self.block is not None
+            and self.block != "row"
+            and not (isinstance(self.block, int) and 1 <= self.block <= _MOST)
+        ):
+            raise UserError(f"--block is {shown(self.block)}, expected a whole number of at least 1, or 'row'.")
         if self.levels is not None:
             _one_of("levels", self.levels, LEVELS)
         for name in ("bits", "block", "levels"):
@@ -263,8 +277,8 @@ class RunSettings:
 
     def check(self) -> None:
         """Raise `UserError` for a value that cannot be meant."""
-        _at_least("seed", self.seed, 0)
-        _at_least("seeds", self.seeds, 1)
+        _at_least("seed", self.seed, 0, 2**63 - 1)
+        _at_least("seeds", self.seeds, 1, 10_000)
         if self.seed + self.seeds > 2**63:
             raise UserError(f"--seed is {self.seed}, expected a number below 2**63.")
         _at_least("checkpoint-every", self.checkpoint_every, 1)
@@ -290,6 +304,9 @@ class Settings:
 
     def check(self) -> None:
         """Raise `UserError` for the first value, or pair of values, that cannot be meant."""
+        for name, value in self.flat().items():
+            if isinstance(value, str):
+                _printable(name.replace("_", "-"), value)
         for group in (self.data, self.model, self.optimisation, self.loader, self.compression, self.run):
             group.check()
         hops = len(self.loader.hops(self.model.layers))
@@ -342,14 +359,35 @@ def _places() -> Iterable[tuple[str, str]]:
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         hint = nearest(value, known)
-        raise UserError(f"--{name} is {value!r}, expected one of {', '.join(known)}.{hint}")
+        raise UserError(f"--{name} is {shown(value)!r}, expected one of {', '.join(known)}.{hint}")
 
 
-def _at_least(name: str, value: int, least: int) -> None:
+def _at_least(name: str, value: int, least: int, most: int = _MOST) -> None:
     if value < least:
-        raise UserError(f"--{name} is {value}, expected a whole number of at least {least}.")
+        raise UserError(f"--{name} is {shown(value)}, expected a whole number of at least {least}.")
+    if value > most:
+        raise UserError(f"--{name} is {shown(value)}, expected a whole number of at most {most:,}.")
 
 
 def _positive(name: str, value: float) -> None:
     if not (math.isfinite(value) and value > 0):
         raise UserError(f"--{name} is {value}, expected a positive number.")
+    _in_float32(name, value)
+
+
+def _in_float32(name: str, value: float) -> None:
+    if value > _MOST_REAL:
+        raise UserError(f"--{name} is {value}, expected a number of at most {_MOST_REAL:.0e}.")
+
+
+def _printable(name: str, value: str) -> None:
+    """Refuse what no file can be named, and what settings.yaml cannot hold."""
+    if "\0" in value:
+        raise UserError(f"--{name} is {shown(value)!r}, which has a null character in it; expected text without one.")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"--{name} is {shown(value)!r}, which is not text in UTF-8; expected a name without such bytes. Rename it, "
+            "or give a link to it."
+        ) from None

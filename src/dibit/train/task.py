@@ -17,7 +17,7 @@ from dibit.train import metrics
 from dibit.train.batches import Batches, MiniBatch, Whole, sampled
 from dibit.train.data import Graph, Split
 from dibit.train.distributed import World
-from dibit.train.errors import UserError
+from dibit.train.errors import UserError, shown
 from dibit.train.inference import layerwise
 from dibit.train.models import adjacency_arguments, build_adjacency, build_model
 from dibit.train.settings import CompressionSettings, OptimisationSettings, Settings
@@ -243,12 +243,12 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"--device is {name!r}, expected auto, cpu, cuda or cuda:N.") from error
+        raise UserError(f"--device is {shown(name)!r}, expected auto, cpu, cuda or cuda:N.") from error
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device is {name!r}, expected auto, cpu, cuda or cuda:N.")
+        raise UserError(f"--device is {shown(name)!r}, expected auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"--device is {name!r}, but torch sees {torch.cuda.device_count()} GPUs here; use --device cpu, "
+            f"--device is {shown(name)!r}, but torch sees {torch.cuda.device_count()} GPUs here; use --device cpu, "
             "or a build of torch with CUDA."
         )
     return device

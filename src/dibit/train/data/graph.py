@@ -12,7 +12,8 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from dibit.train.errors import UserError
+from dibit.train.data.splits import Masks, chosen
+from dibit.train.errors import UserError, shown
 from dibit.train.settings import DataSettings
 
 Features: TypeAlias = Any  # np.ndarray or scipy.sparse.csr_matrix; SciPy carries no types
@@ -38,7 +39,7 @@ class Raw:
     edge_index: np.ndarray
     y: np.ndarray
     num_classes: int
-    masks: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+    masks: Masks | None = None
     metric: str = "accuracy"
 
 
@@ -70,7 +71,7 @@ class Graph:
     edge_index: Tensor
     y: Tensor
     num_classes: int
-    masks: tuple[np.ndarray, np.ndarray, np.ndarray] | None
+    masks: Masks | None
     metric: str
 
     @property
@@ -93,7 +94,8 @@ class Graph:
         for what, index in zip(("training", "validation", "test"), indices, strict=True):
             if not len(index):
                 raise UserError(
-                    f"The graph {self.name} has no labelled {what} node; expected at least one. Check y and the masks."
+                    f"The graph {shown(self.name)} has no labelled {what} node; expected at least one. Check y and the "
+                    "masks."
                 )
         return Split(*(torch.from_numpy(index) for index in indices))
 
@@ -117,24 +119,24 @@ class Graph:
         checksum = 0
         arrays: list[np.ndarray] = [t.contiguous().numpy() for t in (self.x, self.edge_index, self.y)]
         for array in (*arrays, *(self.masks or ())):
-            checksum = zlib.crc32(np.ascontiguousarray(array).data.cast("B"), checksum)
+            checksum = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, checksum)
         sizes = "-".join(str(n) for n in (*self.x.shape, self.edge_index.shape[1], self.num_classes))
         return f"{sizes}-{checksum:08x}"
 
 
 def prepare(raw: Raw, settings: DataSettings, seed: int) -> Graph:
     """Check a raw graph, reduce and scale its features as the settings say, and order its edges."""
-    nodes = raw.x.shape[0]
+    nodes, name = raw.x.shape[0], shown(raw.name)
     if not nodes or not raw.x.shape[1]:
-        raise UserError(f"The graph {raw.name} has features of shape {raw.x.shape}; expected (nodes, features).")
-    values = raw.x.data if scipy.sparse.issparse(raw.x) else raw.x
-    if not np.isfinite(values).all():
-        count = int((~np.isfinite(values)).sum())
-        raise UserError(
-            f"The features of {raw.name} have {count:,} entries that are NaN or infinite; expected numbers. "
-            "Replace them first."
-        )
-    x = _dense(truncated_svd(raw.x, settings.svd, seed, raw.name) if settings.svd else raw.x, raw.name)
+        raise UserError(f"The graph {name} has features of shape {raw.x.shape}; expected (nodes, features).")
+    masks = chosen(raw.masks, settings.split, raw.name)
+    _check_finite(raw.x.data if scipy.sparse.issparse(raw.x) else raw.x, name)
+    if settings.svd:
+        reduced = truncated_svd(raw.x, settings.svd, seed, name)
+        _check_finite(reduced, name)
+        x = _dense(reduced, name)
+    else:
+        x = _dense(raw.x, name)
     if settings.standardize:
         deviation = x.std(axis=0, dtype=np.float64)
         x = (x - x.mean(axis=0, dtype=np.float64)) / np.where(deviation > 0, deviation, 1.0)
@@ -144,9 +146,27 @@ def prepare(raw: Raw, settings: DataSettings, seed: int) -> Graph:
         edge_index=torch.from_numpy(_ordered(raw.edge_index, nodes, settings.undirected)),
         y=torch.from_numpy(np.ascontiguousarray(raw.y)),
         num_classes=raw.num_classes,
-        masks=raw.masks,
+        masks=masks,
         metric=raw.metric,
     )
+
+
+def _check_finite(values: np.ndarray, name: str) -> None:
+    """Refuse what is not a number, and what float32 has no room for."""
+    count = int((~np.isfinite(values)).sum())
+    if count:
+        raise UserError(
+            f"The features of {name} have {count:,} entries that are NaN or infinite; expected numbers. Replace them "
+            "first."
+        )
+    largest = np.finfo(np.float32).max
+    if values.dtype.itemsize > 4 and values.dtype.kind == "f":
+        count = int((np.abs(values) > largest).sum())
+        if count:
+            raise UserError(
+                f"The features of {name} have {count:,} entries beyond {largest:.2g}, the largest number of float32; "
+                "expected smaller ones. Scale or replace them first."
+            )
 
 
 def truncated_svd(x: Features, rank: int, seed: int, name: str) -> np.ndarray:

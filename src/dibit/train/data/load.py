@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from dibit.train.data.generated import planted
-from dibit.train.data.graph import Graph, Raw, prepare
+from dibit.train.data.graph import Graph, Raw, memory_bytes, prepare
 from dibit.train.data.named import NAMES, canonical, load_named
 from dibit.train.data.npz import load_npz
-from dibit.train.errors import UserError, nearest
+from dibit.train.errors import UserError, nearest, shown
 from dibit.train.settings import DataSettings
+
+_PLANTED_BYTES = 2_000  # a node: its 128 features twice, and 28 ends of edges in 64 bits several times
 
 
 def load_graph(settings: DataSettings, seed: int) -> Graph:
@@ -34,7 +37,7 @@ def load_raw(settings: DataSettings, seed: int) -> Raw:
     dataset = settings.dataset
     if dataset.lower().split(":")[0] == "planted":
         return planted(_size_of_planted(dataset), seed)
-    if dataset.lower().endswith(".npz") or "/" in dataset or Path(dataset).is_file():
+    if dataset.lower().endswith(".npz") or "/" in dataset or os.path.isfile(dataset):
         return load_npz(dataset)
     name, root = canonical(dataset), Path(settings.root)
     file = _file_of(name, root)
@@ -44,14 +47,14 @@ def load_raw(settings: DataSettings, seed: int) -> Raw:
         files = [canonical(path.stem) for path in _files(root)]
         hint = nearest(name, ("planted", *NAMES, *files))
         raise UserError(
-            f"There is no data set {dataset!r}.{hint} Give 'planted', a name listed in docs/data.md, or the "
+            f"There is no data set {shown(dataset)!r}.{hint} Give 'planted', a name listed in docs/data.md, or the "
             "path of an .npz file."
         )
-    return load_named(name, root)
+    return load_named(name, root, settings.trust)
 
 
 def _files(root: Path) -> list[Path]:
-    return sorted(path for path in root.glob("*.npz") if path.is_file()) if root.is_dir() else []
+    return sorted(path for path in root.glob("*.npz") if os.path.isfile(path)) if os.path.isdir(root) else []
 
 
 def _file_of(name: str, root: Path) -> Path | None:
@@ -84,9 +87,15 @@ def _size_of_planted(dataset: str) -> int:
     _, colon, size = dataset.partition(":")
     if not colon:
         return 20_000
-    if not size.isdecimal() or int(size) < 100:
+    if not re.fullmatch(r"\d{3,18}", size, re.ASCII) or int(size) < 100:
         raise UserError(
-            f"--dataset is {dataset!r}; after 'planted:' expected a number of nodes, at least 100, "
+            f"--dataset is {shown(dataset)!r}; after 'planted:' expected a number of nodes, at least 100, "
             "such as planted:100000."
+        )
+    need = int(size) * _PLANTED_BYTES
+    if need > memory_bytes():
+        raise UserError(
+            f"--dataset is {dataset!r}, a graph that takes {need / 2**30:,.0f} GB while it is made, more than this "
+            f"machine's memory ({memory_bytes() / 2**30:,.1f} GB); expected fewer nodes."
         )
     return int(size)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import re
 import shutil
 import tempfile
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,8 +18,10 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 
+from dibit.train.data import guard
 from dibit.train.data.graph import Features, Raw
-from dibit.train.errors import UserError, require
+from dibit.train.data.splits import Masks, oriented
+from dibit.train.errors import UserError, require, shown
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def canonical(name: str) -> str:
 NAMES: Mapping[str, Source] = MappingProxyType(_table())
 
 
-def load_named(name: str, root: Path) -> Raw:
+def load_named(name: str, root: Path, trust: bool = False) -> Raw:
     """Load a data set from its folder in `root`, or download it there.
 
     A download goes to a temporary folder beside it, which takes the final name only when everything is there.
@@ -96,22 +99,25 @@ def load_named(name: str, root: Path) -> Raw:
     Args:
         name: A key of `NAMES`.
         root: Folder of all data sets; each has a folder of its name.
+        trust: Let its files run code when they are read; else files that are more than arrays are refused.
 
     Raises:
-        UserError: The download failed, or a package is missing.
+        UserError: The download failed, a file is damaged or asks to run code, or a package is missing.
     """
     source = NAMES[name]
     if source.loader == "KarateClub":  # comes with PyTorch Geometric
-        return _to_raw(name, source, _construct(source, None))
-    with _folder(name, root) as folder, _explained(name, root):
-        return _to_raw(name, source, _construct(source, folder))
+        return _to_raw(name, source, _constructor(source)())
+    construct = partial(_constructor(source), **source.arguments)  # imports, which are no files of the data set
+    reading = guard.anything() if trust else guard.arrays_only(graphs=True)
+    with _explained(name, root), _folder(name, root) as folder, reading:
+        return _to_raw(name, source, construct(root=str(folder)))
 
 
 @contextlib.contextmanager
 def _folder(name: str, root: Path) -> Iterator[Path]:
     """The data set's folder; a temporary one while it does not exist, renamed at the end."""
     final = root / name
-    if final.is_dir():
+    if os.path.isdir(final):
         yield final
         return
     made = [p for p in (root, *root.parents) if not p.exists()]
@@ -133,44 +139,56 @@ def _folder(name: str, root: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _explained(name: str, root: Path) -> Iterator[None]:
-    """Turn a failed download into a sentence that says what to do."""
+    """Turn a failed download, a damaged file and one that asks to run code into a sentence that says what to do."""
     client_error = require("aiohttp").ClientError
+    folder = root / name
+    there = os.path.isdir(folder)
     try:
         yield
-    except (OSError, EOFError, zipfile.BadZipFile, client_error) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # what damaged files make the packages raise is of any type
+        refused = _refused(error)
+        reason = shown(" ".join(str(error).split()) or type(error).__name__, 200)
+        if refused is not None:
+            raise UserError(
+                f"The data set {name} in {shown(folder)} has a file that is damaged, or would run code when it is read "
+                f"({refused}); only arrays are read. Remove the folder to load the data set anew, or pass --trust to "
+                "dibit train if you trust what lies there."
+            ) from error
+        if isinstance(error, (OSError, client_error)) or not there:
+            raise UserError(
+                f"The data set {name} is not in {shown(folder)} and could not be downloaded, which needs a network "
+                f"({reason}). Run the same command on a machine with a network and copy the folder {shown(folder)} "
+                "here, or give a graph of your own as an .npz file (docs/data.md)."
+            ) from error
         raise UserError(
-            f"The data set {name} is not in {root / name} and could not be downloaded, which needs a network "
-            f"({reason}). Run the same command on a machine with a network and copy the folder {root / name} "
-            "here, or give a graph of your own as an .npz file (docs/data.md)."
+            f"The data set {name} in {shown(folder)} cannot be read ({type(error).__name__}: {reason}). Remove the "
+            "folder to load the data set anew."
         ) from error
 
 
-def _construct(source: Source, folder: Path | None) -> Any:
-    """Call the constructor, which downloads what the folder lacks."""
+def _refused(error: BaseException) -> str | None:
+    """What an unpickler refused, if that is what an error comes from."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, guard.CodeInFile):
+            return shown(str(cause))
+        if isinstance(cause, pickle.UnpicklingError) and cause.__cause__ is None:
+            text = " ".join(str(cause).split()) or "it is no whole pickle"
+            named = re.search(r"GLOBAL (\S+)", text)
+            return named[1] if named else shown(text.rpartition("WeightsUnpickler error: ")[2], 160)
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _constructor(source: Source) -> Callable[..., Any]:
+    """The data set's class: called with a folder, it downloads what that lacks."""
     if source.loader == "ogb":
-        ogb = require("ogb.nodeproppred", extra="ogb")
-        with _trusting_own_files():
-            return ogb.PygNodePropPredDataset(root=str(folder), **source.arguments)
+        return require("ogb.nodeproppred", extra="ogb").PygNodePropPredDataset
     import torch_geometric.datasets as datasets
 
-    place = {} if folder is None else {"root": str(folder)}
-    return getattr(datasets, source.loader)(**place, **source.arguments)
-
-
-@contextlib.contextmanager
-def _trusting_own_files() -> Iterator[None]:
-    """OGB reads the cache it has just written with torch.load, which since torch 2.6 refuses its classes."""
-    name = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+    return getattr(datasets, source.loader)
 
 
 def _to_raw(name: str, source: Source, dataset: Any) -> Raw:
@@ -186,7 +204,16 @@ def _to_raw(name: str, source: Source, dataset: Any) -> Raw:
         classes = int(labels.max()) + 1
     else:
         labels, classes = y.float().numpy(), y.size(1)
-    return Raw(name, _features(data), edge_index, labels, classes, _masks(dataset, data), source.metric)
+    x = _features(data)
+    nodes = x.shape[0]
+    if labels.shape[0] != nodes or edge_index.shape[0] != 2 or classes < 1:
+        raise ValueError(f"x of shape {x.shape}, y of {labels.shape} and edge_index of {edge_index.shape} do not fit")
+    if edge_index.size and not 0 <= edge_index.min() <= edge_index.max() < nodes:
+        raise ValueError(f"edge_index names the nodes {edge_index.min()} to {edge_index.max()} of {nodes}")
+    masks = _masks(dataset, data)
+    if masks is not None:
+        masks = oriented(masks, nodes, f"In the data set {name}")
+    return Raw(name, x, edge_index, labels, classes, masks, source.metric)
 
 
 def _features(data: Any) -> Features:
@@ -206,7 +233,7 @@ def _features(data: Any) -> Features:
     return x.float().numpy()
 
 
-def _masks(dataset: Any, data: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+def _masks(dataset: Any, data: Any) -> Masks | None:
     if hasattr(dataset, "get_idx_split"):  # OGB
         parts = dataset.get_idx_split()
         masks = []
