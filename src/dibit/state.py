@@ -32,7 +32,11 @@ class State:
     observer: Observer | None = None
     warned: bool = False
     scores: Scores = field(default_factory=Scores)
-    reach: Field = field(default_factory=Field)
+
+    @property
+    def reach(self) -> Field:
+        """How far the loss reaches, as passes with `loss_rows` have shown."""
+        return self.scores.reach
 
     def constants(self) -> Iterator[Tensor]:
         """Tensors that live as long as the model: parameters, buffers, cached graph structure."""
