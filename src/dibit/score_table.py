@@ -154,7 +154,7 @@ class Scores:
         self._pending.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = {"_pending": {}, "_stamp": None, "_captured": []}
+        fresh: dict[str, Any] = {"_pending": {}, "_stamp": None, "_captured": []}
         return {"known": dict(self.known), "reach": self.reach, "_warned": self._warned, **fresh}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
