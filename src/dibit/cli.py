@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         return _say(f"dibit: {stop}", 130, once=True)
     except OSError as error:
-        return _say(f"dibit: {error.filename or 'the output'} cannot be read or written: {reason(error)}.", 1)
+        return _say(f"dibit: {error.filename or 'what is printed'} cannot be read or written: {reason(error)}.", 1)
     except KeyboardInterrupt:
         return _say("dibit: interrupted.", 130)
 

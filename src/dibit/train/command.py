@@ -100,7 +100,7 @@ def _train_in(folder: RunFolder, settings: Settings, json_file: Path | None, wor
         except OSError as error:
             what = "training had to stop" if error.filename is None else f"{error.filename} cannot be written"
             raise TrainingError(
-                f"{what}: {reason(error)}; the last checkpoint is whole: make room, and {how_to_go_on(folder.path)}"
+                f"{what}: {reason(error)}; what was written before is whole: make room, and {how_to_go_on(folder.path)}"
             ) from error
     if not world.first:
         return
