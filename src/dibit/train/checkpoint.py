@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -27,6 +28,7 @@ _OWN = frozenset(("recipe", "seed", "seeds", "compare"))
 # The digest is the comment that a zip archive may end with: torch.load reads the file as any other.
 _SEAL = b"dibit blake2b "
 _SIZE = len(_SEAL) + 64
+_PIECE = 1 << 24  # bytes that are read at once
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -39,7 +41,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     torch.save(state, buffer)
     buffer.seek(-2, os.SEEK_END)  # the length of the archive's comment, 0 so far
     buffer.write(_SIZE.to_bytes(2, "little"))
-    digest = _digest(buffer.getbuffer())
+    digest = _digest([buffer.getbuffer()])
     buffer.write(_SEAL + digest)
     write_atomically(path, buffer.getbuffer(), alone=True)
 
@@ -51,21 +53,31 @@ def load(path: Path) -> dict[str, Any]:
         UserError: It cannot be read, is something else, or is not what was written.
     """
     try:
-        content = memoryview(path.read_bytes())
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise _unreadable(path, "it is not a file")
+        with open(path, "rb") as file:
+            size = max(file.seek(0, os.SEEK_END) - _SIZE, 0)
+            file.seek(size)
+            seal = file.read()
+            if not seal.startswith(_SEAL):
+                raise _unreadable(path, "it is no checkpoint of this version of Dibit, or it is cut off")
+            file.seek(0)
+            if seal != _SEAL + _digest(iter(lambda: file.read(min(_PIECE, size - file.tell())), b"")):
+                raise _unreadable(path, "it is damaged: its content has another digest than what was written")
+            file.seek(0)
+            state = _unpickled(path, file)
     except OSError as error:
         raise _unreadable(path, reason(error)) from error
-    seal = bytes(content[-_SIZE:])
-    if not seal.startswith(_SEAL):
-        raise _unreadable(path, "it is no checkpoint of this version of Dibit, or it is cut off")
-    if seal != _SEAL + _digest(content[:-_SIZE]):
-        raise _unreadable(path, "it is damaged: its content has another digest than what was written")
-    try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever torch says of content that bears a digest of ours and is none of ours
-        raise _unreadable(path, " ".join(str(error).split())[:120]) from error
     if not isinstance(state, dict):
         raise _unreadable(path, f"it holds a {type(state).__name__}")
     return state
+
+
+def _unpickled(path: Path, file: BinaryIO) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch says of content that bears a digest of ours and is none of ours
+        raise _unreadable(path, " ".join(str(error).split())[:120]) from error
 
 
 def of_this_training(path: Path, now: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -137,8 +149,11 @@ def _typed(name: str, value: object) -> str:
     return f"no {flag}" if value is None else f"{flag} {value}"
 
 
-def _digest(content: Any) -> bytes:
-    return hashlib.blake2b(content, digest_size=32).hexdigest().encode()
+def _digest(pieces: Iterable[Any]) -> bytes:
+    digest = hashlib.blake2b(digest_size=32)
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest().encode()
 
 
 def _unreadable(path: Path, why: str) -> UserError:
