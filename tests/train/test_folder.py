@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -281,6 +282,22 @@ def test_a_worker_that_outlives_its_parent_holds_no_lock(tmp_path: Path) -> None
     lock = Lock(tmp_path / "other")
     lock.acquire()
     lock.release()
+
+
+def test_a_lock_whose_file_goes_while_it_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = Lock(tmp_path), Lock(tmp_path)
+    first.acquire()
+    flock = fcntl.flock
+
+    def late(file: int, how: int) -> None:
+        first.release()  # the file that was opened has no name any more
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    second.acquire()
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="in use by process"):
+        Lock(tmp_path).acquire()
 
 
 def test_only_one_of_many_gets_the_lock(tmp_path: Path) -> None:
