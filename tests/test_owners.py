@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -134,6 +134,13 @@ def near(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).norm() <= 0.02 * b.norm())
 
 
+def of_plain(model: Reader, change: Callable[[Tensor], None]) -> Tensor:
+    try:
+        return gradient(model, change)
+    except RuntimeError:
+        reject()  # plain torch has saved the tensor itself, and has noticed
+
+
 @given(
     place=st.sampled_from(PLACES), read=st.sampled_from(list(READ)), change=st.sampled_from(CHANGE),
     passes=st.integers(1, 3),
@@ -141,7 +148,7 @@ def near(a: Tensor, b: Tensor) -> bool:
 @settings(deadline=None, max_examples=120, derandomize=True)
 def test_changed_between_the_passes(place: str, read: str, change: Callable[[Tensor], None], passes: int) -> None:
     plain, model = pair(place, read)
-    wanted = gradient(plain, change)
+    wanted = of_plain(plain, change)
     for _ in range(passes):
         assert near(gradient(model, change), wanted)
 
@@ -155,14 +162,14 @@ def test_a_change_after_quiet_passes_is_right_or_an_error_once(
     place: str, read: str, change: Callable[[Tensor], None], quiet: int
 ) -> None:
     plain, model = pair(place, read)
-    calm, wanted = gradient(plain, None), gradient(plain, change)
+    calm, wanted = gradient(plain, None), of_plain(plain, change)
     for _ in range(quiet):
         assert near(gradient(model, None), calm)
     try:
-        assert near(gradient(model, change), wanted)
+        found = gradient(model, change)
     except RuntimeError as error:
-        assert quiet
-        assert "was changed between the forward and the backward pass" in str(error)
+        found = wanted if quiet and "was changed between the forward and the backward" in str(error) else calm
+    assert near(found, wanted)
     assert near(gradient(model, change), wanted)
     assert near(gradient(model, None), calm)
 
@@ -170,10 +177,11 @@ def test_a_change_after_quiet_passes_is_right_or_an_error_once(
 @given(place=st.sampled_from(PLACES), read=st.sampled_from(list(READ)), change=st.sampled_from(CHANGE))
 @settings(deadline=None, max_examples=80, derandomize=True)
 def test_changed_by_the_model_itself_after_it_was_read(place: str, read: str, change: Callable[[Tensor], None]) -> None:
-    if place == "parameter" and change is by_an_optimiser:
-        return  # plain torch raises too: the products' own factor is what was stepped
     plain, model = pair(place, read, change)
-    wanted = gradient(plain, None)
+    try:
+        wanted = gradient(plain, None)
+    except RuntimeError:
+        reject()
     for _ in range(3):
         assert near(gradient(model, None), wanted)
 
@@ -232,6 +240,7 @@ def test_what_the_model_returns_may_change() -> None:
         model = Scores().train()
         if setting:
             dibit.compress(model, {"lin": None, "*": "default"})
+            model(x, index)[0].sum().backward()  # shows that the index is the same still in the backward pass
         for attribute in (False, True):
             model.zero_grad()
             y, scores = model(x, index)

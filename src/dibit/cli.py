@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from dibit.train.errors import Interrupted, TrainingError, UserError, nearest, printable, shown
+from dibit.train.files import reason
 
 _USAGE = """\
 usage: dibit [--help] [--version] COMMAND ...
@@ -28,14 +29,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after ``dibit``; those of the process by default.
 
     Returns:
-        Exit status: 0 done, 1 training failed, 2 bad input, 130 interrupted.
+        Exit status: 0 done, 1 training failed or there is no room for a file, 2 bad input, 130 interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks ends no training
     try:
-        return _dispatch(words)
+        status = _dispatch(words)
+        sys.stdout.flush()  # a full disk is met here, not when Python ends
+        return status
     except UserError as error:
         return _say(f"dibit: error: {error}", 2, once=True)
     except TrainingError as error:
@@ -48,10 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python's last flush goes
         return 1
     except OSError as error:
-        if error.strerror is None:
-            raise
-        place = "" if error.filename is None else f"{shown(error.filename, 200)}: "
-        return _say(f"dibit: error: {place}{error.strerror}.", 1, once=True)
+        place = "what is printed" if error.filename is None else shown(error.filename, 200)
+        return _say(f"dibit: {place} cannot be read or written: {reason(error)}.", 1, once=True)
     except ValueError as error:
         if "Expected more than 1 value per channel" not in str(error):  # torch's BatchNorm
             raise

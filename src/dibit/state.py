@@ -33,8 +33,16 @@ class State:
     observer: Observer | None = None
     warned: bool = False
     scores: Scores = field(default_factory=Scores)
-    reach: Field = field(default_factory=Field)
-    history: History = field(default_factory=History)
+
+    @property
+    def reach(self) -> Field:
+        """How far the loss reaches, as passes with `loss_rows` have shown."""
+        return self.scores.reach
+
+    @property
+    def history(self) -> History:
+        """Which tensors of others came through the backward passes unchanged."""
+        return self.scores.history
 
     def constants(self) -> Iterator[tuple[str, Tensor]]:
         """Tensors that live as long as the model, with their names: parameters, buffers, cached graph structure."""

@@ -72,7 +72,7 @@ class Step:
         self._made: set[int] = set()  # storages of what this pass has made without a gradient
         self._exposed: set[int] = set()  # storages that somebody may write to out of sight
         self._changes: dict[int, int] = {}  # by storage: how often this pass wrote to it, past version counters too
-        self._kept: set[Any] = set()  # keys of what plain torch keeps by reference: its own gradient rests on that
+        self._kept: set[Any] = set()  # keys of what the plain gradient rests on by itself, through a reference
         self._shared: dict[Any, Any] = {}
         self._derived: dict[Any, Residual] = {}  # tensors that can be had again from what others hold
         self._aggregates: dict[Any, tuple[Graph, weakref.ref[Tensor], Any]] = {}
@@ -203,9 +203,10 @@ class Step:
         x = node.tensor()
         assert x is not None
         root, key = node.root, self.key(x)
-        if root is not None and key not in self._kept and ("lossless", key) not in self._shared:
-            if ("copy", key) in self._shared:
-                return self._shared["copy", key]  # type: ignore[no-any-return]
+        if root is not None and key not in self._kept:
+            for copy in (self._shared.get(("copy", key)), self._shared.get(("lossless", key))):
+                if isinstance(copy, Narrowed) or (copy is not None and storage_key(copy.x) != storage_key(x)):
+                    return copy
             whole = root.tensor()
             if whole is None or root.content is None:
                 return None
@@ -502,8 +503,6 @@ class Step:
             return kept
         free = self.held(x)
         self.tape.saved(x)
-        if free and self.config is not None and x.layout == torch.strided:
-            self._kept.add(self.key(x))
         kept = exact(x) if free or self.config is None or x.layout != torch.strided else self.exactly(x)
         if self.ledger is not None and not free:
             row = Row(self.module, function_name(self.function), kept.how, tuple(x.shape))
