@@ -166,7 +166,7 @@ class Reseeded:
 
     def value(self) -> Tensor:
         assert self.source is not None
-        return ops.dropout(self.source, self.seed, self.p)
+        return ops.dropout(self.source.contiguous(), self.seed, self.p)
 
     def outer(self, dy: Tensor) -> Tensor:
         return outer(self.value(), dy)
@@ -214,7 +214,7 @@ class Gathered:
         return (*self.source.tensors, *(leaf.x for leaf in self.leaves))
 
     def bind(self, tensors: Sequence[Tensor]) -> Gathered:
-        count = len(self.source.tensors) if tensors else 0
+        count = max(0, len(tensors) - len(self.leaves))  # a description alone may not know how many it has
         return replace(self, source=self.source.bind(tensors[:count]), leaves=bind(self.leaves, tensors[count:]))
 
     def value(self) -> Tensor:
