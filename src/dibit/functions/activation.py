@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dibit.codec import ops
 from dibit.functions.common import FEW, dense, first_order, unreduced
-from dibit.functions.relative import OCTAVES, Signed, geometric, relative, saturating
+from dibit.functions.relative import Signed, relative, saturating, whole
 from dibit.functions.returned import Slope
 from dibit.precision import at_least_single, copies, lower
 from dibit.residual import Compressed, Mask, load, save
@@ -195,7 +195,7 @@ def elu_slope(x: Tensor, alpha: float) -> Tensor:
 
 
 _sigmoid = saturating_rule(
-    lambda x, inplace: x.sigmoid_() if inplace else torch.sigmoid(x), sigmoid_slope, lambda: geometric(OCTAVES)
+    lambda x, inplace: x.sigmoid_() if inplace else torch.sigmoid(x), sigmoid_slope, whole
 )
 _tanh = saturating_rule(lambda x, inplace: x.tanh_() if inplace else torch.tanh(x), tanh_slope, saturating)
 _silu = smooth(lambda x, inplace: F.silu(x, inplace), silu_slope, "copy in place")

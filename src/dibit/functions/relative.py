@@ -21,7 +21,7 @@ from dibit.config import Config
 from dibit.residual import Residual
 from dibit.step import Step
 
-OCTAVES = 40  # between the largest and the smallest element, where nobody looks at them: a sigmoid's at +-28
+_FINE, _ALL = 40, 124  # octaves below the largest element: a sigmoid's at +-28, and all that float32 has
 _MOST, _STEP = 128, 8  # of float32 there are no more; few different tables
 
 
@@ -75,6 +75,14 @@ def geometric(octaves: int) -> tuple[float, ...]:
 
 
 @functools.cache
+def whole() -> tuple[float, ...]:
+    """256 levels for elements that nobody looks at: 200 for the first `_FINE` octaves, 55 for all others, and zero."""
+    low = range(55, 0, -1)
+    fine = (255 * 2.0 ** (-i * _FINE / 199) for i in range(199, -1, -1))
+    return (0.0, *(255 * 2.0 ** (-_FINE - i * (_ALL - _FINE) / 55) for i in low), *fine)
+
+
+@functools.cache
 def saturating() -> tuple[float, ...]:
     """16 levels for what mostly lies near its largest value: linear from 1 to 1/6, then 9 that fall to 2^-24."""
     low = (6.0 * 2.0**-24) ** (1 / 9)
@@ -83,8 +91,8 @@ def saturating() -> tuple[float, ...]:
 
 @functools.cache
 def relative(config: Config, levels: tuple[float, ...] | None = None) -> Config:
-    """The codec for such an element; default levels: `geometric(OCTAVES)`."""
-    levels = levels or geometric(OCTAVES)
+    """The codec for such an element; default levels: `whole()`."""
+    levels = levels or whole()
     rounding = "nearest" if config.rounding == "nearest" else "stochastic"
     bits = len(levels).bit_length() - 1
     return replace(config, bits=bits, reduce=None, levels=levels, rounding=rounding, block=1024, norm=None)
@@ -113,7 +121,7 @@ def keep_relative(step: Step, x: Tensor) -> Signed | None:
 
 
 def keep_signed(step: Step, x: Tensor) -> Signed:
-    """The same of `OCTAVES` octaves and a sign for each element, whatever they are: no number is waited for."""
+    """The same by the levels `whole()`, with a sign for each element, whatever they are: no number is waited for."""
     assert step.config is not None
     return _with_signs(step, x, x.abs(), relative(step.config))
 
