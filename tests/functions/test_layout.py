@@ -29,7 +29,10 @@ def layouts(shape: tuple[int, ...]) -> Iterator[tuple[str, Callable[[Tensor], Te
         back = [order.index(i) for i in axes]
         yield f"permuted {order}", lambda x, o=order, b=back: x.permute(o).contiguous().permute(b)
     for i in axes[:2]:
-        yield f"every second of {i}", lambda x, i=i: x.repeat_interleave(2, i)[(slice(None),) * i + (slice(1, None, 2),)]
+        yield (
+            f"every second of {i}",
+            lambda x, i=i: x.repeat_interleave(2, i)[(slice(None),) * i + (slice(1, None, 2),)],
+        )
         yield f"expanded {i}", lambda x, i=i: x.narrow(i, 0, min(1, x.shape[i])).expand(x.shape)
         yield f"part of {i}", lambda x, i=i: torch.cat((x, x), i).narrow(i, min(1, x.shape[i]), x.shape[i])
     if len(shape) == 4:
@@ -82,10 +85,7 @@ OPERATIONS: list[tuple[list[Any], Callable[[Any, Tensor, Net], Any]]] = [
         (names(op, torch, Tensor), lambda f, x, net: f(x))
         for op in ("exp", "square", "abs", "sin", "cos", "sigmoid", "tanh", "relu")
     ],
-    *[
-        (names(op, torch, Tensor), lambda f, x, net: f(x.abs() + 0.1))
-        for op in ("sqrt", "rsqrt", "reciprocal", "log")
-    ],
+    *[(names(op, torch, Tensor), lambda f, x, net: f(x.abs() + 0.1)) for op in ("sqrt", "rsqrt", "reciprocal", "log")],
     (names("pow", torch, Tensor) + [Tensor.__pow__], lambda f, x, net: f(x, 3)),
     ([F.softplus, F.relu, F.leaky_relu, F.elu, F.gelu, F.silu], lambda f, x, net: f(x)),
     ([F.leaky_relu_, F.relu_, torch.relu_, Tensor.relu_, F.elu_], lambda f, x, net: f(x)),

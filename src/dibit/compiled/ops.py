@@ -136,9 +136,7 @@ def _(dy, x, key, draw, p):  # type: ignore[no-untyped-def]
 
 
 @custom_op("dibit::slope", mutates_args=())
-def slope(
-    dy: Tensor, kept: list[Tensor], key: Tensor, draw: int, dtype: torch.dtype, text: str, use: str
-) -> Tensor:
+def slope(dy: Tensor, kept: list[Tensor], key: Tensor, draw: int, dtype: torch.dtype, text: str, use: str) -> Tensor:
     """dY times the derivative that is kept, element by element: contiguous, of the shape and dtype of dy (..., D)."""
     width = dy.shape[-1]
     own = residual(kept, key, draw, dy.shape[:-1].numel(), width, dtype, settings(text, use))

@@ -194,9 +194,7 @@ def elu_slope(x: Tensor, alpha: float) -> Tensor:
     return aten.elu_backward(torch.ones_like(x), alpha, 1, 1, False, x)
 
 
-_sigmoid = saturating_rule(
-    lambda x, inplace: x.sigmoid_() if inplace else torch.sigmoid(x), sigmoid_slope, whole
-)
+_sigmoid = saturating_rule(lambda x, inplace: x.sigmoid_() if inplace else torch.sigmoid(x), sigmoid_slope, whole)
 _tanh = saturating_rule(lambda x, inplace: x.tanh_() if inplace else torch.tanh(x), tanh_slope, saturating)
 _silu = smooth(lambda x, inplace: F.silu(x, inplace), silu_slope, "copy in place")
 _gelu = smooth(lambda x, _, approximate: F.gelu(x, approximate=approximate), gelu_slope)
