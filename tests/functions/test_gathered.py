@@ -1,4 +1,4 @@
-"""Products, quotients and powers of factors that were gathered, viewed or expanded from sources of every kind and size."""
+"""Products, quotients and powers of factors gathered, viewed or expanded from sources of every kind and size."""
 
 from __future__ import annotations
 

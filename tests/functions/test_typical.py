@@ -1,6 +1,6 @@
 """A typical draw is near the gradient, not the mean alone: where small derivatives meet large factors.
 
-With an error that is a part of each element (at most d of it, as its standard deviation), the error of a gradient that is
+With an error that is a part of each element (at most d of it, its standard deviation), the error of a gradient that is
 linear in the derivative is at most d of its norm. Geometric levels at 8 bits over 40 octaves have d < 0.06; the linear
 ones of 4 bits, of a range that a row has to itself, d < 0.2 or so. A range that is shared with larger elements has no
 such bound: there the relative error was in the hundreds.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dibit.codec import ops as codec
 from dibit.compiled import ops
-from dibit.compiled.spec import LEAF, NORM, PATH
+from dibit.compiled.spec import LEAF, NORM
 from dibit.functions.common import flat
 
 

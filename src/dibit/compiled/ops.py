@@ -13,7 +13,7 @@ from torch.library import custom_op
 
 from dibit.codec import Affine, Packed, encode, mix, ops, reference, seed_tensor
 from dibit.codec.packed import reduced_shape
-from dibit.compiled.spec import LEAF, NORM, PATH, settings
+from dibit.compiled.spec import LEAF, NORM, settings
 from dibit.config import Config, Sample
 from dibit.functions.norm import batch_norm_gradient, layer_norm_gradient
 from dibit.residual import Compressed

@@ -3,9 +3,9 @@
 Piecewise linear ones keep one exact bit an element. Smooth ones keep their *derivative*, computed exactly in the
 forward pass: its estimate enters dX once, so dX is unbiased; from a quantised input it would not be.
 
-The derivatives of sigmoid and tanh fall towards 0 where these saturate, and that is where a logarithm that follows has a
-large one: they are kept with an error that is a part of each element (`dibit.functions.relative`), or by reference to the
-result where the model returns it.
+The derivatives of sigmoid and tanh fall towards 0 where these saturate, and that is where a logarithm that follows has
+a large one: they are kept with an error that is a part of each element (`dibit.functions.relative`), or by reference to
+the result where the model returns it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from dibit.codec import ops
 from dibit.functions.common import FEW, dense, first_order, unreduced
-from dibit.functions.relative import Signed, relative, saturating, whole
+from dibit.functions.relative import relative, saturating, whole
 from dibit.functions.returned import Slope
 from dibit.precision import at_least_single, copies, lower
-from dibit.residual import Compressed, Mask, load, save
+from dibit.residual import Mask, Residual, load, save
 from dibit.step import Step
 
 aten = torch.ops.aten
@@ -33,10 +33,12 @@ class Elementwise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, plain: Callable[[Tensor], Tensor], slope: Mask | Compressed | Signed | Slope, inplace: bool
+        ctx: Any, x: Tensor, plain: Callable[[Tensor], Tensor], slope: Mask | Residual | Slope, inplace: bool
     ) -> Tensor:
-        ctx.cell = slope if isinstance(slope, Slope) else None
-        if ctx.cell is None:
+        ctx.cell = None
+        if isinstance(slope, Slope):
+            ctx.cell = slope
+        else:
             save(ctx, slope)
         if inplace:
             ctx.mark_dirty(x)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dibit.config import Config, Sample
 from dibit.averages import made_by_reciprocal
+from dibit.config import Config, Sample
 from dibit.functions.common import FEW, dense, fine, first_order, flat, unreduced
 from dibit.functions.relative import keep_relative, keep_signed
 from dibit.precision import at_least_single, copies, lower

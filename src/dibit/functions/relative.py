@@ -93,9 +93,8 @@ def saturating() -> tuple[float, ...]:
 def relative(config: Config, levels: tuple[float, ...] | None = None) -> Config:
     """The codec for such an element; default levels: `whole()`."""
     levels = levels or whole()
-    rounding = "nearest" if config.rounding == "nearest" else "stochastic"
-    bits = len(levels).bit_length() - 1
-    return replace(config, bits=bits, reduce=None, levels=levels, rounding=rounding, block=1024, norm=None)
+    config = replace(config, rounding="stochastic") if config.rounding == "dither" else config
+    return replace(config, bits=len(levels).bit_length() - 1, reduce=None, levels=levels, block=1024, norm=None)
 
 
 def keep_relative(step: Step, x: Tensor) -> Signed | None:

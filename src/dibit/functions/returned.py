@@ -1,7 +1,7 @@
 """Residuals whose form is settled when the forward pass ends: what the model returns is the caller's.
 
-Where a function's own result tells its derivative and the model returns that result, it is kept by reference: exact, and
-free. Plain torch keeps the same tensor.
+Where a function's own result tells its derivative and the model returns that result, it is kept by reference: exact,
+and free. Plain torch keeps the same tensor.
 """
 
 from __future__ import annotations
@@ -78,10 +78,7 @@ class Slope(Cell):
 
     def apply(self, grad: Tensor) -> Tensor:
         self.use()
-        if self.kept is None:
-            grad = grad * self.of(self.result.restore()).to(grad.dtype)
-        else:
-            grad = self.kept.apply(grad)
+        grad = grad * self.of(self.result.restore()).to(grad.dtype) if self.kept is None else self.kept.apply(grad)
         self.used()
         return grad
 
