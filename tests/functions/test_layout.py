@@ -259,7 +259,6 @@ def test_bias_in_layouts() -> None:
         lambda x, net: x @ net.weight.T,
         lambda x, net: F.batch_norm(x, None, None, training=True),
         lambda x, net: F.layer_norm(x, x.shape[-1:]),
-        lambda x, net: F.relu(x),
         lambda x, net: F.dropout(x, 0.5),
     ],
 )
