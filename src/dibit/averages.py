@@ -1,4 +1,6 @@
-"""Recognising a mean over neighbours where it is made of a sum and a division, as PyTorch Geometric does on a GPU.
+"""Recognising on the tape what a product or a quotient is for.
+
+A mean over neighbours may be made of a sum and a division, as PyTorch Geometric does on a GPU.
 
 There `torch.sparse.mm` has no mean: what it gives is divided by `ptr[1:] - ptr[:-1]`, at least 1. The tape knows how
 that divisor came about, so no element of it has to be looked at.
@@ -17,6 +19,10 @@ _DIVISIONS = functions("div true_divide __truediv__")
 _AT_LEAST = functions("clamp clamp_ clamp_min clamp_min_")
 _DIFFERENCES = functions("sub __sub__")
 _SHAPES = functions("view reshape unsqueeze")
+_RECIPROCALS = functions("rsqrt reciprocal")
+_POWERS = functions("pow __pow__")
+_DIVIDED = functions("__rtruediv__ __rdiv__")
+_DEEPEST = 4  # changes of shape between a reciprocal and the product that it enters
 _UPPER, _LOWER = slice(1, None), slice(None, -1)
 
 
@@ -39,6 +45,27 @@ def counts(divisor: Node, crow: Node | None) -> bool:
         return False
     ends = [_call(part, {Tensor.__getitem__}) for part in difference]
     return ends == [(crow, _UPPER), (crow, _LOWER)]
+
+
+def made_by_reciprocal(tape: Tape, x: Tensor) -> bool:
+    """Whether x is a reciprocal or an inverse root, but for its shape."""
+    node = tape.nodes.get(tape.key(x))
+    for _ in range(_DEEPEST):
+        if node is None or node.call is None:
+            return False
+        function, args, _ = node.call
+        if function in _RECIPROCALS:
+            return True
+        if function in _POWERS:
+            return len(args) > 1 and isinstance(args[1], int | float) and args[1] < 0
+        if function in _DIVIDED:
+            return True
+        if function in _DIVISIONS:
+            return bool(args) and not isinstance(args[0], Node)
+        if function not in _SHAPES or not args or not isinstance(args[0], Node):
+            return False
+        node = args[0]
+    return False
 
 
 def _call(node: Any, expected: Any) -> tuple[Any, ...] | None:

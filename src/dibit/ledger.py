@@ -75,6 +75,12 @@ class Ledger:
             claims[key] = (row, size)
             setattr(row, side, getattr(row, side) + size)
 
+    def dropped(self, tensors: Iterable[Tensor]) -> None:
+        """Nobody keeps these after all."""
+        for x in tensors:
+            if (claim := self._kept.pop(storage_key(x), None)) is not None:
+                claim[0].kept -= claim[1]
+
     def close(self, outputs: Iterable[Tensor]) -> None:
         """End of a forward pass: what it returned is the caller's, and its identities may be used again."""
         for x in outputs:

@@ -22,6 +22,9 @@ from dibit.precision import HALF
 from dibit.replay import Program, Shared
 from dibit.score_table import Watch
 
+# Whether the backward pass that runs leaves what was saved for another one.
+keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
 
 class Residual(Protocol):
     """What all kinds have in common."""
@@ -166,7 +169,7 @@ class Reseeded:
 
     def value(self) -> Tensor:
         assert self.source is not None
-        return ops.dropout(self.source, self.seed, self.p)
+        return ops.dropout(self.source.contiguous(), self.seed, self.p)
 
     def outer(self, dy: Tensor) -> Tensor:
         return outer(self.value(), dy)
@@ -214,7 +217,7 @@ class Gathered:
         return (*self.source.tensors, *(leaf.x for leaf in self.leaves))
 
     def bind(self, tensors: Sequence[Tensor]) -> Gathered:
-        count = len(self.source.tensors) if tensors else 0
+        count = max(0, len(tensors) - len(self.leaves))  # a description alone may not know how many it has
         return replace(self, source=self.source.bind(tensors[:count]), leaves=bind(self.leaves, tensors[count:]))
 
     def value(self) -> Tensor:
@@ -282,6 +285,6 @@ def released(ctx: Any, attribute: str) -> Any:
             "the backward pass came through this graph a second time, after what it needs was freed; say "
             "backward(retain_graph=True) the first time."
         )
-    if not torch._C._autograd._get_current_graph_task_keep_graph():
+    if not keeps_graph():
         setattr(ctx, attribute, None)
     return value

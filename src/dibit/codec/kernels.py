@@ -139,9 +139,10 @@ def quantize(x, xbits, out, ranges, rbits, widths, key0, key1, bits, block, leve
                             code = i32(h)
                             fraction = h - f32(code)
                         else:
-                            code = i32(0)
-                            for m in range(1, levels.size - 1):
-                                code += i32(h >= levels[m])
+                            code, half_way = i32(0), i32((topcode + 1) >> 1)
+                            while half_way:  # by bisection: how many of the inner levels lie at h or below
+                                code += half_way * i32(code + half_way < topcode and h >= levels[code + half_way])
+                                half_way >>= 1
                             fraction = (h - levels[code]) / (levels[code + 1] - levels[code])
                         low32 = u32(c0 + u32(j))
                         u = _uniform(low32, _chosen(low32, c0, here, beyond), key0, key1)

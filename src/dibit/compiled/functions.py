@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dibit.codec import ops as codec
 from dibit.compiled import ops
-from dibit.compiled.spec import LEAF, NORM, PATH
+from dibit.compiled.spec import LEAF, NORM
 from dibit.functions.common import flat
 
 
@@ -104,17 +104,17 @@ class Smooth(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, plain: Callable[..., Tensor], derivative: Callable[..., Tensor], options: Any, key: Tensor,
-        draw: int, text: str,
+        draw: int, text: str, use: str,
     ) -> Tensor:  # fmt: skip
-        kept = ops.keep(flat(derivative(x, *options)), None, None, key, draw, text, PATH)
+        kept = ops.keep(flat(derivative(x, *options)), None, None, key, draw, text, use)
         ctx.save_for_backward(key, *kept)
-        ctx.draw, ctx.text, ctx.dtype = draw, text, x.dtype
+        ctx.draw, ctx.text, ctx.use, ctx.dtype = draw, text, use, x.dtype
         return plain(x, *options)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         key, *kept = ctx.saved_tensors
-        return ops.slope(dy, kept, key, ctx.draw, ctx.dtype, ctx.text), None, None, None, None, None, None
+        return ops.slope(dy, kept, key, ctx.draw, ctx.dtype, ctx.text, ctx.use), *[None] * 7
 
 
 class SeededDropout(torch.autograd.Function):

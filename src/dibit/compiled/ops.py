@@ -13,7 +13,7 @@ from torch.library import custom_op
 
 from dibit.codec import Affine, Packed, encode, mix, ops, reference, seed_tensor
 from dibit.codec.packed import reduced_shape
-from dibit.compiled.spec import LEAF, NORM, PATH, settings
+from dibit.compiled.spec import LEAF, NORM, settings
 from dibit.config import Config, Sample
 from dibit.functions.norm import batch_norm_gradient, layer_norm_gradient
 from dibit.residual import Compressed
@@ -136,15 +136,15 @@ def _(dy, x, key, draw, p):  # type: ignore[no-untyped-def]
 
 
 @custom_op("dibit::slope", mutates_args=())
-def slope(dy: Tensor, kept: list[Tensor], key: Tensor, draw: int, dtype: torch.dtype, text: str) -> Tensor:
+def slope(dy: Tensor, kept: list[Tensor], key: Tensor, draw: int, dtype: torch.dtype, text: str, use: str) -> Tensor:
     """dY times the derivative that is kept, element by element: contiguous, of the shape and dtype of dy (..., D)."""
     width = dy.shape[-1]
-    own = residual(kept, key, draw, dy.shape[:-1].numel(), width, dtype, settings(text, PATH))
+    own = residual(kept, key, draw, dy.shape[:-1].numel(), width, dtype, settings(text, use))
     return dy.contiguous() * own.value().view(dy.shape).to(dy.dtype)
 
 
 @slope.register_fake
-def _(dy, kept, key, draw, dtype, text):  # type: ignore[no-untyped-def]
+def _(dy, kept, key, draw, dtype, text, use):  # type: ignore[no-untyped-def]
     return torch.empty_like(dy, memory_format=torch.contiguous_format)
 
 

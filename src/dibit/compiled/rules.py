@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dibit.compiled import functions, ops
+from dibit.compiled.spec import PATH, RELATIVE, SATURATING
 from dibit.functions import activation
 
 
@@ -107,19 +108,29 @@ def _placed(x: Tensor, y: Tensor, inplace: bool) -> Tensor:
     return x.copy_(y) if inplace else y
 
 
-def _smooth(mode: Any, x: Any, plain: Any, derivative: Any, *options: Any, inplace: bool = False) -> Any:
+def _smooth(
+    mode: Any, x: Any, plain: Any, derivative: Any, *options: Any, inplace: bool = False, use: str = PATH
+) -> Any:
     if not _differs(x):
         return NotImplemented
-    y = functions.Smooth.apply(x, plain, derivative, options, mode.key, draw(mode), mode.settings[-1].text)
+    y = functions.Smooth.apply(x, plain, derivative, options, mode.key, draw(mode), mode.settings[-1].text, use)
     return _placed(x, y, inplace)
 
 
 def sigmoid(mode: Any, input: Tensor, *, out: Any = None) -> Any:
-    return NotImplemented if out is not None else _smooth(mode, input, torch.sigmoid, activation.sigmoid_slope)
+    return NotImplemented if out is not None else _smooth(mode, input, torch.sigmoid, _sigmoid_slope, use=RELATIVE)
+
+
+def _sigmoid_slope(x: Tensor) -> Tensor:
+    return activation.sigmoid_slope(torch.sigmoid(x))
 
 
 def tanh(mode: Any, input: Tensor, *, out: Any = None) -> Any:
-    return NotImplemented if out is not None else _smooth(mode, input, torch.tanh, activation.tanh_slope)
+    return NotImplemented if out is not None else _smooth(mode, input, torch.tanh, _tanh_slope, use=SATURATING)
+
+
+def _tanh_slope(x: Tensor) -> Tensor:
+    return activation.tanh_slope(torch.tanh(x))
 
 
 def _gelu(x: Tensor, approximate: str) -> Tensor:

@@ -2,6 +2,10 @@
 
 Piecewise linear ones keep one exact bit an element. Smooth ones keep their *derivative*, computed exactly in the
 forward pass: its estimate enters dX once, so dX is unbiased; from a quantised input it would not be.
+
+The derivatives of sigmoid and tanh fall towards 0 where these saturate, and that is where a logarithm that follows has
+a large one: they are kept with an error that is a part of each element (`dibit.functions.relative`), or by reference to
+the result where the model returns it.
 """
 
 from __future__ import annotations
@@ -14,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dibit.codec import ops
-from dibit.functions.common import dense, first_order, unreduced
+from dibit.functions.common import FEW, dense, first_order, unreduced
+from dibit.functions.relative import relative, saturating, whole
+from dibit.functions.returned import Slope
 from dibit.precision import at_least_single, copies, lower
-from dibit.residual import Compressed, Mask, load, save
+from dibit.residual import Mask, Residual, load, save
 from dibit.step import Step
 
 aten = torch.ops.aten
@@ -27,9 +33,13 @@ class Elementwise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, plain: Callable[[Tensor], Tensor], slope: Mask | Compressed, inplace: bool
+        ctx: Any, x: Tensor, plain: Callable[[Tensor], Tensor], slope: Mask | Residual | Slope, inplace: bool
     ) -> Tensor:
-        save(ctx, slope)
+        ctx.cell = None
+        if isinstance(slope, Slope):
+            ctx.cell = slope
+        else:
+            save(ctx, slope)
         if inplace:
             ctx.mark_dirty(x)
         return plain(x)
@@ -37,7 +47,7 @@ class Elementwise(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        (slope,) = load(ctx)
+        slope = ctx.cell or load(ctx)[0]
         return slope.apply(dy), None, None, None
 
 
@@ -93,7 +103,11 @@ def relu(step: Step, input: Tensor, inplace: bool = False) -> Any:
         return _relu_in_place(step, input, 0.0, True)
     if not dense(input) or not input.requires_grad:
         return NotImplemented
-    result, bits = ops.relu(input.detach().contiguous())
+    x = input.detach()
+    if x.is_contiguous():
+        result, bits = ops.relu(x)
+    else:  # torch's own layout
+        result, bits = torch.relu(x), ops.pack_mask(x.contiguous())
     mask = step.note(Mask(bits, 0.0))
     y = Elementwise.apply(input, lambda _: result, mask, False)
     step.plain(y)
@@ -125,28 +139,49 @@ def smooth(plain: Callable[..., Tensor], derivative: Callable[..., Tensor], save
 
     def rule(step: Step, input: Tensor, *args: Any, inplace: bool = False) -> Any:
         config = step.config
-        if config is None or not dense(input) or not input.requires_grad:
+        if config is None or not dense(input) or not input.requires_grad or input.numel() < FEW:
             return NotImplemented
         kept = step.keep(derivative(input.detach(), *args), leaf=False, config=unreduced(config))
         if saves == "input":
             step.plain(input)
         elif saves == "copy in place":
             step.plain(input.nbytes if inplace else input)
-        y = Elementwise.apply(input, lambda x: plain(x, inplace, *args), kept, inplace)
-        if saves == "output":
-            step.plain(y)
+        return Elementwise.apply(input, lambda x: plain(x, inplace, *args), kept, inplace)
+
+    return rule
+
+
+def saturating_rule(
+    plain: Callable[..., Tensor], derivative: Callable[[Tensor], Tensor], levels: Callable[[], tuple[float, ...]]
+) -> Callable[..., Any]:
+    """A rule for an activation whose result tells its derivative, which is kept by these levels."""
+
+    def rule(step: Step, input: Tensor, inplace: bool = False) -> Any:
+        config = step.config
+        if config is None or not dense(input) or not input.requires_grad or input.numel() < FEW:
+            return NotImplemented
+        codec = relative(config, levels())
+        if not inplace and step.cheap(input, codec):
+            return NotImplemented  # torch's own, kept exactly
+        y = plain(input.detach(), False)
+        slope = Slope(step, step.keep(derivative(y), leaf=False, config=codec), derivative)
+        y = Elementwise.apply(input, (lambda x: plain(x, True)) if inplace else (lambda _: y), slope, inplace)
+        slope.watch(y)
+        step.plain(y)
         return y
 
     return rule
 
 
-def sigmoid_slope(x: Tensor) -> Tensor:
-    y = at_least_single(torch.sigmoid(x))
+def sigmoid_slope(y: Tensor) -> Tensor:
+    """Of a sigmoid's result, in single precision at least."""
+    y = at_least_single(y)
     return y * (1 - y)
 
 
-def tanh_slope(x: Tensor) -> Tensor:
-    return 1 - at_least_single(torch.tanh(x)) ** 2
+def tanh_slope(y: Tensor) -> Tensor:
+    """Of a tanh's result, in single precision at least."""
+    return 1 - at_least_single(y) ** 2
 
 
 def silu_slope(x: Tensor) -> Tensor:
@@ -161,8 +196,8 @@ def elu_slope(x: Tensor, alpha: float) -> Tensor:
     return aten.elu_backward(torch.ones_like(x), alpha, 1, 1, False, x)
 
 
-_sigmoid = smooth(lambda x, inplace: x.sigmoid_() if inplace else torch.sigmoid(x), sigmoid_slope, "output")
-_tanh = smooth(lambda x, inplace: x.tanh_() if inplace else torch.tanh(x), tanh_slope, "output")
+_sigmoid = saturating_rule(lambda x, inplace: x.sigmoid_() if inplace else torch.sigmoid(x), sigmoid_slope, whole)
+_tanh = saturating_rule(lambda x, inplace: x.tanh_() if inplace else torch.tanh(x), tanh_slope, saturating)
 _silu = smooth(lambda x, inplace: F.silu(x, inplace), silu_slope, "copy in place")
 _gelu = smooth(lambda x, _, approximate: F.gelu(x, approximate=approximate), gelu_slope)
 _elu = smooth(lambda x, inplace, alpha: F.elu(x, alpha, inplace), elu_slope)

@@ -66,4 +66,15 @@ def fine(step: Step) -> Config:
 
 
 def write(x: Tensor, value: Tensor, inplace: bool) -> Tensor:
-    return x.copy_(value) if inplace else value
+    """A contiguous value written over x, or in the layout that torch gives a function of x element by element."""
+    if inplace:
+        return x.copy_(value)
+    if x.is_contiguous():
+        return value
+    own = torch.empty_like(x) if x.device.type != "cpu" else torch.neg(x)  # torch's CPU has a rule of its own
+    return own.copy_(value)
+
+
+def own(y: Tensor) -> Tensor:
+    """y, never a view: autograd forbids to change a view in place that came out of a `torch.autograd.Function`."""
+    return y.detach() if y._is_view() else y

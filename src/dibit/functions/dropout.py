@@ -45,7 +45,7 @@ class MaskedDropout(torch.autograd.Function):
         else:
             y, kept = torch.native_dropout(x, p, True)
             mask = Mask(ops.pack_mask(kept.to(torch.float32).contiguous()), 0.0)
-            y = write(x, y, inplace)
+            y = x.copy_(y) if inplace else y
             step.plain(kept.nbytes)
         step.note(mask)
         save(ctx, mask)
@@ -64,12 +64,12 @@ class MaskedDropout(torch.autograd.Function):
 
 def dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """What `SeededDropout` gives, once more."""
-    return ops.dropout(x.contiguous(), seed, p)
+    return write(x, ops.dropout(x.contiguous(), seed, p), False)
 
 
 def dropout(step: Step, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     config = step.config
-    if config is None or not training or not 0 < p < 1 or not dense(input):
+    if config is None or not training or not 0 < p < 1 or not dense(input) or not input.numel():
         return NotImplemented
     if config.dropout == "mask":
         return MaskedDropout.apply(input, step, p, inplace) if input.requires_grad else NotImplemented

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dibit.functions import large
-from dibit.functions.common import dense, first_order, flat
+from dibit.functions.common import dense, first_order, flat, own
 from dibit.functions.product import bmm
 from dibit.graph import Graph
 from dibit.precision import copies, lower
@@ -26,7 +26,7 @@ class Linear(torch.autograd.Function):
     ) -> Tensor:
         save(ctx, residual, weight if ctx.needs_input_grad[0] else None)
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        return large.linear(*copies(low, x, weight, bias))
+        return own(large.linear(*copies(low, x, weight, bias)))
 
     @staticmethod
     @first_order
@@ -54,7 +54,7 @@ class AggregatedLinear(torch.autograd.Function):
         save(ctx, residual, weight, *graph.parts)
         ctx.graph, ctx.aggregate, ctx.matrix = graph.bind(()), watched, graph.pattern
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        return large.linear(*copies(low, aggregate, weight, bias))
+        return own(large.linear(*copies(low, aggregate, weight, bias)))
 
     @staticmethod
     @first_order
@@ -86,7 +86,7 @@ class MatMul(torch.autograd.Function):
         ctx.scale = beta, alpha
         ctx.types = x.dtype, weight.dtype, None if c is None else (c.dtype, c.shape)
         x, weight, c = copies(low, x, weight, c)
-        return large.mm(x, weight) if c is None else torch.addmm(c, x, weight, beta=beta, alpha=alpha)
+        return own(large.mm(x, weight) if c is None else torch.addmm(c, x, weight, beta=beta, alpha=alpha))
 
     @staticmethod
     @first_order

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dibit.config import Config
 from dibit.functions.common import dense, first_order
+from dibit.functions.returned import Cell
 from dibit.identity import storage_key
 from dibit.lossless import Exact, exact
 from dibit.precision import HALF, at_least_single, full
@@ -28,7 +29,7 @@ def probability_config(step: Step) -> Config:
     return replace(config, bits=8, reduce=None, levels="uniform", block=1024)
 
 
-class Deferred:
+class Deferred(Cell):
     """A result whose form is settled when the forward pass ends: by reference if returned, else as a residual."""
 
     def __init__(self, step: Step, y: Tensor) -> None:
@@ -53,10 +54,17 @@ class Deferred:
         step.row = None
 
     def probabilities(self) -> Tensor:
+        self.use()
         if self.residual is not None:
-            return self.residual.value()
-        assert self.exact is not None
-        return self.exact.restore().exp()
+            p = self.residual.value()
+        else:
+            assert self.exact is not None
+            p = self.exact.restore().exp()
+        self.used()
+        return p
+
+    def drop(self) -> None:
+        self.exact = self.residual = None
 
 
 class LogSoftmax(torch.autograd.Function):

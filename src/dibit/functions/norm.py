@@ -19,7 +19,7 @@ from dibit.buffers import empty_like
 from dibit.codec import Affine, ops
 from dibit.config import Config, Project
 from dibit.functions import large
-from dibit.functions.common import dense, first_order, unreduced
+from dibit.functions.common import dense, first_order, own, unreduced
 from dibit.precision import at_least_single, full
 from dibit.residual import Compressed, load, save
 from dibit.step import Step
@@ -50,7 +50,8 @@ class BatchNorm(torch.autograd.Function):
         ctx.shared = outer is inner
         save(ctx, None if ctx.shared else outer, inner, inverse, weight)
         ctx.training, ctx.dtypes = training, (x.dtype, weight.dtype if weight is not None else None)
-        return y
+        ctx.format = _format(x)
+        return own(y)
 
     @staticmethod
     @first_order
@@ -70,10 +71,17 @@ class BatchNorm(torch.autograd.Function):
             product = column_sums(inner, g) if inner is not None else None
             dx = g * (inverse if weight is None else inverse * weight) if needed else None
         if dx is not None:
-            dx = dx.view(shape).movedim(-1, 1).to(ctx.dtypes[0])
+            dx = dx.view(shape).movedim(-1, 1).to(ctx.dtypes[0]).contiguous(memory_format=ctx.format)
         dw = None if product is None or not ctx.needs_input_grad[1] else product.to(ctx.dtypes[1])
         db = total.to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
         return dx, dw, db, None, None, None, None, None
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    """The layout that torch gives the gradient of x."""
+    if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
 
 
 def keep_normalised(step: Step, rows: Tensor, normalised: Affine, both: bool) -> tuple[Any, Any]:

@@ -1,8 +1,9 @@
 """Roots, powers, exponentials and logarithms: their derivative is kept, computed exactly, at 8 bits.
 
 From a rounded input no unbiased derivative exists; of the derivative itself the estimate enters dX once. These have
-long tails (1/x, x^3), so they get 8 bits whatever the recipe. Where the input is had again for less, torch's own
-operation runs and stays exact.
+long tails (1/x, x^3), and what follows multiplies the small ones by large numbers (a root after a square): they get 8
+bits whatever the recipe, with an error that is a part of each element. A result that the model returns tells the
+derivative itself. Where the input is had again for less, torch's own operation runs and stays exact.
 """
 
 from __future__ import annotations
@@ -16,12 +17,22 @@ from torch import Tensor
 
 from dibit.functions.activation import Elementwise
 from dibit.functions.common import FEW, dense, fine
+from dibit.functions.relative import keep_relative
+from dibit.functions.returned import Slope
 from dibit.precision import at_least_single, full
 from dibit.step import Step
 
 
-def rule(plain: Callable[..., Tensor], derivative: Callable[..., Tensor], saves: str) -> Callable[..., Any]:
-    """A rule for an element-wise function; `derivative(x, y, *args)`; plain torch `saves` "input" or "output"."""
+def rule(
+    plain: Callable[..., Tensor], derivative: Callable[..., Tensor], saves: str, bounded: bool = False
+) -> Callable[..., Any]:
+    """A rule for an element-wise function.
+
+    Args:
+        derivative: of (x, y, *args); of y alone if plain torch saves the output.
+        saves: what plain torch keeps, "input" or "output".
+        bounded: the derivative is of the size of 1, and no reciprocal belongs to it.
+    """
 
     def apply(step: Step, input: Tensor, *args: Any, out: Any = None) -> Any:
         if out is not None or not isinstance(input, Tensor) or not dense(input) or not input.requires_grad:
@@ -32,14 +43,19 @@ def rule(plain: Callable[..., Tensor], derivative: Callable[..., Tensor], saves:
         if y.dtype != input.dtype:
             return NotImplemented
         slope = derivative(at_least_single(input.detach()), at_least_single(y), *args)
-        if not slope.isfinite().all():
-            return NotImplemented  # one pole would spoil the block it lies in
-        kept = step.keep(slope, leaf=False, config=fine(step))
+        if bounded:
+            kept: Any = step.keep(slope, leaf=False, config=fine(step)) if slope.isfinite().all() else None
+        else:
+            kept = keep_relative(step, slope)
+        if kept is None:
+            return NotImplemented
         if saves == "input":
             step.plain(input)
-        result = Elementwise.apply(input, lambda x: y, kept, False)
-        if saves == "output":
-            step.plain(result)
+            return Elementwise.apply(input, lambda x: y, kept, False)
+        cell = Slope(step, kept, lambda y: derivative(None, at_least_single(y), *args))
+        result = Elementwise.apply(input, lambda x: y, cell, False)
+        cell.watch(result)
+        step.plain(result)
         return result
 
     return apply
@@ -52,8 +68,8 @@ reciprocal = full(torch.reciprocal)(rule(torch.reciprocal, lambda x, y: -(y**2),
 log = full(torch.log)(rule(torch.log, lambda x, y: 1 / x, "input"))
 square = rule(torch.square, lambda x, y: 2 * x, "input")
 absolute = rule(torch.abs, lambda x, y: torch.sign(x), "input")
-sine = rule(torch.sin, lambda x, y: torch.cos(x), "input")
-cosine = rule(torch.cos, lambda x, y: -torch.sin(x), "input")
+sine = rule(torch.sin, lambda x, y: torch.cos(x), "input", bounded=True)
+cosine = rule(torch.cos, lambda x, y: -torch.sin(x), "input", bounded=True)
 _power = rule(torch.pow, lambda x, y, p: p * torch.pow(x, p - 1), "input")
 _softplus = rule(F.softplus, lambda x, y, beta, threshold: _softplus_slope(x, beta, threshold), "input")
 

@@ -3,6 +3,9 @@
 da = dy * b and db = dy * a: what is kept of a enters only gradients that flow through b, and the other way round, so
 independent draws are unbiased. A factor that was gathered from fewer rows is kept as those rows, once a node and not
 once an edge; one that can be computed again for less than its codes is kept exactly.
+
+Squares, dot products and what is scaled by a reciprocal end in norms: there dy is largest where a factor is smallest,
+in a row of zeros above all. Such factors are kept with an error that is a part of the element, or of its row.
 """
 
 from __future__ import annotations
@@ -13,14 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dibit.averages import made_by_reciprocal
 from dibit.config import Config, Sample
 from dibit.functions.common import FEW, dense, fine, first_order, flat, unreduced
+from dibit.functions.relative import keep_relative, keep_signed
 from dibit.precision import at_least_single, copies, lower
 from dibit.residual import load, save
 from dibit.step import Step
 from dibit.tape import nbytes
 
 _BROADCAST = 4  # a factor that is at least so many times smaller than the product stays exact
+_ROW = 16  # elements for which a range of their own pays
 
 
 class Product(torch.autograd.Function):
@@ -98,7 +104,17 @@ def _factor(step: Step, x: Tensor, by: Tensor, count: int) -> Any:
     if by.is_leaf:  # a parameter: x enters its gradient and no other, as a linear layer's input does
         many = isinstance(config.reduce, Sample) and x.dim() > 1 and by.numel() * _BROADCAST <= x.numel()
         return step.keep(x, leaf=True, config=None if many else unreduced(config))
-    return step.gathered(x, at_least_4_bits(config))
+    config = at_least_4_bits(config)
+    if count:
+        gathered = step.tape.gathered(step.origin(x)) is not None
+        if x is by and not gathered:
+            return keep_signed(step, x)
+        if x.shape == by.shape or made_by_reciprocal(step.tape, by):
+            if x.shape[-1] < _ROW and not gathered:
+                return keep_signed(step, x)
+            if config.elements(x.shape[:-1].numel(), x.shape[-1]) > x.shape[-1]:
+                config = replace(config, block="row")
+    return step.gathered(x, config)
 
 
 def at_least_4_bits(config: Config) -> Config:
@@ -108,21 +124,24 @@ def at_least_4_bits(config: Config) -> Config:
 
 
 class Quotient(torch.autograd.Function):
-    """y = a / b: da = dy (1 / b), db = -dy (a / b^2), each factor encoded on its own."""
+    """y = a / b: da = dy (1 / b), db = -dy (a / b^2), each factor encoded on its own; b itself where it is small."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, inverse: Any, slope: Any) -> Tensor:
-        save(ctx, inverse, slope)
+    def forward(ctx: Any, a: Tensor, b: Tensor, divisor: Any, inverse: Any, slope: Any) -> Tensor:
+        save(ctx, divisor, inverse, slope)
         ctx.of = (a.shape, a.dtype), (b.shape, b.dtype)
         return torch.div(a, b)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        inverse, slope = load(ctx)
-        da = _gradient(dy * inverse.value(), *ctx.of[0]) if ctx.needs_input_grad[0] else None
-        db = _gradient(dy * slope.value(), *ctx.of[1]).neg_() if ctx.needs_input_grad[1] else None
-        return da, db, None, None
+        divisor, inverse, slope = load(ctx)
+        da = db = None
+        if ctx.needs_input_grad[0]:
+            da = _gradient(dy / divisor.value() if inverse is None else dy * inverse.value(), *ctx.of[0])
+        if ctx.needs_input_grad[1]:
+            db = _gradient(dy * slope.value(), *ctx.of[1]).neg_()
+        return da, db, None, None, None
 
 
 class MatrixProduct(torch.autograd.Function):
@@ -148,15 +167,20 @@ def div(step: Step, input: Tensor, other: Any, *, rounding_mode: Any = None, out
         return NotImplemented
     count = torch.broadcast_shapes(input.shape, other.shape).numel()
     needed = [other, input] if other.requires_grad else [other]
-    if all(_exact(step, x, count, fine(step), gathers=False) for x in needed):
+    exact = [_exact(step, x, count, fine(step), gathers=False) for x in needed]
+    if all(exact):
         return NotImplemented
     a, b = at_least_single(input.detach()), at_least_single(other.detach())
-    factors = (1 / b if input.requires_grad else None, a / b.square() if other.requires_grad else None)
-    if not all(f is None or f.isfinite().all() for f in factors):
-        return NotImplemented  # one pole would spoil the block it lies in
+    divisor = inverse = slope = None
+    if input.requires_grad:
+        divisor = step.exact(other) if exact[0] else None
+        inverse = None if exact[0] else keep_relative(step, 1 / b)
+    if other.requires_grad:
+        slope = keep_relative(step, a / b / b)
+    if (input.requires_grad and divisor is inverse) or (other.requires_grad and slope is None):
+        return NotImplemented  # not finite
     step.plain(*needed)
-    inverse, slope = (None if f is None else step.keep(f, leaf=False, config=fine(step)) for f in factors)
-    return Quotient.apply(input, other, inverse, slope)
+    return Quotient.apply(input, other, divisor, inverse, slope)
 
 
 @lower

@@ -1,0 +1,132 @@
+"""Codes whose error is a small part of each element, however small it is beside the others of its block.
+
+A derivative may meet a reciprocal later on: the loss divides by what a sigmoid gave, a norm by what squares gave. There
+the smallest elements count as much as the largest, and an error that is a part of the block's range would drown them.
+Levels in geometric progression keep the error a part of the element itself. They are levels like any other: the draw is
+unbiased, and zero stays zero.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dibit.codec import ops
+from dibit.config import Config
+from dibit.residual import Residual
+from dibit.step import Step
+
+_FINE, _ALL = 40, 124  # octaves below the largest element: a sigmoid's at +-28, and all that float32 has
+_MOST, _STEP = 128, 8  # of float32 there are no more; few different tables
+
+
+@dataclass(frozen=True)
+class Signed:
+    """Magnitudes through the codec, and their signs: one bit an element, or the same for all.
+
+    Attributes:
+        magnitude: residual of |x|.
+        signs: packed bits, set where x > 0; `None` where all elements have the same sign.
+        sign: of all elements without `signs`, 1 or -1.
+    """
+
+    magnitude: Residual
+    signs: Tensor | None
+    sign: float = 1.0
+
+    @property
+    def how(self) -> str:
+        return f"{self.magnitude.how}, relative" + (" and a sign" if self.signs is not None else "")
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.magnitude.tensors if self.signs is None else (self.signs, *self.magnitude.tensors)
+
+    def bind(self, tensors: Sequence[Tensor]) -> Signed:
+        if self.signs is None:
+            return Signed(self.magnitude.bind(tensors), None, self.sign)
+        signs = tensors[0] if tensors else torch.empty(0)
+        return Signed(self.magnitude.bind(tensors[1:]), signs, self.sign)
+
+    def value(self) -> Tensor:
+        x = self.magnitude.value()
+        if self.signs is not None:
+            return ops.apply_mask(x.contiguous(), self.signs, -1.0)
+        return x if self.sign > 0 else x.neg_()
+
+    def apply(self, grad: Tensor) -> Tensor:
+        """The gradient of an element-wise operation whose derivative this is."""
+        return grad * self.value().to(grad.dtype)
+
+    def outer(self, dy: Tensor) -> Tensor:
+        x = self.value()
+        return dy.T @ x.reshape(-1, x.shape[-1]).to(dy.dtype)
+
+
+@functools.cache
+def geometric(octaves: int) -> tuple[float, ...]:
+    """256 levels: zero, and 255 that fall by this many octaves from the top."""
+    return (0.0, *(255 * 2.0 ** (-(255 - i) * octaves / 254) for i in range(1, 256)))
+
+
+@functools.cache
+def whole() -> tuple[float, ...]:
+    """256 levels for elements that nobody looks at: 200 for the first `_FINE` octaves, 55 for all others, and zero."""
+    low = range(55, 0, -1)
+    fine = (255 * 2.0 ** (-i * _FINE / 199) for i in range(199, -1, -1))
+    return (0.0, *(255 * 2.0 ** (-_FINE - i * (_ALL - _FINE) / 55) for i in low), *fine)
+
+
+@functools.cache
+def saturating() -> tuple[float, ...]:
+    """16 levels for what mostly lies near its largest value: linear from 1 to 1/6, then 9 that fall to 2^-24."""
+    low = (6.0 * 2.0**-24) ** (1 / 9)
+    return (0.0, *(15 / 6 * low**i for i in range(9, 0, -1)), *(15 * i / 6 for i in range(1, 7)))
+
+
+@functools.cache
+def relative(config: Config, levels: tuple[float, ...] | None = None) -> Config:
+    """The codec for such an element; default levels: `whole()`."""
+    levels = levels or whole()
+    config = replace(config, rounding="stochastic") if config.rounding == "dither" else config
+    return replace(config, bits=len(levels).bit_length() - 1, reduce=None, levels=levels, block=1024, norm=None)
+
+
+def keep_relative(step: Step, x: Tensor) -> Signed | None:
+    """A path residual of x, of as many octaves as its elements take; `None` if not all of them are finite.
+
+    On a GPU this waits for three numbers.
+    """
+    assert step.config is not None
+    if not x.numel():
+        return None
+    low, high = x.aminmax()
+    magnitude = x.abs()
+    least = torch.where(magnitude > 0, magnitude, torch.inf).amin()
+    low, high, least = torch.stack((low, high, least)).tolist()
+    largest = max(-low, high)
+    if not math.isfinite(low + high):
+        return None  # one pole would spoil the block it lies in
+    octaves = _STEP if not largest else 1 + math.log2(largest) - math.log2(least)
+    config = relative(step.config, geometric(min(_MOST, _STEP * math.ceil(octaves / _STEP))))
+    if low >= 0 or high <= 0:
+        return Signed(step.keep(magnitude, leaf=False, config=config), None, 1.0 if low >= 0 else -1.0)
+    return _with_signs(step, x, magnitude, config)
+
+
+def keep_signed(step: Step, x: Tensor) -> Signed:
+    """The same by the levels `whole()`, with a sign for each element, whatever they are: no number is waited for."""
+    assert step.config is not None
+    return _with_signs(step, x, x.abs(), relative(step.config))
+
+
+def _with_signs(step: Step, x: Tensor, magnitude: Tensor, config: Config) -> Signed:
+    signs = ops.pack_mask(x.contiguous())
+    if step.ledger is not None and step.row is not None:
+        step.ledger.kept_tensor(step.row, signs)
+    return Signed(step.keep(magnitude, leaf=False, config=config), signs)

@@ -1,0 +1,84 @@
+"""Residuals whose form is settled when the forward pass ends: what the model returns is the caller's.
+
+Where a function's own result tells its derivative and the model returns that result, it is kept by reference: exact,
+and free. Plain torch keeps the same tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils.weak import TensorWeakRef
+
+from dibit.identity import storage_key, version
+from dibit.lossless import Exact
+from dibit.residual import keeps_graph
+from dibit.step import Step
+
+
+class Cell:
+    """What a function keeps on its own, not through `save_for_backward`: freed as autograd frees what that keeps."""
+
+    spent = False
+
+    def settle(self, step: Step, returned: set[int]) -> None:
+        """The forward pass ends; `returned`: identities of the storages that the model returns."""
+        raise NotImplementedError
+
+    def drop(self) -> None:
+        """Free what is kept."""
+        raise NotImplementedError
+
+    def use(self) -> None:
+        """A backward pass begins."""
+        if self.spent:
+            raise RuntimeError(
+                "Trying to backward through the graph a second time, after what it needs was freed; call "
+                "backward(retain_graph=True) the first time."
+            )
+
+    def used(self) -> None:
+        """A backward pass has what it needs."""
+        if not keeps_graph():
+            self.spent = True
+            self.drop()
+
+
+class Slope(Cell):
+    """A derivative by its codes, or by the result of the function if the model returns it.
+
+    Args:
+        kept: residual of the derivative.
+        of: the derivative as a function of the result.
+    """
+
+    def __init__(self, step: Step, kept: Any, of: Callable[[Tensor], Tensor]) -> None:
+        self.kept, self.of, self.row = kept, of, step.row
+        self.result: Any = None  # weakly until the pass ends
+        self.version = -1
+        step.deferred.append(self)
+
+    def watch(self, y: Tensor) -> None:
+        """The result, once autograd knows it."""
+        self.result, self.version = TensorWeakRef(y), version(y)
+
+    def settle(self, step: Step, returned: set[int]) -> None:
+        y, self.result = None if self.result is None else self.result(), None
+        if y is None or version(y) != self.version or storage_key(y) not in returned:
+            return
+        if step.ledger is not None and self.row is not None:
+            step.ledger.dropped(self.kept.tensors)
+            step.ledger.kept_tensor(self.row, y)
+            self.row.how = "reference (returned)"
+        self.kept, self.result = None, Exact(y.detach(), self.version)
+
+    def apply(self, grad: Tensor) -> Tensor:
+        self.use()
+        grad = grad * self.of(self.result.restore()).to(grad.dtype) if self.kept is None else self.kept.apply(grad)
+        self.used()
+        return grad
+
+    def drop(self) -> None:
+        self.kept = self.result = None
