@@ -3,14 +3,18 @@
 Where an operation saves a tensor itself, plain torch keeps a reference, and so does Dibit. Where an operation copies
 (`t[i]`, `t * 2`), plain torch keeps the copy; Dibit may compute it again from `t` only if `t` has the same content when
 the backward pass comes. Nothing tells of every change: `.data`, NumPy and DLPack write past the version counter. So
-content is remembered by a fingerprint when it is read, and a tensor is relied upon only in a *role* (an argument, a
-buffer) in which it came through an earlier backward pass unchanged; until then, and always for what is trained, what is
-needed is kept. If a tensor changes after all in such a role, the backward pass says so, and the role is not relied
-upon again.
+what is needed is kept, except where
+
+- the plain gradient rests on the very tensor anyway, by a reference of its own in the same pass (a layer that reads
+  the features beside their aggregate), or
+- the tensor holds integers or bools (a graph) and came through an earlier backward pass unchanged in the same *role*
+  (an argument, a buffer). Its content is remembered by a fingerprint and compared in each backward pass; if it did
+  change, the pass says so, and the role is not relied upon again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +25,7 @@ from dibit.codec.fingerprint import fingerprint
 from dibit.identity import Weak
 from dibit.stream import capturing
 
-LARGE = 1 << 20  # bytes; what is trained or changes anyway is not copied whole beyond this, so it needs no fingerprint
+LARGE = 1 << 20  # bytes; numbers that may change are not copied whole beyond this, so they need no fingerprint
 
 Print = int | Tensor  # of content
 
@@ -31,17 +35,17 @@ class History:
     """What a model's passes have shown.
 
     Attributes:
-        unchanged: by role, whether every tensor that came in it had its content still in the backward pass.
+        steady: by role, whether what a pass keeps may rest on a tensor that comes in it.
     """
 
-    unchanged: dict[str, bool] = field(default_factory=dict)
+    steady: dict[str, bool] = field(default_factory=dict)
     _pending: list[tuple[str, Tensor]] = field(default_factory=list, repr=False)  # comparisons on a device
 
     def learn(self, role: str, same: bool | Tensor) -> None:
         if isinstance(same, Tensor):
             self._pending.append((role, same))
         else:
-            self.unchanged[role] = same and self.unchanged.get(role, True)
+            self.steady[role] = same and self.steady.get(role, True)
 
     def settle(self) -> None:
         """Read the comparisons of the pass before, which a device has finished long since."""
@@ -50,7 +54,7 @@ class History:
             self.learn(role, bool(same))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"unchanged": dict(self.unchanged), "_pending": []}
+        return {"steady": dict(self.steady), "_pending": []}
 
 
 class Guard:
@@ -101,6 +105,11 @@ _CHANGED = (
 )
 
 
+def is_whole(x: Tensor) -> bool:
+    """Whether a tensor holds integers or bools: indices, masks."""
+    return not (x.is_floating_point() or x.is_complex())
+
+
 class Owners:
     """Which storages of a pass belong to somebody else, and in which role; lives as long as the pass."""
 
@@ -109,6 +118,7 @@ class Owners:
         self.history = history
         self.guard = Guard(history)
         self.roles: dict[int, str] = {}
+        self.numbers: set[int] = set()  # storages of floating-point tensors
         self._others = 0
 
     def role(self, storage: int) -> str:
@@ -123,19 +133,33 @@ class Owners:
         """The content of a tensor as an operation is about to read it; `None` where nothing can rest on it anyway."""
         if capturing(x.device):
             return 0  # the graph replays what is written down now: there is no later
-        known = self.history.unchanged.get(role)
-        if (x.requires_grad or known is False) and x.nbytes > LARGE:
+        known, whole = self.history.steady.get(role), is_whole(x)
+        if x.nbytes > LARGE and (known is False or not whole):
             return None
         content = fingerprint(x)
-        if known is None and not x.requires_grad:
+        if known is None and whole:
             self.guard.watch(x, content, role)
         return content
 
     def steady(self, x: Tensor, role: str) -> bool:
-        """Whether what is kept may rest on x: not trained, and unchanged in every pass so far."""
-        return not x.requires_grad and (self.history.unchanged.get(role) is True or capturing(x.device))
+        """Whether what is kept may rest on x."""
+        return not x.requires_grad and (self.history.steady.get(role) is True or capturing(x.device))
+
+    def referenced(self, storages: Collection[int]) -> list[int]:
+        """A pass ends, and the plain gradient rests on these storages by itself, as it will in the next pass.
+
+        Returns:
+            Storages of numbers that this pass took for such, and that are not.
+        """
+        wrong = []
+        for storage, role in self.roles.items():
+            if storage in self.numbers:
+                if self.history.steady.get(role) and storage not in storages:
+                    wrong.append(storage)
+                self.history.steady[role] = storage in storages
+        return wrong
 
     def changed(self, storage: int) -> None:
         """The model itself writes to a tensor that somebody else owns."""
-        if storage in self.roles:
+        if storage in self.roles and storage not in self.numbers:
             self.history.learn(self.roles[storage], False)

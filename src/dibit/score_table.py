@@ -19,7 +19,7 @@ from dibit.field import Field
 from dibit.owners import History
 from dibit.stream import capturing
 
-_HISTORY = "unchanged/"  # before the roles of `History`
+_HISTORY = "steady/"  # before the roles of `History`
 _REACH = "reach/"  # before the keys of `Field.state_dict`, beside those of the scores
 
 
@@ -130,11 +130,11 @@ class Scores:
 
         Returns:
             The scores by residual, uint8 (nodes,); by "reach/" and residual how far the loss reaches, int64 (), as
-            far as passes were told of `loss_rows`; by "unchanged/" and argument or attribute whether passes may rest on
+            far as passes were told of `loss_rows`; by "steady/" and argument or attribute whether passes may rest on
             its content, bool ().
         """
         self.history.settle()
-        learnt = {_HISTORY + role: torch.tensor(same) for role, same in self.history.unchanged.items()}
+        learnt = {_HISTORY + role: torch.tensor(same) for role, same in self.history.steady.items()}
         return {**self._latest(), **{_REACH + key: steps for key, steps in self.reach.state_dict().items()}, **learnt}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -142,9 +142,9 @@ class Scores:
 
         Raises:
             TypeError: a value is neither a uint8 tensor with one dimension nor, after "reach/", an int64 number nor,
-                after "unchanged/", a bool.
+                after "steady/", a bool.
         """
-        scores, reach, unchanged = {}, {}, {}
+        scores, reach, steady = {}, {}, {}
         for key, value in state.items():
             dtype, dims = (value.dtype, value.dim()) if isinstance(value, Tensor) else (None, 0)
             if (dtype, dims) == (torch.uint8, 1):
@@ -152,7 +152,7 @@ class Scores:
             elif (dtype, dims) == (torch.int64, 0) and key.startswith(_REACH):
                 reach[key.removeprefix(_REACH)] = value
             elif (dtype, dims) == (torch.bool, 0) and key.startswith(_HISTORY):
-                unchanged[key.removeprefix(_HISTORY)] = bool(value)
+                steady[key.removeprefix(_HISTORY)] = bool(value)
             else:
                 what = f"{dtype} of shape {tuple(value.shape)}" if dtype is not None else type(value).__name__
                 raise TypeError(
@@ -161,7 +161,7 @@ class Scores:
                 )
         self.known = scores
         self.reach.load_state_dict(reach)
-        self.history = History(unchanged)
+        self.history = History(steady)
         self._pending.clear()
 
     def __getstate__(self) -> dict[str, Any]:

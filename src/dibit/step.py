@@ -23,7 +23,7 @@ from dibit.graph import Graph
 from dibit.identity import Alive, storage_key, storages, version
 from dibit.ledger import Ledger, Row
 from dibit.lossless import Exact, Kept, Narrowed, Recomputed, exact, narrow
-from dibit.owners import Owners
+from dibit.owners import Owners, is_whole
 from dibit.residual import Aggregated, Compressed, Gathered, Lossless, Reference, Residual
 from dibit.score_table import Watch
 from dibit.state import State
@@ -108,6 +108,9 @@ class Step:
         """Settle what depends on the outputs, and forget what is shared within the pass."""
         outputs = list(tensors_in(outputs))
         self._let_go(outputs)
+        for storage in self.owners.referenced({key[0] for key in self._kept}):
+            for leaf in self._leaves.pop(storage, ()):
+                leaf.own()
         if self.batch.loss_rows is not None:
             self.state.reach.learn(outputs, self.matrix, self._assumed)
         returned = {storage_key(part) for x in outputs for part in storages(x)}
@@ -138,7 +141,10 @@ class Step:
 
     def _hold(self, x: Tensor, role: str) -> None:
         for part in storages(x):
-            self.owners.roles.setdefault(self._alive.hold(part), role)
+            storage = self._alive.hold(part)
+            self.owners.roles.setdefault(storage, role if part is x else f"{role}, {part.dtype}")
+            if not is_whole(part):
+                self.owners.numbers.add(storage)
 
     def held(self, x: Tensor) -> bool:
         """Whether someone else keeps the memory of x through the backward pass: inputs, parameters, buffers."""
@@ -207,14 +213,15 @@ class Step:
             for copy in (self._shared.get(("copy", key)), self._shared.get(("lossless", key))):
                 if isinstance(copy, Narrowed) or (copy is not None and storage_key(copy.x) != storage_key(x)):
                     return copy
-            whole = root.tensor()
-            if whole is None or root.content is None:
+            whole, steady = root.tensor(), self.owners.steady(x, root.role)
+            if whole is None or (root.content is None and (is_whole(x) or not steady)):
                 return None
-            if not self.owners.steady(x, root.role):
+            if not steady:
                 if x.device.type == "cpu" and fingerprint(whole) != root.content:
                     return None
                 return self._copy(x)
-            self.owners.guard.rely(self.key(whole), whole, root.content, root.role)
+            if is_whole(x):
+                self.owners.guard.rely(self.key(whole), whole, root.content, root.role)
         return self._leaf(x)
 
     def _copy(self, x: Tensor) -> Exact | Narrowed:
@@ -394,6 +401,10 @@ class Step:
             scores = norm_scores(rows) if by_norm else rows.new_zeros(rows.shape[0], dtype=torch.uint8)
         scores = torch.where(found[0], scores, LEFT_OUT)
         return config if reduce is not None else replace(config, reduce=Sample(1)), scores, found[1]
+
+    def references(self, *tensors: Tensor) -> None:
+        """The plain gradient rests on these themselves."""
+        self._kept.update(self.key(part) for x in tensors for part in storages(x))
 
     def derived(self, y: Tensor, residual: Residual) -> None:
         """Remember that y can be had again from what others hold (features, their dropout, their aggregate)."""

@@ -151,6 +151,7 @@ def sparse_mm(step: Step, mat1: Tensor, mat2: Tensor, reduce: str | None = None)
     if not mat2.requires_grad:
         return aggregate_features(step, mat1, mat2, reduce)
     step.plain(mat1, mat2 if reduce is not None else None)
+    step.references(mat1)
     graph = constant_graph(step, mat1, reduce)
     if reduce in _ARG:
         return AggregateExtreme.apply(mat2, mat1, reduce, graph, step)
