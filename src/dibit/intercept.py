@@ -8,9 +8,7 @@ and integers losslessly: a hook sees a tensor, not the operation, so it cannot k
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Mapping
-from types import FrameType
 from typing import Any
 
 import torch
@@ -44,20 +42,17 @@ class Intercept(TorchFunctionMode):
         self.step = step
         self.rules = rules
         self.hooks = (step.pack, step.unpack)
-        self.frame: FrameType | None = None  # of the outermost module's call; set at entry
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_dynamo_compiling():
             return func(*args, **kwargs)  # a compiled function within the model: exact
         step = self.step
-        if func in _GRADIENTS and step.config is not None and self.running():
+        if func in _GRADIENTS and step.config is not None:
             raise RuntimeError(_INNER_GRADIENT.format(step.module or type(step.state.root).__name__, step.module))
         if step._leaves and args and _changes(func):
             step.before_change(args[0])
         rule = self.rules.get(func)
-        if (rule is not None or func in PURE) and not self.running():
-            return func(*args, **kwargs)
         if rule is not None and step.config is not None and torch.is_grad_enabled() and self._outermost():
             step.function = func
             call = step.tape.before(func, args, kwargs) if func in PURE else None
@@ -78,13 +73,6 @@ class Intercept(TorchFunctionMode):
             tape.running = None
         tape.after(call, result)
         return result
-
-    def running(self) -> bool:
-        """Whether the forward pass that set this mode is still on the stack: Ctrl-C ends one without any hook."""
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and frame is not self.frame:
-            frame = frame.f_back
-        return frame is not None
 
     def _outermost(self) -> bool:
         """False inside someone else's saved-tensor hooks (activation checkpointing): there everything stays exact."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.overrides import resolve_name
 
 from dibit.averages import counts, division
@@ -425,7 +426,7 @@ class Step:
 
     def before_change(self, x: Any) -> None:
         """An operation is about to change x in place. Plain torch would not mind where it keeps the result alone."""
-        if isinstance(x, Tensor) and x.layout == torch.strided:
+        if isinstance(x, Tensor) and x.layout == torch.strided and not is_lazy(x):
             for leaf in self._leaves.pop(storage_key(x), ()):
                 leaf.own()
 
