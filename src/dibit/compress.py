@@ -44,15 +44,15 @@ class Enter(Hook):
         elif not torch.compiler.is_compiling() and not _written_down():  # `torch.export` and the like: exact
             callback = traced.set_callback(None)  # nothing of what follows is to be compiled
             try:
-                self.eager(module)
+                inside = passes.running() is not None or (callback is not None and traced.local.mode.settings)
+                if inside or self.begins(module):
+                    around(module, passes.run, self, module)
             finally:
                 traced.set_callback(callback)
 
-    def eager(self, module: nn.Module) -> None:
-        if passes.running() is None and not traced.local.mode.settings:
-            if not (module.training and torch.is_grad_enabled()) or passes.taken():
-                return
-        around(module, passes.run, self, module)
+    def begins(self, module: nn.Module) -> bool:
+        """Whether a call of this module, outside of any pass, is a compressed pass."""
+        return module.training and torch.is_grad_enabled() and not passes.taken()
 
     def packed(self) -> dict[str, Any]:
         return {"state": self.state, "name": self.name, "config": pickle.dumps(self.config)}
