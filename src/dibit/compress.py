@@ -153,7 +153,7 @@ def track(model: nn.Module) -> Iterator[Ledger]:
     """
     _check_module("track", model)
     ledger = Ledger()
-    found = states_in(model)
+    found = states_in(model) or [each for each in states_in(model, passive=True) if each.state is state_of(model)]
     observed = None
     if not found:
         observed = State(model, passive=True)

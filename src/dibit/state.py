@@ -119,11 +119,11 @@ def state_of(model: nn.Module) -> State | None:
     return next((hook.state for hook in model._forward_pre_hooks.values() if isinstance(hook, Hook)), None)
 
 
-def states_in(model: nn.Module) -> list[Found]:
-    """All compressed models in a module, or which it is a part of."""
+def states_in(model: nn.Module, passive: bool = False) -> list[Found]:
+    """All compressed models in a module, or which it is a part of; or `passive` ones, which are only tracked."""
     found: dict[int, Found] = {}
     for path, module in model.named_modules():
         for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, Hook) and not hook.state.passive:
+            if isinstance(hook, Hook) and hook.state.passive == passive:
                 found.setdefault(id(hook.state), Found(hook.state, path, set())).names.add(hook.name)
     return list(found.values())

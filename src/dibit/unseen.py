@@ -62,15 +62,16 @@ def _stepped(optimizer: Optimizer, *_: Any) -> None:
                 "an optimiser has stepped",
                 "of which no module's call in training mode had an operation that Dibit knows (a direct call of "
                 "`forward` or of another method is not seen)",
+                stacklevel=4,
             )
 
 
-def _say(state: State, before: str, after: str) -> None:
+def _say(state: State, before: str, after: str, stacklevel: int = 8) -> None:
     _forget(id(state))
     if not state.warned:
         state.warned = True
         warnings.warn(
             f"dibit: {before} the compressed {type(state.root).__name__} {after}, so nothing was compressed; "
             "dibit.track(model) lists what is kept.",
-            stacklevel=4,
+            stacklevel=stacklevel,  # where the model is called
         )
