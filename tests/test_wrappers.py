@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -214,17 +215,16 @@ def test_blocks_of_two_generators_may_cross(x: Tensor) -> None:
 class TestBadInput:
     @pytest.mark.parametrize("function", [dibit.track, dibit.batch, dibit.scores, dibit.decompress, dibit.compress])
     def test_no_module(self, function: Callable[[Any], Any]) -> None:
-        with pytest.raises(TypeError, match="got a function; expected"):
-            result = function(lambda x: x)
-            result.__enter__()
+        with pytest.raises(TypeError, match="got a function; expected"), contextlib.ExitStack() as stack:
+            stack.enter_context(function(lambda x: x))
 
     @pytest.mark.parametrize("length", [0, 7, N - 1, N + 1, 5 * N])
     def test_node_ids_of_another_length(self, length: int, x: Tensor) -> None:
         model = dibit.compress(Net(), CONFIG)
         ids = torch.arange(length)
-        with pytest.raises(ValueError, match=rf"{length:,} node_ids, but Net was called with .*\(300, 16\)"):
-            with dibit.batch(model, node_ids=ids):
-                model(x)
+        words = rf"{length:,} node_ids, but Net was called with .*\(300, 16\)"
+        with pytest.raises(ValueError, match=words), dibit.batch(model, node_ids=ids):
+            model(x)
         with dibit.batch(model, node_ids=torch.arange(N)):
             model(x).sum().backward()
         assert dibit.scores(model).state_dict()
@@ -269,6 +269,6 @@ class TestBadInput:
         model, a, y = dibit.compress(Sparse()), torch.eye(N).to_sparse_csr(), torch.randn(N, 4)
         with dibit.batch(model, loss_rows=torch.tensor([3])):
             model(y, a)
-        with pytest.raises(ValueError, match="row 300, but the matrix has 300 rows"):
-            with dibit.batch(model, loss_rows=torch.tensor([N])):
-                model(y, a)
+        words = "row 300, but the matrix has 300 rows"
+        with pytest.raises(ValueError, match=words), dibit.batch(model, loss_rows=torch.tensor([N])):
+            model(y, a)

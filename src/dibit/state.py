@@ -122,6 +122,7 @@ def state_of(model: nn.Module) -> State | None:
 def states_in(model: nn.Module, passive: bool = False) -> list[Found]:
     """All compressed models in a module, or which it is a part of; or `passive` ones, which are only tracked."""
     found: dict[int, Found] = {}
+    hook: Any
     for path, module in model.named_modules():
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, Hook) and hook.state.passive == passive:
