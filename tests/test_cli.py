@@ -150,7 +150,7 @@ def test_compare_ends_in_a_table_and_json(small: Path, tmp_path: Path, capsys: p
     assert ratio == pytest.approx(plain["saved_bytes"] / packed["saved_bytes"])
     low, mean, high = (content["summary"]["difference"][k] for k in ("low", "mean", "high"))
     assert low <= mean <= high
-    assert {p.name for p in out.iterdir()} == {"settings.yaml", "none", "iexact"}
+    assert {p.name for p in out.iterdir()} == {"settings.yaml", "manifest.json", "none", "iexact"}
     assert (out / "iexact" / "seed6" / "best.pt").is_file()
 
 

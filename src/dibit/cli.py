@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from dibit.train.errors import Interrupted, TrainingError, UserError, nearest
+from dibit.train.files import reason
 
 _USAGE = """\
 usage: dibit [--help] [--version] COMMAND ...
@@ -28,17 +29,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after ``dibit``; those of the process by default.
 
     Returns:
-        Exit status: 0 done, 1 training failed, 2 bad input, 130 interrupted.
+        Exit status: 0 done, 1 training failed or there is no room for a file, 2 bad input, 130 interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(words)
+        status = _dispatch(words)
+        sys.stdout.flush()  # a full disk is met here, not when Python ends
+        return status
     except UserError as error:
         return _say(f"dibit: error: {error}", 2, once=True)
     except TrainingError as error:
         return _say(f"dibit: {error}", 1)
     except Interrupted as stop:
         return _say(f"dibit: {stop}", 130, once=True)
+    except OSError as error:
+        return _say(f"dibit: {error.filename or 'what is printed'} cannot be read or written: {reason(error)}.", 1)
     except KeyboardInterrupt:
         return _say("dibit: interrupted.", 130)
 

@@ -7,7 +7,7 @@ loss reaches in as many steps along the edges, and is checked against its own gr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +74,14 @@ class Field:
                     "dibit.batch(model, loss_rows=...) relies; leave loss_rows out for a model that changes its way."
                 )
         self.steps = {key: steps for key, steps in found.items() if steps is not None}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The distances by residual, int64 ()."""
+        return {key: torch.tensor(steps) for key, steps in self.steps.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the distances of `state_dict`."""
+        self.steps = {key: int(steps) for key, steps in state.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"steps": dict(self.steps), "_alive": Alive(), "_of": None, "_loss_rows": None, "_reached": []}

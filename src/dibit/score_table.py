@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dibit.codec.rows import LEFT_OUT, row_scores, together
+from dibit.field import Field
 from dibit.identity import version
 from dibit.stream import capturing
 
 _PARAMETERS, _ELEMENTS = 16, 16  # whose values are compared, and how many of each
+_REACH = "reach/"  # before the keys of `Field.state_dict`, beside those of the scores
 
 
 class Watch:
@@ -56,9 +58,11 @@ class Scores:
 
     Attributes:
         known: by residual, uint8 (nodes,).
+        reach: what passes with `loss_rows` have shown; it goes into checkpoints with the scores.
     """
 
     known: dict[str, Tensor] = field(default_factory=dict)
+    reach: Field = field(default_factory=Field)
     _pending: dict[str, list[tuple[Tensor | None, Watch]]] = field(default_factory=dict, repr=False)
     _next: dict[str, Tensor] = field(default_factory=dict, repr=False)  # with the batches since the last change
     _stamp: int | None = field(default=None, repr=False)
@@ -142,32 +146,41 @@ class Scores:
         self._pending[key] = [*earlier, (ids, watch)]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The scores by residual, uint8 (nodes,), for a checkpoint made between two steps."""
-        return self._latest()
+        """All that training has taught, for a checkpoint made between two steps: with it, what follows is bit for bit
+        what would have followed.
+
+        Returns:
+            The scores by residual, uint8 (nodes,); and by "reach/" and residual how far the loss reaches, int64 (), as
+            far as passes were told of `loss_rows`.
+        """
+        return {**self._latest(), **{_REACH + key: steps for key, steps in self.reach.state_dict().items()}}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take the scores of a checkpoint; other devices are allowed.
+        """Take what `state_dict` gave; other devices are allowed.
 
         Raises:
-            TypeError: a value is no uint8 tensor with one dimension.
+            TypeError: a value is neither a uint8 tensor with one dimension nor, after "reach/", an int64 number.
         """
-        for key, table in state.items():
-            if not isinstance(table, Tensor) or table.dtype != torch.uint8 or table.dim() != 1:
-                what = (
-                    f"{table.dtype} of shape {tuple(table.shape)}"
-                    if isinstance(table, Tensor)
-                    else type(table).__name__
-                )
+        scores, reach = {}, {}
+        for key, value in state.items():
+            dtype, dims = (value.dtype, value.dim()) if isinstance(value, Tensor) else (None, 0)
+            if (dtype, dims) == (torch.uint8, 1):
+                scores[key] = value
+            elif (dtype, dims) == (torch.int64, 0) and key.startswith(_REACH):
+                reach[key.removeprefix(_REACH)] = value
+            else:
+                what = f"{dtype} of shape {tuple(value.shape)}" if dtype is not None else type(value).__name__
                 raise TypeError(
                     f"the scores of {key!r} are {what}; expected uint8 (nodes,), as dibit.scores(model).state_dict() "
                     "gives them."
                 )
-        self.known = dict(state)
+        self.known = scores
+        self.reach.load_state_dict(reach)
         self._next.clear()
         self._pending.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"known": dict(self.known), "_warned": self._warned}
+        return {"known": dict(self.known), "reach": self.reach, "_warned": self._warned}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update({**vars(Scores()), **state})

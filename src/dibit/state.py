@@ -35,7 +35,11 @@ class State(Portable):
     observer: Observer | None = None
     warned: bool = False
     scores: Scores = field(default_factory=Scores)
-    reach: Field = field(default_factory=Field)
+
+    @property
+    def reach(self) -> Field:
+        """How far the loss reaches, as passes with `loss_rows` have shown."""
+        return self.scores.reach
 
     @property
     def ledger(self) -> Ledger | None:

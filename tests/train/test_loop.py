@@ -14,6 +14,7 @@ import torch
 import dibit
 from dibit.train import Interrupted, Settings, TrainingError, UserError, checkpoint
 from dibit.train.data import load_graph
+from dibit.train.files import write_atomically
 from dibit.train.loop import Result, train_one
 from dibit.train.settings import RECIPES
 from dibit.train.task import Task, compression_config, measure, pick_device
@@ -169,14 +170,14 @@ def test_a_broken_checkpoint(small: Path, tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
-    checkpoint.write_atomically(path, b"old")
+    write_atomically(path, b"old")
 
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.write_atomically(path, b"new")
+        write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from dibit.reproduce.progress import Progress
 from dibit.train.errors import Parser, UserError, json_path, nearest, require
+from dibit.train.files import write_atomically
 
 _DESCRIPTION = """\
 Measure what Dibit costs and saves on this machine, beside plain PyTorch Geometric, torch.compile, bf16 and activation
@@ -81,9 +82,9 @@ def bench(argv: Sequence[str]) -> int:
     if drawing is not None:
         from dibit.bench.figure import gradient_figure
 
-        drawing.write_bytes(gradient_figure([results]))
+        write_atomically(drawing, gradient_figure([results]))
     if path is not None:
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
     return 0
 
 

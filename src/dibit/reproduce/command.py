@@ -18,7 +18,8 @@ from dibit.reproduce import sections
 from dibit.reproduce.plan import Plan, Reproduction
 from dibit.reproduce.progress import Progress
 from dibit.reproduce.store import SECTIONS, Store, write
-from dibit.train.errors import Interrupted, Parser, UserError, json_path, nearest, require
+from dibit.train.errors import Interrupted, Parser, TrainingError, UserError, json_path, nearest, require
+from dibit.train.files import reason
 
 _DESCRIPTION = """\
 Repeat what EXACT and i-EXACT measured, with their numbers beside ours: as tables here, as JSON and as one
@@ -64,9 +65,8 @@ def reproduce(argv: Sequence[str]) -> int:
     for module in ("matplotlib", "jinja2", "rich"):  # before hours of work, not after them
         require(module, "study")
     require("tensorboard")
-    store = Store(Path(args.out), args.overwrite)
-    store.check()
-    with warnings.catch_warnings():
+    with Store(Path(args.out), args.overwrite) as store, warnings.catch_warnings():
+        store.check()
         # torch says that CSR is in beta whenever one is made.
         warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
         run = Reproduction(plan, store, args.quiet)
@@ -79,6 +79,12 @@ def reproduce(argv: Sequence[str]) -> int:
         except KeyboardInterrupt as stop:
             command = shlex.join(["dibit", "reproduce", *(word for word in argv if word != "--overwrite")])
             raise Interrupted(f"interrupted; what was measured is kept, go on with: {command}") from stop
+        except OSError as error:
+            what = "measuring had to stop" if error.filename is None else f"{error.filename} cannot be written"
+            raise TrainingError(
+                f"{what}: {reason(error)}; what was measured is kept: make room, and the same command goes on, without "
+                "--overwrite"
+            ) from error
     if json_file is not None:
         write(json_file, sections.read(store.path))
     return 0
@@ -104,7 +110,7 @@ def _run(run: Reproduction, section: str) -> None:
     content = _content(run, section, experiment.table(run, done), total, True)
     run.store.section(section, content)
     print_section(content)
-    page = render(run.store.path)
+    page = render(run.store.path, run.store.manifest.add)
     if not run.quiet:
         print(f"{section} is in {shlex.quote(str(page))}", file=sys.stderr, flush=True)
 

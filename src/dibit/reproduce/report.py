@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from dibit.reproduce.figures import Picture
 from dibit.reproduce.sections import COMMAND, SECTIONS, read
 from dibit.reproduce.show import SHOW
 from dibit.reproduce.tables import Column, Fact, Table, table
-from dibit.train.checkpoint import write_atomically
 from dibit.train.errors import require
+from dibit.train.files import write_atomically
 
 PAGE = "report.html"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -39,7 +39,7 @@ class Part:
     settings: Sequence[tuple[str, str]]
 
 
-def render(folder: Path) -> Path:
+def render(folder: Path, note: Callable[[Path], None] = lambda file: None) -> Path:
     """Write ``report.html`` and ``figures/NAME.svg`` from the section files that exist in a folder.
 
     The same files give the same bytes. A section that is missing is named with the command that runs it, one
@@ -47,6 +47,7 @@ def render(folder: Path) -> Path:
 
     Args:
         folder: Where `dibit reproduce` wrote its JSON files.
+        note: Called with each file that is written, before it is.
 
     Returns:
         The path of the page.
@@ -62,7 +63,10 @@ def render(folder: Path) -> Path:
     for part in parts:
         for picture in part.pictures:
             figures.mkdir(exist_ok=True)
-            write_atomically(figures / f"{picture.name}.svg", picture.wide)
+            file = figures / f"{picture.name}.svg"
+            note(file)
+            write_atomically(file, picture.wide)
+    note(folder / PAGE)
     write_atomically(folder / PAGE, page)
     return folder / PAGE
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from dibit.train.checkpoint import write_atomically
+from dibit.train import lock
 from dibit.train.errors import UserError
+from dibit.train.files import refused, write_atomically
+from dibit.train.lock import Lock
+from dibit.train.manifest import Manifest
 
 MARKER = "reproduce.json"
 SECTIONS = ("memory", "blocks", "variance", "distribution", "accuracy")
@@ -20,6 +23,8 @@ SECTIONS = ("memory", "blocks", "variance", "distribution", "accuracy")
 class Store:
     """Results below one folder: `units/` holds single measurements by what they measured, `SECTION.json` the tables.
 
+    A context manager, at the end of which the folder is no longer locked.
+
     Args:
         path: of the folder.
         overwrite: forget what it holds.
@@ -27,30 +32,51 @@ class Store:
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
         self.path, self.overwrite = path, overwrite
+        self.lock = Lock(path)
+        self.manifest = Manifest(path, MARKER, "dibit reproduce")
 
     def check(self) -> None:
-        """Raise `UserError` if the folder holds something that is not ours."""
+        """Raise `UserError` if the folder holds something that is not ours, or is in use."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--out {self.path} is a file, expected a folder.")
-        content = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
+        content = sorted(p.name for p in self.path.iterdir() if p.name != lock.NAME) if self.path.is_dir() else []
         if content and MARKER not in content:
             raise UserError(
                 f"The folder {self.path} holds something else ({content[0]}), expected a new folder or one that dibit "
                 "reproduce made; give another --out, or empty it."
             )
+        if content:
+            try:
+                self.lock.acquire()
+            except OSError as error:
+                raise refused(self.path, error) from error
+            self.manifest.read()
 
     def open(self) -> None:
-        """Create the folder, or empty it of our own files where it is to be overwritten."""
+        """Create the folder, or empty it of our own files where it is to be overwritten.
+
+        Raises:
+            UserError: it cannot be written, or is in use.
+            OSError: there is no room.
+        """
         try:
-            if self.overwrite and self.path.is_dir():
-                for name in ("units", "runs", "figures"):
-                    shutil.rmtree(self.path / name, ignore_errors=True)
-                for name in (*(f"{section}.json" for section in SECTIONS), "report.html"):
-                    (self.path / name).unlink(missing_ok=True)
-            (self.path / "units").mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / MARKER, b'{"made by": "dibit reproduce"}\n')
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire()
+            self.check()
+            if self.overwrite:
+                self.manifest.remove()
+            self.manifest.write()
+            (self.path / "units").mkdir(exist_ok=True)
         except OSError as error:
-            raise UserError(f"The folder --out {self.path} cannot be written: {error.strerror}.") from error
+            raise refused(self.path, error) from error
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.lock.release()
 
     def unit(self, key: dict[str, Any], compute: Callable[[], Any]) -> tuple[Any, float, bool]:
         """One measurement: read if it is there, else computed and written.
@@ -70,6 +96,7 @@ class Store:
         start = time.perf_counter()
         value = compute()
         seconds = time.perf_counter() - start
+        self.manifest.add(path)
         write(path, {"key": key, "value": value, "seconds": seconds})
         return json.loads(json.dumps(value)), seconds, True  # as a reader of the file would get it
 
@@ -81,7 +108,9 @@ class Store:
 
     def section(self, name: str, content: dict[str, Any]) -> None:
         """Write a section's table."""
-        write(self.path / f"{name}.json", content)
+        path = self.path / f"{name}.json"
+        self.manifest.add(path)
+        write(path, content)
 
 
 def read(path: Path) -> Any:

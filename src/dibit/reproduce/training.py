@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -71,10 +70,11 @@ def training(run: Reproduction, case: Case, setting: str, seed: int) -> Unit:
                 folder,
                 on_epoch=lambda epoch, epochs: note(f"epoch {epoch}/{epochs}"),
                 last=False,  # the table at least follows
+                note=run.store.manifest.add,
             )
         except Interrupted as stop:
             raise KeyboardInterrupt from stop  # the checkpoint is there; the command says how to go on
-        shutil.rmtree(folder)
+        run.store.manifest.remove(below=folder)
         return {
             "test": result.test,
             "val": result.val,

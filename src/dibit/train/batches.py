@@ -140,7 +140,8 @@ def sampled(settings: Settings, graph: Graph, split: Split, seed: int, device: t
     mask = torch.zeros(graph.num_nodes, dtype=torch.bool)
     mask[train] = True
     data = Data(x=graph.x, edge_index=graph.edge_index, y=graph.y, node=torch.arange(graph.num_nodes), train=mask)
-    common: dict[str, Any] = {"num_workers": own.workers, "persistent_workers": own.workers > 0}
+    # Workers begin anew with each epoch, on seeds drawn here: what they draw is in no checkpoint.
+    common: dict[str, Any] = {"num_workers": own.workers}
 
     def shared(count: int) -> dict[str, Any]:
         """Shuffling, over all processes."""

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dibit.train.checkpoint import write_atomically
 from dibit.train.distributed import World, joined, told
-from dibit.train.errors import Interrupted, UserError, json_path, require
+from dibit.train.errors import Interrupted, TrainingError, UserError, json_path, require
+from dibit.train.files import reason, write_atomically
 from dibit.train.folder import RunFolder, how_to_go_on
 from dibit.train.parser import build_parser, parse
 from dibit.train.settings import Settings
@@ -44,12 +44,17 @@ def train(argv: Sequence[str]) -> int:
 
 
 def _train(settings: Settings, json_file: Path | None, world: World) -> None:
+    folder = RunFolder(world.shared(_placed(settings)))  # the name of a new one has the time in it
+    with folder:
+        _train_in(folder, settings, json_file, world)
+
+
+def _train_in(folder: RunFolder, settings: Settings, json_file: Path | None, world: World) -> None:
     from dibit.train.data import load_graph
-    from dibit.train.loop import train_one
+    from dibit.train.loop import check_checkpoint, train_one
     from dibit.train.report import print_table, to_json
     from dibit.train.task import Task, compression_config
 
-    folder = RunFolder(world.shared(_placed(settings)))  # the name of a new one has the time in it
     if world.first:
         folder.check()
     recipes = _recipes(settings)
@@ -64,7 +69,11 @@ def _train(settings: Settings, json_file: Path | None, world: World) -> None:
         for seed in seeds:
             graph.split(seed)  # an empty part is said now
         task = Task.build(folder.settings, graph, world)
+        runs = [(name, seed) for seed in seeds for name in recipes]
         if world.first:
+            if folder.resume:  # before anything is written
+                for name, seed in runs:
+                    check_checkpoint(task, name, configs[name], seed, folder.of(name, seed))
             folder.open()
             if not settings.run.quiet:
                 print(
@@ -73,14 +82,26 @@ def _train(settings: Settings, json_file: Path | None, world: World) -> None:
                     flush=True,
                 )
         world.shared(None)  # nobody looks into the folder before it is there
-        runs = [(name, seed) for seed in seeds for name in recipes]
         try:
             results = [
-                train_one(task, name, configs[name], seed, folder.of(name, seed), last=(name, seed) == runs[-1])
+                train_one(
+                    task,
+                    name,
+                    configs[name],
+                    seed,
+                    folder.of(name, seed),
+                    last=(name, seed) == runs[-1],
+                    note=folder.note,
+                )
                 for name, seed in runs
             ]
         except KeyboardInterrupt as stop:  # between two epochs' ends; the last checkpoint is whole
             raise Interrupted(f"interrupted; {how_to_go_on(folder.path)}") from stop
+        except OSError as error:
+            what = "training had to stop" if error.filename is None else f"{error.filename} cannot be written"
+            raise TrainingError(
+                f"{what}: {reason(error)}; what was written before is whole: make room, and {how_to_go_on(folder.path)}"
+            ) from error
     if not world.first:
         return
     results.sort(key=lambda r: recipes.index(r.recipe))

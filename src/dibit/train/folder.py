@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import time
 from pathlib import Path
+from types import TracebackType
 
-from dibit.train.checkpoint import write_atomically
+from dibit.train import checkpoint, lock
 from dibit.train.errors import UserError
+from dibit.train.files import refused, write_atomically
+from dibit.train.lock import Lock
+from dibit.train.manifest import Manifest
 from dibit.train.parser import read_yaml, to_yaml
 from dibit.train.settings import Settings
 
 SETTINGS = "settings.yaml"
-# What may differ between a run and its continuation: it does not change the result, or only makes it longer.
-_FREE = ("root", "epochs", "json", "resume", "overwrite", "checkpoint_every", "quiet", "out")
+MANIFEST = "manifest.json"
 
 
 class RunFolder:
-    """The folder of one command.
+    """The folder of one command; a context manager, at the end of which its lock is given back.
 
     `check` only looks, so that nothing is written before all input is known to be good; `open` writes.
     """
@@ -29,36 +31,76 @@ class RunFolder:
         # settings.yaml says where it lies, and can be passed back as it is.
         self.settings = settings.updated(out=str(self.path), resume=False, overwrite=False)
         self.resume, self.overwrite = settings.run.resume, settings.run.overwrite
+        self.lock = Lock(self.path)
+        self.manifest = Manifest(self.path, MANIFEST, "dibit train")
 
     def check(self) -> None:
-        """Raise `UserError` if the folder holds something that this run must not touch."""
+        """Raise `UserError` if the folder holds something that this run must not touch, or another run is in it.
+
+        A folder that is there is locked from now on.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--out {self.path} is a file, expected a folder.")
-        content = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
-        is_run = SETTINGS in content
+        found = self._content()
+        is_run = SETTINGS in found
         if self.resume:
             if not is_run:
                 raise UserError(f"The folder {self.path} holds no run to go on with; leave out --resume to start one.")
+            self._lock()
             self._check_same()
-        elif content and not is_run:
+        elif found and not is_run:
             raise UserError(
-                f"The folder {self.path} holds something else ({content[0]}); give another --out, or empty it."
+                f"The folder {self.path} holds something else ({found[0]}); give another --out, or empty it."
             )
-        elif content and not self.overwrite:
-            raise UserError(
-                f"The folder {self.path} holds a run already; go on with it (--resume), replace it "
-                "(--overwrite), or give another --out."
-            )
+        elif found:
+            self._lock()  # before all else: another run may be at it
+            if not self.overwrite:
+                raise UserError(
+                    f"The folder {self.path} holds a run already; go on with it (--resume), replace it "
+                    "(--overwrite), or give another --out."
+                )
+            self.manifest.read()
 
     def open(self) -> None:
-        """Create the folder, or empty it of the run that is to be replaced, and write settings.yaml."""
+        """Create the folder, or empty it of the run that is to be replaced, and write settings.yaml.
+
+        Raises:
+            UserError: It cannot be written, or another run has come in since `check`.
+            OSError: There is no room.
+        """
         try:
-            if self.overwrite and self.path.is_dir():
-                _remove_run(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / SETTINGS, to_yaml(self.settings).encode())
+            self.lock.acquire()
+            self.check()
+            if self.overwrite and SETTINGS in self._content():
+                self.manifest.remove(keep=(SETTINGS,))  # a kill from here on leaves a run to replace
+            self.note(self.path / SETTINGS)
+            write_atomically(self.path / SETTINGS, to_yaml(self.settings).encode(), alone=True)
         except OSError as error:
-            raise UserError(f"The folder --out {self.path} cannot be written: {error.strerror}.") from error
+            raise refused(self.path, error) from error
+
+    def note(self, file: Path) -> None:
+        """A file is about to be written."""
+        self.manifest.add(file)
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.lock.release()
+
+    def _lock(self) -> None:
+        try:
+            self.lock.acquire()
+        except OSError as error:
+            raise refused(self.path, error) from error
+
+    def _content(self) -> list[str]:
+        """What is in the folder, but for what a command has left that was killed before it wrote its settings."""
+        found = sorted(p.name for p in self.path.iterdir() if p.name != lock.NAME) if self.path.is_dir() else []
+        return [] if found == [MANIFEST] else found
 
     def of(self, recipe: str, seed: int) -> Path:
         """Return the folder of one training: the folder itself, or one below it if there are several."""
@@ -70,12 +112,12 @@ class RunFolder:
     def _check_same(self) -> None:
         before = Settings.from_flat(read_yaml(self.path / SETTINGS)).flat()
         now = self.settings.flat()
-        for name, value in before.items():
-            if name not in _FREE and now[name] != value:
-                raise UserError(
-                    f"The run in {self.path} was started with {_flag(name, value)}, and cannot go on with "
-                    f"{_flag(name, now[name])}; leave the flag out, or start anew with another --out."
-                )
+        found = checkpoint.difference(before, now, checkpoint.FREE)
+        if found is not None:
+            raise UserError(
+                f"The run in {self.path} was started with {found[0]}, and cannot go on with {found[1]}; leave the flag "
+                "out, or start anew with another --out."
+            )
         if now["epochs"] < before["epochs"]:
             raise UserError(
                 f"The run in {self.path} was started with --epochs {before['epochs']}; expected at least as "
@@ -88,13 +130,6 @@ def how_to_go_on(path: Path | str) -> str:
     return f"go on with: dibit train --resume --out {shlex.quote(str(path))}"
 
 
-def _flag(name: str, value: object) -> str:
-    flag = "--" + name.replace("_", "-")
-    if isinstance(value, bool):
-        return flag if value else f"no {flag}"
-    return f"no {flag}" if value is None else f"{flag} {value}"
-
-
 def _fresh(settings: Settings) -> Path:
     """Return a folder in runs/ that does not exist yet, named by data set, model, recipe and time."""
     dataset = Path(settings.data.dataset).stem.replace(":", "")
@@ -102,16 +137,3 @@ def _fresh(settings: Settings) -> Path:
     base = f"{dataset}-{settings.model.model}-{settings.compression.recipe}-{stamp}"
     names = (f"{base}-{i}" if i else base for i in range(1000))
     return next(path for path in (Path("runs") / name for name in names) if not path.exists())
-
-
-def _remove_run(path: Path) -> None:
-    """Remove what a run writes, nothing else; settings.yaml last, so that a kill leaves a run to replace."""
-    for pattern in ("checkpoint.pt", "best.pt", "events.out.tfevents.*", ".*-*"):
-        for file in path.glob(pattern):
-            if file.is_file():
-                file.unlink()
-    for below in path.glob("*/seed*"):
-        shutil.rmtree(below)
-        if not any(below.parent.iterdir()):
-            below.parent.rmdir()
-    (path / SETTINGS).unlink(missing_ok=True)

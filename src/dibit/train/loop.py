@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import nn
 
 import dibit
-from dibit.train import checkpoint
-from dibit.train.errors import Interrupted, TrainingError, UserError, require
+from dibit.train import checkpoint, events, generators
+from dibit.train.errors import Interrupted, TrainingError, UserError
 from dibit.train.folder import how_to_go_on
 from dibit.train.progress import Progress
 from dibit.train.task import Measured, Task, adam, compressed, measure
@@ -81,6 +81,7 @@ def train_one(
     folder: Path,
     on_epoch: Callable[[int, int], None] | None = None,
     last: bool = True,
+    note: Callable[[Path], None] = lambda file: None,
 ) -> Result:
     """Train one model, from its checkpoint in `folder` if there is one.
 
@@ -92,31 +93,55 @@ def train_one(
         folder: Of checkpoint.pt, best.pt and the TensorBoard logs; created if need be.
         on_epoch: Called after each epoch with its number and that of the last.
         last: Nothing follows this training, so that Ctrl-C in its last epoch has nothing to stop.
+        note: Called with each file that is written, before it is.
 
     Raises:
         Interrupted: After Ctrl-C, once the epoch is finished and the checkpoint written.
         TrainingError: The loss is not finite.
+        UserError: The checkpoint cannot be read, or is another training's.
+        OSError: A file cannot be written; the last checkpoint is whole.
     """
-    if task.world.first:
-        folder.mkdir(parents=True, exist_ok=True)
-    return _Training(task, name, config, seed, folder).run(on_epoch, last)
+    return _Training(task, name, config, seed, folder, note).run(on_epoch, last)
+
+
+def check_checkpoint(task: Task, name: str, config: dibit.Config | None, seed: int, folder: Path) -> None:
+    """Look whether `train_one` can go on from what is in `folder`; nothing is written.
+
+    Raises:
+        UserError: The checkpoint cannot be read, or is another training's.
+    """
+    path = folder / CHECKPOINT
+    loaded = checkpoint.of_this_training(path, _identity(task, name, config, seed))
+    if loaded is not None:
+        _fit(path, loaded, task.model(seed))
+
+
+CHECKPOINT, BEST = "checkpoint.pt", "best.pt"
 
 
 class _Training:
     """Everything that one training holds while it runs."""
 
-    def __init__(self, task: Task, name: str, config: dibit.Config | None, seed: int, folder: Path) -> None:
-        self.task, self.name, self.seed, self.folder = task, name, seed, folder
+    def __init__(
+        self,
+        task: Task,
+        name: str,
+        config: dibit.Config | None,
+        seed: int,
+        folder: Path,
+        note: Callable[[Path], None],
+    ) -> None:
+        self.task, self.name, self.seed, self.folder, self.note = task, name, seed, folder, note
         self.settings = task.settings
         self.split = task.split(seed)
-        self.fingerprint = task.graph.fingerprint()
+        self.identity = _identity(task, name, config, seed)
         self.world = task.world
         self.state = State()
         self.best: dict[str, torch.Tensor] = {}
         self.best_is_written = True
         self.model: nn.Module = task.model(seed)
         self.batches = task.batches(seed)
-        loaded = self._load()
+        loaded = checkpoint.of_this_training(folder / CHECKPOINT, self.identity)
         self.measured = Measured(**loaded["measured"]) if loaded else self._measure(config)
         self.compressed = config is not None
         compressed(self.model, config)  # in place
@@ -136,6 +161,10 @@ class _Training:
         """Train to the end."""
         optimisation, every = self.settings.optimisation, self.settings.run.checkpoint_every
         self.model.train()
+        if self.world.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.note(self.folder / CHECKPOINT)
+            self.note(self.folder / BEST)
         label = f"{self.name:<7} seed {self.seed}"
         with (
             Progress(label, optimisation.epochs, self.state.epoch, self._silent()) as progress,
@@ -206,11 +235,9 @@ class _Training:
 
     def _save(self) -> None:
         """Write best.pt, if it is new, and then the checkpoint, which holds the best weights too."""
-        cuda = self.task.device.type == "cuda"
         processes = self.world.gathered(
             {
-                "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state(self.task.device) if cuda else None,
+                **generators.state(self.task.device),
                 "scores": dibit.scores(self.model).state_dict() if self.compressed else {},
             }
         )
@@ -218,7 +245,7 @@ class _Training:
             return
         if not self.best_is_written:
             checkpoint.save(
-                self.folder / "best.pt",
+                self.folder / BEST,
                 {
                     "state_dict": self.best,
                     "settings": {**self.settings.flat(), "recipe": self.name, "seed": self.seed},
@@ -231,11 +258,10 @@ class _Training:
             )
             self.best_is_written = True
         checkpoint.save(
-            self.folder / "checkpoint.pt",
+            self.folder / CHECKPOINT,
             {
-                "recipe": self.name,
-                "seed": self.seed,
-                "graph": self.fingerprint,
+                "format": checkpoint.FORMAT,
+                **self.identity,
                 "state": asdict(self.state),
                 "measured": asdict(self.measured),
                 "model": self.model.state_dict(),
@@ -246,26 +272,13 @@ class _Training:
             },
         )
 
-    def _load(self) -> dict[str, Any] | None:
-        path = self.folder / "checkpoint.pt"
-        if not path.exists():
-            return None
-        loaded = checkpoint.load(path)
-        if loaded["graph"] != self.fingerprint:
-            raise UserError(
-                f"The checkpoint {path} was made on another graph ({loaded['graph']}, now "
-                f"{self.fingerprint}): {self.settings.data.dataset} has changed since; start anew with "
-                "another --out."
-            )
-        return loaded
-
     def _restore(self, loaded: dict[str, Any]) -> None:
         self.state = State(**loaded["state"])
         self.best = loaded["best"]
         # A kill between the two writes leaves a newer best.pt than the checkpoint knows: the same epochs
         # follow again.
         self.best_is_written = False
-        self.model.load_state_dict(loaded["model"])
+        _fit(self.folder / CHECKPOINT, loaded, self.model)
         self.optimizer.load_state_dict(loaded["optimizer"])
         if self.scaler is not None:
             self.scaler.load_state_dict(loaded["scaler"])
@@ -276,22 +289,15 @@ class _Training:
         if len(loaded["processes"]) != self.world.size:  # another number of processes goes on: with draws of their own
             torch.manual_seed(_own_seed(self.seed, self.world.rank, self.state.epoch))
             return
-        torch.set_rng_state(own["rng"])
-        if own["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(own["cuda_rng"], self.task.device)
+        generators.restore(own, self.task.device)
 
-    @contextmanager
-    def _log(self) -> Iterator[Any]:
-        """TensorBoard's writer; what an interrupted run logged after its checkpoint is hidden."""
+    def _log(self) -> events.Events | events.NoEvents:
+        """For TensorBoard; what an interrupted run logged after its checkpoint is hidden."""
         if not self.world.first:
-            yield _NoLog()
-            return
-        tensorboard = require("torch.utils.tensorboard")
-        log = tensorboard.SummaryWriter(str(self.folder), purge_step=self.state.epoch + 1)
-        try:
-            yield log
-        finally:
-            log.close()
+            return events.NoEvents()
+        path = self.folder / events.name(self.folder)
+        self.note(path)
+        return events.Events(path, self.state.epoch + 1)
 
     def _how_to_go_on(self) -> str:
         assert self.settings.run.out is not None  # the folder is in the settings by now
@@ -317,11 +323,30 @@ class _Training:
         )
 
 
-class _NoLog:
-    """In the place of TensorBoard's writer, in processes that write nothing."""
+def _identity(task: Task, name: str, config: dibit.Config | None, seed: int) -> dict[str, Any]:
+    """What a checkpoint must agree with to be gone on with."""
+    split, digest = task.split(seed), hashlib.blake2b(digest_size=8)
+    for part in (split.train, split.val, split.test):
+        digest.update(part.numpy().tobytes() + b"|")
+    return {
+        "recipe": name,
+        "seed": seed,
+        "config": repr(config),
+        "settings": task.settings.flat(),
+        "graph": task.graph.fingerprint(),
+        "split": digest.hexdigest(),
+    }
 
-    def add_scalar(self, *_: object) -> None:
-        """Nothing."""
+
+def _fit(path: Path, loaded: dict[str, Any], model: nn.Module) -> None:
+    """Put a checkpoint's weights into a model."""
+    try:
+        model.load_state_dict(loaded["model"])
+    except RuntimeError as error:
+        raise UserError(
+            f"The checkpoint {path} does not fit the model ({' '.join(str(error).split())[:120]}); another version of "
+            "PyTorch Geometric made it: go on with that one, or start anew with another --out."
+        ) from error
 
 
 def _own_seed(seed: int, *more: int) -> int:

@@ -117,6 +117,7 @@ class Task:
         else:
             scaler.step(optimizer)
             scaler.update()
+            torch.autograd.graph.increment_version(optimizer.param_groups[0]["params"][:1])  # a step, even if skipped
         return loss.detach(), own
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:

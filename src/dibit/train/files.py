@@ -1,0 +1,72 @@
+"""Writing files that are whole or absent."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+from pathlib import Path
+
+from dibit.train.errors import UserError
+
+_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
+def write_atomically(path: Path, content: bytes | memoryview, alone: bool = False) -> None:
+    """Write a file so that a kill at any moment leaves the old content or the new, never a part.
+
+    Args:
+        path: Where to; what is no regular file (a pipe, /dev/null) is written to as it is.
+        content: All of it.
+        alone: Nobody else writes this file, since its folder is locked. What a kill leaves then has a name that is
+            known (`part`), and goes with the next write; and a link in the file's place is replaced, not followed.
+
+    Raises:
+        OSError: With `path` as its `filename`; the old content is still there.
+    """
+    try:
+        if alone:
+            _replace(path, part(path), content)
+        elif path.exists() and not stat.S_ISREG(path.stat().st_mode):
+            path.write_bytes(content)
+        else:
+            target = Path(os.path.realpath(path))
+            _replace(target, target.with_name(f".{target.name[:40]}-{secrets.token_hex(4)}.part"), content)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # not the name that nobody knows
+
+
+def part(path: Path) -> Path:
+    """Where `write_atomically` collects the content of a file that it alone writes."""
+    return path.with_name(f".{path.name}.part")
+
+
+def _replace(path: Path, temporary: Path, content: bytes | memoryview) -> None:
+    temporary.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL  # whatever lies there is not followed, if it is a link
+    try:
+        with open(os.open(temporary, flags, 0o666), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # the rename must not reach the disk before the content
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def reason(error: OSError) -> str:
+    """Why a file could not be read or written, in the system's words."""
+    return error.strerror or str(error)
+
+
+def refused(folder: Path, error: OSError) -> UserError | OSError:
+    """What to raise when a command cannot begin to write in its folder: where there is no room the error itself, else
+    that another folder has to be given."""
+    if error.errno in _FULL:
+        return error
+    at = "" if error.filename in (None, str(folder)) else f" ({error.filename})"
+    return UserError(f"The folder --out {folder} cannot be written: {reason(error)}{at}.")

@@ -1,0 +1,103 @@
+"""One run at a time in a folder."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import weakref
+from pathlib import Path
+
+from dibit.train.errors import UserError
+from dibit.train.files import reason
+
+NAME = ".lock"
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    """In a forked process (a loader's worker): the lock stays with its parent, and ends with it."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+class Lock:
+    """A lock on a folder that the system takes back when the process ends, however it ends.
+
+    Args:
+        folder: Must exist when the lock is taken.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / NAME
+        self._end: weakref.finalize | None = None  # type: ignore[type-arg]
+
+    def acquire(self) -> None:
+        """Take the lock; nothing happens if this object has it already.
+
+        Raises:
+            UserError: Another process has it, or this folder cannot be locked.
+            OSError: The folder cannot be written.
+        """
+        while self._end is None:
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                holder = _holder(file)
+                os.close(file)
+                raise UserError(
+                    f"The folder {self.folder} is in use by {holder}; wait until it has ended, or give another --out."
+                ) from error
+            except OSError as error:
+                os.close(file)
+                raise UserError(
+                    f"The folder {self.folder} cannot be locked ({reason(error)}), as on some network drives; give an "
+                    "--out on another drive."
+                ) from error
+            if not _is(file, self.path):  # the one before has ended in between, and has taken its file away
+                os.close(file)
+                continue
+            _held.add(file)
+            self._end = weakref.finalize(self, _release, self.path, file, os.getpid())
+            try:
+                os.ftruncate(file, 0)
+                os.write(file, json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode())
+            except OSError as error:
+                self.release()
+                error.filename = str(self.path)
+                raise
+
+    def release(self) -> None:
+        """Give the lock back, and take its file away."""
+        if self._end is not None:
+            self._end()
+            self._end = None
+
+
+def _release(path: Path, file: int, process: int) -> None:
+    if os.getpid() == process and file in _held:
+        path.unlink(missing_ok=True)  # before the lock goes: whoever opens it now sees that it is gone
+        _held.discard(file)
+        os.close(file)
+
+
+def _is(file: int, path: Path) -> bool:
+    """Whether an open file is still the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def _holder(file: int) -> str:
+    """Who has the lock, as it wrote itself; it may be about to."""
+    try:
+        told = json.loads(os.pread(file, 1000, 0))
+        return f"process {int(told['process'])} on {told['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
