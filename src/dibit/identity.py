@@ -15,6 +15,11 @@ def storage_key(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
+def version(x: Tensor) -> int:
+    """The version counter of a tensor's storage; 0 for one made in `inference_mode`, which has none."""
+    return 0 if x.is_inference() else x._version
+
+
 def storages(x: Tensor) -> list[Tensor]:
     """The strided tensors that hold a tensor's memory: itself, or the parts of a sparse one."""
     if x.layout == torch.strided:
