@@ -19,8 +19,10 @@ from dibit.compiled import mode as traced
 from dibit.compiled.spec import setting_of
 from dibit.config import Config, nearest, recipe
 from dibit.functions import RULES
+from dibit.inner_gradient import asks
 from dibit.intercept import Intercept
 from dibit.ledger import Ledger
+from dibit.masks import Exactly, Masks, in_backward, top_hooks, transformed
 from dibit.score_table import Scores
 from dibit.state import Rule, State
 from dibit.step import Step, tensors_in
@@ -33,21 +35,18 @@ M = TypeVar("M", bound=nn.Module)
 class Active:
     """The forward pass that is running in this thread."""
 
-    step: Step
-    mode: Intercept
-    hooks: Any
+    step: Step | Exactly
+    mode: Intercept | Masks
     callback: Any = None  # what compiles frames, to be put back when this pass ends
     suspended: bool = False
 
     def suspend(self) -> None:
         """Step aside for a part of the model that is compiled: the mode and hooks of compiled code take over."""
         self.mode.__exit__(None, None, None)
-        self.hooks.__exit__(None, None, None)
         self.suspended = True
         self.step.seen += 1
 
     def resume(self) -> None:
-        self.hooks.__enter__()
         self.mode.__enter__()
         self.suspended = False
 
@@ -85,10 +84,12 @@ class Enter:
             _abandon()  # Ctrl-C ended a forward pass without running any hook
             active = None
         if active is None:
-            if not (module.training and torch.is_grad_enabled()) or _taken():
+            active = _begin(self.state, module, not self.name, (args, kwargs))
+            if active is None:
                 return
-            active = _local.active = _start(self.state, not self.name, (args, kwargs))
+            _local.active = active
             active.callback = callback
+        active.mode.calls.enter(module)
         active.step.names.append(self.name)
         active.step.configs.append(self.config)
         active.step.compresses |= self.config is not None
@@ -157,12 +158,14 @@ class Exit:
         active = _local.active
         if active is None or not active.step.names:
             return
+        active.mode.calls.leave()
         active.step.names.pop()
         active.step.configs.pop()
+        if active.step.exact is not None and len(active.step.names) < active.step.exact:
+            active.step.exact = None if active.step.asked else 0
         if not active.step.names:
             _local.active = None
             active.mode.__exit__(None, None, None)
-            active.hooks.__exit__(None, None, None)
             try:
                 active.step.end(output)
                 active.step.seen += traced.local.mode.used
@@ -184,15 +187,25 @@ def _caller() -> Any:
     return frame.f_back
 
 
-def _start(state: State, whole: bool, inputs: Any) -> Active:
-    step = Step(state, inputs, whole)
-    mode = Intercept(step, {} if state.passive else {**RULES, **state.rules} if state.rules else RULES)
-    mode.frame = _caller()
+def _begin(state: State, module: nn.Module, whole: bool, inputs: Any) -> Active | None:
+    """A pass that compresses; where it may not, one that draws dropout's masks; in eval mode none."""
+    if not module.training or transformed():
+        return None
+    compresses = torch.is_grad_enabled() and not _taken()
+    if not compresses and not state.seeds:
+        return None
     traced.local.mode.used = False
-    hooks = torch.autograd.graph.saved_tensors_hooks(*mode.hooks)
-    hooks.__enter__()
+    mode = _mode(state, whole, inputs) if compresses else Masks(state)
+    mode.frame = _caller()
     mode.__enter__()
-    return Active(step, mode, hooks)
+    return Active(mode.step, mode)
+
+
+def _mode(state: State, whole: bool, inputs: Any) -> Intercept:
+    step = Step(state, inputs, whole)
+    if state.asks and any(x.requires_grad and x.is_leaf for x in tensors_in(inputs)):
+        step.exact = 0
+    return Intercept(step, {} if state.passive else {**RULES, **state.rules} if state.rules else RULES)
 
 
 def _abandon() -> None:
@@ -207,23 +220,18 @@ def _abandon() -> None:
         above.append(mode)
     for mode in reversed(above):
         _push_mode(mode)
-    top = _top_hooks()
-    if top is not None and top[0] == active.mode.hooks[0]:
-        active.hooks.__exit__(None, None, None)
 
 
 def _taken() -> bool:
-    """Inside someone else's hooks (an activation checkpoint runs its part again) or a transform of `torch.func`."""
-    return _top_hooks() is not None or torch._C._functorch.peek_interpreter_stack() is not None
+    """Inside someone else's hooks, a transform of `torch.func`, or a backward pass: a part is run again, or watched."""
+    return top_hooks() is not None or transformed() or in_backward()
 
 
-def _top_hooks() -> Any:
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
-
-
-def _warn_if_unseen(step: Step) -> None:
+def _warn_if_unseen(step: Step | Exactly) -> None:
+    if not step.compresses or step.seen or isinstance(step, Exactly):
+        return
     state = step.state
-    if step.compresses and not step.seen and not state.warned:
+    if not state.warned:
         state.warned = True
         warnings.warn(
             f"dibit: a training forward pass of the compressed {type(state.root).__name__} had no operation that Dibit "
@@ -328,6 +336,8 @@ def state_of(model: nn.Module) -> State | None:
 
 def _attach(model: nn.Module, state: State, settings: Mapping[str, Config | None]) -> None:
     shared = _defaults(model)
+    state.seeds = any(config is not None and config.dropout == "seed" for config in settings.values())
+    state.asks = not state.passive and asks(model)
     for name, module in model.named_modules():
         if id(module) in shared:
             continue

@@ -31,6 +31,9 @@ class State:
     salt: int = 0  # other draws of the codec, the same dropout masks: the study of a gradient's error
     observer: Observer | None = None
     warned: bool = False
+    told: bool = False  # that gradients inside the forward pass keep it exact
+    seeds: bool = False  # some module's config draws dropout's masks from seeds
+    asks: bool = False  # some module's forward pass may ask for a gradient
     scores: Scores = field(default_factory=Scores)
     reach: Field = field(default_factory=Field)
 

@@ -17,7 +17,7 @@ from dibit.compiled.spec import LEAF, NORM, PATH, settings
 from dibit.config import Config, Sample
 from dibit.functions.norm import batch_norm_gradient, layer_norm_gradient
 from dibit.residual import Compressed
-from dibit.stream import capturing, fresh_key, replayed_key
+from dibit.stream import Key, capturing, replayed_key
 
 _GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's step: seeds of one pass are the numbers of its stream
 
@@ -29,7 +29,7 @@ def fresh(like: Tensor) -> Tensor:
     """
     if capturing(like.device):
         return replayed_key(like.device)
-    return seed_tensor(mix(fresh_key(), "compiled"), like.device)
+    return seed_tensor(mix(Key().value, "compiled"), like.device)
 
 
 @custom_op("dibit::fresh_key", mutates_args=("passes",))
