@@ -22,7 +22,7 @@ from dibit.functions import RULES
 from dibit.inner_gradient import asks
 from dibit.intercept import Intercept
 from dibit.ledger import Ledger
-from dibit.masks import Exactly, Masks, in_backward, top_hooks, transformed
+from dibit.masks import Exactly, Masks, top_hooks, transformed
 from dibit.score_table import Scores
 from dibit.state import Rule, State
 from dibit.step import Step, tensors_in
@@ -161,8 +161,10 @@ class Exit:
         active.mode.calls.leave()
         active.step.names.pop()
         active.step.configs.pop()
-        if active.step.exact is not None and len(active.step.names) < active.step.exact:
-            active.step.exact = None if active.step.asked else 0
+        if active.step.exact_within is not None and len(active.step.names) < active.step.exact_within:
+            active.step.exact_within = None if active.step.asked else 0
+            if not active.step.names and active.mode.calls.state.asks is None:
+                active.mode.calls.state.asks = False  # a tensor was made to require a gradient, and none was asked for
         if not active.step.names:
             _local.active = None
             active.mode.__exit__(None, None, None)
@@ -204,7 +206,7 @@ def _begin(state: State, module: nn.Module, whole: bool, inputs: Any) -> Active 
 def _mode(state: State, whole: bool, inputs: Any) -> Intercept:
     step = Step(state, inputs, whole)
     if state.asks and any(x.requires_grad and x.is_leaf for x in tensors_in(inputs)):
-        step.exact = 0
+        step.exact_within = 0
     return Intercept(step, {} if state.passive else {**RULES, **state.rules} if state.rules else RULES)
 
 
@@ -223,8 +225,8 @@ def _abandon() -> None:
 
 
 def _taken() -> bool:
-    """Inside someone else's hooks, a transform of `torch.func`, or a backward pass: a part is run again, or watched."""
-    return top_hooks() is not None or transformed() or in_backward()
+    """Inside someone else's hooks (an activation checkpoint runs its part again) or a transform of `torch.func`."""
+    return top_hooks() is not None or transformed()
 
 
 def _warn_if_unseen(step: Step | Exactly) -> None:
@@ -337,7 +339,7 @@ def state_of(model: nn.Module) -> State | None:
 def _attach(model: nn.Module, state: State, settings: Mapping[str, Config | None]) -> None:
     shared = _defaults(model)
     state.seeds = any(config is not None and config.dropout == "seed" for config in settings.values())
-    state.asks = not state.passive and asks(model)
+    state.asks = False if state.passive else asks(model) or None
     for name, module in model.named_modules():
         if id(module) in shared:
             continue

@@ -1,8 +1,9 @@
 """Gradients that a forward pass asks for itself: forces, energies that a layer minimises, gradient penalties.
 
-They are part of what the model returns, so they must be exact. Where code of the model asks for gradients, what follows
-on a tensor that is made to require one within the pass stays exact. Every request is checked besides: it is answered
-only if nothing compressed lies between what is differentiated and what it is differentiated by.
+They are part of what the model returns, so they must be exact. A tensor that is made to require a gradient within the
+pass announces a request: all that follows stays exact, until the module ends in which it was made, if a gradient was
+asked for there, else until the pass ends (later passes know if no request came). Every request is checked besides: it is
+answered only if nothing compressed lies between what is differentiated and what it is differentiated by.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ def makes_leaf(func: Any, args: Any, kwargs: Any) -> bool:
     return func is _DUAL or bool(args[1] if len(args) > 1 else kwargs.get("requires_grad", True))
 
 
-def asked(func: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Tensor] | None, bool]:
-    """Of a call of `ASKING`: what is differentiated, by what (`None`: every leaf), and whether again afterwards."""
+def asked(func: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Of a call of `ASKING`: what is differentiated, and by what (`None`: every leaf)."""
     names = {
-        torch.autograd.grad: ("outputs", "inputs", "grad_outputs", "retain_graph", "create_graph"),
+        torch.autograd.grad: ("outputs", "inputs"),
         torch.autograd.backward: ("tensors", "grad_tensors", "retain_graph", "create_graph", "_", "inputs"),
         Tensor.backward: ("tensors", "gradient", "retain_graph", "create_graph", "inputs"),
     }[func]
     given = dict(zip(names, args, strict=False)) | kwargs
     outputs = _tensors(given.get("outputs", given.get("tensors", given.get("self"))))
     inputs = given.get("inputs")
-    return outputs, None if inputs is None else _tensors(inputs), bool(given.get("create_graph"))
+    return outputs, None if inputs is None else _tensors(inputs)
 
 
 def compressed_between(outputs: Iterable[Tensor], inputs: Iterable[Tensor] | None) -> list[Any]:
@@ -69,14 +70,18 @@ def compressed_between(outputs: Iterable[Tensor], inputs: Iterable[Tensor] | Non
 
 def modules(nodes: Iterable[Any]) -> list[str]:
     """The names of modules that keep something of these nodes compressed, as far as they tell."""
-    found = {getattr(part, "module", "") for node in nodes for part, _ in getattr(node, "layout", ()) if part is not None}
+    found = {
+        getattr(part, "module", "") for node in nodes for part, _ in getattr(node, "layout", ()) if part is not None
+    }
     return sorted(found - {""})
 
 
 def refusal(module: str, model: str, nodes: list[Any]) -> str:
     """The sentence for a request that cannot be answered exactly."""
     named = modules(nodes)
-    those = f"dibit.compress(model, {{{', '.join(f'{n!r}: None' for n in named)}, '*': 'default'}}), or " if named else ""
+    those = (
+        f"dibit.compress(model, {{{', '.join(f'{n!r}: None' for n in named)}, '*': 'default'}}), or " if named else ""
+    )
     through = f"through {', '.join(map(repr, named))}" if named else "through operations"
     return (
         f"{module or model} asks in its forward pass for a gradient {through} whose activations are compressed, which "

@@ -18,12 +18,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from dibit import inner_gradient
-from dibit.masks import DROPOUTS, Calls, top_hooks
+from dibit.masks import DROPOUTS, Calls, top_hooks, transformed
 from dibit.state import Rule
 from dibit.step import Step
 from dibit.tape import PURE
 
-_transform = torch._C._functorch.peek_interpreter_stack
 _push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
 _pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
 
@@ -49,13 +48,14 @@ class Intercept(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.__name__ == "__get__" or torch.compiler.is_dynamo_compiling() or _transform() is not None:
+        if func.__name__ == "__get__" or torch.compiler.is_dynamo_compiling() or transformed():
             return func(*args, **kwargs)  # a property; within the model a compiled function, or a transform: exact
         step = self.step
         if func in inner_gradient.ASKING:
             return self._asked(func, args, kwargs)
-        if step.state.asks and step.exact is None and inner_gradient.makes_leaf(func, args, kwargs):
-            step.exact, step.asked = len(step.names), False
+        if step.state.asks is not False and inner_gradient.makes_leaf(func, args, kwargs):
+            step.exact_within = len(step.names) if step.exact_within is None else step.exact_within
+            step.asked = False
         # Hooks are there for the one operation: transforms of `torch.func` refuse to begin where there are any.
         keeps = torch.is_grad_enabled() and top_hooks() is None
         if not keeps:
@@ -102,12 +102,13 @@ class Intercept(TorchFunctionMode):
         step = self.step
         if not self.running():
             return func(*args, **kwargs)
-        outputs, inputs, again = inner_gradient.asked(func, args, kwargs)
+        step.state.asks = True
+        outputs, inputs = inner_gradient.asked(func, args, kwargs)
         nodes = inner_gradient.compressed_between(outputs, inputs)
         if nodes:
             raise RuntimeError(inner_gradient.refusal(step.module, type(step.state.root).__name__, nodes))
         step.asked = True
-        if step.exact is not None and step.exact <= 1 and not step.state.told:
+        if step.exact_within is not None and step.exact_within <= 1 and not step.state.told:
             step.state.told = True
             warnings.warn(
                 f"dibit: {type(step.state.root).__name__} asks for a gradient inside its forward pass, which has to be "
@@ -115,11 +116,11 @@ class Intercept(TorchFunctionMode):
                 stacklevel=3,
             )
         step.seen += 1
-        before, step.exact = step.exact, 0  # what an activation checkpoint runs again meanwhile
+        before, step.exact_within = step.exact_within, 0  # what an activation checkpoint runs again meanwhile
         try:
             return func(*args, **kwargs)
         finally:
-            step.exact = before
+            step.exact_within = before
 
     def running(self) -> bool:
         """Whether the forward pass that set this mode is still on the stack: Ctrl-C ends one without any hook."""

@@ -1,9 +1,9 @@
 """Dropout's masks where nothing is compressed: in training, Dibit draws them in every call of its modules.
 
 A forward pass may be run twice with torch's generator put back in between, and only one of the two be compressed: the
-first without gradients (reentrant activation checkpoints, reversible layers, gradient caches), one inside of someone
-else's saved-tensor hooks or of a backward pass. Both must draw the same masks, so the masks do not depend on any of
-this: what is called within a module of a compressed model has Dibit's masks, exactly kept here.
+first without gradients (reentrant activation checkpoints, reversible layers, gradient caches), or one inside of someone
+else's saved-tensor hooks. Both must draw the same masks, so the masks do not depend on any of this: what is called
+within a module of a compressed model has Dibit's masks, exactly kept here.
 
 There is one exception. A function that an activation checkpoint calls directly, not by way of a module, is run again
 where no module of ours is on the stack: there torch draws the mask, both times.
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from dibit.config import Config
@@ -26,6 +27,7 @@ from dibit.functions.dropout import seeded
 from dibit.nn import norm_relu_dropout
 from dibit.state import State
 
+_interpreters = torch._C._functorch.peek_interpreter_stack
 _APPLY = torch.autograd.Function.apply.__code__
 _CALL = nn.Module._call_impl.__code__
 
@@ -37,12 +39,7 @@ def top_hooks() -> Any:
 
 def transformed() -> bool:
     """Inside a transform of `torch.func`, or of forward-mode differentiation."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
-
-
-def in_backward() -> bool:
-    """Whether a backward pass is running in this thread: a forward pass in it is run again."""
-    return torch._C._current_graph_task_id() != -1
+    return _interpreters() is not None or forward_ad._current_level >= 0
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
@@ -118,7 +115,7 @@ class Exactly:
 
     seen = 1  # it has no part in the warning that nothing was compressed
     compresses = False
-    exact: int | None = None
+    exact_within: int | None = None
 
     def __init__(self) -> None:
         self.names: list[str] = []

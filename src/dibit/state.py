@@ -33,7 +33,7 @@ class State:
     warned: bool = False
     told: bool = False  # that gradients inside the forward pass keep it exact
     seeds: bool = False  # some module's config draws dropout's masks from seeds
-    asks: bool = False  # some module's forward pass may ask for a gradient
+    asks: bool | None = None  # a forward pass asks for a gradient; `None`: not known yet
     scores: Scores = field(default_factory=Scores)
     reach: Field = field(default_factory=Field)
 

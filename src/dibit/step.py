@@ -43,7 +43,7 @@ class Step:
         self.names: list[str] = []
         self.configs: list[Config | None] = []
         self.ledger: Ledger | None = state.ledger
-        self.exact: int | None = None  # everything is, until fewer modules than this are running
+        self.exact_within: int | None = None  # everything is, until fewer modules than this are running
         self.asked = False  # for a gradient, since that began
         self.compresses = False  # some module of this pass has a config
         self.seen = 0  # operations that a rule took over
@@ -92,7 +92,7 @@ class Step:
                 self._replayed = replayed_key(device)
             return self._replayed ^ mix(self._draws, purpose, *more)
         if self._key is None:
-            self._key = Key()
+            self._key = Key(self.names[0] if self.names else "", self.state.seeds)
         self._draws += 1
         return seed_tensor(mix(self._key.value, purpose, self._draws, *more), device)
 
@@ -104,6 +104,8 @@ class Step:
         returned = {storage_key(part) for x in outputs for part in storages(x)}
         for cell in self.deferred:
             cell.settle(self, returned)
+        if self._key is not None:
+            self._key.ended()
         if self.ledger is not None:
             self.ledger.close(outputs)
         # autograd may keep the hooks, and with them this object, as long as the graph
@@ -119,7 +121,7 @@ class Step:
     @property
     def config(self) -> Config | None:
         """Of the innermost module that is running; `None` leaves everything exact."""
-        return self.configs[-1] if self.configs and self.exact is None else None
+        return self.configs[-1] if self.configs and self.exact_within is None else None
 
     @property
     def module(self) -> str:

@@ -7,12 +7,16 @@ checkpoints, reversible layers, gradient caches) puts torch's generator back bef
 from the generator, in one draw, which torch makes under the generator's own lock: the same mask again, whoever
 else is compressing and whether or not gradients are on. Under `dropout="mask"` torch draws the mask as it always does.
 
-*The codec's key* must differ from pass to pass, but may not move the generator within a pass: a pass that is run again
-does not compress (`dibit.compress`), and would find other numbers. The key is a hash of the generator's state, which is
-only read, and of how many keys that state has given before. A state comes back only if somebody restores it, or if
-nothing was drawn in between; to tell these apart, the backward pass of a pass after which nothing was drawn draws one number.
-So `manual_seed` and `set_rng_state` are enough for a run to repeat itself or to go on, no two passes of any threads
-have the same key, and nothing that anybody draws in a forward pass is moved by it.
+*The codec's key* must differ from pass to pass, but may not move the generator within a pass: only one of the two runs
+compresses, and what is drawn after it would differ. The key is a hash of the generator's state, which is only read, and
+of how many keys that state has given before. A state comes back if somebody restores it, or if nothing was drawn in
+between; to tell these apart, the backward pass of a pass after which nothing was drawn draws one number. So
+`manual_seed` and `set_rng_state` are enough for a run to repeat itself or to go on, no two passes of any threads have
+the same key, and nothing that anybody draws in a forward pass is moved by it. Passes that are run again from within a
+backward pass start from states that have given keys already: their keys are of a kind of their own.
+
+A model whose configs all have `dropout="mask"` is promised the plain model's own draws, so there that one number is not
+drawn. The price: where nothing at all is drawn between two passes, they go on counting, though the seed be set anew.
 
 The generator's state is never written: between reading and writing it, another thread may have drawn from it, and would
 draw the same numbers again.
@@ -34,44 +38,74 @@ class _Given:
     """The state that last gave a key, and how many it has given."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
         self.state: bytes | None = None
         self.count = 0
 
+    def number(self, state: bytes) -> int:
+        """Of one more key of this state."""
+        self.count = self.count + 1 if state == self.state else 0
+        self.state = state
+        return self.count
 
-_given = _Given()
-os.register_at_fork(after_in_child=lambda: setattr(_given, "lock", threading.Lock()))  # another thread may have held it
+
+_lock = threading.Lock()
+_first, _again = _Given(), _Given()
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()  # another thread of the parent may have held it
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class Key:
     """The key of one pass: no other pass has it.
 
+    Args:
+        name: of the pass's module, which tells passes apart that are run again from within a backward pass.
+        moves: the backward pass may move the generator.
+
     Attributes:
         value: 64 bits, a function of torch's default generator.
     """
 
-    __slots__ = ("_state", "value")
+    __slots__ = ("_moves", "_state", "value")
 
-    def __init__(self) -> None:
-        with _given.lock:
-            self._state: bytes | None = _state()
-            if self._state == _given.state:
-                _given.count += 1
-            else:
-                _given.state, _given.count = self._state, 0
-            key = hashlib.blake2b(self._state, digest_size=8, salt=_given.count.to_bytes(16, "little"))
+    def __init__(self, name: str = "", moves: bool = True) -> None:
+        again = torch._C._current_graph_task_id() != -1
+        with _lock:
+            state = _state()
+            number = (_again if again else _first).number(state)
+            if not again and not number and state == _again.state:
+                _again.state = None  # somebody restored it
+        self._state: bytes | None = state
+        self._moves = moves
+        label = repr((name, number)) if again else str(number)
+        key = hashlib.blake2b(state, digest_size=8, key=label.encode()[-64:])
         self.value = int.from_bytes(key.digest(), "little")
 
     def used(self) -> None:
         """The backward pass has come to it: the state that gave it shall not give the next one too."""
-        if self._state is None:
-            return
-        with _given.lock:
-            state, self._state = self._state, None
-            if state is not None and state == _state():
+        if self._state is not None:
+            self._passed(self._moves)
+
+    def ended(self) -> None:
+        """The forward pass has ended."""
+        if self._state is not None:
+            self._passed(False)
+
+    def _passed(self, moves: bool) -> None:
+        with _lock:
+            state = self._state
+            if state == _state():
+                if not moves:
+                    return
                 draw()
-            if state is not None and state == _given.state:
-                _given.state = None  # it has passed: where it is met again, somebody restored it
+            self._state = None
+            if state == _first.state:
+                _first.state = None  # nothing but restoring it brings it back
 
 
 def draw() -> Tensor:
