@@ -19,7 +19,9 @@ from dibit.around import around, check
 from dibit.compiled import mode as traced
 from dibit.compiled.spec import setting_of
 from dibit.config import Config, nearest, recipe
+from dibit.inner_gradient import asks
 from dibit.ledger import Ledger, Row
+from dibit.masks import transformed
 from dibit.portable import Portable
 from dibit.score_table import Scores
 from dibit.scripting import prepare as prepare_scripting
@@ -51,8 +53,8 @@ class Enter(Hook):
                 traced.set_callback(callback)
 
     def begins(self, module: nn.Module) -> bool:
-        """Whether a call of this module, outside of any pass, is a compressed pass."""
-        return module.training and torch.is_grad_enabled() and not passes.taken()
+        """Whether a call of this module, outside of any pass, is one: it compresses, or draws dropout's masks alone."""
+        return module.training and not transformed() and (self.state.seeds or passes.compresses())
 
     def packed(self) -> dict[str, Any]:
         return {"state": self.state, "name": self.name, "config": pickle.dumps(self.config)}
@@ -218,6 +220,8 @@ def _detach(model: nn.Module, which: Callable[[State], bool]) -> None:
 
 def _attach(model: nn.Module, state: State, settings: Mapping[str, Config | None]) -> None:
     shared = _defaults(model)
+    state.seeds = any(config is not None and config.dropout == "seed" for config in settings.values())
+    state.asks = False if state.passive else asks(model) or None
     for name, module in model.named_modules():
         if id(module) in shared:
             continue

@@ -15,6 +15,7 @@ from dibit.batch import told_of
 from dibit.compiled import mode as traced
 from dibit.functions import RULES
 from dibit.intercept import Intercept
+from dibit.masks import Exactly, Masks, top_hooks, transformed
 from dibit.step import Step, tensors_in
 
 _TRACED = (torch.Tensor, nn.Parameter)
@@ -22,19 +23,22 @@ _push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
 _pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
 
 
-def top_hooks() -> Any:
-    """The innermost saved-tensor hooks of this thread: (pack, unpack) or `None`."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
-
-
 class Pass:
-    """The forward pass that is running in this thread."""
+    """The forward pass that is running in this thread: one that compresses, or one that draws dropout's masks alone."""
 
-    def __init__(self, hook: Any, inputs: Any) -> None:
+    def __init__(self, hook: Any, inputs: Any, compressed: bool) -> None:
         state = hook.state
-        self.step = Step(state, inputs, not hook.name)
-        self.mode = Intercept(self.step, {} if state.passive else {**RULES, **state.rules} if state.rules else RULES)
         self.suspended = False
+        self.mode: Intercept | Masks
+        if compressed:
+            step = Step(state, inputs, not hook.name)
+            if state.asks and any(x.requires_grad and x.is_leaf for x in tensors_in(inputs)):
+                step.exact_within = 0
+            rules = {} if state.passive else {**RULES, **state.rules} if state.rules else RULES
+            self.mode = Intercept(step, rules)
+        else:
+            self.mode = Masks(state)
+        self.step: Step | Exactly = self.mode.step
 
     def begin(self) -> None:
         traced.local.mode.used = False
@@ -42,21 +46,20 @@ class Pass:
         self.resume()
 
     def end(self) -> None:
-        """Take away what `begin` has set, if it is there; whatever the model itself has set stays."""
+        """Take away what `begin` and operations have set, if it is there; whatever the model itself has set stays."""
         _local.active = None
         _remove_mode(self.mode)
-        _remove_hooks(self.mode.hooks[0])
+        if isinstance(self.mode, Intercept):
+            _remove_hooks(self.mode.hooks[0])
 
     def suspend(self) -> None:
         """Step aside for a part of the model that is compiled: the mode and hooks of compiled code take over."""
         _remove_mode(self.mode)
-        _remove_hooks(self.mode.hooks[0])
         self.suspended = True
         self.step.seen += 1
 
     def resume(self) -> None:
         self.suspended = False
-        _push_hooks(*self.mode.hooks)
         _push_mode(self.mode)
 
 
@@ -82,26 +85,27 @@ def run(hook: Any, module: nn.Module, forward: Callable[..., Any], /, *args: Any
     """
     callback = traced.set_callback(None)  # nothing of what follows is to be compiled, but for the forward
     if callback is None:
-        return _eager(hook, forward, args, kwargs)
+        return _eager(hook, module, forward, args, kwargs)
     try:
         return _compiled(hook, module, callback, forward, args, kwargs)
     finally:
         traced.set_callback(callback)
 
 
-def _eager(hook: Any, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _eager(hook: Any, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     active = _local.active
     if active is not None:
-        return _part(active.step, hook, forward, args, kwargs)
-    told = None if hook.name or hook.state.passive else told_of(hook.state.root)
+        return _part(active, hook, module, forward, args, kwargs)
+    compressed = compresses()
+    told = told_of(hook.state.root) if compressed and not (hook.name or hook.state.passive) else None
     if told is not None:
         told.check_inputs(hook.state, list(tensors_in((args, kwargs))))
-    active = Pass(hook, (args, kwargs))
+    active = Pass(hook, (args, kwargs), compressed)
     step = active.step
     try:
         try:
             active.begin()
-            output = _part(step, hook, forward, args, kwargs)
+            output = _part(active, hook, module, forward, args, kwargs)
         finally:
             try:
                 active.end()
@@ -112,23 +116,30 @@ def _eager(hook: Any, forward: Callable[..., Any], args: Any, kwargs: Any) -> An
         raise
     step.end(output)
     step.seen += traced.local.mode.used
-    if step.compresses:
+    if compressed and step.compresses:
         unseen.passed(hook.state, step.seen, whole=not hook.name)
     if told is not None:
         told.check_output(hook.state, list(tensors_in(output)))
     return output
 
 
-def _part(step: Step, hook: Any, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _part(active: Pass, hook: Any, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Run a forward with the name and config of its module on the step."""
+    step, calls = active.step, active.mode.calls
     depth = len(step.names)
     try:
+        calls.enter(module)
         step.names.append(hook.name)
         step.configs.append(hook.config)
         step.compresses |= hook.config is not None
         return forward(*args, **kwargs)
     finally:
+        calls.leave(depth)
         del step.names[depth:], step.configs[depth:]
+        if step.exact_within is not None and depth < step.exact_within:
+            step.exact_within = None if step.asked else 0
+            if not depth and calls.state.asks is None:
+                calls.state.asks = False  # a tensor was made to require a gradient, and none was asked for
 
 
 def _compiled(hook: Any, module: nn.Module, callback: Any, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -140,13 +151,13 @@ def _compiled(hook: Any, module: nn.Module, callback: Any, forward: Callable[...
     if outermost:
         if hook.state.passive or not (module.training and torch.is_grad_enabled()):
             return _compile(callback, forward, args, kwargs)
-        if active is None and taken():
+        if active is None and not compresses():
             return _compile(callback, forward, args, kwargs)
         tensors = list(tensors_in((args, kwargs)))
         if not tensors or not all(type(x) in _TRACED and x.layout == torch.strided for x in tensors):
-            return _eager(hook, forward, args, kwargs)  # sparse matrices break every graph
+            return _eager(hook, module, forward, args, kwargs)  # sparse matrices break every graph
         if traced.weighs_edges(module):
-            return _eager(hook, forward, args, kwargs)  # a graph would keep what is made for each edge
+            return _eager(hook, module, forward, args, kwargs)  # a graph would keep what is made for each edge
     depth = len(mode.settings)
     try:
         if outermost:
@@ -181,9 +192,12 @@ def _compile(callback: Any, forward: Callable[..., Any], args: Any, kwargs: Any)
 traced.alone(run, _compiled, _compile, _eager, _part)
 
 
-def taken() -> bool:
-    """Inside someone else's hooks (an activation checkpoint runs its part again) or a transform of `torch.func`."""
-    return top_hooks() is not None or torch._C._functorch.peek_interpreter_stack() is not None
+def compresses() -> bool:
+    """Whether a pass that begins here, in training mode, compresses: it has gradients, and nobody else's hooks.
+
+    In those of an activation checkpoint a part is run again; transforms of `torch.func` go their own way.
+    """
+    return torch.is_grad_enabled() and top_hooks() is None and not transformed()
 
 
 def _remove_mode(mode: TorchFunctionMode) -> None:

@@ -34,6 +34,9 @@ class State(Portable):
     salt: int = 0  # other draws of the codec, the same dropout masks: the study of a gradient's error
     observer: Observer | None = None
     warned: bool = False
+    told: bool = False  # that gradients inside the forward pass keep it exact
+    seeds: bool = False  # some module's config draws dropout's masks from seeds
+    asks: bool | None = None  # a forward pass asks for a gradient; `None`: not known yet
     scores: Scores = field(default_factory=Scores)
 
     @property
@@ -82,13 +85,16 @@ class State(Portable):
             "rules": pickle.dumps(rules),
             "passive": self.passive,
             "warned": self.warned,
+            "seeds": self.seeds,
+            "asks": self.asks,
             "scores": self.scores.__getstate__()["known"],
             "steps": dict(self.reach.steps),
         }
 
     def unpacked(self, packed: dict[str, Any]) -> None:
         rules, known, steps = pickle.loads(packed["rules"]), packed["scores"], packed["steps"]
-        State.__init__(self, packed["root"], rules, passive=packed["passive"], warned=packed["warned"])
+        own = {name: packed[name] for name in ("passive", "warned", "seeds", "asks")}
+        State.__init__(self, packed["root"], rules, **own)
         self.scores.known, self.reach.steps = known, steps
 
 
@@ -120,7 +126,8 @@ class Found:
 
 def state_of(model: nn.Module) -> State | None:
     """What `compress` attached to this module, if anything."""
-    return next((hook.state for hook in model._forward_pre_hooks.values() if isinstance(hook, Hook)), None)
+    hooks: Any = model._forward_pre_hooks.values()
+    return next((hook.state for hook in hooks if isinstance(hook, Hook)), None)
 
 
 def states_in(model: nn.Module, passive: bool = False) -> list[Found]:
