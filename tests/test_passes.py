@@ -264,10 +264,19 @@ def test_interrupted_passes_leave_no_tensor() -> None:
     assert counts[3] == counts[-1]
 
 
-def test_a_hook_called_by_hand_does_nothing() -> None:
+def test_the_ledger_gets_the_rows_of_a_pass_that_raised() -> None:
     net = dibit.compress(Net())
-    outer = nn.Sequential(nn.Identity())
+    net.event.happens = raises(KeyboardInterrupt)
+    with dibit.track(net) as saved, contextlib.suppress(KeyboardInterrupt):
+        net(torch.randn(50, 8))
+    assert {"body.1", "body.2"} <= {row.module for row in saved.rows}
+
+
+def test_a_hook_called_by_hand_does_nothing() -> None:
+    net, x = dibit.compress(Net()), torch.randn(3, 8)
+    outer = nn.Sequential(nn.Linear(8, 8))
     enter = next(iter(net._forward_pre_hooks.values()))
     outer.register_forward_pre_hook(lambda *_: enter(net, (), {}))
-    outer(torch.randn(3, 8))
+    outer[0].register_forward_pre_hook(lambda *_: enter(net, (), {}))
+    assert type(outer(x).grad_fn).__name__ == "AddmmBackward0"
     enter(net, (), {})
