@@ -9,7 +9,7 @@ from torch_geometric.nn import GraphSAGE
 from torch_geometric.utils import erdos_renyi_graph, to_torch_csr_tensor
 
 import dibit
-from dibit import score_table, step
+from dibit import score_table, step, stream
 from dibit.codec.rows import LEFT_OUT
 from tests.test_scores import N, readout, trained
 from tests.unbiased import bias_of, gradient
@@ -20,6 +20,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on every pass is one that a CUDA graph captures."""
     for module in (step, score_table):
         monkeypatch.setattr(module, "capturing", lambda device: True)
+    monkeypatch.setattr(stream, "draw", lambda: stream.replayed_key(torch.device("cpu")))
 
 
 def backward(net: nn.Module, x: Tensor, r: Tensor) -> list[Tensor]:
@@ -48,7 +49,7 @@ def test_no_seed_is_a_number(request: pytest.FixtureRequest, monkeypatch: pytest
     def never(*_: object) -> None:
         raise AssertionError("a seed came from the host")
 
-    monkeypatch.setattr(step, "fresh_key", never)
+    monkeypatch.setattr(step, "Key", never)
     monkeypatch.setattr(step, "seed_tensor", never)
     backward(net, x, r)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import dibit
 from dibit import Config, Sample
 from dibit.codec.rows import row_scores, together
+from dibit.score_table import _folded
 from tests.unbiased import bias_of
 
 _SAMPLE = Sample(4, by="gradient")
@@ -296,6 +297,108 @@ class TestBatches:
         ):
             with pytest.raises(error, match=message), dibit.batch(net, node_ids=bad):
                 pass
+
+
+def versions(net: nn.Module) -> int:
+    return sum(p._version for p in net.parameters())
+
+
+def by_data(net: nn.Module, lr: float) -> None:
+    for p in net.parameters():
+        if p.grad is not None:
+            p.data.add_(p.grad, alpha=-lr)
+        p.grad = None
+
+
+def by_data_zeroed(net: nn.Module, lr: float) -> None:
+    for p in net.parameters():
+        if p.grad is not None:
+            p.data -= lr * p.grad
+            p.grad.zero_()
+
+
+def by_copy(net: nn.Module, lr: float) -> None:
+    for p in net.parameters():
+        if p.grad is not None:
+            p.data = p.data - lr * p.grad
+        p.grad = None
+
+
+class ByData(torch.optim.Optimizer):
+    """As some optimisers outside of torch are written."""
+
+    def __init__(self, net: nn.Module, lr: float) -> None:
+        super().__init__(net.parameters(), {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.data.add_(p.grad.data, alpha=-group["lr"])
+
+
+class TestStepsThroughData:
+    """Version counters stand still; the measurements count all the same, and none are piled up."""
+
+    @pytest.mark.parametrize("ids", [None, torch.arange(N)])
+    @pytest.mark.parametrize("how", [by_data, by_data_zeroed, by_copy, ByData])
+    def test_scores_are_used_and_memory_is_flat(self, how: Any, ids: Tensor | None) -> None:
+        net, r, x = dibit.compress(Net(), CONFIG), readout(), torch.randn(N, D)
+        scores, changed, sizes = dibit.scores(net), [], []
+        for i in range(12):
+            before = dict(scores.known)
+            with dibit.batch(net, node_ids=ids):
+                y = net(x)
+            changed.append(any(scores.known[k] is not before.get(k) for k in scores.known))
+            (y * r * (i + 1)).sum().backward()
+            was = versions(net)
+            if how is ByData:
+                optimizer = ByData(net, 1e-3)
+                optimizer.step(), optimizer.zero_grad()
+            else:
+                how(net, 1e-3)
+            assert versions(net) == was
+            sizes.append(sum(len(measured) for measured in scores._pending.values()))
+        assert all(changed[3:]), changed  # one pass without a word, one to look, one to see
+        assert max(sizes) <= 4, sizes
+
+    def test_passes_that_add_up_are_sampled_alike(self) -> None:
+        net, r, x = dibit.compress(Net(), CONFIG), readout(), torch.randn(N, D)
+        with dibit.batch(net, node_ids=torch.arange(N)):
+            step(net, x, r, 1e-3)
+            net(x)
+            before = dict(dibit.scores(net).known)
+            assert before
+            for _ in range(8):
+                (net(x) * r).sum().backward()
+                assert all(dibit.scores(net).known[k] is table for k, table in before.items())
+
+    def test_batches_without_a_step_are_one_table_that_says_what_the_list_said(self) -> None:
+        net, r, x = dibit.compress(Net(), CONFIG), readout(), torch.randn(N, D)
+        scores = dibit.scores(net)
+        expected: dict[str, Tensor] = {}
+        for ids in [*torch.randperm(N).split(40), *torch.randperm(N).split(30)]:
+            with dibit.batch(net, node_ids=ids):
+                y = net(x[ids])
+            assert sum(map(len, scores._pending.values())) == 0
+            (y * r[ids]).sum().backward()
+            for key, measured in scores._pending.items():
+                assert len(measured) == 1
+                expected[key] = _folded(expected.get(key), measured)
+        assert expected
+        assert all(torch.equal(table, expected[key]) for key, table in scores.state_dict().items())
+
+    def test_parameters_of_any_kind(self) -> None:
+        net, r, x = dibit.compress(Net(), CONFIG), readout(), torch.randn(N, D)
+        with torch.inference_mode():
+            net.teacher = nn.Linear(D, D)
+        net.lazy = nn.LazyLinear(3)
+        net.empty, net.phase = nn.Parameter(torch.empty(0)), nn.Parameter(torch.randn(3, dtype=torch.complex64))
+        net.turned = nn.Parameter(torch.randn(5, 7).t())
+        for _ in range(4):
+            (net(x) * r).sum().backward()
+            by_data(net, 1e-3)
+        assert dibit.scores(net).known
 
 
 class TestState:

@@ -1,235 +1,85 @@
-"""`compress`, `decompress`, `track`: hooks on an unmodified model that set and remove the mode around its forward."""
+"""`compress`, `decompress`, `track`: hooks on an unmodified model that begin compressed passes (`dibit.passes`)."""
 
 from __future__ import annotations
 
 import contextlib
 import fnmatch
-import sys
-import threading
-import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import functools
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.fx import _symbolic_trace
 
+from dibit import passes, unseen
+from dibit.around import around, check
 from dibit.compiled import mode as traced
 from dibit.compiled.spec import setting_of
 from dibit.config import Config, nearest, recipe
-from dibit.functions import RULES
-from dibit.intercept import Intercept
-from dibit.ledger import Ledger
+from dibit.inner_gradient import asks
+from dibit.ledger import Ledger, Row
+from dibit.masks import transformed
+from dibit.portable import Portable
 from dibit.score_table import Scores
-from dibit.state import Rule, State
-from dibit.step import Step, tensors_in
+from dibit.scripting import prepare as prepare_scripting
+from dibit.state import Found, Hook, Rule, State, state_of, states_in
+
+__all__ = ["compress", "decompress", "scores", "state_of", "track"]
 
 Setting = Config | str | None
 M = TypeVar("M", bound=nn.Module)
 
 
-@dataclass
-class Active:
-    """The forward pass that is running in this thread."""
-
-    step: Step
-    mode: Intercept
-    hooks: Any
-    callback: Any = None  # what compiles frames, to be put back when this pass ends
-    suspended: bool = False
-
-    def suspend(self) -> None:
-        """Step aside for a part of the model that is compiled: the mode and hooks of compiled code take over."""
-        self.mode.__exit__(None, None, None)
-        self.hooks.__exit__(None, None, None)
-        self.suspended = True
-        self.step.seen += 1
-
-    def resume(self) -> None:
-        self.hooks.__enter__()
-        self.mode.__enter__()
-        self.suspended = False
-
-
-class _Local(threading.local):
-    active: Active | None = None
-
-
-_local = _Local()
-
-
-class Enter:
-    """Forward pre-hook: the outermost module starts a step, every module tells its name and config."""
+class Enter(Hook):
+    """Forward pre-hook: lets `passes.run` call the module's forward, where there is, or begins, a compressed pass."""
 
     def __init__(self, state: State, name: str, config: Config | None) -> None:
-        self.state, self.name, self.config = state, name, config
-        self.setting = setting_of(config)  # for compiled code
+        super().__init__(state, name)
+        self.config, self.setting = config, setting_of(config)  # for compiled code
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         if torch.compiler.is_dynamo_compiling():
-            traced.enter(self, module, args, kwargs)
-        elif not torch.compiler.is_compiling():  # `torch.export` and the like: exact
+            traced.enter(self, module, args, kwargs or {})
+        elif not torch.compiler.is_compiling() and not _written_down():  # `torch.export` and the like: exact
             callback = traced.set_callback(None)  # nothing of what follows is to be compiled
-            if callback is None:
-                self.eager(module, args, kwargs, None)
-            else:
-                try:
-                    callback = self.compiled(module, args, kwargs, callback)
-                finally:
-                    traced.set_callback(callback)
+            try:
+                inside = passes.running() is not None or (callback is not None and traced.local.mode.settings)
+                if inside or self.begins(module):
+                    around(module, passes.run, self, module)
+            finally:
+                traced.set_callback(callback)
 
-    def eager(self, module: nn.Module, args: Any, kwargs: Any, callback: Any) -> None:
-        active = _local.active
-        if active is not None and not active.mode.running():
-            _abandon()  # Ctrl-C ended a forward pass without running any hook
-            active = None
-        if active is None:
-            if not (module.training and torch.is_grad_enabled()) or _taken():
-                return
-            active = _local.active = _start(self.state, self.name, (args, kwargs))
-            active.callback = callback
-        active.step.names.append(self.name)
-        active.step.configs.append(self.config)
-        active.step.compresses |= self.config is not None
+    def begins(self, module: nn.Module) -> bool:
+        """Whether a call of this module, outside of any pass, is one: it compresses, or draws dropout's masks alone."""
+        return module.training and not transformed() and (self.state.seeds or passes.compresses())
 
-    def compiled(self, module: nn.Module, args: Any, kwargs: Any, callback: Any) -> Any:
-        """A call from compiled code that is not traced itself: the outermost, or one at which a graph was broken.
+    def packed(self) -> dict[str, Any]:
+        return {"state": self.state, "name": self.name, "config": pickle.dumps(self.config)}
 
-        Returns:
-            What is to be compiled in this call: as before, or nothing.
-        """
-        mode = traced.local.mode
-        outermost = not mode.settings or (not self.name and mode.state is self.state)
-        if mode.settings and (outermost or (mode.frame is not None and not traced.running(mode.frame))):
-            traced.end(mode)  # an interrupted pass
-            outermost = True
-        if not outermost:
-            mode.settings.append(self.setting)
-            return callback
-        active = _local.active
-        if active is not None and not active.mode.running():
-            _abandon()
-            active = None
-        if self.state.passive or not (module.training and torch.is_grad_enabled()):
-            return callback
-        if active is not None:
-            active.suspend()
-        elif _taken():
-            return callback
-        tensors = list(tensors_in((args, kwargs)))
-        traceable = tensors and all(type(x) in _TRACED and x.layout == torch.strided for x in tensors)
-        if not traceable or traced.weighs_edges(module):
-            if active is not None:
-                active.resume()
-            self.eager(module, args, kwargs, callback)  # sparse matrices break every graph, and edges would be kept
-            return None
-        held = [x for x in tensors if x.is_floating_point() and not x.requires_grad]
-        traced.begin(mode, self.state, traced.ops.fresh(tensors[0]), held)
-        mode.frame = _caller()
-        mode.settings.append(self.setting)
-        return callback
+    def unpacked(self, packed: dict[str, Any]) -> None:
+        Enter.__init__(self, packed["state"], packed["name"], pickle.loads(packed["config"]))
 
 
-class Exit:
-    """Forward hook, also called when the forward pass raised."""
+class Exit(Portable):
+    """Forward hook, for compiled code: there a module's end is traced as its beginning is."""
 
-    def __init__(self, state: State, name: str) -> None:
-        self.state, self.name = state, name
+    def __init__(self, state: State) -> None:
+        self.state = state
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_dynamo_compiling():
             traced.leave()
-        elif not torch.compiler.is_compiling():
-            callback = traced.set_callback(None)
-            if callback is None:
-                self.eager(output)
-            else:
-                try:
-                    traced.leave()
-                    active = _local.active
-                    if active is not None and active.suspended and not traced.local.mode.settings:
-                        active.resume()
-                finally:
-                    traced.set_callback(callback)
-
-    def eager(self, output: Any) -> None:
-        active = _local.active
-        if active is None or not active.step.names:
-            return
-        active.step.names.pop()
-        active.step.configs.pop()
-        if not active.step.names:
-            _local.active = None
-            active.mode.__exit__(None, None, None)
-            active.hooks.__exit__(None, None, None)
-            try:
-                active.step.end(output)
-                active.step.seen += traced.local.mode.used
-                _warn_if_unseen(active.step)
-            finally:
-                if active.callback is not None:
-                    traced.set_callback(active.callback)
 
 
-_TRACED = (torch.Tensor, nn.Parameter)
 traced.alone(Enter.__call__, Exit.__call__)
 
 
-def _caller() -> Any:
-    """The frame of Module._call_impl that runs a hook of ours."""
-    frame = sys._getframe(1)
-    while frame.f_code is not Enter.__call__.__code__ and frame.f_back is not None:
-        frame = frame.f_back
-    return frame.f_back
-
-
-def _start(state: State, name: str, inputs: Any) -> Active:
-    step = Step(state, inputs, name)
-    mode = Intercept(step, {} if state.passive else {**RULES, **state.rules} if state.rules else RULES)
-    mode.frame = _caller()
-    traced.local.mode.used = False
-    hooks = torch.autograd.graph.saved_tensors_hooks(*mode.hooks)
-    hooks.__enter__()
-    mode.__enter__()
-    return Active(step, mode, hooks)
-
-
-def _abandon() -> None:
-    """Remove a mode and hooks that an interrupted forward pass left behind in this thread."""
-    active, _local.active = _local.active, None
-    assert active is not None
-    above = []
-    while active.mode in _get_current_function_mode_stack():
-        mode = _pop_mode()
-        if mode is active.mode:
-            break
-        above.append(mode)
-    for mode in reversed(above):
-        _push_mode(mode)
-    top = _top_hooks()
-    if top is not None and top[0] == active.mode.hooks[0]:
-        active.hooks.__exit__(None, None, None)
-
-
-def _taken() -> bool:
-    """Inside someone else's hooks (an activation checkpoint runs its part again) or a transform of `torch.func`."""
-    return _top_hooks() is not None or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _top_hooks() -> Any:
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
-
-
-def _warn_if_unseen(step: Step) -> None:
-    state = step.state
-    if step.compresses and not step.seen and not state.warned:
-        state.warned = True
-        warnings.warn(
-            f"dibit: a training forward pass of the compressed {type(state.root).__name__} had no operation that Dibit "
-            "knows, so nothing was compressed; dibit.track(model) lists what is kept.",
-            stacklevel=4,
-        )
+def _written_down() -> bool:
+    """Whether operations are written down to be run elsewhere: by `torch.jit.trace`, ONNX or `torch.fx`."""
+    return torch._C._get_tracing_state() is not None or _symbolic_trace._is_fx_tracing_flag
 
 
 def compress(
@@ -257,24 +107,28 @@ def compress(
     Raises:
         TypeError: `model` is no module, or a setting is neither a name nor a `Config`.
         ValueError: a recipe or a module name is unknown; the message gives the nearest.
+        RuntimeError: this version of torch is not known.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"compress got a {type(model).__name__}; expected a torch.nn.Module.")
+    _check_module("compress", model)
+    check()
     settings = _resolve(model, config)
     decompress(model)
-    _attach(model, State(model, dict(rules or {})), settings)
+    state = State(model, dict(rules or {}))
+    _attach(model, state, settings)
+    prepare_scripting()
+    if any(setting is not None for setting in settings.values()):
+        unseen.expect(state)
     return model
 
 
 def decompress(model: M) -> M:
-    """Remove what `compress` attached, from the model and every module in it."""
-    for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, Enter | Exit)]:
-                del hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-                module._forward_hooks_with_kwargs.pop(key, None)
-                module._forward_hooks_always_called.pop(key, None)
+    """Remove what `compress` attached, from the model and every module in it.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    _check_module("decompress", model)
+    _detach(model, lambda _: True)
     return model
 
 
@@ -282,57 +136,97 @@ def decompress(model: M) -> M:
 def track(model: nn.Module) -> Iterator[Ledger]:
     """The ledger of the training forward passes in this block: one row a residual.
 
-    Works on a plain model too: then `total` equals `plain`. Put one training step in the block; several add up.
+    Works on a plain model too: then `total` equals `plain`. Put one training step in the block; several add up. Blocks
+    may lie within each other: each gets all rows of its own model.
+
+    Args:
+        model: a compressed model; a part of one, whose rows alone are shown; or what contains compressed models
+            (DDP, `torch.compile`, `AveragedModel`, a LightningModule): theirs are shown, and nothing of what else it
+            keeps. Rows carry the names by which `compress` knows the modules; where there are several compressed
+            models, each one's own name goes before them.
+
+    Raises:
+        TypeError: `model` is no module.
 
     Example:
         >>> with dibit.track(model) as saved:
         ...     loss = step(model)
         >>> print(saved); saved.total, saved.plain
     """
+    _check_module("track", model)
     ledger = Ledger()
-    state = state_of(model)
-    if state is None:
-        _attach(
-            model,
-            State(model, passive=True, ledger=ledger),
-            {name: None for name, _ in model.named_modules()},
-        )
-        try:
-            yield ledger
-        finally:
-            decompress(model)
-    else:
-        before, state.ledger = state.ledger, ledger
-        try:
-            yield ledger
-        finally:
-            state.ledger = before
+    found = states_in(model) or [each for each in states_in(model, passive=True) if each.state is state_of(model)]
+    observed = None
+    if not found:
+        observed = State(model, passive=True)
+        _attach(model, observed, {name: None for name, _ in model.named_modules()})
+        found = [Found(observed, "", {""})]
+    trackers = []
+    for each in found:
+        tell = functools.partial(_take, ledger, None if each.whole else each.names, each.path if found[1:] else "")
+        each.state.trackers.append(tell)
+        trackers.append((each.state, tell))
+    try:
+        yield ledger
+    finally:
+        for state, tell in trackers:
+            state.trackers[:] = [other for other in state.trackers if other is not tell]
+        if observed is not None:
+            _detach(model, lambda state: state is observed)
+
+
+def _take(ledger: Ledger, names: set[str] | None, path: str, rows: list[Row]) -> None:
+    """Enter the rows of a pass, all or those of modules with these names, with a path before their own."""
+    for row in rows:
+        if names is None or row.module in names:
+            ledger.add(replace(row, module=".".join(filter(None, (path, row.module)))) if path else row)
 
 
 def scores(model: nn.Module) -> Scores:
     """What `Sample(by="gradient")` knows of a compressed model's rows: `state_dict` and `load_state_dict`.
 
+    Args:
+        model: the compressed model, a part of it, or what contains it and no other.
+
     Raises:
-        ValueError: the model is not compressed.
+        TypeError: `model` is no module.
+        ValueError: nothing of the model is compressed, or it contains several compressed models.
     """
-    state = state_of(model)
-    if state is None:
+    _check_module("scores", model)
+    found = states_in(model)
+    if not found:
         raise ValueError("scores got a model that is not compressed; call dibit.compress(model) first.")
-    return state.scores
+    if len(found) > 1:
+        names = ", ".join(repr(each.path) for each in found)
+        raise ValueError(f"scores got a model that contains {len(found)} compressed ones, {names}; give one of them.")
+    return found[0].state.scores
 
 
-def state_of(model: nn.Module) -> State | None:
-    """What `compress` attached to this module, if anything."""
-    return next((hook.state for hook in model._forward_pre_hooks.values() if isinstance(hook, Enter)), None)
+def _check_module(function: str, model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function} got a {type(model).__name__}; expected a torch.nn.Module.")
+
+
+def _detach(model: nn.Module, which: Callable[[State], bool]) -> None:
+    """Remove the hooks of these states."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, Enter | Exit) and which(hook.state)]:
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+                module._forward_hooks_with_kwargs.pop(key, None)
+                module._forward_hooks_always_called.pop(key, None)
 
 
 def _attach(model: nn.Module, state: State, settings: Mapping[str, Config | None]) -> None:
     shared = _defaults(model)
+    state.seeds = any(config is not None and config.dropout == "seed" for config in settings.values())
+    state.asks = False if state.passive else asks(model) or None
     for name, module in model.named_modules():
         if id(module) in shared:
             continue
         module.register_forward_pre_hook(Enter(state, name, settings[name]), prepend=True, with_kwargs=True)
-        module.register_forward_hook(Exit(state, name), always_call=True)
+        module.register_forward_hook(Exit(state))
 
 
 def _defaults(model: nn.Module) -> set[int]:

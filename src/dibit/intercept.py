@@ -8,9 +8,8 @@ and integers losslessly: a hook sees a tensor, not the operation, so it cannot k
 from __future__ import annotations
 
 import functools
-import sys
+import warnings
 from collections.abc import Iterator, Mapping
-from types import FrameType
 from typing import Any
 
 import torch
@@ -19,25 +18,22 @@ from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 
+from dibit import inner_gradient
 from dibit.identity import storage_key, storages
+from dibit.masks import DROPOUTS, Calls, top_hooks, transformed
 from dibit.replay import functions
 from dibit.state import Rule
 from dibit.step import Step, tensors_in
 from dibit.tape import PURE
 
-_EXPOSES = functions("numpy data_ptr __array__ __dlpack__ untyped_storage storage share_memory_") | {
-    Tensor.__cuda_array_interface__.__get__  # type: ignore[attr-defined]
-}
+_EXPOSES = functions("numpy data_ptr __array__ __dlpack__ untyped_storage storage share_memory_")
 _FROM_OUTSIDE = functions("as_tensor asarray from_numpy frombuffer from_dlpack")  # may share somebody else's memory
 _STATISTICS = {  # where running statistics are among the arguments; the version counter does not tell of these writes
     F.batch_norm: slice(1, 3), F.instance_norm: slice(1, 3), torch.batch_norm: slice(3, 5),
     torch.instance_norm: slice(3, 5), torch.native_batch_norm: slice(3, 5),
 }  # fmt: skip
-_GRADIENTS = {torch.autograd.grad, Tensor.backward}
-_INNER_GRADIENT = (
-    "{} asks for a gradient inside its forward pass, where compressed activations would change the result; leave that "
-    "module exact: dibit.compress(model, {{{!r}: None, '*': 'default'}})."
-)
+_push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
+_pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
 
 
 @functools.cache
@@ -88,55 +84,83 @@ class Intercept(TorchFunctionMode):
         super().__init__()
         self.step = step
         self.rules = rules
+        self.calls = Calls(step.state)
         self.hooks = (step.pack, step.unpack)
-        self.frame: FrameType | None = None  # of the outermost module's call; set at entry
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_dynamo_compiling():
-            return func(*args, **kwargs)  # a compiled function within the model: exact
+        if func.__name__ == "__get__" or torch.compiler.is_dynamo_compiling() or transformed():
+            return func(*args, **kwargs)  # a property; within the model a compiled function, or a transform: exact
         step = self.step
-        if func in _GRADIENTS and step.config is not None and self.running():
-            raise RuntimeError(_INNER_GRADIENT.format(step.module or type(step.state.root).__name__, step.module))
-        rule = self.rules.get(func)
-        if (rule is not None or func in PURE) and not self.running():
-            return func(*args, **kwargs)
-        if func.__name__ != "__get__":  # a property is no operation
-            step.function = func
+        if func in inner_gradient.ASKING:
+            return self._asked(func, args, kwargs)
+        if step.state.asks is not False and inner_gradient.makes_leaf(func, args, kwargs):
+            step.exact_within = len(step.names) if step.exact_within is None else step.exact_within
+            step.asked = False
+        # Hooks are there for the one operation: transforms of `torch.func` refuse to begin where there are any.
+        keeps = torch.is_grad_enabled() and top_hooks() is None
+        if not keeps:
+            return self._run(func, args, kwargs, keeps)
+        _push_hooks(*self.hooks)
+        try:
+            return self._run(func, args, kwargs, keeps)
+        finally:
+            _pop_hooks()
+
+    def _run(self, func: Any, args: Any, kwargs: Any, keeps: bool) -> Any:
+        """An operation; `keeps`: not within someone else's hooks (activation checkpoints), where all stays exact."""
+        step = self.step
+        step.function = func
         if step.config is None:
             tell_of_writes(step, func, args, kwargs)
+            if func in DROPOUTS and step.configs:
+                result = self.calls.masked(step.configs[-1], func, args, kwargs)
+                if result is not NotImplemented:
+                    return result
             return func(*args, **kwargs)
-        grad, tape = torch.is_grad_enabled(), step.tape
+        tape, rule = step.tape, self.rules.get(func)
         # Under no_grad others may write to what is made, out of sight: a Function's own forward pass runs there.
-        call = tape.before(func, args, kwargs) if grad and func in PURE else None
+        call = tape.before(func, args, kwargs) if func in PURE and torch.is_grad_enabled() else None
         tell_of_writes(step, func, args, kwargs)
-        if rule is not None and grad and self._outermost():
+        result = NotImplemented
+        if rule is not None and keeps:
             result = run_rule(step, func, rule, args, kwargs)
-            if result is not NotImplemented:
-                step.seen += 1
-                tape.after(call, result)
-                return result
-        tape.running = call
-        try:
-            result = func(*args, **kwargs)
-        finally:
-            tape.running = None
+            step.seen += result is not NotImplemented
+        if result is NotImplemented and func in DROPOUTS:
+            result = self.calls.masked(step.configs[-1], func, args, kwargs)
+        if result is NotImplemented:
+            tape.running = call
+            try:
+                result = func(*args, **kwargs)
+            finally:
+                tape.running = None
         tape.after(call, result)
         if call is None:
             tell_of_results(step, func, args, result)
         return result
 
-    def running(self) -> bool:
-        """Whether the forward pass that set this mode is still on the stack: Ctrl-C ends one without any hook."""
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and frame is not self.frame:
-            frame = frame.f_back
-        return frame is not None
-
-    def _outermost(self) -> bool:
-        """False inside someone else's saved-tensor hooks (activation checkpointing): there everything stays exact."""
-        top = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        return top is not None and top[0] == self.hooks[0]
+    def _asked(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A gradient is asked for inside the forward pass: exactly, or not at all."""
+        step = self.step
+        step.state.asks = True
+        outputs, inputs = inner_gradient.asked(func, args, kwargs)
+        nodes = inner_gradient.compressed_between(outputs, inputs)
+        if nodes:
+            raise RuntimeError(inner_gradient.refusal(step.module, type(step.state.root).__name__, nodes))
+        step.asked = True
+        if step.exact_within is not None and step.exact_within <= 1 and not step.state.told:
+            step.state.told = True
+            warnings.warn(
+                f"dibit: {type(step.state.root).__name__} asks for a gradient inside its forward pass, which has to be "
+                "exact, so what it computes from the tensor that it differentiates by is not compressed.",
+                stacklevel=3,
+            )
+        step.seen += 1
+        before, step.exact_within = step.exact_within, 0  # what an activation checkpoint runs again meanwhile
+        try:
+            return func(*args, **kwargs)
+        finally:
+            step.exact_within = before
 
 
 def run_rule(step: Step, func: Any, rule: Rule, args: Any, kwargs: Any) -> Any:

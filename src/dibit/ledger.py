@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -35,6 +35,7 @@ class Ledger:
     """
 
     rows: list[Row] = field(default_factory=list)
+    trackers: tuple[Callable[[list[Row]], None], ...] = field(default=(), repr=False)  # get the rows at the end
     _plain: dict[int, tuple[Row, int]] = field(default_factory=dict, repr=False)
     _kept: dict[int, tuple[Row, int]] = field(default_factory=dict, repr=False)
     _alive: Alive = field(default_factory=Alive, repr=False)
@@ -93,6 +94,8 @@ class Ledger:
         self._plain.clear()
         self._kept.clear()
         self._alive.clear()
+        for tell in self.trackers:
+            tell(self.rows)
 
     def __str__(self) -> str:
         rows = [row for row in self.rows if row.plain or row.kept]

@@ -21,6 +21,7 @@ from dibit.lossless import Exact, Narrowed, bind, outer
 from dibit.precision import HALF
 from dibit.replay import Program, Shared
 from dibit.score_table import Watch
+from dibit.stream import Key
 
 # Whether the backward pass that runs leaves what was saved for another one.
 keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -78,11 +79,15 @@ class Compressed:
     Attributes:
         watch: measures the gradients that it is multiplied with, where the next step's rows depend on them.
         key: of it among the residuals of a pass, the same in the next pass.
+        module: whose operation keeps it.
+        drawn: key of the pass, which is told when the backward pass comes to it.
     """
 
     packed: Packed
     watch: Watch | None = None
     key: str = ""
+    module: str = ""
+    drawn: Key | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -101,13 +106,17 @@ class Compressed:
 
     def bind(self, tensors: Sequence[Tensor]) -> Compressed:
         packed = self.packed.with_tensors(tuple(tensors)) if tensors else self.packed.without_tensors()
-        return Compressed(packed, self.watch, self.key)
+        return replace(self, packed=packed)
 
     def value(self) -> Tensor:
+        if self.drawn is not None:
+            self.drawn.used()
         return decode(self.packed)
 
     def outer(self, dy: Tensor) -> Tensor:
         packed = self.packed
+        if self.drawn is not None:
+            self.drawn.used()
         if self.watch is not None:
             self.watch.see(dy)
         # sums, and weights that may go beyond float16's largest number

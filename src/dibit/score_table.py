@@ -12,13 +12,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from dibit.codec.rows import LEFT_OUT, row_scores, together
 from dibit.field import Field
+from dibit.identity import version
 from dibit.owners import History
 from dibit.stream import capturing
 
+_PARAMETERS, _ELEMENTS = 16, 16  # whose values are compared, and how many of each
 _HISTORY = "steady/"  # before the roles of `History`
 _REACH = "reach/"  # before the keys of `Field.state_dict`, beside those of the scores
 
@@ -51,7 +54,9 @@ class Scores:
     """The table of one model.
 
     Scores change when the optimiser has changed a parameter, not before: passes that add up to one step are sampled
-    alike. In a CUDA graph they change with each replay, in a table that belongs to the graph from then on.
+    alike. Version counters tell of a change; where they stand still though gradients have come by, a few values of the
+    parameters tell, since some optimisers step through `p.data`. In a CUDA graph scores change with each replay, in a
+    table that belongs to the graph from then on.
 
     Attributes:
         known: by residual, uint8 (nodes,).
@@ -63,28 +68,48 @@ class Scores:
     reach: Field = field(default_factory=Field)
     history: History = field(default_factory=History)
     _pending: dict[str, list[tuple[Tensor | None, Watch]]] = field(default_factory=dict, repr=False)
+    _next: dict[str, Tensor] = field(default_factory=dict, repr=False)  # with the batches since the last change
     _stamp: int | None = field(default=None, repr=False)
+    _values: list[float] | None = field(default=None, repr=False)  # of the parameters, where the stamp stood still
     _warned: bool = field(default=False, repr=False)
     _captured: list[Tensor] = field(default_factory=list, repr=False)  # read and written by CUDA graphs
 
     def begin(self, parameters: Iterable[Tensor]) -> None:
         """A forward pass begins; if the parameters have changed, what was measured counts from now on."""
-        stamp = sum(p._version for p in parameters)
-        if stamp == self._stamp:
-            return
+        parameters = [p for p in parameters if not is_lazy(p)]
+        stamp = sum(map(version, parameters))
         if any(capturing(table.device) for table in self.known.values()):
             return  # what a graph reads must be there before it
+        if stamp == self._stamp:
+            if not self._pending and not self._next:
+                return
+            before, self._values = self._values, _values(parameters)
+            if before is None or before == self._values:
+                self._gather()
+                return
+        else:
+            self._values = None
         self._stamp = stamp
         self.known = self._latest()
+        self._next.clear()
         self._pending.clear()
+
+    def _gather(self) -> None:
+        """Put the batches measured so far into one table: however many there are before a step, memory stays flat."""
+        for key, measured in self._pending.items():
+            if measured[0][0] is not None:
+                self._next[key] = _folded(self._next.get(key, self.known.get(key)), measured)
+                for _, watch in measured:
+                    watch.scores = None  # it tells again if there is more
+        self._pending = {key: measured for key, measured in self._pending.items() if measured[0][0] is None}
 
     def _latest(self) -> dict[str, Tensor]:
         """What is known, with all that was measured since."""
-        found = dict(self.known)
+        found = {**self.known, **self._next}
         for key, measured in self._pending.items():
-            for ids, watch in measured:
-                if watch.scores is not None:
-                    found[key] = _updated(found.get(key), ids, watch.scores)
+            table = _folded(found.get(key), measured)
+            if table is not None:
+                found[key] = table
         return found
 
     def of(self, key: str, x: Tensor, ids: Tensor | None) -> Tensor | None:
@@ -162,20 +187,30 @@ class Scores:
         self.known = scores
         self.reach.load_state_dict(reach)
         self.history = History(steady)
+        self._next.clear()
         self._pending.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh: dict[str, Any] = {"_pending": {}, "_stamp": None, "_captured": []}
-        return {
-            "known": dict(self.known),
-            "reach": self.reach,
-            "history": self.history,
-            "_warned": self._warned,
-            **fresh,
-        }
+        return {"known": dict(self.known), "reach": self.reach, "history": self.history, "_warned": self._warned}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        vars(self).update({**vars(Scores()), **state})
+
+
+def _values(parameters: list[Tensor]) -> list[float]:
+    """Some values of some trained parameters: enough to tell that an optimiser has stepped."""
+    trained = [p.detach() for p in parameters if p.requires_grad and type(p) is nn.Parameter and p.numel()]
+    some = trained[:: len(trained) // _PARAMETERS + 1]
+    parts = [p.view(-1)[:: p.numel() // _ELEMENTS + 1] for p in some if p.is_contiguous() and not p.is_complex()]
+    return [float(x) for part in parts for x in part.tolist()]
+
+
+def _folded(table: Tensor | None, measured: Iterable[tuple[Tensor | None, Watch]]) -> Any:
+    """A table with all that was measured, in order."""
+    for ids, watch in measured:
+        if watch.scores is not None:
+            table = _updated(table, ids, watch.scores)
+    return table
 
 
 def _updated(old: Tensor | None, ids: Tensor | None, new: Tensor) -> Tensor:

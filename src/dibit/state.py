@@ -1,7 +1,9 @@
-"""What `compress` attaches to a model."""
+"""What `compress` attaches to a model, and how it is found again."""
 
 from __future__ import annotations
 
+import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +14,9 @@ from torch.nn.parameter import is_lazy
 from dibit.codec import Packed
 from dibit.field import Field
 from dibit.identity import storages
-from dibit.ledger import Ledger
+from dibit.ledger import Ledger, Row
 from dibit.owners import History
+from dibit.portable import Portable
 from dibit.score_table import Scores
 
 Rule = Callable[..., Any]
@@ -21,17 +24,20 @@ Rule = Callable[..., Any]
 Observer = Callable[[str, str, Tensor, Packed], None]
 
 
-@dataclass
-class State:
+@dataclass(eq=False)
+class State(Portable):
     """Shared by the hooks of a model's modules; copied and pickled with them."""
 
     root: nn.Module
     rules: dict[Any, Rule] = field(default_factory=dict)
     passive: bool = False  # only observe: `track` on a plain model
-    ledger: Ledger | None = None
+    trackers: list[Callable[[list[Row]], None]] = field(default_factory=list)  # get the rows of each pass
     salt: int = 0  # other draws of the codec, the same dropout masks: the study of a gradient's error
     observer: Observer | None = None
     warned: bool = False
+    told: bool = False  # that gradients inside the forward pass keep it exact
+    seeds: bool = False  # some module's config draws dropout's masks from seeds
+    asks: bool | None = None  # a forward pass asks for a gradient; `None`: not known yet
     scores: Scores = field(default_factory=Scores)
 
     @property
@@ -43,6 +49,11 @@ class State:
     def history(self) -> History:
         """Which tensors of others came through the backward passes unchanged."""
         return self.scores.history
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """A new one for a pass, where someone tracks."""
+        return Ledger(trackers=tuple(self.trackers)) if self.trackers else None
 
     def constants(self) -> Iterator[tuple[str, Tensor]]:
         """Tensors that live as long as the model, with their names: parameters, buffers, cached graph structure."""
@@ -57,3 +68,81 @@ class State:
                         for part in (*x.coo(), x.storage.rowptr()):
                             if part is not None:
                                 yield f"{path}.{name}".lstrip("."), part
+
+    def copied(self) -> dict[str, Any]:
+        return {**vars(self), "trackers": [], "observer": None}
+
+    def packed(self) -> dict[str, Any]:
+        rules, lost = {}, []
+        for function, rule in self.rules.items():
+            try:
+                pickle.dumps((function, rule))
+                rules[function] = rule
+            except (pickle.PicklingError, AttributeError, TypeError):
+                lost.append(getattr(function, "__name__", str(function)))
+        if lost:
+            warnings.warn(
+                f"dibit: the rules for {', '.join(lost)} cannot be pickled, so the saved {type(self.root).__name__} is "
+                "without them; call dibit.compress(model, rules=...) once more after loading it, or make them "
+                "functions of a module's top level.",
+                stacklevel=3,
+            )
+        return {
+            "root": self.root,
+            "rules": pickle.dumps(rules),
+            "passive": self.passive,
+            "warned": self.warned,
+            "seeds": self.seeds,
+            "asks": self.asks,
+            "scores": self.scores.__getstate__()["known"],
+            "steps": dict(self.reach.steps),
+        }
+
+    def unpacked(self, packed: dict[str, Any]) -> None:
+        rules, known, steps = pickle.loads(packed["rules"]), packed["scores"], packed["steps"]
+        own = {name: packed[name] for name in ("passive", "warned", "seeds", "asks")}
+        State.__init__(self, packed["root"], rules, **own)
+        self.scores.known, self.reach.steps = known, steps
+
+
+class Hook(Portable):
+    """A forward pre-hook of ours, which knows its module's name in the compressed model."""
+
+    def __init__(self, state: State, name: str) -> None:
+        self.state, self.name = state, name
+
+
+@dataclass
+class Found:
+    """A compressed model of which a module holds the whole or a part.
+
+    Attributes:
+        state: what `compress` attached to it.
+        path: its name in that module; of a part of it, the name of the first that is found.
+        names: of its modules that were found, as the compressed model calls them.
+    """
+
+    state: State
+    path: str
+    names: set[str]
+
+    @property
+    def whole(self) -> bool:
+        return "" in self.names
+
+
+def state_of(model: nn.Module) -> State | None:
+    """What `compress` attached to this module, if anything."""
+    hooks: Any = model._forward_pre_hooks.values()
+    return next((hook.state for hook in hooks if isinstance(hook, Hook)), None)
+
+
+def states_in(model: nn.Module, passive: bool = False) -> list[Found]:
+    """All compressed models in a module, or which it is a part of; or `passive` ones, which are only tracked."""
+    found: dict[int, Found] = {}
+    hook: Any
+    for path, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, Hook) and hook.state.passive == passive:
+                found.setdefault(id(hook.state), Found(hook.state, path, set())).names.add(hook.name)
+    return list(found.values())

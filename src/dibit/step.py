@@ -27,7 +27,7 @@ from dibit.owners import Owners, is_whole
 from dibit.residual import Aggregated, Compressed, Gathered, Lossless, Reference, Residual
 from dibit.score_table import Watch
 from dibit.state import State
-from dibit.stream import capturing, fresh_key, replayed_key
+from dibit.stream import Key, capturing, replayed_key
 from dibit.tape import SMALL, Node, Tape, nbytes
 
 _DEEPEST = 6  # nested containers that are searched for the caller's tensors
@@ -47,6 +47,8 @@ class Step:
         self.names: list[str] = []
         self.configs: list[Config | None] = []
         self.ledger: Ledger | None = state.ledger
+        self.exact_within: int | None = None  # everything is, until fewer modules than this are running
+        self.asked = False  # for a gradient, since that began
         self.compresses = False  # some module of this pass has a config
         self.seen = 0  # operations that a rule took over
         self.function: Any = None  # the function now running, for the ledger
@@ -61,7 +63,7 @@ class Step:
         self._keys: dict[str, int] = {}  # residuals with a key so far, by module and function
         self._assumed: dict[str, int] = {}  # how far from the output residuals lie that left out rows
         self.matrix = _only_matrix(inputs) if self.batch.loss_rows is not None else None
-        self._key: int | None = None
+        self._key: Key | None = None
         self._replayed: Tensor | None = None
         self._draws = 0
         self.deferred: list[Any] = []  # residuals whose form depends on what the model returns
@@ -89,7 +91,7 @@ class Step:
     # -- randomness -------------------------------------------------------------------------------------------------
 
     def seed(self, purpose: str, device: torch.device, *more: int) -> Tensor:
-        """A fresh seed. The stream is a function of torch's default generator and draws nothing from it.
+        """A fresh seed of the codec. The stream is a function of torch's default generator and draws nothing from it.
 
         While a CUDA graph is captured a number would be written into it once and for all: there the key is drawn on the
         device, anew at each replay.
@@ -100,9 +102,9 @@ class Step:
                 self._replayed = replayed_key(device)
             return self._replayed ^ mix(self._draws, purpose, *more)
         if self._key is None:
-            self._key = fresh_key()
+            self._key = Key(self.names[0] if self.names else "", self.state.seeds)
         self._draws += 1
-        return seed_tensor(mix(self._key, purpose, self._draws, *more), device)
+        return seed_tensor(mix(self._key.value, purpose, self._draws, *more), device)
 
     def end(self, outputs: Any) -> None:
         """Settle what depends on the outputs, and forget what is shared within the pass."""
@@ -116,6 +118,8 @@ class Step:
         returned = {storage_key(part) for x in outputs for part in storages(x)}
         for cell in self.deferred:
             cell.settle(self, returned)
+        if self._key is not None:
+            self._key.ended()
         if self.ledger is not None:
             self.ledger.close(outputs)
         # autograd may keep the hooks, and with them this object, as long as the graph
@@ -132,7 +136,7 @@ class Step:
     @property
     def config(self) -> Config | None:
         """Of the innermost module that is running; `None` leaves everything exact."""
-        return self.configs[-1] if self.configs else None
+        return self.configs[-1] if self.configs and self.exact_within is None else None
 
     @property
     def module(self) -> str:
@@ -365,7 +369,7 @@ class Step:
         if self.state.observer is not None:
             x = x if affine is None else affine(x)
             self.state.observer(self.module, function_name(self.function), x, packed)
-        return Compressed(packed, watch, key)
+        return Compressed(packed, watch, key, self.module, self._key)
 
     def _name(self) -> str:
         """Of the residual that the running function keeps, the same in every pass."""

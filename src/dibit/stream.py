@@ -1,41 +1,126 @@
-"""Seeds that follow torch's default generator and never move it.
+"""Where random numbers come from: torch's default generator, in a way that other threads, and passes run again, bear.
 
-A compressed pass needs fresh random numbers, the same after `torch.manual_seed` or a restored generator state, and must
-leave the model's own draws where they are. So its key is a hash of the state, and the state is *marked*: the
-lowest 31 bits of the Mersenne Twister's first word count up. They are the 31 bits of its 624 words that its recurrence
-never reads, and the word itself has been given out, or will be overwritten, before the next number: all draws stay what
-they were, while `get_rng_state`, `set_rng_state` and `manual_seed` carry, restore and reset the count.
+Two kinds of numbers are drawn, and they have different needs.
+
+*A dropout's mask* is part of what the model computes. Whatever runs a forward pass a second time (activation
+checkpoints, reversible layers, gradient caches) puts torch's generator back before it, so each dropout takes one number
+from the generator, in one draw, which torch makes under the generator's own lock: the same mask again, whoever
+else is compressing and whether or not gradients are on. Under `dropout="mask"` torch draws the mask as it always does.
+
+*The codec's key* must differ from pass to pass, but may not move the generator within a pass: only one of the two runs
+compresses, and what is drawn after it would differ. The key is a hash of the generator's state, which is only read, and
+of how many keys that state has given before. A state comes back if somebody restores it, or if nothing was drawn in
+between; to tell these apart, the backward pass of a pass after which nothing was drawn draws one number. So
+`manual_seed` and `set_rng_state` are enough for a run to repeat itself or to go on, no two passes of any threads have
+the same key, and nothing that anybody draws in a forward pass is moved by it. Passes that are run again from within a
+backward pass start from states that have given keys already: their keys are of a kind of their own.
+
+A model whose configs all have `dropout="mask"` is promised the plain model's own draws, so there that one number is not
+drawn. The price: where nothing at all is drawn between two passes, they go on counting, though the seed be set anew.
+
+The generator's state is never written: between reading and writing it, another thread may have drawn from it, and would
+draw the same numbers again.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
+import os
+import threading
 
 import torch
 from torch import Tensor
 
-_WORD, _FREE = slice(24, 32), 2**31 - 1  # the first word in the state's bytes, after the seed and the position
+from dibit.codec.rng import seed_tensor
 
 
-def fresh_key() -> int:
-    """64 bits that no other pass has, a function of torch's default generator."""
-    generator = torch.default_generator
-    state = generator.get_state()
-    key = hashlib.blake2b(state.numpy().tobytes(), digest_size=8).digest()
-    if _draws_ignore_marks():
-        generator.set_state(marked(state))
-    else:
-        torch.empty((), dtype=torch.int64).random_()
-    return int.from_bytes(key, "little")
+class _Given:
+    """The state that last gave a key, and how many it has given."""
+
+    def __init__(self) -> None:
+        self.state: bytes | None = None
+        self.count = 0
+
+    def number(self, state: bytes) -> int:
+        """Of one more key of this state."""
+        self.count = self.count + 1 if state == self.state else 0
+        self.state = state
+        return self.count
 
 
-def marked(state: Tensor) -> Tensor:
-    """A generator's state (uint8) with one more mark."""
-    state = state.clone()
-    word = state[_WORD].view(torch.int64)
-    word.copy_((word & ~_FREE) | ((word + 1) & _FREE))
-    return state
+_lock = threading.Lock()
+_first, _again = _Given(), _Given()
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()  # another thread of the parent may have held it
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class Key:
+    """The key of one pass: no other pass has it.
+
+    Args:
+        name: of the pass's module, which tells passes apart that are run again from within a backward pass.
+        moves: the backward pass may move the generator.
+
+    Attributes:
+        value: 64 bits, a function of torch's default generator.
+    """
+
+    __slots__ = ("_moves", "_state", "value")
+
+    def __init__(self, name: str = "", moves: bool = True) -> None:
+        again = torch._C._current_graph_task_id() != -1
+        with _lock:
+            state = _state()
+            number = (_again if again else _first).number(state)
+            if not again and not number and state == _again.state:
+                _again.state = None  # somebody restored it
+        self._state: bytes | None = state
+        self._moves = moves
+        label = repr((name, number)) if again else str(number)
+        key = hashlib.blake2b(state, digest_size=8, key=label.encode()[-64:])
+        self.value = int.from_bytes(key.digest(), "little")
+
+    def used(self) -> None:
+        """The backward pass has come to it: the state that gave it shall not give the next one too."""
+        if self._state is not None:
+            self._passed(self._moves)
+
+    def ended(self) -> None:
+        """The forward pass has ended."""
+        if self._state is not None:
+            self._passed(False)
+
+    def _passed(self, moves: bool) -> None:
+        with _lock:
+            state = self._state
+            if state == _state():
+                if not moves:
+                    return
+                draw()
+            self._state = None
+            if state == _first.state:
+                _first.state = None  # nothing but restoring it brings it back
+
+
+def draw() -> Tensor:
+    """int64 0-d in [0, 2^63): one number of torch's default generator, drawn under the generator's own lock."""
+    return torch.empty((), dtype=torch.int64, device="cpu").random_()
+
+
+def dropout_seed(device: torch.device) -> Tensor:
+    """int64 0-d on the device: the seed of one dropout's mask, one number of torch's default generator.
+
+    While a CUDA graph is captured, of the device's own generator, anew at each replay.
+    """
+    if device.type == "cpu":
+        return draw()
+    return replayed_key(device) if capturing(device) else seed_tensor(int(draw()), device)
 
 
 def capturing(device: torch.device) -> bool:
@@ -48,18 +133,6 @@ def replayed_key(device: torch.device) -> Tensor:
     return torch.empty((), dtype=torch.int64, device=device).random_()
 
 
-@functools.cache
-def _draws_ignore_marks() -> bool:
-    """Whether this torch keeps its generator's state as described above."""
-    generator = torch.Generator()
-    for before in (0, 7, 624):
-        generator.manual_seed(before)
-        torch.rand(before, generator=generator)
-        state = generator.get_state()
-        mark = marked(state)
-        plain = torch.rand(700, generator=generator)
-        generator.set_state(mark)
-        kept = torch.equal(generator.get_state(), mark) and not torch.equal(mark, state)
-        if not kept or not torch.equal(plain, torch.rand(700, generator=generator)):
-            return False
-    return True
+def _state() -> bytes:
+    """Of torch's default generator, read under the generator's own lock."""
+    return torch.default_generator.get_state().numpy().tobytes()

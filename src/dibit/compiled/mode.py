@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 import threading
-from types import CodeType, FrameType
+from types import CodeType
 from typing import Any
 
 import torch
@@ -41,7 +40,6 @@ class Traced(TorchFunctionMode):
         state: of the compressed model whose pass this is.
         own: functions for which the user gave rules of another kind: left to torch.
         used: some pass was compiled since this was last set to `False`.
-        frame: of the outermost module's call, where it is known.
     """
 
     def __init__(self) -> None:
@@ -57,7 +55,6 @@ class Traced(TorchFunctionMode):
         self.state: Any = None
         self.own: tuple[Any, ...] = ()
         self.used = False
-        self.frame: FrameType | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -115,7 +112,7 @@ def leave() -> None:
 
 def begin(mode: Traced, state: Any, key: Tensor, held: list[Tensor]) -> None:
     """Start a pass."""
-    mode.key, mode.draws, mode.held, mode.used, mode.frame = key, 0, tuple(held), True, None
+    mode.key, mode.draws, mode.held, mode.used = key, 0, tuple(held), True
     mode.inputs, mode.dropped, mode.older = [], [], 0
     mode.state, mode.own = state, tuple(state.rules)
     _push_mode(mode)
@@ -132,7 +129,7 @@ def end(mode: Traced) -> None:
     for other in reversed(above):
         _push_mode(other)
     mode.inputs, mode.dropped, mode.older = [], [], 0
-    mode.settings, mode.key, mode.held, mode.state, mode.own, mode.frame = [], None, (), None, (), None
+    mode.settings, mode.key, mode.held, mode.state, mode.own = [], None, (), None, ()
 
 
 def weighs_edges(module: torch.nn.Module) -> bool:
@@ -162,11 +159,3 @@ def alone(*functions: Any) -> None:
             eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(skip, default))
         else:
             eval_frame.skip_code(code)  # type: ignore[attr-defined]
-
-
-def running(frame: FrameType | None) -> bool:
-    """Whether a frame is still on the stack."""
-    own: FrameType | None = sys._getframe(1)
-    while own is not None and own is not frame:
-        own = own.f_back
-    return own is not None

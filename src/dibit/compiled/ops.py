@@ -17,19 +17,19 @@ from dibit.compiled.spec import LEAF, NORM, settings
 from dibit.config import Config, Sample
 from dibit.functions.norm import batch_norm_gradient, layer_norm_gradient
 from dibit.residual import Compressed
-from dibit.stream import capturing, fresh_key, replayed_key
+from dibit.stream import capturing, draw, replayed_key
 
 _GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's step: seeds of one pass are the numbers of its stream
 
 
 def fresh(like: Tensor) -> Tensor:
-    """The key of a pass: int64 0-d on the device of `like`, a function of torch's default generator.
+    """The key of a pass: int64 0-d on the device of `like`, one number of torch's default generator.
 
     In a CUDA graph that is captured, of the device's generator instead: another at each replay.
     """
     if capturing(like.device):
         return replayed_key(like.device)
-    return seed_tensor(mix(fresh_key(), "compiled"), like.device)
+    return seed_tensor(mix(int(draw()), "compiled"), like.device)
 
 
 @custom_op("dibit::fresh_key", mutates_args=("passes",))

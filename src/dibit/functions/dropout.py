@@ -11,6 +11,7 @@ from dibit.codec import ops
 from dibit.functions.common import dense, first_order, write
 from dibit.residual import Mask, Reseeded, load, save
 from dibit.step import Step
+from dibit.stream import dropout_seed
 
 
 class SeededDropout(torch.autograd.Function):
@@ -28,6 +29,22 @@ class SeededDropout(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         (residual,) = load(ctx)
         return residual.apply(dy), None, None
+
+
+class ExactDropout(torch.autograd.Function):
+    """The same where nothing is compressed; it can be differentiated any number of times."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seed: Tensor, p: float, inplace: bool) -> Tensor:
+        ctx.save_for_backward(seed)
+        ctx.p = p
+        if inplace:
+            ctx.mark_dirty(x)
+        return write(x, ops.dropout(x.contiguous(), seed, p), inplace)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return ExactDropout.apply(dy, ctx.saved_tensors[0], ctx.p, False), None, None, None
 
 
 class MaskedDropout(torch.autograd.Function):
@@ -67,15 +84,26 @@ def dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
     return write(x, ops.dropout(x.contiguous(), seed, p), False)
 
 
+def drops(x: Any, p: float) -> bool:
+    """Whether Dibit can draw the mask: of (..., D) floating point, strided; p neither 0 nor 1.
+
+    It may depend on nothing that differs when the forward pass is run again, such as whether x requires a gradient.
+    """
+    return 0 < p < 1 and dense(x) and bool(x.numel())
+
+
+def seeded(x: Tensor, p: float, inplace: bool = False) -> Any:
+    """Dropout with Dibit's mask, exact; `NotImplemented` where torch draws it."""
+    return ExactDropout.apply(x, dropout_seed(x.device), float(p), inplace) if drops(x, p) else NotImplemented
+
+
 def dropout(step: Step, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     config = step.config
-    if config is None or not training or not 0 < p < 1 or not dense(input) or not input.numel():
+    if config is None or not training or not drops(input, p):
         return NotImplemented
     if config.dropout == "mask":
         return MaskedDropout.apply(input, step, p, inplace) if input.requires_grad else NotImplemented
-    if not input.requires_grad and inplace:
-        return NotImplemented
-    residual = Reseeded(step.seed("dropout", input.device), float(p))
+    residual = Reseeded(dropout_seed(input.device), float(p))
     if input.requires_grad:
         step.plain(input.numel() * (input.element_size() if input.device.type == "cpu" else 1))
         step.note(residual)

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dibit.codec import Affine, ops
+from dibit.codec import Affine, ops, seed_tensor
 from dibit.functions.common import dense, first_order
 from dibit.functions.dropout import dropout
 from dibit.functions.norm import batch_norm_gradient, keep_normalised
 from dibit.precision import at_least_single
 from dibit.residual import Mask, Reseeded, load, save
 from dibit.step import Step
+from dibit.stream import dropout_seed
 
 
 class NormReLUDropout(torch.autograd.Function):
@@ -27,7 +28,7 @@ class NormReLUDropout(torch.autograd.Function):
         mean, inverse = _statistics(x, running, momentum, eps)
         gain = inverse if weight is None else inverse * weight
         shift = torch.zeros_like(mean) if bias is None else bias.detach().to(mean.dtype)
-        seed = step.seed("dropout", x.device)
+        seed = dropout_seed(x.device) if p else seed_tensor(0, x.device)
         y, bits = ops.norm_relu_dropout(x, mean, gain, shift, seed, p)
         mask = step.note(Mask(bits, 0.0))
         if p:

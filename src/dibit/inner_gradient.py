@@ -1,0 +1,146 @@
+"""Gradients that a forward pass asks for itself: forces, energies that a layer minimises, gradient penalties.
+
+They are part of what the model returns, so they must be exact. A tensor that is made to require a gradient within the
+pass announces a request: all that follows stays exact, until the module ends in which it was made, if a gradient was
+asked for there, else until the pass ends (later passes know if no request came). Every request is checked besides: it is
+answered only if nothing compressed lies between what is differentiated and what it is differentiated by.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_FUNCTIONS = (torch.autograd.grad, torch.autograd.backward)
+_DEEPEST = 4  # calls from a module's forward to the function that asks
+
+ASKING = {*_FUNCTIONS, Tensor.backward}
+_SETS = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
+_DUAL = torch._C._VariableFunctions._make_dual
+_MAKING = {Tensor.requires_grad_, _SETS, _DUAL}
+
+
+def makes_leaf(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a call makes a tensor require a gradient, or carry a tangent: it will be differentiated by."""
+    if func not in _MAKING:
+        return bool(kwargs.get("requires_grad")) if kwargs else False
+    if isinstance(args[0], nn.Parameter):
+        return False
+    return func is _DUAL or bool(args[1] if len(args) > 1 else kwargs.get("requires_grad", True))
+
+
+def asked(func: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Of a call of `ASKING`: what is differentiated, and by what (`None`: every leaf)."""
+    names = {
+        torch.autograd.grad: ("outputs", "inputs"),
+        torch.autograd.backward: ("tensors", "grad_tensors", "retain_graph", "create_graph", "_", "inputs"),
+        Tensor.backward: ("tensors", "gradient", "retain_graph", "create_graph", "inputs"),
+    }[func]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    outputs = _tensors(given.get("outputs", given.get("tensors", given.get("self"))))
+    inputs = given.get("inputs")
+    return outputs, None if inputs is None else _tensors(inputs)
+
+
+def compressed_between(outputs: Iterable[Tensor], inputs: Iterable[Tensor] | None) -> list[Any]:
+    """Autograd's nodes of compressed operations that a gradient of the outputs by the inputs comes past."""
+    ends = None if inputs is None else {torch.autograd.graph.get_gradient_edge(x).node for x in inputs}
+    order: list[Any] = []
+    seen: set[Any] = set()
+    stack = [(x.grad_fn, False) for x in outputs if x.grad_fn is not None]
+    while stack:  # children before parents
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack += [(child, False) for child, _ in node.next_functions if child is not None]
+    leads: set[Any] = set()  # nodes before which an input lies
+    for node in order:
+        if ends is None or any(child in ends or child in leads for child, _ in node.next_functions):
+            leads.add(node)
+    return [node for node in order if node in leads and _compressed(node)]
+
+
+def modules(nodes: Iterable[Any]) -> list[str]:
+    """The names of modules that keep something of these nodes compressed, as far as they tell."""
+    found = {
+        getattr(part, "module", "") for node in nodes for part, _ in getattr(node, "layout", ()) if part is not None
+    }
+    return sorted(found - {""})
+
+
+def refusal(module: str, model: str, nodes: list[Any]) -> str:
+    """The sentence for a request that cannot be answered exactly."""
+    named = modules(nodes)
+    those = (
+        f"dibit.compress(model, {{{', '.join(f'{n!r}: None' for n in named)}, '*': 'default'}}), or " if named else ""
+    )
+    through = f"through {', '.join(map(repr, named))}" if named else "through operations"
+    return (
+        f"{module or model} asks in its forward pass for a gradient {through} whose activations are compressed, which "
+        f"would make it wrong; leave what is differentiated exact: {those}the whole model: dibit.compress(model, None)."
+    )
+
+
+def asks(model: nn.Module) -> bool:
+    """Whether the forward pass of some module may ask for a gradient, as far as its code tells."""
+    return any(map(_class_asks, {type(module) for module in model.modules()}))
+
+
+@functools.cache
+def _class_asks(kind: type[nn.Module]) -> bool:
+    if kind.__module__.startswith("torch.nn."):
+        return False
+    return _asks(kind.forward, kind, 0, set())
+
+
+def _asks(function: Any, kind: type, depth: int, seen: set[CodeType]) -> bool:
+    function = getattr(function, "__wrapped__", function)
+    code = getattr(function, "__code__", None)
+    if code is None or code in seen:
+        return False
+    seen.add(code)
+    names = set(_names(code))
+    if "backward" in names or ("autograd" in names and names & {"grad", "functional"}):
+        return True
+    globals_ = getattr(function, "__globals__", {})
+    called = [globals_.get(name) for name in names]
+    if any(value in _FUNCTIONS for value in called if isinstance(value, FunctionType)):
+        return True
+    if depth == _DEEPEST:
+        return False
+    called += [getattr(kind, name, None) for name in names]
+    for owner in [value for value in called if isinstance(value, ModuleType) and not _torchs(value.__name__)]:
+        called += [getattr(owner, name, None) for name in names]
+    own = [f for f in called if isinstance(f, FunctionType) and not _torchs(f.__module__ or "")]
+    return any(_asks(f, kind, depth + 1, seen) for f in own)
+
+
+def _torchs(name: str) -> bool:
+    return name == "torch" or name.startswith("torch.")
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _compressed(node: Any) -> bool:
+    made_by = getattr(type(node), "_forward_cls", None)
+    name = getattr(made_by, "__module__", "")
+    return name.startswith("dibit.") and made_by.__name__ != "ExactDropout"
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [x for x in value or () if isinstance(x, Tensor)]

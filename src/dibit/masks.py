@@ -1,0 +1,143 @@
+"""Dropout's masks where nothing is compressed: in training, Dibit draws them in every call of its modules.
+
+A forward pass may be run twice with torch's generator put back in between, and only one of the two be compressed: the
+first without gradients (reentrant activation checkpoints, reversible layers, gradient caches), or one inside of someone
+else's saved-tensor hooks. Both must draw the same masks, so the masks do not depend on any of this: what is called
+within a module of a compressed model has Dibit's masks, exactly kept here.
+
+There is one exception. A function that an activation checkpoint calls directly, not by way of a module, is run again
+where no module of ours is on the stack: there torch draws the mask, both times.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+from dibit.config import Config
+from dibit.functions.dropout import seeded
+from dibit.nn import norm_relu_dropout
+from dibit.state import State
+
+_interpreters = torch._C._functorch.peek_interpreter_stack
+_APPLY = torch.autograd.Function.apply.__code__
+_CALL = nn.Module._call_impl.__code__
+
+
+def top_hooks() -> Any:
+    """The innermost saved-tensor hooks of this thread: (pack, unpack) or `None`."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def transformed() -> bool:
+    """Inside a transform of `torch.func`, or of forward-mode differentiation."""
+    return _interpreters() is not None or forward_ad._current_level >= 0
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    return seeded(input, p, inplace) if training else NotImplemented
+
+
+def _torch_dropout(input: Tensor, p: float, train: bool) -> Any:
+    return _dropout(input, p, train)
+
+
+def _torch_dropout_(input: Tensor, p: float, train: bool) -> Any:
+    return _dropout(input, p, train, True)
+
+
+def _norm_relu_dropout(
+    input: Tensor, running_mean: Any, running_var: Any, weight: Any, bias: Any, p: float, training: bool,
+    momentum: float, eps: float,
+) -> Any:  # fmt: skip
+    if not training or not 0 < p < 1:
+        return NotImplemented
+    y = norm_relu_dropout(input, running_mean, running_var, weight, bias, 0.0, training, momentum, eps)
+    masked = seeded(y, p)
+    return F.dropout(y, p) if masked is NotImplemented else masked
+
+
+DROPOUTS: Mapping[Any, Callable[..., Any]] = {
+    F.dropout: _dropout,
+    torch.dropout: _torch_dropout,
+    torch.dropout_: _torch_dropout_,
+    norm_relu_dropout: _norm_relu_dropout,
+}
+
+
+class Calls:
+    """The modules of a compressed model that are running in one pass: who draws the masks in them."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self._calls: list[tuple[nn.Module, Any]] = []  # innermost last: module, and the hooks in which it was called
+
+    def enter(self, module: nn.Module) -> None:
+        """A module begins."""
+        self._calls.append((module, top_hooks()))
+
+    def leave(self, depth: int) -> None:
+        """A module ends that was called within so many others."""
+        del self._calls[depth:]
+
+    def masked(self, config: Config | None, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result of a dropout, exactly kept, with Dibit's mask; `NotImplemented` where torch draws it."""
+        if config is None or config.dropout != "seed" or func in self.state.rules or transformed():
+            return NotImplemented
+        return NotImplemented if self._run_again_unseen() else DROPOUTS[func](*args, **kwargs)
+
+    def _run_again_unseen(self) -> bool:
+        """Whether a function is called directly in what an activation checkpoint, or its like, runs again."""
+        module, hooks = self._calls[-1]
+        now = top_hooks()
+        if (None if now is None else now[0]) is not (None if hooks is None else hooks[0]):
+            return True
+        if torch.is_grad_enabled():
+            return False
+        frame: FrameType | None = sys._getframe(1)  # `Function.apply` calls its forward without gradients
+        while frame is not None and frame.f_code is not _APPLY:
+            if frame.f_code is _CALL and frame.f_locals.get("self") is module:
+                return False
+            frame = frame.f_back
+        return frame is not None
+
+
+class Exactly:
+    """A forward pass in which nothing is compressed and masks alone are drawn; in the place of a `Step`."""
+
+    seen = 1  # it has no part in the warning that nothing was compressed
+    compresses = False
+    exact_within: int | None = None
+    asked = False
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.configs: list[Config | None] = []
+
+    def end(self, outputs: Any) -> None:
+        """Nothing is left of it."""
+
+
+class Masks(TorchFunctionMode):
+    """Draws dropout's masks in an `Exactly`; everything else is torch's own."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__()
+        self.step = Exactly()
+        self.calls = Calls(state)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in DROPOUTS and not torch.compiler.is_dynamo_compiling():
+            result = self.calls.masked(self.step.configs[-1], func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        return func(*args, **kwargs)

@@ -1,0 +1,222 @@
+"""Forward passes of a compressed model: what is set when one begins, and taken away however it ends."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+
+from dibit import unseen
+from dibit.batch import told_of
+from dibit.compiled import mode as traced
+from dibit.functions import RULES
+from dibit.intercept import Intercept
+from dibit.masks import Exactly, Masks, top_hooks, transformed
+from dibit.step import Step, tensors_in
+
+_TRACED = (torch.Tensor, nn.Parameter)
+_push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
+_pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
+
+
+class Pass:
+    """The forward pass that is running in this thread: one that compresses, or one that draws dropout's masks alone."""
+
+    def __init__(self, hook: Any, inputs: Any, compressed: bool) -> None:
+        state = hook.state
+        self.suspended = False
+        self.mode: Intercept | Masks
+        if compressed:
+            step = Step(state, inputs, hook.name)
+            if state.asks and any(x.requires_grad and x.is_leaf for x in tensors_in(inputs)):
+                step.exact_within = 0
+            rules = {} if state.passive else {**RULES, **state.rules} if state.rules else RULES
+            self.mode = Intercept(step, rules)
+        else:
+            self.mode = Masks(state)
+        self.step: Step | Exactly = self.mode.step
+
+    def begin(self) -> None:
+        traced.local.mode.used = False
+        _local.active = self
+        self.resume()
+
+    def end(self) -> None:
+        """Take away what `begin` and operations have set, if it is there; whatever the model itself has set stays."""
+        _local.active = None
+        _remove_mode(self.mode)
+        if isinstance(self.mode, Intercept):
+            _remove_hooks(self.mode.hooks[0])
+
+    def suspend(self) -> None:
+        """Step aside for a part of the model that is compiled: the mode and hooks of compiled code take over."""
+        _remove_mode(self.mode)
+        self.suspended = True
+        self.step.seen += 1
+
+    def resume(self) -> None:
+        self.suspended = False
+        _push_mode(self.mode)
+
+
+class _Local(threading.local):
+    active: Pass | None = None
+
+
+_local = _Local()
+
+
+def running() -> Pass | None:
+    """The pass that is running in this thread."""
+    return _local.active
+
+
+def run(hook: Any, module: nn.Module, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """A module's forward, called in its place: the outermost module is a pass, every other one a part of it.
+
+    Args:
+        hook: the `Enter` of this module.
+        module: called with these arguments.
+        forward: what the module would have called.
+    """
+    callback = traced.set_callback(None)  # nothing of what follows is to be compiled, but for the forward
+    if callback is None:
+        return _eager(hook, module, forward, args, kwargs)
+    try:
+        return _compiled(hook, module, callback, forward, args, kwargs)
+    finally:
+        traced.set_callback(callback)
+
+
+def _eager(hook: Any, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    active = _local.active
+    if active is not None:
+        return _part(active, hook, module, forward, args, kwargs)
+    compressed = compresses()
+    told = told_of(hook.state.root) if compressed and not (hook.name or hook.state.passive) else None
+    if told is not None:
+        told.check_inputs(hook.state, list(tensors_in((args, kwargs))))
+    active = Pass(hook, (args, kwargs), compressed)
+    step = active.step
+    try:
+        try:
+            active.begin()
+            output = _part(active, hook, module, forward, args, kwargs)
+        finally:
+            try:
+                active.end()
+            finally:
+                active.end()  # where Ctrl-C came in the middle of the line above
+    except BaseException:
+        step.end(None)
+        raise
+    step.end(output)
+    step.seen += traced.local.mode.used
+    if compressed and step.compresses:
+        unseen.passed(hook.state, step.seen, whole=not hook.name)
+    if told is not None:
+        told.check_output(hook.state, list(tensors_in(output)))
+    return output
+
+
+def _part(active: Pass, hook: Any, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Run a forward with the name and config of its module on the step."""
+    step, calls = active.step, active.mode.calls
+    depth = len(step.names)
+    try:
+        calls.enter(module)
+        step.names.append(hook.name)
+        step.configs.append(hook.config)
+        step.compresses |= hook.config is not None
+        return forward(*args, **kwargs)
+    finally:
+        calls.leave(depth)
+        del step.names[depth:], step.configs[depth:]
+        if step.exact_within is not None and depth < step.exact_within:
+            step.exact_within = None if step.asked else 0
+            if not depth and calls.state.asks is None:
+                calls.state.asks = False  # a tensor was made to require a gradient, and none was asked for
+
+
+def _compiled(hook: Any, module: nn.Module, callback: Any, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """A call from compiled code that is not traced itself: the outermost, or one at which a graph was broken."""
+    mode, active = traced.local.mode, _local.active
+    if mode.settings and not hook.name and mode.state is hook.state:
+        traced.end(mode)  # the model cannot run within itself: left behind by a graph that was interrupted
+    outermost = not mode.settings
+    if outermost:
+        if hook.state.passive or not (module.training and torch.is_grad_enabled()):
+            return _compile(callback, forward, args, kwargs)
+        if active is None and not compresses():
+            return _compile(callback, forward, args, kwargs)
+        tensors = list(tensors_in((args, kwargs)))
+        if not tensors or not all(type(x) in _TRACED and x.layout == torch.strided for x in tensors):
+            return _eager(hook, module, forward, args, kwargs)  # sparse matrices break every graph
+        if traced.weighs_edges(module):
+            return _eager(hook, module, forward, args, kwargs)  # a graph would keep what is made for each edge
+    depth = len(mode.settings)
+    try:
+        if outermost:
+            if active is not None:
+                active.suspend()
+            held = [x for x in tensors if x.is_floating_point() and not x.requires_grad]
+            traced.begin(mode, hook.state, traced.ops.fresh(tensors[0], hook.state.seeds), held)
+        mode.settings.append(hook.setting)
+        return _compile(callback, forward, args, kwargs)
+    finally:
+        if outermost:
+            try:
+                traced.end(mode)
+            finally:
+                traced.end(mode)
+            unseen.passed(hook.state, 1, whole=not hook.name)
+            if active is not None and active.suspended:
+                active.resume()
+        while len(mode.settings) > depth:
+            traced.leave()
+
+
+def _compile(callback: Any, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Run a forward that Dynamo may compile."""
+    try:
+        traced.set_callback(callback)
+        return forward(*args, **kwargs)
+    finally:
+        traced.set_callback(None)
+
+
+traced.alone(run, _compiled, _compile, _eager, _part)
+
+
+def compresses() -> bool:
+    """Whether a pass that begins here, in training mode, compresses: it has gradients, and nobody else's hooks.
+
+    In those of an activation checkpoint a part is run again; transforms of `torch.func` go their own way.
+    """
+    return torch.is_grad_enabled() and top_hooks() is None and not transformed()
+
+
+def _remove_mode(mode: TorchFunctionMode) -> None:
+    """Take a mode from this thread's stack, also from under others; nothing happens where it is not there."""
+    if any(other is mode for other in _get_current_function_mode_stack()):
+        above = []
+        while (top := _pop_mode()) is not mode:
+            above.append(top)
+        for other in reversed(above):
+            _push_mode(other)
+
+
+def _remove_hooks(pack: Any) -> None:
+    """The same of saved-tensor hooks, known by their first function."""
+    above = []
+    while (top := top_hooks()) is not None:
+        _pop_hooks()
+        if top[0] == pack:
+            break
+        above.append(top)
+    for other in reversed(above):
+        _push_hooks(*other)
