@@ -126,7 +126,7 @@ class Enter:
             self.eager(module, args, kwargs, callback)  # sparse matrices break every graph, and edges would be kept
             return None
         held = [x for x in tensors if x.is_floating_point() and not x.requires_grad]
-        traced.begin(mode, self.state, traced.ops.fresh(tensors[0]), held)
+        traced.begin(mode, self.state, traced.ops.fresh(tensors[0], self.state.seeds), held)
         mode.frame = _caller()
         mode.settings.append(self.setting)
         return callback
@@ -251,7 +251,7 @@ def compress(
     """Keep compressed activations for the backward pass of a model; the forward pass stays as it is.
 
     Nothing of the model changes but forward hooks: parameters, buffers, `state_dict`, class and `repr` stay. In eval
-    mode and under `torch.no_grad` nothing is compressed and nothing is spent. Compressing again replaces the setting.
+    mode and under `torch.no_grad` nothing is compressed; in training, dropout has the same masks there. Compressing again replaces the setting.
 
     Args:
         model: any `torch.nn.Module`; parts of it may be called on their own.

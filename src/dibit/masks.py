@@ -116,6 +116,7 @@ class Exactly:
     seen = 1  # it has no part in the warning that nothing was compressed
     compresses = False
     exact_within: int | None = None
+    asked = False
 
     def __init__(self) -> None:
         self.names: list[str] = []
