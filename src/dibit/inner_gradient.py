@@ -91,7 +91,8 @@ def refusal(module: str, model: str, nodes: list[Any]) -> str:
 
 def asks(model: nn.Module) -> bool:
     """Whether the forward pass of some module may ask for a gradient, as far as its code tells."""
-    return any(_class_asks(kind) for kind in {type(module) for module in model.modules()})
+    kinds: set[Any] = {type(module) for module in model.modules()}
+    return any(_class_asks(kind) for kind in kinds)
 
 
 @functools.cache
