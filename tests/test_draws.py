@@ -86,7 +86,9 @@ def same(a: list[list[Tensor]], b: list[list[Tensor]]) -> bool:
 
 class TestSeeds:
     @pytest.mark.parametrize("steps", [1, 3])
-    @pytest.mark.parametrize("dropout, recipe", [(0.5, "default"), (0.5, "iexact"), (0.0, "default"), (0.0, "small")])
+    @pytest.mark.parametrize(
+        ("dropout", "recipe"), [(0.5, "default"), (0.5, "iexact"), (0.0, "default"), (0.0, "small")]
+    )
     def test_the_same_seed_is_the_same_run(self, dropout: float, recipe: str, steps: int) -> None:
         model, x = dibit.compress(net(dropout), recipe), torch.randn(N, D)
         runs = []
@@ -97,7 +99,7 @@ class TestSeeds:
         assert same(runs[0], runs[2])
         assert steps == 1 or not torch.equal(runs[0][0][0], runs[0][1][0]), "each step draws anew"
 
-    @pytest.mark.parametrize("dropout, recipe", [(0.5, "default"), (0.5, "iexact"), (0.0, "default")])
+    @pytest.mark.parametrize(("dropout", "recipe"), [(0.5, "default"), (0.5, "iexact"), (0.0, "default")])
     def test_the_generators_state_is_enough_to_go_on(self, dropout: float, recipe: str) -> None:
         """In another process, too: nothing else of this one is asked."""
         model, x = dibit.compress(net(dropout), recipe), torch.randn(N, D)

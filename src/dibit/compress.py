@@ -91,7 +91,8 @@ def compress(
     """Keep compressed activations for the backward pass of a model; the forward pass stays as it is.
 
     Nothing of the model changes but forward hooks: parameters, buffers, `state_dict`, class and `repr` stay. In eval
-    mode and under `torch.no_grad` nothing is compressed and nothing is spent. Compressing again replaces the setting.
+    mode and under `torch.no_grad` nothing is compressed; in training, dropout has the same masks there.
+    Compressing again replaces the setting.
 
     Args:
         model: any `torch.nn.Module`; parts of it may be called on their own.

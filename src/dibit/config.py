@@ -109,7 +109,8 @@ class Config:
             that rounded them: unbiased, half the variance on dense data (uniform levels only); `"nearest"` (biased).
         norm: the codec for the normalised input of a norm layer, which enters gradients of what comes before it.
             `None`: the codec above without its reduction.
-        dropout: `"seed"` keeps nothing of a dropout mask and draws it again (from Dibit's own stream); `"mask"` keeps
+        dropout: `"seed"` keeps nothing of a dropout mask and draws it again (from Dibit's own stream, one
+            number of torch's generator for each dropout); `"mask"` keeps
             1 bit an element of the mask that torch drew.
         inputs: `"reference"`: tensors the caller holds anyway (features) are kept by reference, exact and free;
             `"compress"`: they are treated like any other activation, as the papers do.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dibit.graph import pattern
-from dibit.identity import Alive
+from dibit.identity import Alive, version
 
 # Operations of torch whose gradient stays in its row, whatever their settings.
 _ROW_BY_ROW = {
@@ -45,7 +45,7 @@ class Field:
         if steps is None or matrix.shape[0] != matrix.shape[1] or matrix.shape[0] != rows:
             return None
         crow, col = matrix.crow_indices(), matrix.col_indices()
-        of = pattern(crow, col), crow._version, col._version, loss_rows._version
+        of = pattern(crow, col), version(crow), version(col), version(loss_rows)
         if self._of != of or self._loss_rows is not loss_rows:
             self._alive.clear()
             self._alive.hold(crow)

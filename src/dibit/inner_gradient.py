@@ -2,8 +2,8 @@
 
 They are part of what the model returns, so they must be exact. A tensor that is made to require a gradient within the
 pass announces a request: all that follows stays exact, until the module ends in which it was made, if a gradient was
-asked for there, else until the pass ends (later passes know if no request came). Every request is checked besides: it is
-answered only if nothing compressed lies between what is differentiated and what it is differentiated by.
+asked for there, else until the pass ends (later passes know if no request came). Every request is checked besides: it
+is answered only if nothing compressed lies between what is differentiated and what it is differentiated by.
 """
 
 from __future__ import annotations
@@ -91,11 +91,12 @@ def refusal(module: str, model: str, nodes: list[Any]) -> str:
 
 def asks(model: nn.Module) -> bool:
     """Whether the forward pass of some module may ask for a gradient, as far as its code tells."""
-    return any(map(_class_asks, {type(module) for module in model.modules()}))
+    kinds: set[Any] = {type(module) for module in model.modules()}
+    return any(_class_asks(kind) for kind in kinds)
 
 
 @functools.cache
-def _class_asks(kind: type[nn.Module]) -> bool:
+def _class_asks(kind: Any) -> bool:
     if kind.__module__.startswith("torch.nn."):
         return False
     return _asks(kind.forward, kind, 0, set())
@@ -135,9 +136,8 @@ def _names(code: CodeType) -> Iterator[str]:
 
 
 def _compressed(node: Any) -> bool:
-    made_by = getattr(type(node), "_forward_cls", None)
-    name = getattr(made_by, "__module__", "")
-    return name.startswith("dibit.") and made_by.__name__ != "ExactDropout"
+    made_by: Any = getattr(type(node), "_forward_cls", object)
+    return made_by.__module__.startswith("dibit.") and made_by.__name__ != "ExactDropout"
 
 
 def _tensors(value: Any) -> list[Tensor]:

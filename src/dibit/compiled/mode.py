@@ -93,7 +93,7 @@ def enter(hook: Any, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
                     held.append(x)
         if like is None:
             return  # no tensor among the arguments tells the device
-        begin(mode, hook.state, ops.draw_key(mode.passes, like), held)
+        begin(mode, hook.state, ops.draw_key(mode.passes, like, hook.state.seeds), held)
     mode.settings.append(hook.setting)
 
 

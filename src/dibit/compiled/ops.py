@@ -17,30 +17,32 @@ from dibit.compiled.spec import LEAF, NORM, settings
 from dibit.config import Config, Sample
 from dibit.functions.norm import batch_norm_gradient, layer_norm_gradient
 from dibit.residual import Compressed
-from dibit.stream import capturing, draw, replayed_key
+from dibit.stream import Key, capturing, draw, replayed_key
 
 _GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's step: seeds of one pass are the numbers of its stream
 
 
-def fresh(like: Tensor) -> Tensor:
+def fresh(like: Tensor, moves: bool = True) -> Tensor:
     """The key of a pass: int64 0-d on the device of `like`, one number of torch's default generator.
+
+    Where that may not be moved (`moves` is false), a function of its state, and of how many keys that has given.
 
     In a CUDA graph that is captured, of the device's generator instead: another at each replay.
     """
     if capturing(like.device):
         return replayed_key(like.device)
-    return seed_tensor(mix(int(draw()), "compiled"), like.device)
+    return seed_tensor(mix(int(draw()) if moves else Key(moves=False).value, "compiled"), like.device)
 
 
 @custom_op("dibit::fresh_key", mutates_args=("passes",))
-def draw_key(passes: Tensor, like: Tensor) -> Tensor:
+def draw_key(passes: Tensor, like: Tensor, moves: bool) -> Tensor:
     """`fresh` in a graph. `passes` counts up, so that no compiler takes two calls for one."""
     passes += 1
-    return fresh(like)
+    return fresh(like, moves)
 
 
 @draw_key.register_fake
-def _(passes, like):  # type: ignore[no-untyped-def]
+def _(passes, like, moves):  # type: ignore[no-untyped-def]
     return like.new_empty((), dtype=torch.int64)
 
 
