@@ -40,7 +40,10 @@ def judge(program: Program, memory: bool = True) -> Verdict:
         compared = True
         problems += _gradient(twin, truth, first)
     if memory and not problems and not plain.error and not first.error:
-        problems += _memory(twin)
+        try:
+            problems += _memory(twin)
+        except Exception as error:
+            problems.append(f"a second pass of the same model ends in {type(error).__name__}: {str(error)[:100]}")
     return Verdict(problems, compared, bool(plain.error))
 
 

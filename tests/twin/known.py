@@ -70,7 +70,10 @@ FILLED = {
 }
 DRAWN_AGAIN = {
     f"dropout within a reentrant checkpoint: {name}": Program(
-        (Op("linear"), Op("nn.Dropout", wrap=wrap), Op("relu")), scenario=scenario, recipe="seed"
+        (Op("linear"), Op("nn.Dropout", wrap=wrap), Op("relu")),
+        scenario=scenario,
+        recipe="seed",
+        features_need_gradient=True,
     )
     for name, wrap, scenario in (
         ("a part", "reentrant", "once"),
@@ -96,4 +99,11 @@ TYPICAL = {
     "log(softmax + 1e-14)": Program((Op("linear"), Op("steep"), Op("log of softmax")), n=400),
     "distances": Program((Op("linear"), Op("distances of neighbours")), n=400),
 }
-KNOWN = INTERRUPTED | SHARED | CHANGED | FILLED | DRAWN_AGAIN | STRIDES | TYPICAL
+LEFT = {
+    f"a pass without backward: {name}": Program((Op("linear"), Op(name), Op("linear")), scenario="skipped")
+    for name in ("softmax", "normalize", "over norm", "cumprod", "standardise", "logsumexp", "log_softmax", "LSTM")
+} | {
+    "losses added up: log_softmax": Program((Op("linear"), Op("log_softmax"), Op("linear")), scenario="accumulated"),
+    "a wrapper is tracked": Program((Op("linear"),), around="held"),
+}
+KNOWN = LEFT | INTERRUPTED | SHARED | CHANGED | FILLED | DRAWN_AGAIN | STRIDES | TYPICAL

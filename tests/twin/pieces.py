@@ -125,15 +125,15 @@ ELEMENTWISE = {
     "over norm": Piece("h = h / (h.norm(dim=-1, keepdim=True) + .1)"),
     "over sum": Piece("h = h / (h.abs().sum(-1, keepdim=True) + .1)"),
     "zero rows over norm": Piece(
-        "@t = h * (index % 4 != 0).view(-1, 1)\nh = @t / (@t.square().sum(-1, keepdim=True) + 1e-6).sqrt()"
+        "@t = h * (index % 4 != 0).view(-1, 1)\nh = @t / (@t.square().sum(-1, keepdim=True) + 1e-12).sqrt()"
     ),
     "logit of sigmoid": Piece("@t = (3 * h).sigmoid()\nh = @t.clamp(1e-4).log() - (1 - @t).clamp(1e-4).log()"),
     "log of sigmoid": Piece("h = (h.sigmoid() + 1e-12).log()"),
-    "steep": Piece("h = 6 * h"),
+    "steep": Piece("h = 20 * h"),
     "distances": Piece("h = h * ((h - h[index]).square().sum(-1, keepdim=True) + 1e-6).sqrt()"),
     "distances of neighbours": Piece(
         "@t = h + 0.\n@tb = (@t - torch.where((index % 3 == 0).view(-1, 1), @t, @t[index]))\n"
-        "h = h + (@tb.square().sum(-1, keepdim=True) + 1e-8).sqrt()"
+        "h = .1 * h + (@tb.square().sum(-1, keepdim=True) + 1e-12).sqrt()"
     ),
     "pow": Piece("h = h.pow(2) - h ** 3 * .1"),
     "reciprocal": Piece("h = (h.square() + .5).reciprocal()"),

@@ -119,7 +119,7 @@ def verdict_of(program: Program) -> Verdict:
 
 def kind(problem: str) -> str:
     """A problem without its numbers and names."""
-    return re.sub(r"\d[\d.e+-]*", "#", problem)[:60]
+    return re.sub(r"\d[\d.e+-]*", "#", problem.split(", most in")[0])[:70]
 
 
 def shrunk(program: Program, problems: list[str], tries: int = 60) -> tuple[Program, list[str]]:
