@@ -121,7 +121,7 @@ def _gradient(twin: Twin, truth: dict[str, Tensor], first: Outcome) -> Iterator[
             yield "the gradient is finite, plain's is not"
         return
     norm = g.norm().item()
-    rounding = (LOW if any(word in str(twin.program.ops) for word in ("bfloat16", "autocast")) else ROUNDING) * norm
+    rounding = (LOW if twin.program.low else ROUNDING) * norm
 
     def draws(start: int, count: int) -> Tensor:
         found = []

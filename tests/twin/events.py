@@ -50,6 +50,8 @@ USES = {
     "power": "h = (h + @r).sigmoid() * @r",
     "matmul": "h = h @ @r[:C]",
     "maximum": "h = torch.maximum(h * @r, @r)",
+    "mask": "h = torch.where(@r > 0, h, .5 * h)",
+    "mask filled": "h = h.masked_fill(@r > .5, 0.)",
     "gathered again": "h = h[index] * @r[index]",
 }
 
@@ -126,4 +128,38 @@ TWIN_CHANGES = {
     "numpy": "@v.numpy()[...] = 0",
     "zero_": "@v.zero_()",
     "out=": "torch.add(@v, @v, out=@v)",
+}
+
+# Integers, read by copying them, and what is done with the copy.
+INDEX_SOURCES = {"buffer": "self.order", "outside": "index", "structure": "edges[0, :N]", "in a list": "self.several[0]"}
+INDEX_READS = {
+    "t[i]": "{}[torch.arange(N).flip(0)]",
+    "clone": "{}.clone()",
+    "sum": "({} + 1) % N",
+    "remainder": "{} % N",
+    "flip": "{}.flip(0)",
+    "cat": "torch.cat([{0}[:9], {0}[9:]])",
+    "int": "{}.int().long()",
+    "sort": "{}.sort().values",
+    "where": "torch.where({0} > 5, {0}, 0)",
+    "repeat": "{}[:1].repeat(N)",
+    "stack": "torch.stack([{0}, {0}])[0]",
+}
+INDEX_USES = {
+    "gathered": "h = h[@r] * 2",
+    "gathered factor": "h = h * h[@r]",
+    "index_select": "h = h.index_select(0, @r)",
+    "index_add": "h = h + torch.zeros_like(h).index_add(0, @r, h)",
+    "scatter": "h = h.new_zeros(N, C).scatter_add_(0, @r.view(-1, 1).expand(-1, C), h) + h",
+    "embedding": "h = h * @m(@r)",
+    "conv": "h = @m(h, torch.stack([@r, index]))",
+    "mask": "h = h.masked_fill((@r % 2 == 0).view(-1, 1), .5)",
+}
+INDEX_CHANGES = {
+    "data": "t.data.zero_()",
+    "numpy": "t.numpy()[:] = t.numpy()[::-1].copy()",
+    "in place": "t.add_(1).remainder_(N)",
+    "copy_": "t.copy_(t.flip(0))",
+    "set_": "t.set_(torch.zeros_like(t))",
+    "out=": "torch.remainder(t + 3, N, out=t)",
 }

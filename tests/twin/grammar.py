@@ -43,6 +43,33 @@ class Returned(torch.autograd.Function):
         return dy * .5, None
 
 
+class Doubled(torch.autograd.Function):
+    """2 * h * o, by hand."""
+
+    @staticmethod
+    def forward(ctx, h, o):
+        ctx.save_for_backward(h, o)
+        return 2 * h * o
+
+    @staticmethod
+    def backward(ctx, dy):
+        h, o = ctx.saved_tensors
+        return 2 * o * dy, 2 * h * dy
+
+
+class Shifted(torch.autograd.Function):
+    """3 * h, in place."""
+
+    @staticmethod
+    def forward(ctx, h):
+        ctx.mark_dirty(h)
+        return h.mul_(3)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return 3 * dy
+
+
 class Boom(nn.Module):
     """Ends the first forward pass."""
 
@@ -109,15 +136,32 @@ SCENARIOS = {
     "[t.start() for t in threads]\n[t.join() for t in threads]\n[look(y) for y in ys]\nCHANGE\n"
     "sum(loss(y) for y in ys).backward()",
     "backward in a thread": "y = run(x)\nCHANGE\nt = threading.Thread(target=loss(y).backward)\nt.start()\nt.join()",
-    "hooked": "seen = []\nhandle = model.register_forward_hook(lambda m, a, y: look(y) and None)\ny = run(x)\n"
+    "hooked": "handle = model.register_forward_hook(lambda m, a, y: (look(y), None)[1])\ny = run(x)\n"
     "handle.remove()\nCHANGE\nloss(y).backward()",
+    "float64": "model.double()\nextra = extra.double()\ny = run(x.double())\nCHANGE\nloss(y).backward()",
+    "bfloat16": "model.bfloat16()\nextra = extra.bfloat16()\ny = run(x.bfloat16())\nCHANGE\nloss(y).backward()",
+    "autocast": "with torch.autocast('cpu', torch.bfloat16):\n    y = run(x)\nCHANGE\nloss(y).backward()",
+    "save_on_cpu": "with torch.autograd.graph.save_on_cpu():\n    y = run(x)\nCHANGE\nloss(y).backward()",
+    "hooks disabled": "with torch.autograd.graph.disable_saved_tensors_hooks('not here'):\n    y = run(x)\nCHANGE\n"
+    "loss(y).backward()",
+    "anomaly": "with torch.autograd.detect_anomaly(check_nan=False):\n    y = run(x)\n    loss(y).backward()",
+    "full backward hook": "handle = model.first.register_full_backward_hook(lambda m, a, b: tuple(g if g is None else "
+    "2 * g for g in a))\ny = run(x)\nCHANGE\nloss(y).backward()\nhandle.remove()",
+    "functional_call": "other = {n: p * 1.5 for n, p in model.named_parameters()}\n"
+    "y = look(torch.func.functional_call(model, other, (x, extra)))\nCHANGE\nloss(y).backward()",
+    "default device": "with torch.device('cpu'):\n    y = run(x)\nCHANGE\nloss(y).backward()",
+    "gradient of parts": "y = run(x)\nCHANGE\n(loss(y) + .1 * sum(p.square().sum() for p in model.parameters())).backward()",
+    "state loaded between": "state = copy.deepcopy(model.state_dict())\nloss(run(x)).backward()\n"
+    "model.load_state_dict(state)\ny = run(x)\nCHANGE\nloss(y).backward()",
+    "weights loaded after": "state = {n: v * .5 for n, v in model.state_dict().items() if v.is_floating_point() and "
+    "n in ('table', 'buffer')}\ny = run(x)\nmodel.load_state_dict(state, strict=False)\nloss(y).backward()",
     "accumulated": "total = 0\nfor i in range(3):\n    total = total + loss(run(x))\nCHANGE\ntotal.backward()",
 }
 
 WRAPS = ("checkpoint", "reentrant", "no_grad", "inference", "autocast")
 ERRORS = ("ValueError", "KeyboardInterrupt", "SystemExit", "GeneratorExit")
 # What only the compressed run does around the program: `tests.twin.run`.
-AROUND = ("", "", "", "", "track", "batch", "held", "averaged", "copied")
+AROUND = ("", "", "", "", "track", "batch", "held", "averaged", "copied", "by name", "again")
 RECIPES = ("default", "default", "default", "small", "exact", "iexact", "8 bits", "rows", "seed")
 
 
@@ -176,6 +220,38 @@ class Read:
 
 
 @dataclass(frozen=True)
+class Index:
+    """Integers of someone else's, read by a copying operation, and changed `when`."""
+
+    source: str
+    read: str
+    use: str
+    change: str
+    when: str
+    back: int = 1
+    wrap: str = ""
+    draws = False
+
+    def init(self) -> str:
+        layer = {"embedding": "@m = nn.Embedding(N, C)", "conv": "@m = pyg.SAGEConv(C, C)"}
+        return layer.get(self.use, "")
+
+    def body(self) -> str:
+        source = events.INDEX_SOURCES[self.source]
+        read = f"@r = {events.INDEX_READS[self.read].format(source)}\n{events.INDEX_USES[self.use]}"
+        return f"{read}\n{self._change()}" if self.when == "now" else read
+
+    def at_end(self) -> str:
+        return self._change() if self.when == "end" else ""
+
+    def after(self) -> str:
+        return self._change().replace("self.", "model.") if self.when == "after" else ""
+
+    def _change(self) -> str:
+        return f"@s = {events.INDEX_SOURCES[self.source]}\n{_on('@s', self.change, events.INDEX_CHANGES)}"
+
+
+@dataclass(frozen=True)
 class Fill:
     """Fresh memory, filled where torch does not see it."""
 
@@ -215,14 +291,17 @@ class Twins:
         else:
             flat = ".view(-1)"
             use = f"@w = h.detach().requires_grad_()[@v{flat}]\nh = h + h[@u{flat}]"
-        return f"@v, @u = {v}, {u}\n{use}\n{events.TWIN_CHANGES[self.change]}"
+        change = events.TWIN_CHANGES[self.change]
+        if self.content == "booleans":
+            change = change.replace("mul_(3)", "logical_not_()")
+        return f"@v, @u = {v}, {u}\n{use}\n{change}"
 
 
 @dataclass(frozen=True)
 class Program:
     """A model, what happens to it, and what is compressed how."""
 
-    ops: tuple[Op | Read | Fill | Twins, ...]
+    ops: tuple[Op | Read | Index | Fill | Twins, ...]
     scenario: str = "once"
     loss: str = "readout"
     output: str = "tensor"
@@ -233,6 +312,7 @@ class Program:
     n: int = 60
     error: str = "ValueError"
     boom: int = 0
+    graph_given: bool = False  # as arguments, not as globals
     moved: bool = False  # parameters are not as they were initialised
 
     @property
@@ -240,9 +320,17 @@ class Program:
         return any(op.draws for op in self.ops)
 
     @property
+    def low(self) -> bool:
+        """Whether some of it is computed in bfloat16."""
+        return any(word in str(self) for word in ("bfloat16", "autocast"))
+
+    @property
     def changes(self) -> bool:
         """Whether memory changes that a pass has read: plain may then be wrong itself."""
-        return any(not isinstance(op, Op) for op in self.ops) or self.scenario == "step before backward"
+        return any(not isinstance(op, Op) for op in self.ops) or self.scenario in (
+            "step before backward",
+            "weights loaded after",
+        )
 
     def events(self) -> Iterator[str]:
         """For the count of what was tried."""
@@ -261,6 +349,10 @@ class Program:
                     yield f"read by: {op.read}"
                     if op.when != "never":
                         yield f"changed ({op.when}): {op.change}"
+                case Index():
+                    yield f"integers read: {op.source}, {op.read}"
+                    if op.when != "never":
+                        yield f"integers changed ({op.when}): {op.change}"
                 case Fill():
                     yield f"filled: {op.make} by {op.fill}"
                 case Twins():
@@ -279,7 +371,7 @@ class Program:
                 forward.add("h = self.boom(h)")
             init.add(_named(op.init(), at, other))
             _wrapped(forward, op, at, other)
-            if isinstance(op, Read):
+            if isinstance(op, Read | Index):
                 ends.append(_named(op.at_end(), at, other))
                 between.add(_named(op.after(), at, other))
         for lines in ends:
@@ -299,10 +391,12 @@ class Program:
                 *(["        self.table = nn.Parameter(torch.randn(N, C))"] if ".table" in text else []),
                 *(["        self.attribute = torch.randn(N, C)"] if ".attribute" in text else []),
                 *(["        self.held = [torch.randn(N, C)]"] if ".held" in text else []),
+                *(["        self.register_buffer('order', index.clone())"] if ".order" in text else []),
+                *(["        self.several = [index.clone()]"] if ".several" in text else []),
                 *([f"        self.boom = Boom({self.error})"] if ".boom" in text else []),
                 *init.lines,
                 "",
-                "    def forward(self, x, extra):",
+                "    def forward(self, x, extra, edges=edges, index=index, adj=adj):",
                 "        h = self.first(x)" if self.first != "SAGE" else "        h = self.first(x, edges)",
                 *(["        first = h"] if "first" in OUTPUTS[self.output] else []),
                 *forward.lines,
@@ -318,7 +412,7 @@ class Program:
                 "",
                 "def use(model, x, extra, look):",
                 "    def run(x):",
-                "        return look(model(x, extra))",
+                f"        return look(model(x, extra{', edges, index, adj' if self.graph_given else ''}))",
                 "",
                 textwrap.indent(body, "    "),
                 "",
@@ -341,9 +435,9 @@ class _Lines:
         return "".join(line[len(self.indent) :] + "\n" for line in self.lines)
 
 
-def _on(name: str, change: str) -> str:
+def _on(name: str, change: str, changes: dict[str, str] = events.CHANGES) -> str:
     """A change, of the tensor by this name."""
-    return re.sub(r"\bt\b(?=[.,\[\])])", name, events.CHANGES[change])
+    return re.sub(r"\bt\b(?=[.,\[\]) ])", name, changes[change])
 
 
 def _named(text: str, at: int, other: str) -> str:
@@ -355,7 +449,7 @@ def _named(text: str, at: int, other: str) -> str:
     return text
 
 
-def _wrapped(forward: _Lines, op: Op | Read | Fill | Twins, at: int, other: str) -> None:
+def _wrapped(forward: _Lines, op: Op | Read | Index | Fill | Twins, at: int, other: str) -> None:
     body = _named(op.body(), at, other)
     inner = textwrap.indent(body, "    ")
     match op.wrap:
@@ -393,9 +487,18 @@ _reads = st.builds(
     st.sampled_from(("after", "after", "after", "end", "now", "never")),
     _back,
 )
+_indices = st.builds(
+    Index,
+    _of(events.INDEX_SOURCES),
+    _of(events.INDEX_READS),
+    _of(events.INDEX_USES),
+    _of(events.INDEX_CHANGES),
+    st.sampled_from(("after", "after", "after", "end", "now", "never")),
+    _back,
+)
 _fills = st.builds(Fill, _of(events.MAKES), _of(events.FILLS), _of(events.FILLED_USES))
 _twins = st.builds(Twins, _of(events.TWINS), _of(events.TWIN_CHANGES))
-_elements = st.one_of(_ops, _ops, _ops, _ops, _ops, _reads, _reads, _fills, _twins)
+_elements = st.one_of(_ops, _ops, _ops, _ops, _ops, _reads, _reads, _indices, _fills, _twins)
 
 
 @st.composite
@@ -418,6 +521,7 @@ def programs(draw: st.DrawFn, most: int = 5) -> Program:
             error=draw(st.sampled_from(ERRORS)),
             boom=draw(st.integers(0, 4)),
             moved=draw(st.booleans()),
+            graph_given=draw(st.booleans()),
         )
     )
 

@@ -28,7 +28,9 @@ SHARED = {
     for recipe in ("default", "8 bits")
 }
 CHANGED = {
-    f"{source}, read by {read}, changed {when} by {change}": Program((Read(source, read, "linear after", change, when),))
+    f"{source}, read by {read}, changed {when} by {change}": Program(
+        (Read(source, read, "linear after", change, when),), first="nothing", features_need_gradient=source != "features"
+    )
     for source, read, change, when in (
         ("buffer", "t[i]", "data", "after"),
         ("buffer", "index_select", "numpy", "after"),

@@ -268,8 +268,25 @@ PARTS = {
     "teacher": _module("nn.Linear(C, C)", "with torch.inference_mode():\n    @t = @m(h).sigmoid()\nh = h + @t"),
     "teacher, no_grad": _module("nn.Linear(C, C)", "with torch.no_grad():\n    @t = @m(h).sigmoid()\nh = h * @t"),
     "vmap": Piece("h = torch.vmap(lambda r: r * 2 + 1)(h)"),
+    "tensor hook": Piece("h = h * 1\nh.register_hook(lambda g: 2 * g)"),
+    "retain_grad": Piece("h = h * 2\nh.retain_grad()"),
+    "error caught": Piece("try:\n    @m(h.sigmoid())\nexcept ValueError:\n    h = h + 1", "@m = Boom(ValueError)"),
+    "interrupt caught": Piece(
+        "try:\n    @m(h)\nexcept KeyboardInterrupt:\n    h = h + 1",
+        "@m = nn.Sequential(nn.Linear(C, C), Boom(KeyboardInterrupt))",
+    ),
+    "decompressed within": Piece("import dibit\ndibit.decompress(self)\nh = h.sigmoid()"),
+    "hooks removed within": Piece(
+        "for hooks in (self._forward_hooks, self._forward_hooks_with_kwargs, self._forward_hooks_always_called):\n"
+        "    hooks.clear()\nh = h.sigmoid()"
+    ),
+    "own function": Piece("h = Doubled.apply(h, @o)"),
+    "own function, in place": Piece("h = Shifted.apply(h + 0)"),
+    "local device": Piece("with torch.device('cpu'):\n    h = h * torch.ones(N, C) + torch.zeros(C)"),
+    "local saved-tensor hooks": Piece("with torch.autograd.graph.save_on_cpu():\n    h = (h * @o).sigmoid()"),
     "func.grad": Piece("h = h + torch.func.grad(lambda w: (w * w).sum())(h.detach())"),
 }
 
+ENDS_COMPRESSION = ("decompressed within", "hooks removed within")
 PIECES = LAYERS | NORMS | ELEMENTWISE | SHAPES | IN_PLACE | DROPOUTS | BUFFERS | PARTS
 FAMILIES = (LAYERS, NORMS, ELEMENTWISE, SHAPES, IN_PLACE, DROPOUTS, BUFFERS, PARTS)

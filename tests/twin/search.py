@@ -41,7 +41,7 @@ def footer(program: Program) -> str:
     """Runs a printed program as the search did."""
     return (
         'if __name__ == "__main__":\n    from tests.twin.compare import judge\n'
-        "    from tests.twin.grammar import Fill, Op, Program, Read, Twins\n\n"
+        "    from tests.twin.grammar import Fill, Index, Op, Program, Read, Twins\n\n"
         f"    print(*judge({program!r}).problems, sep='\\n')\n"
     )
 
