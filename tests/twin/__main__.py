@@ -15,11 +15,11 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
-from rich.console import Console  # noqa: E402
-from rich.progress import Progress as Bar  # noqa: E402
-from rich.progress import TextColumn, TimeElapsedColumn  # noqa: E402
+from rich.console import Console
+from rich.progress import Progress as Bar
+from rich.progress import TextColumn, TimeElapsedColumn
 
-from tests.twin.search import work  # noqa: E402
+from tests.twin.search import work
 
 
 def main() -> int:
@@ -40,7 +40,7 @@ def main() -> int:
         running = folder / f"running{seed}.py"
         jobs[seed] = context.Process(target=work, args=(given.minutes, seed, out, str(running))), running
         jobs[seed][0].start()
-    counts: dict[int, tuple[int, int, int]] = {seed: (0, 0, 0) for seed in jobs}
+    counts: dict[int, tuple[int, int, int]] = dict.fromkeys(jobs, (0, 0, 0))
     events: Counter[str] = Counter()
     finds: Counter[str] = Counter()
     at_work = set(jobs)

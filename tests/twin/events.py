@@ -123,7 +123,7 @@ TWINS = {
     "booleans": ("(index % 2 == 0).clone()", "(index % 2 == 0).clone()"),
 }
 TWIN_CHANGES = {
-    "in place": "@v.mul_(3)" ,
+    "in place": "@v.mul_(3)",
     "data": "@v.data.mul_(3)",
     "numpy": "@v.numpy()[...] = 0",
     "zero_": "@v.zero_()",
@@ -131,7 +131,12 @@ TWIN_CHANGES = {
 }
 
 # Integers, read by copying them, and what is done with the copy.
-INDEX_SOURCES = {"buffer": "self.order", "outside": "index", "structure": "edges[0, :N]", "in a list": "self.several[0]"}
+INDEX_SOURCES = {
+    "buffer": "self.order",
+    "outside": "index",
+    "structure": "edges[0, :N]",
+    "in a list": "self.several[0]",
+}
 INDEX_READS = {
     "t[i]": "{}[torch.arange(N).flip(0)]",
     "clone": "{}.clone()",

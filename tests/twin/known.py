@@ -11,7 +11,9 @@ INTERRUPTED = {
     for error in ("KeyboardInterrupt", "SystemExit", "GeneratorExit", "ValueError")
 }
 SHARED = {
-    f"constants of the same content, {content}, one is written: {change}": Program((Twins(content, change), Op("linear")))
+    f"constants of the same content, {content}, one is written: {change}": Program(
+        (Twins(content, change), Op("linear"))
+    )
     for content, change in (
         ("ones", "data"),
         ("ones", "in place"),
@@ -29,7 +31,9 @@ SHARED = {
 }
 CHANGED = {
     f"{source}, read by {read}, changed {when} by {change}": Program(
-        (Read(source, read, "linear after", change, when),), first="nothing", features_need_gradient=source != "features"
+        (Read(source, read, "linear after", change, when),),
+        first="nothing",
+        features_need_gradient=source != "features",
     )
     for source, read, change, when in (
         ("buffer", "t[i]", "data", "after"),

@@ -30,7 +30,9 @@ LAYERS = {
     "linear": _module("nn.Linear(C, C)"),
     "linear without bias": _module("nn.Linear(C, C, bias=False)"),
     "linear in 3d": _module("nn.Linear(C, C)", "h = @m(h.view(2, -1, C)).view(-1, C)"),
-    "linear in place in 3d": _module("nn.Linear(C, C)", "@t = @m(h.view(2, -1, C))\n@t += @o.view(2, -1, C)\nh = @t.view(-1, C)"),
+    "linear in place in 3d": _module(
+        "nn.Linear(C, C)", "@t = @m(h.view(2, -1, C))\n@t += @o.view(2, -1, C)\nh = @t.view(-1, C)"
+    ),
     "linear narrow": Piece("h = @mb(@ma(h).relu())", "@ma = nn.Linear(C, 5)\n@mb = nn.Linear(5, C)"),
     "lazy linear": _module("nn.LazyLinear(C)"),
     "tied": Piece("h = F.linear(h, self.tied)"),
@@ -38,7 +40,9 @@ LAYERS = {
     "matmul": Piece("h = h @ @m", "@m = nn.Parameter(torch.randn(C, C) * .3)"),
     "bilinear form": Piece("h = (h @ @m) * @o", "@m = nn.Parameter(torch.randn(C, C) * .3)"),
     "attention": Piece("@t = (h @ @o.t() / 4).softmax(-1)\nh = @t @ h"),
-    "multihead": _module("nn.MultiheadAttention(C, 2, batch_first=True)", "@t = h.view(-1, 4, C)\nh = @m(@t, @t, @t)[0].reshape(-1, C)"),
+    "multihead": _module(
+        "nn.MultiheadAttention(C, 2, batch_first=True)", "@t = h.view(-1, 4, C)\nh = @m(@t, @t, @t)[0].reshape(-1, C)"
+    ),
     "GRUCell": _module("nn.GRUCell(C, C)", "h = @m(h, @o)"),
     "LSTM": _module("nn.LSTM(C, C, batch_first=True)", "h = @m(h.view(-1, 4, C))[0].reshape(-1, C)"),
     "GRU": _module("nn.GRU(C, C)", "h = @m(h.view(4, -1, C))[0].reshape(-1, C)"),
@@ -54,7 +58,9 @@ LAYERS = {
     "GAT lazy": _conv("pyg.GATConv((-1, -1), C, add_self_loops=False)"),
     "GAT dropout": _conv("pyg.GATConv(C, C, dropout=.5)", draws=True),
     "GATv2": _conv("pyg.GATv2Conv(C, C)"),
-    "GIN": _conv("pyg.GINConv(nn.Sequential(nn.Linear(C, C), nn.BatchNorm1d(C), nn.ReLU(), nn.Linear(C, C)), train_eps=True)"),
+    "GIN": _conv(
+        "pyg.GINConv(nn.Sequential(nn.Linear(C, C), nn.BatchNorm1d(C), nn.ReLU(), nn.Linear(C, C)), train_eps=True)"
+    ),
     "GraphConv": _conv("pyg.GraphConv(C, C)"),
     "Transformer": _conv("pyg.TransformerConv(C, C, beta=True)"),
     "PNA": _conv("pyg.PNAConv(C, C, ['mean', 'max', 'std'], ['identity'], torch.tensor([1, 2, 3]))"),

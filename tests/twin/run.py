@@ -144,7 +144,11 @@ class Twin:
         dibit.decompress(model)
         if not found.error and not ends:
             now = _attributes(model)
-            found.left += [f"attributes of {name or 'the model'}" for name in now.keys() & plain_attributes.keys() if now[name] != plain_attributes[name]]
+            found.left += [
+                f"attributes of {name or 'the model'}"
+                for name in now.keys() & plain_attributes.keys()
+                if now[name] != plain_attributes[name]
+            ]
         return found
 
     def _around(self, model: nn.Module) -> Any:
@@ -233,7 +237,13 @@ def _seen(y: Any) -> Iterator[Seen]:
         yield Seen(y)
 
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_forward_hooks_always_called",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 def _attributes(model: nn.Module) -> dict[str, Any]:

@@ -69,7 +69,11 @@ def search(
 
         @seed(chunk)
         @settings(
-            max_examples=CHUNK, deadline=None, database=None, phases=(Phase.generate,), suppress_health_check=list(HealthCheck)
+            max_examples=CHUNK,
+            deadline=None,
+            database=None,
+            phases=(Phase.generate,),
+            suppress_health_check=list(HealthCheck),
         )
         @given(programs())
         def look(program: Program) -> None:
