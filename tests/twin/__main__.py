@@ -66,7 +66,8 @@ def main() -> int:
             total, compared, failed = (sum(column) for column in zip(*counts.values(), strict=True))
             bar.update(
                 task,
-                description=f"{total} programs ({compared} gradients compared, {failed} fail plain), {finds.total()} finds",
+                description=f"{total} programs ({compared} gradients compared, {failed} fail plain), "
+                f"{finds.total()} finds",
             )
             if told is not None:
                 text, problems, number, seconds = told

@@ -89,9 +89,10 @@ LOSSES = {
     "square": "y.square().mean() * 9",
     "cross_entropy": "F.cross_entropy(y, index[: len(y)] % C)",
     "rows": "F.cross_entropy(y[: N // 3], index[: N // 3] % C)",
-    "bce": "F.binary_cross_entropy(y if bool(((y >= 0) & (y <= 1)).all()) else y.sigmoid(), (READOUT > 0).float())",
-    "distance": "((y - y[index]).square().sum(-1) + 1e-2).sqrt().mean()",
-    "similarity": "F.cosine_similarity(y, READOUT).sum()",
+    "bce": "F.binary_cross_entropy(y if bool(((y >= 0) & (y <= 1)).all()) else y.sigmoid(), "
+    "(READOUT[: len(y)] > 0).float())",
+    "distance": "((y - y[index[: len(y)] % len(y)]).square().sum(-1) + 1e-2).sqrt().mean()",
+    "similarity": "F.cosine_similarity(y, READOUT[: len(y)]).sum()",
 }
 
 OUTPUTS = {
@@ -115,21 +116,23 @@ SCENARIOS = {
     "eval after": "y = run(x)\nmodel.eval()\nrun(x)\nmodel.train()\nCHANGE\nloss(y).backward()",
     "no_grad before": "with torch.no_grad():\n    run(x)\ny = run(x)\nCHANGE\nloss(y).backward()",
     "no_grad between": "y = run(x)\nwith torch.no_grad():\n    run(x)\nCHANGE\nloss(y).backward()",
-    "inference between": "y = run(x)\nwith torch.inference_mode():\n    run(x.detach() + 1)\nCHANGE\nloss(y).backward()",
+    "inference between": "y = run(x)\nwith torch.inference_mode():\n    run(x.detach() + 1)\nCHANGE\n"
+    "loss(y).backward()",
     "two steps": "loss(run(x)).backward()\nstep(torch.optim.SGD, *model.parameters())\ny = run(x)\nCHANGE\n"
     "loss(y).backward()",
     "step before backward": "y = run(x)\nCHANGE\nstep(torch.optim.Adam, *[p for n, p in model.named_parameters() "
     "if n in ('table', 'untouched')])\nloss(y).backward()",
     "reused graph": "y = run(x)\nCHANGE\nloss(y).backward()\nloss(y).backward()",
     "whole checkpoint": "y = look(checkpoint(model, x, extra, use_reentrant=False))\nCHANGE\nloss(y).backward()",
-    "whole checkpoint, reentrant": "y = look(checkpoint(model, x, extra, use_reentrant=True))\nCHANGE\nloss(y).backward()",
+    "whole checkpoint, reentrant": ""
+    "y = look(checkpoint(model, x, extra, use_reentrant=True))\nCHANGE\nloss(y).backward()",
     "torch.autograd.grad": "y = run(x)\nCHANGE\nps = [p for p in model.parameters() if p.requires_grad]\n"
     "for p, g in zip(ps, torch.autograd.grad(loss(y), ps, allow_unused=True)):\n    p.grad = g",
     "other sizes between": "y = run(x)\nx2 = x.detach()[:].clone()\nrun(x2)\nCHANGE\nloss(y).backward()",
     "deep copy between": "y = run(x)\nother = copy.deepcopy(model)\nlook(other(x, extra))\nCHANGE\nloss(y).backward()",
-    "zero_grad and set_to_none": "loss(run(x)).backward()\nmodel.zero_grad()\ny = run(x)\nCHANGE\nloss(y).backward()",
-    "interrupted": "try:\n    run(x)\nexcept BaseException as error:\n    look(type(error).__name__)\nlook(plain_step())\n"
-    "model.boom.error = None\ny = run(x)\nCHANGE\nloss(y).backward()\nlook(plain_step())",
+    "zero_grad between": "loss(run(x)).backward()\nmodel.zero_grad()\ny = run(x)\nCHANGE\nloss(y).backward()",
+    "interrupted": "try:\n    run(x)\nexcept BaseException as error:\n    look(type(error).__name__)\n"
+    "look(plain_step())\nmodel.boom.error = None\ny = run(x)\nCHANGE\nloss(y).backward()\nlook(plain_step())",
     "two threads": "ys = [None, None]\n"
     "def work(i):\n    ys[i] = model(x, extra)\n"
     "threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]\n"
@@ -150,7 +153,7 @@ SCENARIOS = {
     "functional_call": "other = {n: p * 1.5 for n, p in model.named_parameters()}\n"
     "y = look(torch.func.functional_call(model, other, (x, extra)))\nCHANGE\nloss(y).backward()",
     "default device": "with torch.device('cpu'):\n    y = run(x)\nCHANGE\nloss(y).backward()",
-    "gradient of parts": "y = run(x)\nCHANGE\n(loss(y) + .1 * sum(p.square().sum() for p in model.parameters())).backward()",
+    "penalty": "y = run(x)\nCHANGE\n(loss(y) + .1 * sum(p.square().sum() for p in model.parameters())).backward()",
     "state loaded between": "state = copy.deepcopy(model.state_dict())\nloss(run(x)).backward()\n"
     "model.load_state_dict(state)\ny = run(x)\nCHANGE\nloss(y).backward()",
     "weights loaded after": "state = {n: v * .5 for n, v in model.state_dict().items() if v.is_floating_point() and "
@@ -188,7 +191,7 @@ class Op:
 
 @dataclass(frozen=True)
 class Read:
-    """A tensor of someone else's, read by a copying operation, and changed `when`: in the pass, at its end, after it."""
+    """A tensor of someone else's, read by a copying operation, and changed: in the pass, at its end, after it."""
 
     source: str
     read: str
@@ -407,7 +410,7 @@ class Program:
                 "    while not isinstance(y, torch.Tensor):",
                 "        y = next(iter(y.values())) if isinstance(y, dict) else y[0]",
                 "    y = y if y.dtype == torch.float32 else y.float()",
-                f"    return {LOSSES[self.loss].replace('(READOUT > 0)', '(READOUT[: len(y)] > 0)').replace('y[index]', 'y[index[: len(y)] % len(y)]').replace('(y, READOUT)', '(y, READOUT[: len(y)])')}",
+                f"    return {LOSSES[self.loss]}",
                 "",
                 "",
                 "def use(model, x, extra, look):",
@@ -472,7 +475,7 @@ def _wrapped(forward: _Lines, op: Op | Read | Index | Fill | Twins, at: int, oth
             forward.add(body)
 
 
-# -- strategies -----------------------------------------------------------------------------------------------------------
+# -- strategies ---------------------------------------------------------------------------------------------------
 
 
 def _of(table: dict) -> st.SearchStrategy[str]:  # type: ignore[type-arg]

@@ -29,7 +29,7 @@ def fill_by_numba(out: np.ndarray, values: np.ndarray) -> None:
 
 
 def step(optimizer: Any, *parameters: Tensor) -> None:
-    """A step of an optimiser with gradients that do not depend on what was compressed; gradients stay what they were."""
+    """A step of an optimiser with gradients of ones, whatever was compressed; the gradients there were stay."""
     leaves = [p for p in parameters if p.is_leaf and p.is_floating_point()]
     before = [(p, p.grad, p.requires_grad) for p in leaves]
     for p in leaves:

@@ -34,7 +34,8 @@ class Find:
     def text(self) -> str:
         """The program, ready to be run from the project's root."""
         head = "".join(f"# {problem}\n" for problem in self.problems)
-        return f"{head}# recipe {self.program.recipe!r}{_around(self.program)}\n{self.program.source()}\n{footer(self.program)}"
+        how = f"# recipe {self.program.recipe!r}{_around(self.program)}\n"
+        return f"{head}{how}{self.program.source()}\n{footer(self.program)}"
 
 
 def footer(program: Program) -> str:
