@@ -182,7 +182,7 @@ def _suspicious_parts(few: Tensor, g: Tensor, rounding: float) -> bool:
     g = torch.nn.functional.pad(g, (0, rest)).view(-1, size)
     miss = (few.mean(0) - g).square().sum(-1)
     spread = (few - few.mean(0)).square().sum((0, 2)) / (len(few) - 1)
-    return bool(((len(few) * miss > 8 * spread) & (miss > rounding**2)).any())
+    return bool(((len(few) * miss > 4 * spread) & (miss > rounding**2)).any())
 
 
 def _decided(
