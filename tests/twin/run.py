@@ -72,7 +72,9 @@ class Twin:
         return self._run(lambda model: model, masks=masks, copied=True)
 
     def compressed(self, salt: int) -> Outcome:
-        return self._run(lambda model: self.compress(model, salt), record=self.program.recipe == "seed")
+        return self._run(
+            lambda model: self.compress(model, salt), record=self.program.recipe == "seed", names=salt == 1
+        )
 
     def build(self) -> tuple[nn.Module, Callable[..., None], Tensor, Tensor]:
         """The model, what uses it, and its arguments, always the same."""
@@ -107,6 +109,7 @@ class Twin:
         masks: list[Tensor] | None = None,
         copied: bool = False,
         record: bool = False,
+        names: bool = False,
     ) -> Outcome:
         program, found = self.program, Outcome()
         model, use, x, extra = self.build()
@@ -114,7 +117,7 @@ class Twin:
         model = prepare(model)
         compressed = state_of(model) is not None
         torch.manual_seed(1)
-        before = _surroundings()
+        before = _surroundings(names)
         recorder = _Masks(model, masks, found.masks) if record or masks is not None else None
 
         def look(y: Any) -> Any:
@@ -262,8 +265,8 @@ def _attributes(model: nn.Module) -> dict[str, Any]:
 _PATCHED = (torch, F, Tensor, nn.Module, torch.autograd, torch.optim.Optimizer, torch.random)
 
 
-def _surroundings() -> dict[str, Any]:
-    """What a pass may set and must put back."""
+def _surroundings(names: bool) -> dict[str, Any]:
+    """What a pass may set and must put back; the names of torch's modules take a while."""
     callback = traced.set_callback(None)
     traced.set_callback(callback)
     return {
@@ -275,13 +278,15 @@ def _surroundings() -> dict[str, Any]:
         "inference mode": torch.is_inference_mode_enabled(),
         "autocast": torch.is_autocast_enabled("cpu"),
         "default dtype": torch.get_default_dtype(),
-        "names of torch": [{key: id(value) for key, value in vars(owner).items()} for owner in _PATCHED],
+        "names of torch": [{key: id(value) for key, value in vars(owner).items()} for owner in _PATCHED]
+        if names
+        else [],
     }
 
 
 def _left(before: dict[str, Any]) -> list[str]:
     """What is not as before; put back, so that the next program is not blamed."""
-    now = _surroundings()
+    now = _surroundings(bool(before["names of torch"]))
     for index, names in enumerate(now["names of torch"]):
         first = before["names of torch"][index]
         for key in list(names):
@@ -304,8 +309,7 @@ def live() -> int:
 
 def growth(twin: Twin, compressed: bool) -> tuple[int, int, bool]:
     """Tensors that passes of one model leave until the collector comes; that a model leaves for ever; is it alive?"""
-    gc.collect()
-    gc.freeze()
+    gc.freeze()  # what is there already is not counted, nor looked through
     gc.disable()
     try:
         _passes(twin, compressed, 1)

@@ -27,7 +27,7 @@ def test_known(name: str) -> None:
 
 
 @settings(
-    max_examples=300,
+    max_examples=150,
     deadline=None,
     database=None,
     derandomize=True,
