@@ -18,7 +18,7 @@ import numpy as np, torch, torch.nn.functional as F, torch_geometric.nn as pyg
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch_geometric.utils import softmax, to_torch_csr_tensor
-from tests.twin.help import fill_by_numba, plain_step, step
+from tests.twin.help import fill_by_numba, left, plain_step, step
 
 N, C = {n}, 16
 _rng = torch.Generator().manual_seed(3)
@@ -132,7 +132,7 @@ SCENARIOS = {
     "deep copy between": "y = run(x)\nother = copy.deepcopy(model)\nlook(other(x, extra))\nCHANGE\nloss(y).backward()",
     "zero_grad between": "loss(run(x)).backward()\nmodel.zero_grad()\ny = run(x)\nCHANGE\nloss(y).backward()",
     "interrupted": "try:\n    run(x)\nexcept BaseException as error:\n    look(type(error).__name__)\n"
-    "look(plain_step())\nmodel.boom.error = None\ny = run(x)\nCHANGE\nloss(y).backward()\nlook(plain_step())",
+    "look(repr(left()))\nlook(plain_step())\nmodel.boom.error = None\ny = run(x)\nCHANGE\nloss(y).backward()\nlook(plain_step())",
     "two threads": "ys = [None, None]\n"
     "def work(i):\n    ys[i] = model(x, extra)\n"
     "threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]\n"

@@ -41,6 +41,14 @@ def step(optimizer: Any, *parameters: Tensor) -> None:
         p.requires_grad_(needed)
 
 
+def left() -> tuple[int, bool]:
+    """Function modes and saved-tensor hooks of this thread."""
+    return (
+        len(torch.overrides._get_current_function_mode_stack()),
+        torch._C._autograd._top_saved_tensors_default_hooks(True) is not None,
+    )
+
+
 def plain_step() -> Tensor:
     """Gradients of a model that was never compressed: whatever ran before must not touch them."""
     with torch.random.fork_rng():

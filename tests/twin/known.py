@@ -10,6 +10,10 @@ INTERRUPTED = {
     )
     for error in ("KeyboardInterrupt", "SystemExit", "GeneratorExit", "ValueError")
 }
+INTERRUPTED |= {
+    f"within a pass: {name}": Program((Op("linear"), Op(name), Op("linear")))
+    for name in ("interrupt caught", "error caught", "decompressed within", "hooks removed within")
+} | {"saved-tensor hooks are disabled": Program((Op("relu"),), scenario="hooks disabled")}
 SHARED = {
     f"constants of the same content, {content}, one is written: {change}": Program(
         (Twins(content, change), Op("linear"))
@@ -112,4 +116,8 @@ LEFT = {
     "losses added up: log_softmax": Program((Op("linear"), Op("log_softmax"), Op("linear")), scenario="accumulated"),
     "a wrapper is tracked": Program((Op("linear"),), around="held"),
 }
-KNOWN = LEFT | INTERRUPTED | SHARED | CHANGED | FILLED | DRAWN_AGAIN | STRIDES | TYPICAL
+WORKS = {
+    f"works plain: {name}": Program((Op("linear"), Op(name), Op("linear")))
+    for name in ("lazy linear", "SAGE lazy", "GAT lazy", "vmap", "func.grad", "teacher", "linear in place in 3d", "FA")
+}
+KNOWN = WORKS | LEFT | INTERRUPTED | SHARED | CHANGED | FILLED | DRAWN_AGAIN | STRIDES | TYPICAL
