@@ -132,7 +132,8 @@ SCENARIOS = {
     "deep copy between": "y = run(x)\nother = copy.deepcopy(model)\nlook(other(x, extra))\nCHANGE\nloss(y).backward()",
     "zero_grad between": "loss(run(x)).backward()\nmodel.zero_grad()\ny = run(x)\nCHANGE\nloss(y).backward()",
     "interrupted": "try:\n    run(x)\nexcept BaseException as error:\n    look(type(error).__name__)\n"
-    "look(repr(left()))\nlook(plain_step())\nmodel.boom.error = None\ny = run(x)\nCHANGE\nloss(y).backward()\nlook(plain_step())",
+    "look(repr(left()))\nlook(plain_step())\nmodel.boom.error = None\n"
+    "y = run(x)\nCHANGE\nloss(y).backward()\nlook(plain_step())",
     "two threads": "ys = [None, None]\n"
     "def work(i):\n    ys[i] = model(x, extra)\n"
     "threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]\n"
