@@ -225,9 +225,9 @@ IN_PLACE = {
 }
 
 DROPOUTS = {
-    "nn.Dropout": _module("nn.Dropout(.4)", draws=True),
+    "nn.Dropout": _module("nn.Dropout(.4)", "h = @m(h + 1e-3)", draws=True),
     "F.dropout": Piece("h = F.dropout(h, .4, self.training)", draws=True),
-    "nn.Dropout in place": _module("nn.Dropout(.4, inplace=True)", "h = @m(h + 0)", draws=True),
+    "nn.Dropout in place": _module("nn.Dropout(.4, inplace=True)", "h = @m(h + 1e-3)", draws=True),
     "relu and dropout": Piece("h = F.dropout(h.relu(), .5, training=self.training)", draws=True),
     "dropout of features": Piece("h = h + F.dropout(x, .5, self.training)", draws=True),
     "AlphaDropout": _module("nn.AlphaDropout(.3)", draws=True),

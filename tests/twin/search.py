@@ -15,7 +15,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from tests.twin.compare import Verdict, judge
-from tests.twin.grammar import Op, Program, programs
+from tests.twin.grammar import Op, Program
+from tests.twin.strategies import programs
 
 OFTEN = 3  # a find of the same kind is made small so many times
 CHUNK = 40  # programs that hypothesis draws from one seed

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.twin.compare import judge
-from tests.twin.grammar import SCENARIOS, Fill, Index, Op, Program, Read, Twins
+from tests.twin.grammar import Fill, Index, Op, Program, Read, Twins
 from tests.twin.run import Twin
+from tests.twin.scenarios import SCENARIOS
 
 PROGRAM = Program((Op("linear"), Op("relu"), Op("running mean")))
 _noise = torch.Generator().manual_seed(0)

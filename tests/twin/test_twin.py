@@ -7,9 +7,10 @@ import warnings
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from tests.twin.grammar import Program, programs
+from tests.twin.grammar import Program
 from tests.twin.known import KNOWN
 from tests.twin.search import footer, verdict_of
+from tests.twin.strategies import programs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
