@@ -61,6 +61,22 @@ CHANGED = {
         ("of the pass", "product", "numpy", "now"),
     )
 }
+CHANGED |= {
+    f"{source}, changed by {change} for the first time after the second pass": Program(
+        (Read(source, "t[i]", "times", change, "after"),),
+        scenario="zero_grad between",
+        first="nothing",
+        features_need_gradient=True,
+    )
+    for source in ("buffer", "argument", "attribute", "parameter")
+    for change in ("data", "no_grad")
+} | {
+    f"parameter, read by {read}, changed by {change}": Program(
+        (Read("parameter", read, "times", change, "after"),), first="nothing", features_need_gradient=True
+    )
+    for read in ("gather", "index_add")
+    for change in ("data", "numpy row")
+}
 FILLED = {
     f"{make}, filled by {fill}, {use}": Program((Fill(make, fill, use),))
     for make, fill, use in (

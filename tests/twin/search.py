@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import re
 import time
 import warnings
@@ -19,6 +20,7 @@ from tests.twin.grammar import Op, Program
 from tests.twin.strategies import programs
 
 OFTEN = 3  # a find of the same kind is made small so many times
+LONGEST = 900  # seconds that a program may take, made small included
 CHUNK = 40  # programs that hypothesis draws from one seed
 
 
@@ -106,12 +108,14 @@ def work(minutes: float, seed: int, out: Any, running: str) -> None:
 
     def on(progress: Progress, find: Find | None, begins: Any) -> None:
         if begins is not None:
+            faulthandler.dump_traceback_later(LONGEST, exit=True)  # a deadlock is a find, too
             Path(running).write_text(begins.source() + "\n" + footer(begins))
         else:
             told = None if find is None else (find.text(), find.problems, find.number, find.seconds)
             out.put((seed, (progress.programs, progress.compared, progress.failed), told))
 
     search(time.monotonic() + 60 * minutes, seed, events, on)
+    faulthandler.cancel_dump_traceback_later()
     out.put((seed, None, events))
 
 
