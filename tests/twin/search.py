@@ -20,7 +20,7 @@ from tests.twin.grammar import Op, Program
 from tests.twin.strategies import programs
 
 OFTEN = 3  # a find of the same kind is made small so many times
-LONGEST = 900  # seconds that a program may take, made small included
+LONGEST = 300  # seconds that a program may take, made small included
 CHUNK = 40  # programs that hypothesis draws from one seed
 
 
@@ -132,11 +132,11 @@ def kind(problem: str) -> str:
     return re.sub(r"\d[\d.e+-]*", "#", problem.split(", most in")[0])[:70]
 
 
-def shrunk(program: Program, problems: list[str], tries: int = 60) -> tuple[Program, list[str]]:
+def shrunk(program: Program, problems: list[str], tries: int = 60, seconds: float = 60) -> tuple[Program, list[str]]:
     """A smaller program with a problem of the same kind."""
-    wanted = kind(problems[0])
+    wanted, end = kind(problems[0]), time.monotonic() + seconds
     again = True
-    while again and tries > 0:
+    while again and tries > 0 and time.monotonic() < end:
         again = False
         for smaller in _smaller(program):
             tries -= 1
@@ -144,7 +144,7 @@ def shrunk(program: Program, problems: list[str], tries: int = 60) -> tuple[Prog
             if found:
                 program, problems, again = smaller, found, True
                 break
-            if tries <= 0:
+            if tries <= 0 or time.monotonic() > end:
                 break
     return program, problems
 
