@@ -7,6 +7,7 @@ same random state, and torch draws dropout's masks (`dropout="mask"`), so that t
 from __future__ import annotations
 
 import copy
+import os
 import random
 import time
 import warnings
@@ -23,7 +24,7 @@ from dibit.compress import state_of
 from dibit.config import recipe
 from tests.unbiased import Bias, bias_of
 
-DRAWS = 64
+DRAWS = int(os.environ.get("PEERS_DRAWS", "64"))  # in each of the two sets
 WORST = 3.0  # of the statistic, which is 1 on average; a program fails where two independent sets are both above
 ROUNDING = 1e-12  # of the whole gradient's square: less than that is the order of a sum
 
@@ -56,8 +57,9 @@ class Verdict:
     def __str__(self) -> str:
         a, b = self.statistics
         numbers = f"statistic {a:5.2f} {b:5.2f}, one draw {self.relative:8.2g} (median {self.median:8.2g})"
-        return f"{'FAIL' if self.faults else 'ok  '} {self.name:34} {numbers}, kept {self.saved:4.0%}, {self.seconds:3.0f} s" + "".join(
-            f"\n       {fault}" for fault in self.faults
+        return (
+            f"{'FAIL' if self.faults else 'ok  '} {self.name:34} {numbers}, kept {self.saved:4.0%}, {self.seconds:3.0f} s"
+            + "".join(f"\n       {fault}" for fault in self.faults)
         )
 
 
@@ -110,9 +112,7 @@ def compare(name: str, build: Callable[[], Program], draws: int = DRAWS) -> Verd
     return verdict
 
 
-def _judge(
-    verdict: Verdict, program: Program, start: Any, truth: dict[str, Tensor], noise: float, draws: int
-) -> None:
+def _judge(verdict: Verdict, program: Program, start: Any, truth: dict[str, Tensor], noise: float, draws: int) -> None:
     """Two independent sets of draws; of the whole gradient and of each parameter's."""
     names = sorted(truth)
     whole = torch.cat([truth[name].double().flatten() for name in names])
@@ -132,7 +132,9 @@ def _judge(
         rows = [torch.cat([sample[n].double().flatten() for n in names]) for sample in samples]
         found.append(_bias(rows, whole, least))
         verdict.relative = found[-1].relative
-        verdict.median = torch.stack([(row - whole).square().sum() for row in rows]).median().item() / max(scale, 1e-300)
+        verdict.median = torch.stack([(row - whole).square().sum() for row in rows]).median().item() / max(
+            scale, 1e-300
+        )
     verdict.statistics = (found[0].statistic, found[1].statistic)
     if min(verdict.statistics) > WORST or any(bias.relative == 0 and not bias.exact for bias in found):
         verdict.faults.append("the gradient is biased")

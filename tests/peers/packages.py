@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.peers.compare import Program
+from tests.peers import adapters
+from tests.peers.compare import Program, compare
 
 Builds = Iterator[tuple[str, Callable[[], Program]]]
 
@@ -77,7 +78,10 @@ def dgl() -> Builds:
     yield "CFConv", case(lambda: _Args(layers.CFConv(32, 5, 16, 24), features))
     yield "ChebConv", case(lambda: layers.ChebConv(32, 24, 2))
     yield "PNAConv, mean, max, std", case(lambda: layers.PNAConv(32, 24, ["mean", "max", "std"], ["identity"], 2.5))
-    yield "PNAConv, sum, moment3", case(lambda: layers.PNAConv(32, 24, ["sum", "moment3"], ["identity", "amplification"], 2.5))
+    yield (
+        "PNAConv, sum, moment3",
+        case(lambda: layers.PNAConv(32, 24, ["sum", "moment3"], ["identity", "amplification"], 2.5)),
+    )
     yield "TWIRLSConv", case(lambda: layers.TWIRLSConv(32, 24, 16, prop_step=2))
     yield "GroupRevRes", case(lambda: _GroupRev(layers))
     yield "readouts", case(lambda: _Readout(layers))
@@ -129,12 +133,16 @@ class _Readout(nn.Module):
         return torch.cat([x, encoder(g, x), *[pool(g, x).expand(x.shape[0], -1) for pool in pools]], 1)
 
 
-PACKAGES: dict[str, Callable[[], Builds]] = {"dgl": dgl}
+PACKAGES: dict[str, Callable[[], Builds]] = {
+    "dgl": dgl,
+    "schnetpack": adapters.schnetpack,
+    "chemprop": adapters.chemprop,
+    "pykeen": adapters.pykeen,
+    "recbole": adapters.recbole,
+}
 
 
 def main(names: list[str], only: str = "") -> int:
-    from tests.peers.compare import compare
-
     failed = 0
     for name in names or list(PACKAGES):
         if importlib.util.find_spec(name) is None:
