@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 import torch
 from torch import Tensor, nn
 
@@ -188,6 +189,8 @@ def recbole() -> Builds:
     for name, old in {"bool8": np.bool_, "float_": np.float64, "complex_": np.complex128, "unicode_": np.str_}.items():
         if not hasattr(np, name):  # names of older versions of NumPy
             setattr(np, name, old)
+    if not hasattr(scipy.sparse.dok_matrix, "_update"):  # a method of older versions of SciPy
+        scipy.sparse.dok_matrix._update = lambda self, entries: self._dict.update(entries)
     from recbole.config import Config
     from recbole.data import create_dataset, data_preparation
     from recbole.utils import get_model, init_seed

@@ -10,6 +10,7 @@ import copy
 import os
 import random
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ from tests.unbiased import Bias, bias_of
 
 DRAWS = int(os.environ.get("PEERS_DRAWS", "64"))  # in each of the two sets
 WORST = 3.0  # of the statistic, which is 1 on average; a program fails where two independent sets are both above
+FAR = 100.0  # squared error of the median draw over the gradient's square: no draw is of any use then
 ROUNDING = 1e-12  # of the whole gradient's square: less than that is the order of a sum
 
 
@@ -56,11 +58,10 @@ class Verdict:
 
     def __str__(self) -> str:
         a, b = self.statistics
-        numbers = f"statistic {a:5.2f} {b:5.2f}, one draw {self.relative:8.2g} (median {self.median:8.2g})"
-        return (
-            f"{'FAIL' if self.faults else 'ok  '} {self.name:34} {numbers}, kept {self.saved:4.0%}, {self.seconds:3.0f} s"
-            + "".join(f"\n       {fault}" for fault in self.faults)
-        )
+        word = "FAIL" if self.faults else "ok  "
+        draws = f"statistic {a:5.2f} {b:5.2f}, one draw {self.relative:8.2g} (median {self.median:8.2g})"
+        line = f"{word} {self.name:34} {draws}, kept {self.saved:4.0%}, {self.seconds:3.0f} s"
+        return "\n       ".join([line, *self.faults])
 
 
 def seed(number: int) -> None:
@@ -69,7 +70,7 @@ def seed(number: int) -> None:
     np.random.seed(number)  # noqa: NPY002
 
 
-def compare(name: str, build: Callable[[], Program], draws: int = DRAWS) -> Verdict:
+def compare(name: str, build: Callable[[], Program], draws: int = DRAWS, rules: Any = None) -> Verdict:
     """Run a program both ways and say what differs."""
     began = time.monotonic()
     verdict = Verdict(name)
@@ -91,7 +92,7 @@ def compare(name: str, build: Callable[[], Program], draws: int = DRAWS) -> Verd
             other.model.train()
             _stir(other.model)
             config = replace(recipe("default"), dropout="mask")
-            dibit.compress(other.model, config)
+            dibit.compress(other.model, config, rules=rules)
             with dibit.track(other.model) as ledger:
                 seed(1)
                 other.reset(other.model)
@@ -104,8 +105,6 @@ def compare(name: str, build: Callable[[], Program], draws: int = DRAWS) -> Verd
             else:
                 _judge(verdict, other, start, truth, noise, draws)
         except Exception as error:
-            import traceback
-
             where = traceback.extract_tb(error.__traceback__)[-1]
             verdict.faults.append(f"{type(error).__name__}: {str(error)[:300]} ({where.filename}:{where.lineno})")
     verdict.seconds = time.monotonic() - began
@@ -138,6 +137,8 @@ def _judge(verdict: Verdict, program: Program, start: Any, truth: dict[str, Tens
     verdict.statistics = (found[0].statistic, found[1].statistic)
     if min(verdict.statistics) > WORST or any(bias.relative == 0 and not bias.exact for bias in found):
         verdict.faults.append("the gradient is biased")
+    if verdict.median > FAR:
+        verdict.faults.append("no draw is near the gradient")
     for name in names:
         pair = [_bias([sample[name].double().flatten() for sample in samples], truth[name], least) for samples in sets]
         wrong = all(not bias.unbiased and bias.statistic > WORST for bias in pair)

@@ -26,7 +26,7 @@ NODES, FEATURES, CLASSES, RELATIONS, GRAPHS = 96, 16, 4, 3, 6
 
 @dataclass
 class Example:
-    """One model of one file: two expressions in the file's names, and further names that it takes from its top level."""
+    """One model of one file: two expressions in the file's names, and names of its top level that they need."""
 
     file: str
     build: str
@@ -95,8 +95,8 @@ EXAMPLES = [
     Example("ar_link_pred", "torch.nn.ModuleList([GCNEncoder(16, 32, 16), LinkPredictor(16, 32), ARLinkPredictor(16)])",
             "[model[1](*(z := model[0](data.x, data.edge_index))[data.pairs]), model[2](*z[data.pairs])]"),
     Example("argva_node_clustering", "ARGVA(Encoder(16, 32, 32), Discriminator(32, 64, 32))",
-            "[model.discriminator_loss(z := model.encode(data.x, data.edge_index)), model.recon_loss(z, data.edge_index)"
-            " + model.reg_loss(z) + model.kl_loss() / NODES]"),
+            "[model.discriminator_loss(z := model.encode(data.x, data.edge_index)),"
+            " model.recon_loss(z, data.edge_index) + model.reg_loss(z) + model.kl_loss() / NODES]"),
     Example("arma", "Net(16, 16, 4)"),
     Example("attentive_fp", "AttentiveFP(16, 64, 1, edge_dim=5, num_layers=2, num_timesteps=2, dropout=0.2)",
             "model(data.x, data.edge_index, data.edge_features, data.batch)"),
@@ -112,7 +112,8 @@ EXAMPLES = [
     Example("cluster_gcn_reddit", "Net(16, 4)"),
     Example("colors_topk_pool", "Net(16)", "model(data)[:2]"),
     Example("cora", "Net()", "model()", "data.edge_attr = torch.rand(data.num_edges, 1)"),
-    Example("correct_and_smooth", "MLP([16, 64, 64, 4], dropout=0.5, norm='batch_norm', act_first=True)", "model(data.x)"),
+    Example("correct_and_smooth", "MLP([16, 64, 64, 4], dropout=0.5, norm='batch_norm', act_first=True)",
+            "model(data.x)"),
     Example("dir_gnn", "DirGNN(16, 32, 4, 0.5)", _NODE, "Conv = SAGEConv"),
     Example("dir_gnn", "DirGNN(16, 32, 4, 0.3)", _NODE, "Conv = GCNConv"),
     Example("dna", "Net(16, 64, 4, num_layers=3, heads=4, groups=8)"),
@@ -122,8 +123,10 @@ EXAMPLES = [
             "d = data; data.x = torch.ones(NODES, 1); data.edge_attr = torch.rand(data.num_edges, 3)"),
     Example("film", "Net(16, 64, 4, 3, dropout=0.1)"),
     Example("gat", "GAT(16, 8, 4, 8)"),
-    Example("gcn", "GCN(16, 16, 4)", "model(data.x, data.edge_index, data.edge_attr)", "args = Namespace(use_gdc=False)"),
-    Example("gcn", "GCN(16, 16, 4)", "model(data.x, data.edge_index, data.edge_attr)", "args = Namespace(use_gdc=True)"),
+    Example("gcn", "GCN(16, 16, 4)", "model(data.x, data.edge_index, data.edge_attr)",
+            "args = Namespace(use_gdc=False)"),
+    Example("gcn", "GCN(16, 16, 4)", "model(data.x, data.edge_index, data.edge_attr)",
+            "args = Namespace(use_gdc=True)"),
     Example("gcn2_cora", "Net(64, 16, 0.1, 0.5, True, dropout=0.6)", "model(data.x, data.edge_index)"),
     Example("gcn2_ppi", "Net(96, 5, 0.5, 1.0, False, dropout=0.2)", "model(data.x, data.edge_index)"),
     Example("geniepath", "GeniePath(16, 4)", _NODE, "dim = 32; lstm_hidden = 32; layer_num = 3"),
@@ -138,14 +141,15 @@ EXAMPLES = [
     Example("graph_saint", "Net(64)", "model(data.x, data.edge_index, data.edge_attr)"),
     Example("graph_unet", "Net()", "model()"),
     Example("graphland", "Model(16, 64, 4)"),
-    Example("infomax_inductive", "DeepGraphInfomax(64, Encoder(16, 64), summary=lambda z, *a, **k: torch.sigmoid(z.mean(0)),"
-            " corruption=corruption)", "model.loss(*model(data.x, data.edge_index, 50))"),
-    Example("infomax_transductive", "DeepGraphInfomax(64, Encoder(16, 64), summary=lambda z, *a, **k: z.mean(0).sigmoid(),"
-            " corruption=corruption)", "model.loss(*model(data.x, data.edge_index))"),
+    Example("infomax_inductive", "DeepGraphInfomax(64, Encoder(16, 64), summary=_mean, corruption=corruption)",
+            "model.loss(*model(data.x, data.edge_index, 50))"),
+    Example("infomax_transductive", "DeepGraphInfomax(64, Encoder(16, 64), summary=_mean, corruption=corruption)",
+            "model.loss(*model(data.x, data.edge_index))"),
     *[Example("kge_fb15k_237", f"{kind}(NODES, RELATIONS, hidden_channels=32)",
               "model.loss(data.edge_index[0], data.edge_type, data.edge_index[1])")
       for kind in ("TransE", "DistMult", "ComplEx", "RotatE")],
-    Example("lcm_aggr_2nd_min", "LCM(64)", "model(torch.randint(2, (NODES, 8)), data.batch)", "args = Namespace(num_bits=8)"),
+    Example("lcm_aggr_2nd_min", "LCM(64)", "model(torch.randint(2, (NODES, 8)), data.batch)",
+            "args = Namespace(num_bits=8)"),
     Example("lightgcn", "LightGCN(NODES, 32, num_layers=2)",
             "model.recommendation_loss(*model(data.edge_index, data.pairs).chunk(2), node_id=data.pairs.unique())"),
     Example("link_pred", "Net(16, 64, 32)", "model.decode(model.encode(data.x, data.edge_index), data.pairs)"),
@@ -158,7 +162,8 @@ EXAMPLES = [
     Example("ogbn_proteins_deepgcn", "DeeperGCN(32, 7)", "model(data.x, data.edge_index, data.edge_attr)",
             "data.edge_attr = data.edge_features; data.y = torch.rand(NODES, 6)"),
     Example("ogbn_train", "GAT(16, 32, 3, 4, heads=2, dropout=0.5, v2=True)"),
-    Example("ogbn_train", "SGFormer(16, 32, 4, trans_num_layers=2, trans_dropout=0.5, gnn_num_layers=2, gnn_dropout=0.5)",
+    Example("ogbn_train", "SGFormer(16, 32, 4, trans_num_layers=2, trans_dropout=0.5, gnn_num_layers=2,"
+            " gnn_dropout=0.5)",
             "model(data.x, data.edge_index, data.batch)"),
     Example("ogbn_train", "Polynormer(16, 32, 4, local_layers=2)", "model(data.x, data.edge_index, data.batch)"),
     Example("ogc", "LinearNeuralNetwork(16, 4)", "model(data.x)"),
@@ -236,7 +241,14 @@ def program(folder: Path, example: Example) -> Callable[[], Program]:
         names = load(folder / f"{example.file}.py")  # the globals of the example's classes
         for name, value in {**vars(models), "F": F, "torch": torch, "Namespace": Namespace}.items():
             names.setdefault(name, value)
-        names |= {"_tgn": _tgn, "_tgn_step": _tgn_step, "_near": _near, "NODES": NODES, "RELATIONS": RELATIONS}
+        names |= {
+            "_tgn": _tgn,
+            "_tgn_step": _tgn_step,
+            "_near": _near,
+            "_mean": _mean,
+            "NODES": NODES,
+            "RELATIONS": RELATIONS,
+        }
         data = _heterogeneous() if example.file.startswith("hetero/") or "to_hetero" in example.build else _graph()
         dataset = Namespace(
             num_features=FEATURES, num_node_features=FEATURES, num_classes=CLASSES, num_relations=RELATIONS
@@ -260,6 +272,10 @@ def _near(pos: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
     near = (batch[:, None] == batch) & (distance < 2) & ~torch.eye(len(pos), dtype=torch.bool)
     edge_index = near.nonzero().T
     return edge_index, distance[edge_index[0], edge_index[1]]
+
+
+def _mean(z: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return z.mean(0).sigmoid()
 
 
 def _tgn(memory: Any, message: Any, aggregator: Any, embedding: Any, predictor: Any) -> nn.Module:
