@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import subprocess
 import sys
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -257,3 +259,35 @@ def test_a_plain_lazy_model_is_tracked() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(torch.randn(300, 16))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "save"])
+def test_a_part_is_taken_without_the_whole(how: str) -> None:
+    """And works compressed on its own, with the model it was of long gone."""
+    part = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model = dibit.compress(nn.Sequential(part, nn.Linear(8, 100_000)))
+    if how == "deepcopy":
+        memo: dict[int, object] = {}
+        taken = copy.deepcopy(part, memo)
+        assert not any(x is model for x in memo.values())
+    else:
+        torch.save(part, buffer := io.BytesIO())
+        assert len(buffer.getvalue()) < 100_000
+        buffer.seek(0)
+        taken = torch.load(buffer, weights_only=False)
+    whole = weakref.ref(model)
+    del model
+    assert whole() is None, "nothing that hangs on a model keeps it alive"
+    x = torch.randn(300, 8)
+    for each in (taken, part):
+        with dibit.track(each) as saved:
+            each(x).sum().backward()
+        assert 0 < saved.total < saved.plain
+        assert state_of(each).root is each  # type: ignore[union-attr]
+
+
+def test_a_part_of_a_traced_graph_is_copied() -> None:
+    model = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
+    dibit.compress(model)
+    for taken in (copy.deepcopy(model.get_submodule("0")), copy.deepcopy(model)):
+        taken(torch.randn(5, 3)).sum().backward()

@@ -57,10 +57,13 @@ class Enter(Hook):
         return module.training and not transformed() and (self.state.seeds or passes.compresses())
 
     def packed(self) -> dict[str, Any]:
-        return {"state": self.state, "name": self.name, "config": pickle.dumps(self.config)}
+        root = None if self.name else self.state.root  # a part is saved without the model that it is of
+        return {"state": self.state, "name": self.name, "config": pickle.dumps(self.config), "root": root}
 
     def unpacked(self, packed: dict[str, Any]) -> None:
         Enter.__init__(self, packed["state"], packed["name"], pickle.loads(packed["config"]))
+        if packed["root"] is not None:
+            self.state.belongs_to(packed["root"])
 
 
 class Exit(Portable):

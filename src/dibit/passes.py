@@ -97,6 +97,7 @@ def _eager(hook: Any, module: nn.Module, forward: Callable[..., Any], args: Any,
     if active is not None:
         return _part(active, hook, module, forward, args, kwargs)
     compressed = compresses()
+    hook.called(module)
     told = told_of(hook.state.root) if compressed and not (hook.name or hook.state.passive) else None
     if told is not None:
         told.check_inputs(hook.state, list(tensors_in((args, kwargs))))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,11 +25,14 @@ Rule = Callable[..., Any]
 Observer = Callable[[str, str, Tensor, Packed], None]
 
 
+_NOTHING = nn.Module()
+
+
 @dataclass(eq=False)
 class State(Portable):
     """Shared by the hooks of a model's modules; copied and pickled with them."""
 
-    root: nn.Module
+    model: InitVar[nn.Module | None]
     rules: dict[Any, Rule] = field(default_factory=dict)
     passive: bool = False  # only observe: `track` on a plain model
     trackers: list[Callable[[list[Row]], None]] = field(default_factory=list)  # get the rows of each pass
@@ -39,6 +43,19 @@ class State(Portable):
     seeds: bool = False  # some module's config draws dropout's masks from seeds
     asks: bool | None = None  # a forward pass asks for a gradient; `None`: not known yet
     scores: Scores = field(default_factory=Scores)
+
+    def __post_init__(self, model: nn.Module | None) -> None:
+        self.belongs_to(model)
+
+    def belongs_to(self, model: nn.Module | None) -> None:
+        """What hangs on a model holds it weakly: a part may be copied, saved and kept without the whole."""
+        self._root = None if model is None else weakref.ref(model)
+
+    @property
+    def root(self) -> nn.Module:
+        """The compressed model; an empty module where only parts of it are left."""
+        model = None if self._root is None else self._root()
+        return _NOTHING if model is None else model
 
     @property
     def reach(self) -> Field:
@@ -72,6 +89,11 @@ class State(Portable):
     def copied(self) -> dict[str, Any]:
         return {**vars(self), "trackers": [], "observer": None}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> State:
+        twin: State = super().__deepcopy__(memo)
+        twin.belongs_to(memo.get(id(self.root)))  # not there if a part is copied alone
+        return twin
+
     def packed(self) -> dict[str, Any]:
         rules, lost = {}, []
         for function, rule in self.rules.items():
@@ -88,7 +110,6 @@ class State(Portable):
                 stacklevel=3,
             )
         return {
-            "root": self.root,
             "rules": pickle.dumps(rules),
             "passive": self.passive,
             "warned": self.warned,
@@ -101,7 +122,7 @@ class State(Portable):
     def unpacked(self, packed: dict[str, Any]) -> None:
         rules, known, steps = pickle.loads(packed["rules"]), packed["scores"], packed["steps"]
         own = {name: packed[name] for name in ("passive", "warned", "seeds", "asks")}
-        State.__init__(self, packed["root"], rules, **own)
+        State.__init__(self, None, rules, **own)
         self.scores.known, self.reach.steps = known, steps
 
 
@@ -110,6 +131,11 @@ class Hook(Portable):
 
     def __init__(self, state: State, name: str) -> None:
         self.state, self.name = state, name
+
+    def called(self, module: nn.Module) -> None:
+        """A pass begins with this hook's module: the model itself, or a part that has lost the model."""
+        if self.state.root is not module and (not self.name or self.state.root is _NOTHING):
+            self.state.belongs_to(module)
 
 
 @dataclass
