@@ -119,7 +119,7 @@ def compress(
     decompress(model)
     state = State(model, dict(rules or {}))
     _attach(model, state, settings)
-    prepare_scripting()
+    prepare_scripting(model)
     if any(setting is not None for setting in settings.values()):
         unseen.expect(state)
     return model

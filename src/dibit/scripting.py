@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -12,9 +14,23 @@ from dibit.portable import Portable
 _HOOKS = "_forward_pre_hooks", "_forward_hooks"
 
 
-def prepare() -> None:
+def prepare(model: nn.Module) -> None:
     """Give modules the method by which TorchScript asks for what it shall compile; of plain ones it is themselves."""
     nn.Module.__prepare_scriptable__ = _plain  # type: ignore[attr-defined]
+    for kind in {kind for module in model.modules() for kind in type(module).__mro__}:
+        own = vars(kind).get("__prepare_scriptable__", _plain)
+        if own is not _plain and not hasattr(own, "__wrapped__"):
+            kind.__prepare_scriptable__ = _then(own)
+
+
+def _then(own: Callable[[Any], Any]) -> Callable[[nn.Module], Any]:
+    """A class's own method, which gets the plain module."""
+
+    @functools.wraps(own)
+    def prepare_scriptable(module: nn.Module) -> Any:
+        return own(_plain(module))
+
+    return prepare_scriptable
 
 
 def _plain(module: nn.Module) -> nn.Module:

@@ -73,6 +73,8 @@ def _finish(kind: type[nn.Module], method: str, config: Any) -> None:
 
 
 def _compress(model: nn.Module, config: Any) -> None:
+    if type(model).__module__.startswith("torch.jit."):
+        return  # tracing builds modules of its own, which no user has
     if _local.depth == 0 and not _local.busy:
         _local.busy = True
         try:
