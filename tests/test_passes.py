@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode
 
 import dibit
@@ -280,3 +281,25 @@ def test_a_hook_called_by_hand_does_nothing() -> None:
     outer[0].register_forward_pre_hook(lambda *_: enter(net, (), {}))
     assert type(outer(x).grad_fn).__name__ == "AddmmBackward0"
     enter(net, (), {})
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_where_saved_tensor_hooks_are_forbidden_all_stays_exact(whole: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with contextlib.nullcontext() if whole else disable_saved_tensors_hooks("not here"):
+                return self.last(self.first(x).relu())
+
+    x, grads = torch.randn(300, 8), []
+    for compressed in (False, True):
+        torch.manual_seed(0)
+        model = dibit.compress(Model().train()) if compressed else Model().train()
+        with disable_saved_tensors_hooks("not here") if whole else contextlib.nullcontext():
+            y = model(x)
+        y.sum().backward()
+        grads.append(model.last.weight.grad)
+    assert torch.equal(*grads)

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from dibit import inner_gradient
 from dibit.identity import storage_key, storages
-from dibit.masks import DROPOUTS, Calls, top_hooks, transformed
+from dibit.masks import DROPOUTS, Calls, hooks_free, transformed
 from dibit.replay import functions
 from dibit.state import Rule
 from dibit.step import Step, tensors_in
@@ -98,7 +98,7 @@ class Intercept(TorchFunctionMode):
             step.exact_within = len(step.names) if step.exact_within is None else step.exact_within
             step.asked = False
         # Hooks are there for the one operation: transforms of `torch.func` refuse to begin where there are any.
-        keeps = torch.is_grad_enabled() and top_hooks() is None
+        keeps = torch.is_grad_enabled() and hooks_free()
         if not keeps:
             return self._run(func, args, kwargs, keeps)
         _push_hooks(*self.hooks)

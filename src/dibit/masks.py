@@ -37,6 +37,11 @@ def top_hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
+def hooks_free() -> bool:
+    """Whether ours can be set: there are no other hooks in this thread, and none are forbidden."""
+    return top_hooks() is None and torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is None
+
+
 def transformed() -> bool:
     """Inside a transform of `torch.func`, or of forward-mode differentiation."""
     return _interpreters() is not None or forward_ad._current_level >= 0

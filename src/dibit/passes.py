@@ -15,7 +15,7 @@ from dibit.batch import told_of
 from dibit.compiled import mode as traced
 from dibit.functions import RULES
 from dibit.intercept import Intercept
-from dibit.masks import Exactly, Masks, top_hooks, transformed
+from dibit.masks import Exactly, Masks, hooks_free, top_hooks, transformed
 from dibit.step import Step, tensors_in
 
 _TRACED = (torch.Tensor, nn.Parameter)
@@ -198,7 +198,7 @@ def compresses() -> bool:
 
     In those of an activation checkpoint a part is run again; transforms of `torch.func` go their own way.
     """
-    return torch.is_grad_enabled() and top_hooks() is None and not transformed()
+    return torch.is_grad_enabled() and hooks_free() and not transformed()
 
 
 def _remove_mode(mode: TorchFunctionMode) -> None:
