@@ -184,6 +184,9 @@ class TestAutocast:
             for where in ("outside", "inside", "backward inside"):
                 model, x = build("gcn", "autocast bf16")
                 dibit.compress(model, setting)
+                torch.manual_seed(2)
+                model(x, EDGES).sum().backward()  # another state of the generator, and a graph that is known
+                model.zero_grad()
                 torch.manual_seed(1)
                 with torch.autocast("cpu", torch.bfloat16):
                     out = model(x, EDGES)

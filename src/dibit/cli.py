@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         place = "what is printed" if error.filename is None else shown(error.filename, 200)
-        return _say(f"dibit: {place} cannot be read or written: {reason(error)}.", 1, once=True)
+        return _say(f"dibit: error: {place} cannot be read or written: {reason(error)}.", 1, once=True)
     except ValueError as error:
         if "Expected more than 1 value per channel" not in str(error):  # torch's BatchNorm
             raise

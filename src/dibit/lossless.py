@@ -42,8 +42,7 @@ class Exact:
 
 def exact(x: Tensor) -> Exact:
     """x as it is now; what is kept does not hold the graph that x belongs to."""
-    x = x.detach()
-    return Exact(x, version(x))
+    return Exact(x.detach() if x.requires_grad else x, version(x))
 
 
 @dataclass

@@ -69,6 +69,8 @@ class Scores:
     history: History = field(default_factory=History)
     _pending: dict[str, list[tuple[Tensor | None, Watch]]] = field(default_factory=dict, repr=False)
     _next: dict[str, Tensor] = field(default_factory=dict, repr=False)  # with the batches since the last change
+    _used: set[str] = field(default_factory=set, repr=False)  # by passes since the last step
+    _used_before: set[str] = field(default_factory=set, repr=False)  # and before that one
     _stamp: int | None = field(default=None, repr=False)
     _values: list[float] | None = field(default=None, repr=False)  # of the parameters, where the stamp stood still
     _warned: bool = field(default=False, repr=False)
@@ -90,7 +92,9 @@ class Scores:
         else:
             self._values = None
         self._stamp = stamp
-        self.known = self._latest()
+        # A residual that two steps have not had is not coming back: the first pass has some that later ones do without.
+        self.known = {key: table for key, table in self._latest().items() if key in self._used | self._used_before}
+        self._used_before, self._used = self._used, set()
         self._next.clear()
         self._pending.clear()
 
@@ -139,6 +143,7 @@ class Scores:
 
     def watch(self, key: str, ids: Tensor | None) -> Watch:
         """Measure the gradient of a residual in the backward pass that follows."""
+        self._used.add(key)
         live = self.known.get(key) if ids is None else None
         if live is not None and capturing(live.device):
             self._captured.append(live)
@@ -159,7 +164,7 @@ class Scores:
             its content, bool ().
         """
         self.history.settle()
-        learnt = {_HISTORY + role: torch.tensor(same) for role, same in self.history.steady.items()}
+        learnt = {_HISTORY + role: torch.tensor(True) for role, steady in self.history.steady.items() if steady}
         return {**self._latest(), **{_REACH + key: steps for key, steps in self.reach.state_dict().items()}, **learnt}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -185,6 +190,7 @@ class Scores:
                     "gives them."
                 )
         self.known = scores
+        self._used = set(scores)
         self.reach.load_state_dict(reach)
         self.history = History(steady)
         self._next.clear()
@@ -194,7 +200,7 @@ class Scores:
         return {"known": dict(self.known), "reach": self.reach, "history": self.history, "_warned": self._warned}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({**vars(Scores()), **state})
+        vars(self).update({**vars(Scores()), "_used": set(state["known"]), **state})
 
 
 def _values(parameters: list[Tensor]) -> list[float]:

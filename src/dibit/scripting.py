@@ -20,7 +20,7 @@ def prepare(model: nn.Module) -> None:
     for kind in {kind for module in model.modules() for kind in type(module).__mro__}:
         own = vars(kind).get("__prepare_scriptable__", _plain)
         if own is not _plain and not hasattr(own, "__wrapped__"):
-            kind.__prepare_scriptable__ = _then(own)
+            kind.__prepare_scriptable__ = _then(own)  # type: ignore[attr-defined]
 
 
 def _then(own: Callable[[Any], Any]) -> Callable[[nn.Module], Any]:

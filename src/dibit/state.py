@@ -123,7 +123,8 @@ class State(Portable):
         rules, known, steps = pickle.loads(packed["rules"]), packed["scores"], packed["steps"]
         own = {name: packed[name] for name in ("passive", "warned", "seeds", "asks")}
         State.__init__(self, None, rules, **own)
-        self.scores.known, self.reach.steps = known, steps
+        self.scores.load_state_dict(known)
+        self.reach.steps = steps
 
 
 class Hook(Portable):

@@ -122,7 +122,7 @@ def test_results_that_cannot_be_written(small: Path, tmp_path: Path, capsys: pyt
     assert main([*words, "--out", str(tmp_path / "a"), "--json", "/dev/full"]) == 1
     captured = capsys.readouterr()
     assert "test accuracy" in captured.out  # what was measured is not lost
-    assert captured.err == "dibit: /dev/full cannot be read or written: No space left on device.\n"
+    assert captured.err == "dibit: error: /dev/full cannot be read or written: No space left on device.\n"
     assert main([*words, "--out", str(tmp_path / "b"), "--json", "/dev/null"]) == 0
     assert Path("/dev/null").is_char_device()
 
