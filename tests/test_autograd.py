@@ -249,7 +249,7 @@ class TestModules:
             model.last.parametrizations.weight.eval()  # its power iteration changes the weight at each call
         x, readout = torch.randn(N, D), torch.randn(N, C)
         plain = model(x)
-        assert_unbiased(model, lambda: gradient(model, x, readout))
+        assert_unbiased(model, lambda: gradient(model, x, readout), draws=400)
         assert torch.equal(model(x), plain)
 
     def test_functional_call(self) -> None:
