@@ -8,7 +8,7 @@ is answered only if nothing compressed lies between what is differentiated and w
 
 from __future__ import annotations
 
-import functools
+import weakref
 from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -95,11 +95,14 @@ def asks(model: nn.Module) -> bool:
     return any(_class_asks(kind) for kind in kinds)
 
 
-@functools.cache
+_known: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+
+
 def _class_asks(kind: Any) -> bool:
-    if kind.__module__.startswith("torch.nn."):
-        return False
-    return _asks(kind.forward, kind, 0, set())
+    if kind not in _known:
+        ours = not kind.__module__.startswith("torch.nn.")
+        _known[kind] = ours and _asks(kind.forward, kind, 0, set())
+    return _known[kind]
 
 
 def _asks(function: Any, kind: type, depth: int, seen: set[CodeType]) -> bool:

@@ -24,7 +24,7 @@ SOURCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "computed": lambda x, w: F.linear(x, w),
     "held": lambda x, w: x,
     "dropout of held": lambda x, w: F.dropout(x, 0.5),
-    "a parameter": lambda x, w: w[: min(len(x), D)],
+    "a parameter": lambda x, w: w.repeat(len(x) // len(w) + 1, 1)[: len(x)],
     "made of constants": lambda x, w: torch.ones(len(x), D),
     "computed again": lambda x, w: x * 2 + 1,
 }
