@@ -28,7 +28,7 @@ def test_known(name: str) -> None:
 
 
 @settings(
-    max_examples=150,
+    max_examples=40,
     deadline=None,
     database=None,
     derandomize=True,
