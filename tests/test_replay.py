@@ -128,6 +128,20 @@ def test_attention_keeps_a_tenth_at_the_most(build: object, least: float) -> Non
     assert saved.plain >= least * saved.total
 
 
+@pytest.mark.parametrize("degree", [3, 5, 14])
+def test_a_softmax_over_few_edges_keeps_the_scores_of_nodes_and_nothing_of_an_edge(degree: int) -> None:
+    """Each of its three residuals alone would be smaller as codes; together they are the same two leaves."""
+    torch.manual_seed(0)
+    edge_index, x = torch.randint(N, (2, degree * N)), torch.randn(N, 16)
+    model = dibit.compress(GATConv(16, 8, heads=4, add_self_loops=False))
+    step(model, x, edge_index)
+    with dibit.track(model) as tracked:
+        step(model, x, edge_index)
+    kept = {row.operation: row for row in tracked.rows if row.operation in ("exp", "div")}
+    assert kept["exp"].kept == 2 * N * 4 * 4
+    assert kept["div"].kept == 0
+
+
 def test_attention_after_dropout_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same gradient, bit for bit, as with the dropped attention kept, for E x H floats less."""
     x, edge_index = torch.randn(N, 16), graph()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import InitVar, dataclass, field
 from typing import Any
@@ -24,8 +25,9 @@ Rule = Callable[..., Any]
 # Sees what is compressed: module, operation, the tensor before its reduction, what is kept of it.
 Observer = Callable[[str, str, Tensor, Packed], None]
 
-
 _NOTHING = nn.Module()
+# What most attributes of a module are: its settings, and the dictionaries of its parts.
+_NO_TENSORS = frozenset((type(None), bool, int, float, str, dict, OrderedDict))
 
 
 @dataclass(eq=False)
@@ -78,6 +80,8 @@ class State(Portable):
         yield from ((name, b) for name, b in self.root.named_buffers() if not is_lazy(b))
         for path, module in self.root.named_modules():
             for name, value in vars(module).items():
+                if type(value) in _NO_TENSORS:
+                    continue
                 for x in value if isinstance(value, tuple | list) else (value,):
                     if isinstance(x, Tensor) and not x.requires_grad and storages(x):
                         yield f"{path}.{name}".lstrip("."), x

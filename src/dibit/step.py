@@ -160,7 +160,7 @@ class Step:
         It is kept exactly already, or somebody else holds it and has never changed it between the passes.
         """
         key = self.key(x)
-        if key in self._kept or ("lossless", key) in self._shared or ("copy", key) in self._shared:
+        if key in self._kept or any((form, key) in self._shared for form in ("lossless", "copy", "leaf")):
             return True
         role = self.owners.roles.get(key[0])
         return role is not None and self.owners.steady(x, role)
@@ -298,12 +298,16 @@ class Step:
         """
         return self.note(self._encode(x, config, "path", affine, watched))
 
-    def cheap(self, x: Tensor, config: Config, gathered: Config | None = None) -> bool:
-        """Whether x can be kept exactly for less than its codes would take, or those of what it was gathered from."""
+    def cheap(self, x: Tensor, config: Config, gathered: Config | None = None, uses: int = 1) -> bool:
+        """Whether x can be kept exactly for less than its codes would take, or those of what it was gathered from.
+
+        Args:
+            uses: how often codes would be kept.
+        """
         x = self.origin(x)
         if self.free(x):
             return True
-        limit = encoded_bytes(x.shape, config)
+        limit = uses * encoded_bytes(x.shape, config)
         found = self.tape.gathered(x) if gathered is not None else None
         if gathered is not None and found is not None and (source := found[0].tensor()) is not None:
             limit = min(limit, encoded_bytes(source.shape, gathered))
@@ -536,12 +540,17 @@ class Step:
         return self._lossless(x)
 
     def _leaf(self, x: Tensor) -> Exact | Narrowed:
+        key = ("leaf", self.key(x))
+        if key in self._shared:
+            return self._shared[key]  # type: ignore[no-any-return]
         x = x.detach()  # what is kept must not hold the graph that it belongs to
         if not self.held(x) and x.untyped_storage().nbytes() > 2 * nbytes(x):
             x = x.clone()  # a small view would keep all that it is a view of
         kept = exact(x) if self.held(x) else self._lossless(x)
         if isinstance(kept, Exact):
             self._leaves.setdefault(storage_key(kept.x), []).append(kept)
+        self._shared[key] = kept
+        self.tape.cuts.clear()  # what starts from x costs less now
         return kept
 
     def before_change(self, x: Any) -> None:

@@ -58,13 +58,15 @@ class Node:
         role: who it is to the model, where somebody else owns the memory; empty for what this pass has made.
         content: of such a tensor, its fingerprint when it was read; `None` where nothing can rest on it.
         base: of a view of such a tensor, the tensor's node.
+        parents: the nodes among the call's arguments.
     """
 
-    __slots__ = ("base", "call", "constant", "content", "nbytes", "ref", "role", "version")
+    __slots__ = ("base", "call", "constant", "content", "nbytes", "parents", "ref", "role", "version")
 
     def __init__(self, x: Tensor, call: tuple[Any, Any, Any] | None) -> None:
         self.ref, self.version, self.nbytes = TensorWeakRef(x), version(x), nbytes(x)
         self.call, self.constant = call, not x.requires_grad
+        self.parents = () if call is None else tuple(nodes_in((call[1], call[2])))
         self.role = ""
         self.content: Any = None
         self.base: Node | None = None
@@ -78,10 +80,6 @@ class Node:
         """The tensor, if it still exists unchanged."""
         x = self.ref()
         return x if x is not None and version(x) == self.version else None
-
-    def parents(self) -> Iterator[Node]:
-        assert self.call is not None
-        return nodes_in((self.call[1], self.call[2]))
 
 
 class Tape:
@@ -164,7 +162,7 @@ class Tape:
     @staticmethod
     def _viewed(storage: int, node: Node) -> Node | None:
         """The root whose memory a result shares, if it is a view of a tensor that somebody else owns."""
-        for parent in node.parents():
+        for parent in node.parents:
             if parent.root is not None and (x := parent.ref()) is not None and storage_key(x) == storage:
                 return parent.root
         return None
@@ -212,7 +210,7 @@ class Tape:
                 break
             if not node.call[1] or not isinstance(node.call[1][0], Node):
                 break  # by keyword: which one is selected from is not told by the order
-            node, *others = node.parents()
+            node, *others = node.parents
             for other in others:
                 part = self._cut(other, 0, {})
                 if part is None:
@@ -253,12 +251,14 @@ class Tape:
         again: dict[Node, None] | None = None
         if node.call is not None and depth < _DEEPEST:
             again = {}
-            for parent in node.parents():
+            for parent in node.parents:
                 part = self._cut(parent, depth + 1, memo)
                 if part is None:
                     again = None
                     break
                 again |= part
+        if again is not None and keep is not None and self._cost(again) >= node.nbytes:
+            again = self._without_detours(again, memo)
         best = keep
         if again is not None and (keep is None or self._cost(again) < node.nbytes):
             best = again
@@ -271,7 +271,7 @@ class Tape:
             if leaf.call is None:
                 continue
             others: dict[Node, None] | None = {other: None for other in leaves if other is not leaf}
-            for parent in leaf.parents():
+            for parent in leaf.parents:
                 part = self._cut(parent, 1, memo)
                 others = None if part is None or others is None else others | part
             if others is not None and self._cost(others) < self._cost(leaves):

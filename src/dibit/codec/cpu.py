@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -32,6 +33,17 @@ def _ranges32(ranges: Tensor) -> np.ndarray:
     return array(ranges.to(torch.float32))
 
 
+@functools.lru_cache(maxsize=64)
+def _search(levels: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Levels as float32, and for the upper bits of each number up to the last one how many inner levels lie below."""
+    table = np.array(levels, np.float32)
+    if not levels:
+        return table, np.empty(0, np.uint8)
+    keys = np.arange((table[-1:].view(np.int32)[0] >> kernels.KEY) + 1, dtype=np.int32)
+    smallest = (keys << kernels.KEY).view(np.float32)
+    return table, np.searchsorted(table[1:-1], smallest, side="right").astype(np.uint8)
+
+
 def quantize(
     x: Tensor, seed: Tensor, bits: int, block: int, levels: list[float], stats: torch.dtype, rounding: int,
     number: int = 0,
@@ -52,7 +64,7 @@ def quantize(
         data = array(x.contiguous())
         kernels.quantize(
             n, data, data.view(np.int32), array(codes), plain, packed, array(widths), *_keys(seed), bits, block,
-            np.array(levels, np.float32), half, rounding, number,
+            *_search(tuple(levels)), half, rounding, number,
         )  # fmt: skip
     return codes, ranges, widths
 

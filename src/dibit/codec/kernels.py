@@ -18,6 +18,7 @@ _MOST = f32(np.finfo(np.float32).max)
 _MAGNITUDE, _INF = i32(0x7FFFFFFF), i32(0x7F800000)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 CHUNK = 1 << 14  # elements that one task takes at the least
+KEY = 16  # lower bits of a float32 without which a search for its level begins
 
 
 @inlined
@@ -59,7 +60,9 @@ def _ordered(bits):  # type: ignore[no-untyped-def]
 
 
 @Kernel
-def quantize(x, xbits, out, ranges, rbits, widths, key0, key1, bits, block, levels, half, rounding, number):  # type: ignore[no-untyped-def]
+def quantize(  # type: ignore[no-untyped-def]
+    x, xbits, out, ranges, rbits, widths, key0, key1, bits, block, levels, begin, half, rounding, number
+):
     n, slots, top = x.size, 8 // bits, f32((1 << bits) - 1)
     topcode = i32((1 << bits) - 1)
     blocks = widths.size
@@ -68,6 +71,8 @@ def quantize(x, xbits, out, ranges, rbits, widths, key0, key1, bits, block, leve
     for task in nb.prange((blocks + group - 1) // group):
         edge = np.empty(2, np.int32)
         ends = edge.view(np.float32)
+        places, draws = np.empty(1024, np.float32), np.empty(1024, np.float32)
+        place_bits = places.view(np.int32)
         for b in range(task * group, min(blocks, (task + 1) * group)):
             first = b * block
             count = min(block, n - first)
@@ -132,23 +137,30 @@ def quantize(x, xbits, out, ranges, rbits, widths, key0, key1, bits, block, leve
                         u = _uniform(low32, _chosen(low32, c0, here, beyond), key0, key1)
                         code = min(i32(code + i32(u < (h - below) / (above - below))), topcode)
                         bytes_[j] |= np.uint8(u32(code) << shift)
-                else:
+                elif levels.size == 0:
                     for j in range(part.size):
                         h = (part[j] * scale - zero) / width * top
-                        if levels.size == 0:
-                            code = i32(h)
-                            fraction = h - f32(code)
-                        else:
-                            code, half_way = i32(0), i32((topcode + 1) >> 1)
-                            while half_way:  # by bisection: how many of the inner levels lie at h or below
-                                code += half_way * i32(code + half_way < topcode and h >= levels[code + half_way])
-                                half_way >>= 1
-                            fraction = (h - levels[code]) / (levels[code + 1] - levels[code])
-                        low32 = u32(c0 + u32(j))
-                        u = _uniform(low32, _chosen(low32, c0, here, beyond), key0, key1)
-                        up = fraction >= f32(0.5) if rounding == 1 else u < fraction
-                        code = min(i32(code + i32(up)), topcode)
+                        code = i32(h)
+                        code = min(i32(code + i32(h - f32(code) >= f32(0.5))), topcode)
                         bytes_[j] |= np.uint8(u32(code) << shift)
+                else:
+                    for cut in range(0, part.size, places.size):
+                        some, bytes_there = part[cut : cut + places.size], bytes_[cut : cut + places.size]
+                        c1 = u32(c0 + u32(cut))
+                        for j in range(some.size):
+                            places[j] = (some[j] * scale - zero) / width * top
+                            low32 = u32(c1 + u32(j))
+                            draws[j] = _uniform(low32, _chosen(low32, c0, here, beyond), key0, key1)
+                        for j in range(some.size):
+                            h = places[j]
+                            code = i32(begin[min(place_bits[j] >> i32(KEY), i32(begin.size - 1))])
+                            code = min(i32(code + i32(h >= levels[code + 1])), i32(topcode - 1))
+                            while code < topcode - 1 and h >= levels[code + 1]:
+                                code += i32(1)
+                            fraction = (h - levels[code]) / (levels[code + 1] - levels[code])
+                            up = fraction >= f32(0.5) if rounding == 1 else draws[j] < fraction
+                            code = min(i32(code + i32(up)), topcode)
+                            bytes_there[j] |= np.uint8(u32(code) << shift)
 
 
 @Kernel

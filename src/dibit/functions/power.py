@@ -24,7 +24,7 @@ from dibit.step import Step
 
 
 def rule(
-    plain: Callable[..., Tensor], derivative: Callable[..., Tensor], saves: str, bounded: bool = False
+    plain: Callable[..., Tensor], derivative: Callable[..., Tensor], saves: str, bounded: bool = False, uses: int = 1
 ) -> Callable[..., Any]:
     """A rule for an element-wise function.
 
@@ -32,12 +32,13 @@ def rule(
         derivative: of (x, y, *args); of y alone if plain torch saves the output.
         saves: what plain torch keeps, "input" or "output".
         bounded: the derivative is of the size of 1, and no reciprocal belongs to it.
+        uses: residuals in all that will go where the input is had again, those of later operations included.
     """
 
     def apply(step: Step, input: Tensor, *args: Any, out: Any = None) -> Any:
         if out is not None or not isinstance(input, Tensor) or not dense(input) or not input.requires_grad:
             return NotImplemented
-        if step.config is None or input.numel() < FEW or step.cheap(input, fine(step)):
+        if step.config is None or input.numel() < FEW or step.cheap(input, fine(step), uses=uses):
             return NotImplemented
         y = plain(input.detach(), *args)
         if y.dtype != input.dtype:
@@ -61,7 +62,8 @@ def rule(
     return apply
 
 
-exp = full(torch.exp)(rule(torch.exp, lambda x, y: y, "output"))
+# What is exponentiated is a softmax, as a rule, which needs it twice more: in both factors of its quotient.
+exp = full(torch.exp)(rule(torch.exp, lambda x, y: y, "output", uses=3))
 sqrt = rule(torch.sqrt, lambda x, y: 0.5 / y, "output")
 rsqrt = full(torch.rsqrt)(rule(torch.rsqrt, lambda x, y: -0.5 * y**3, "output"))
 reciprocal = full(torch.reciprocal)(rule(torch.reciprocal, lambda x, y: -(y**2), "output"))
