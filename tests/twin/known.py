@@ -106,7 +106,7 @@ DRAWN_AGAIN = {
         ("a part, not reentrant", "checkpoint", "once"),
         ("the whole", "", "whole checkpoint, reentrant"),
     )
-}
+} | {"dropout in place": Program((Op("linear"), Op("nn.Dropout in place"), Op("relu")), recipe="seed")}
 STRIDES = {
     f"strides: {name}, {recipe}": Program((Op("linear"), Op(name)), recipe=recipe)
     for name in (

@@ -204,12 +204,11 @@ class _Masks:
                 else:
                     module.register_forward_pre_hook(self.before)
                     module.register_forward_hook(self.replace)
-                    self.inplace = module.inplace
 
     def before(self, module: nn.Module, args: Any) -> Any:
         self.state = hashlib.blake2b(torch.get_rng_state().numpy().tobytes()).digest()
-        self.x = args[0].clone() if module.inplace else args[0]  # type: ignore[union-attr]
-        return (self.x,)
+        self.x = args[0]
+        return (args[0].clone(),) if module.inplace else args  # torch's own mask is written to a copy
 
     def note(self, module: nn.Module, args: Any, y: Tensor) -> None:
         if module.training:
