@@ -468,7 +468,7 @@ def test_models_on_edge_index_are_one_graph(kind: type) -> None:
 @pytest.mark.parametrize("kind", [GCN, GAT])
 def test_layers_that_make_numbers_for_edges_take_the_uncompiled_pass(kind: type) -> None:
     """Plain torch breaks the graph there (self-loops are added), and would keep all of them."""
-    x, index, _ = graph()
+    x, index, _ = graph(edges=9000)
     plain = kind(16, 32, 2, 4, norm="batch_norm")
     expected = compiled(copy.deepcopy(plain), fullgraph=False)(x, index)
     assert sum(counters["graph_break"].values()) > 0
@@ -485,6 +485,26 @@ def test_layers_that_make_numbers_for_edges_take_the_uncompiled_pass(kind: type)
     y.sum().backward()
     for a, b in zip(twins[0].parameters(), twins[1].parameters(), strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("kind", [GCN, GAT])
+def test_with_few_edges_they_are_compiled_like_all_others(kind: type) -> None:
+    x, index, _ = graph(edges=2000)
+    plain = kind(16, 32, 2, 4, norm="batch_norm", add_self_loops=False)
+    expected = compiled(copy.deepcopy(plain))(x, index)
+    readout = torch.randn(expected.shape)
+    truth = gradient(plain, x, readout, index)
+    torch._dynamo.reset()
+    assert torch._dynamo.explain(dibit.compress(copy.deepcopy(plain)))(x, index).graph_break_count == 0
+    torch._dynamo.reset()
+    counters.clear()
+    model = dibit.compress(plain)
+    step = compiled(model)
+    assert torch.equal(step(x, index), expected)
+    assert counters["stats"]["unique_graphs"]
+    bias = bias_of(lambda _: gradient(step, x, readout, index), truth, 64)
+    assert bias.unbiased, bias
+    assert not bias.exact
 
 
 def test_a_sparse_matrix_takes_the_uncompiled_pass() -> None:

@@ -367,7 +367,8 @@ def test_losses_without_a_backward_pass_are_freed() -> None:
         lambda h: h.softmax(-1), F.normalize, lambda h: h / h.norm(dim=-1, keepdim=True),
         lambda h: h.sigmoid().cumprod(-1), lambda h: h / h.std(), lambda h: h - h.logsumexp(-1, keepdim=True),
         lambda h: h.amax(-1), lambda h: h.tanh().prod(-1), lambda h: h.cummax(0)[0], lambda h: h.svd()[1],
-        lambda h: nn.LSTM(D, D)(h)[0], lambda h: nn.GRU(D, D)(h)[0],
+        lambda h: nn.LSTM(D, D)(h)[0], lambda h: nn.GRU(D, D)(h)[0], lambda h: h.log_softmax(-1), torch.sigmoid,
+        torch.exp, torch.tanh, F.gelu, F.elu, lambda h: h.abs().sqrt(), lambda h: 1 / h, F.dropout, F.relu,
     ]  # fmt: skip
 
     class Model(nn.Module):

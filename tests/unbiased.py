@@ -40,7 +40,8 @@ def bias_of(draw: Callable[[int], Tensor], truth: Tensor, draws: int) -> Bias:
     # tr(Cov^2) from n samples, less what the samples' own noise adds
     squares = max(gram.square().sum().item() - trace**2 / (draws - 1), trace**2 / truth.numel())
     statistic = draws * miss / trace
-    return Bias(statistic, (statistic - 1) / (2 * squares / trace**2) ** 0.5, trace / scale, exact=False)
+    relative = trace / scale if scale else float("inf")
+    return Bias(statistic, (statistic - 1) / (2 * squares / trace**2) ** 0.5, relative, exact=False)
 
 
 def gradient(model: nn.Module, x: Tensor, readout: Tensor, *args: object) -> Tensor:

@@ -7,7 +7,7 @@ what is needed is kept, except where
 
 - the plain gradient rests on the very tensor anyway, by a reference of its own in the same pass (a layer that reads
   the features beside their aggregate), or
-- the tensor holds integers or bools (a graph) and came through an earlier backward pass unchanged in the same *role*
+- the tensor holds integers or bools (a graph, of 32 KiB and more) and came through an earlier backward pass unchanged in the same *role*
   (an argument, a buffer). Its content is remembered by a fingerprint and compared in each backward pass; if it did
   change, the pass says so, and the role is not relied upon again.
 """
@@ -25,6 +25,7 @@ from dibit.codec.fingerprint import fingerprint
 from dibit.identity import Weak
 from dibit.stream import capturing
 
+SMALL = 1 << 15  # bytes; of less, copies are kept: nothing to speak of beside the activations
 LARGE = 1 << 20  # bytes; numbers that may change are not copied whole beyond this, so they need no fingerprint
 
 Print = int | Tensor  # of content
@@ -62,7 +63,7 @@ class Guard:
 
     def __init__(self, history: History) -> None:
         self.history = history
-        self._relied: dict[Any, tuple[Tensor, Print, str]] = {}
+        self._relied: dict[Any, tuple[Weak, Print, str]] = {}
         self._watched: list[tuple[Weak, Print, str]] = []
         self._checked = -1  # the backward pass that has been checked
 
@@ -72,7 +73,8 @@ class Guard:
 
     def rely(self, key: Any, x: Tensor, content: Print, role: str) -> None:
         """Something that is kept rests on the content of x."""
-        self._relied.setdefault(key, (x.detach(), content, role))
+        if key not in self._relied:
+            self._relied[key] = Weak(x), content, role  # what rests on it holds it
 
     def unpack(self, kept: Any) -> Tensor:
         """What the hooks of autograd call for each tensor that the pass has saved."""
@@ -88,8 +90,9 @@ class Guard:
         for weak, content, role in watched:
             x = weak.tensor()
             self.history.learn(role, True if x is None else fingerprint(x) == content)  # what is gone cannot change
-        for x, content, role in self._relied.values():
-            same = fingerprint(x) == content
+        for weak, content, role in self._relied.values():
+            x = weak.tensor()
+            same = True if x is None else fingerprint(x) == content
             if isinstance(same, Tensor):
                 torch._assert_async(same, _CHANGED.format(role))
             elif not same:
@@ -143,7 +146,10 @@ class Owners:
 
     def steady(self, x: Tensor, role: str) -> bool:
         """Whether what is kept may rest on x."""
-        return not x.requires_grad and (self.history.steady.get(role) is True or capturing(x.device))
+        if capturing(x.device):
+            return not x.requires_grad
+        known = self.history.steady.get(role) is True and not x.requires_grad
+        return known and (x.nbytes >= SMALL or not is_whole(x))
 
     def referenced(self, storages: Collection[int]) -> list[int]:
         """A pass ends, and the plain gradient rests on these storages by itself, as it will in the next pass.

@@ -19,6 +19,7 @@ from dibit.masks import Exactly, Masks, hooks_free, top_hooks, transformed
 from dibit.step import Step, tensors_in
 
 _TRACED = (torch.Tensor, nn.Parameter)
+_FEW = 1 << 14  # numbers in the largest argument; of a smaller graph there is little to save, and a compiled step is fast
 _push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
 _pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
 
@@ -157,7 +158,7 @@ def _compiled(hook: Any, module: nn.Module, callback: Any, forward: Callable[...
         tensors = list(tensors_in((args, kwargs)))
         if not tensors or not all(type(x) in _TRACED and x.layout == torch.strided for x in tensors):
             return _eager(hook, module, forward, args, kwargs)  # sparse matrices break every graph
-        if traced.weighs_edges(module):
+        if traced.weighs_edges(module) and max(x.numel() for x in tensors) >= _FEW:
             return _eager(hook, module, forward, args, kwargs)  # a graph would keep what is made for each edge
     depth = len(mode.settings)
     try:

@@ -546,7 +546,10 @@ class Step:
         x = x.detach()  # what is kept must not hold the graph that it belongs to
         if not self.held(x) and x.untyped_storage().nbytes() > 2 * nbytes(x):
             x = x.clone()  # a small view would keep all that it is a view of
-        kept = exact(x) if self.held(x) else self._lossless(x)
+        if not self.held(x):
+            kept = self._lossless(x)
+        else:  # of integers the content is compared, so neither their version nor `set_` on the owner's tensor matters
+            kept = exact(x.data if is_whole(x) else x)
         if isinstance(kept, Exact):
             self._leaves.setdefault(storage_key(kept.x), []).append(kept)
         self._shared[key] = kept

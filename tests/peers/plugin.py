@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._guards import TracingContext
 from torch.fx import GraphModule
 from torch_geometric.nn import Sequential
 
@@ -73,8 +74,8 @@ def _finish(kind: type[nn.Module], method: str, config: Any) -> None:
 
 
 def _compress(model: nn.Module, config: Any) -> None:
-    if type(model).__module__.startswith("torch.jit."):
-        return  # tracing builds modules of its own, which no user has
+    if type(model).__module__.startswith("torch.jit.") or TracingContext.try_get() is not None:
+        return  # tracing and compiling build modules of their own, which no user has
     if _local.depth == 0 and not _local.busy:
         _local.busy = True
         try:

@@ -14,12 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 # Tests that may fail compressed, each with the reason.
-ALLOWED: dict[str, str] = {
-    f"test/nn/models/test_basic_gnn.py::test_compile_graph_breaks[{model}-cpu]": (
-        "torch.compile: a model that weighs its edges runs as it is when compressed, so there is no graph to explain."
-    )
-    for model in ("GCN", "GAT", "EdgeCNN", "PNA")
-}
+ALLOWED: dict[str, str] = {}
 
 
 def run(checkout: Path, out: Path, tests: str, *, dropout: str, again: bool, limit: float) -> int:

@@ -33,7 +33,7 @@ class Deferred(Cell):
     """A result whose form is settled when the forward pass ends: by reference if returned, else as a residual."""
 
     def __init__(self, step: Step, y: Tensor) -> None:
-        self.exact: Exact | None = exact(y)
+        self.exact: Exact | None = exact(y.detach())  # y itself will hold the graph, and with it this object
         self.residual: Residual | None = None
         self.config = probability_config(step)
         self.row = step.row
