@@ -129,7 +129,8 @@ def pykeen() -> Builds:
         def build() -> Program:
             factory = Nations().training
             model = kind(triples_factory=factory, random_seed=0, **kwargs)
-            triples = factory.mapped_triples[:200]
+            # Sorted by their head: the first ones have a single head, whose batch norm is a division by nothing.
+            triples = factory.mapped_triples[:: len(factory.mapped_triples) // 200][:200]
 
             def call(model: nn.Module) -> Any:
                 if method == "score_hrt":
