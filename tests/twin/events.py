@@ -97,7 +97,7 @@ FILLS = {
     "numpy add": "np.add(@t.numpy(), h.detach().numpy(), out=@t.numpy())",
     "dlpack": "torch.from_dlpack(@t).copy_(h.detach())",
     "data": "@t.data.add_(h.detach())",
-    "pointer": "ctypes.memmove(@t.data_ptr(), h.detach().to(@t.dtype).contiguous().data_ptr(), @t.nbytes)",
+    "pointer": "@ts = h.detach().to(@t.dtype).contiguous()\nctypes.memmove(@t.data_ptr(), @ts.data_ptr(), @t.nbytes)",
     "interface": "np.asarray(@t)[:] = 3 * h.detach().numpy()",
     "numba": "fill_by_numba(@t.numpy(), h.detach().numpy())",
     "numpy of a view": "@t[: N // 2].numpy()[:] = 1.5 * h.detach()[: N // 2].numpy()",

@@ -316,7 +316,10 @@ def growth(twin: Twin, compressed: bool) -> tuple[int, int, bool]:
         before = live()
         each, model = _passes(twin, compressed, 3)
         gc.collect()
-        return each, live() - before, model() is not None
+        ever = live() - before
+        if each > 0:  # or was that the last that the first passes learn?
+            each, model = _passes(twin, compressed, 9)
+        return each, ever, model() is not None
     finally:
         gc.enable()
         gc.unfreeze()
