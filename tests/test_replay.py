@@ -245,7 +245,7 @@ def compare(body: object, x: Tensor | None = None, tolerance: float = 1e-5) -> N
     """Forward and gradients of a model whose only lossy layer is made exact."""
     torch.manual_seed(0)
     model = Custom(body).train()
-    x, index = torch.randn(200, 16) if x is None else x, torch.randint(200, (3000,))
+    x, index = torch.randn(200, 16) if x is None else x, torch.randint(200, (6000,))
     plain, wanted = step(model, x, index)
     dibit.compress(model, {"lin": None, "": Config(bits=8, block=16, dropout="mask")})
     step(model, x, index)  # shows that the index is the same still in the backward pass

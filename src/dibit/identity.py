@@ -36,6 +36,20 @@ def storages(x: Tensor) -> list[Tensor]:
     return []
 
 
+_use_count = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def holders(x: Tensor) -> int | None:
+    """How many tensors (and NumPy arrays and the like, each by a tensor of its own) hold the memory of a strided one.
+
+    `None` where this version of torch cannot tell.
+    """
+    if _use_count is None:
+        return None
+    storage = x.untyped_storage()
+    return int(_use_count(storage._cdata)) - 1  # less Python's own object for the storage
+
+
 class Weak:
     """A strided tensor's memory, held weakly: as long as anybody has any tensor on it."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +32,6 @@ class Exact:
             )
         return self.x
 
-    def own(self) -> None:
-        """Take a copy: the tensor is about to change."""
-        self.x = self.x.clone()
-        self.version = version(self.x)
-
     def on(self, x: Tensor) -> Exact:
         return exact(x)
 
@@ -43,6 +39,15 @@ class Exact:
 def exact(x: Tensor) -> Exact:
     """x as it is now; what is kept does not hold the graph that x belongs to."""
     return Exact(x.detach() if x.requires_grad else x, version(x))
+
+
+def own(kept: Iterable[Exact]) -> None:
+    """Take a copy, one of each tensor: their memory is about to change, or may from now on."""
+    copies: dict[Any, Tensor] = {}
+    for one in kept:
+        key = one.x.storage_offset(), one.x.shape, one.x.stride(), one.x.dtype
+        one.x = copies[key] if key in copies else copies.setdefault(key, one.x.clone())
+        one.version = version(one.x)
 
 
 @dataclass

@@ -146,10 +146,12 @@ class Owners:
 
     def steady(self, x: Tensor, role: str) -> bool:
         """Whether what is kept may rest on x."""
-        if capturing(x.device):
-            return not x.requires_grad
-        known = self.history.steady.get(role) is True and not x.requires_grad
-        return known and (x.nbytes >= SMALL or not is_whole(x))
+        return not x.requires_grad and (self.history.steady.get(role) is True or capturing(x.device))
+
+    def relied(self, x: Tensor, role: str) -> bool:
+        """Whether it does, in the place of a copy."""
+        small = is_whole(x) and x.nbytes < SMALL and not capturing(x.device)
+        return not small and self.steady(x, role)
 
     def referenced(self, storages: Collection[int]) -> list[int]:
         """A pass ends, and the plain gradient rests on these storages by itself, as it will in the next pass.

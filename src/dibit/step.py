@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import torch
@@ -20,9 +19,9 @@ from dibit.codec.fingerprint import fingerprint
 from dibit.codec.rows import LEFT_OUT
 from dibit.config import Config, Project, Sample
 from dibit.graph import Graph
-from dibit.identity import Alive, storage_key, storages, version
+from dibit.identity import Alive, holders, storage_key, storages, version
 from dibit.ledger import Ledger, Row
-from dibit.lossless import Exact, Kept, Narrowed, Recomputed, exact, narrow
+from dibit.lossless import Exact, Kept, Narrowed, Recomputed, exact, narrow, own
 from dibit.owners import Owners, is_whole
 from dibit.residual import Aggregated, Compressed, Gathered, Lossless, Reference, Residual
 from dibit.score_table import Watch
@@ -109,10 +108,9 @@ class Step:
     def end(self, outputs: Any) -> None:
         """Settle what depends on the outputs, and forget what is shared within the pass."""
         outputs = list(tensors_in(outputs))
-        self._let_go(outputs)
+        self._let_go()
         for storage in self.owners.referenced({key[0] for key in self._kept}):
-            for leaf in self._leaves.pop(storage, ()):
-                leaf.own()
+            own(self._leaves.pop(storage, ()))
         if self.batch.loss_rows is not None:
             self.state.reach.learn(outputs, self.matrix, self._assumed)
         returned = {storage_key(part) for x in outputs for part in storages(x)}
@@ -163,7 +161,7 @@ class Step:
         if key in self._kept or any((form, key) in self._shared for form in ("lossless", "copy", "leaf")):
             return True
         role = self.owners.roles.get(key[0])
-        return role is not None and self.owners.steady(x, role)
+        return role is not None and self.owners.relied(x, role)
 
     def key(self, x: Tensor) -> tuple[Any, ...]:
         """Identity of a tensor's content: live storage, version, geometry. Never its address."""
@@ -198,13 +196,16 @@ class Step:
         """
         parts = storages(x)
         nodes = [self.tape.node(part) for part in parts]  # remembers the content
-        return self._settled(x) and all(self._secure(node) is not None for node in nodes)
+        return self._settled(x) and all(self._secure(node, copied=False) is not None for node in nodes)
 
     def _settled(self, x: Tensor) -> bool:
         return all(self.owners.steady(part, self.owners.roles.get(storage_key(part), "")) for part in storages(x))
 
-    def _secure(self, node: Node) -> Exact | Narrowed | None:
+    def _secure(self, node: Node, copied: bool = True) -> Exact | Narrowed | None:
         """What is kept of the tensor of a node, so that it has the content in the backward pass that it was read with.
+
+        Args:
+            copied: small graphs are, rather than relied upon; else the tensor itself is what somebody will read.
 
         Returns:
             By reference what this pass has made, what is kept anyway and what nobody changes; else a copy. `None`: the
@@ -217,7 +218,8 @@ class Step:
             for copy in (self._shared.get(("copy", key)), self._shared.get(("lossless", key))):
                 if isinstance(copy, Narrowed) or (copy is not None and storage_key(copy.x) != storage_key(x)):
                     return copy
-            whole, steady = root.tensor(), self.owners.steady(x, root.role)
+            whole = root.tensor()
+            steady = self.owners.relied(x, root.role) if copied else self.owners.steady(x, root.role)
             if whole is None or (root.content is None and (is_whole(x) or not steady)):
                 return None
             if not steady:
@@ -550,9 +552,7 @@ class Step:
             kept = self._lossless(x)
         else:  # of integers the content is compared, so neither their version nor `set_` on the owner's tensor matters
             kept = exact(x.data if is_whole(x) else x)
-        if isinstance(kept, Exact):
-            self._leaves.setdefault(storage_key(kept.x), []).append(kept)
-        self._shared[key] = kept
+        self._shared[key] = kept = self._may_change(kept)
         self.tape.cuts.clear()  # what starts from x costs less now
         return kept
 
@@ -563,8 +563,7 @@ class Step:
                 self.before_change(item)
         elif isinstance(x, Tensor) and not is_lazy(x) and x.layout == torch.strided:
             storage = self._alive.hold(x)
-            for leaf in self._leaves.pop(storage, ()):
-                leaf.own()
+            own(self._leaves.pop(storage, ()))
             self._changes[storage] = self._changes.get(storage, 0) + 1
             self.owners.changed(storage)
 
@@ -574,17 +573,18 @@ class Step:
             self.before_change(x)
             self._exposed.add(self._alive.hold(x))
 
-    def _let_go(self, outputs: Sequence[Tensor]) -> None:
-        """What the model returns or stores is out of sight from now on: leaves among it become copies."""
-        if self._leaves:
-            mine = (x for _, x in self.state.constants())
-            for x in chain(outputs, mine):
-                for part in storages(x):
-                    storage = storage_key(part)
-                    for leaf in () if storage in self.owners.roles else self._leaves.pop(storage, ()):
-                        leaf.own()
-                        if self.ledger is not None:
-                            self.ledger.copied(storage, leaf.x)
+    def _let_go(self) -> None:
+        """What somebody else holds is out of sight from now on, returned, stored or caught: leaves on it become copies."""
+        self.origins.clear()
+        for storage, leaves in self._leaves.items():
+            if storage in self.owners.roles:
+                continue
+            others = holders(leaves[0].x)
+            if others is None or others > len({leaf.x._cdata for leaf in leaves}):
+                own(leaves)
+                if self.ledger is not None:
+                    for leaf in leaves:
+                        self.ledger.copied(storage, leaf.x)
 
     def enter(self, row: Row, kept: Kept) -> None:
         """Enter in the ledger what a form takes."""
@@ -603,8 +603,6 @@ class Step:
             # Of a tensor that an operation has inside, nobody can say whether it will be written to.
             if isinstance(kept, Narrowed) or (node is not None and node.call is not None and self._is_made(x)):
                 kept = self._once(kept)
-                if isinstance(kept, Exact) and storage_key(kept.x) != storage_key(x):
-                    self._leaves.setdefault(storage_key(kept.x), []).append(kept)
             self._shared[key] = kept
             self.tape.cuts.clear()  # what starts from x costs less now
         return self._shared[key]
@@ -617,8 +615,15 @@ class Step:
         for other in known:
             unchanged = not isinstance(other, Exact) or version(other.x) == other.version
             if unchanged and torch.equal(other.x, kept.x):
-                return kept.on(other.x)
-        known.append(kept)
+                return self._may_change(kept.on(other.x.detach()))
+        known.append(self._may_change(kept))
+        return kept
+
+    def _may_change(self, kept: Exact | Narrowed) -> Exact | Narrowed:
+        """What stands for more than plain torch's own reference becomes a copy where somebody else can write to it."""
+        if isinstance(kept, Exact):
+            kept.x = kept.x.detach()  # a tensor of its own, to be told from those of others
+            self._leaves.setdefault(storage_key(kept.x), []).append(kept)
         return kept
 
 
