@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.fx import _symbolic_trace
 
-from dibit import passes, unseen
+from dibit import outside, passes, unseen
 from dibit.around import around, check
 from dibit.compiled import mode as traced
 from dibit.compiled.spec import setting_of
@@ -122,6 +122,7 @@ def compress(
     prepare_scripting(model)
     if any(setting is not None for setting in settings.values()):
         unseen.expect(state)
+        outside.watch()
     return model
 
 

@@ -8,12 +8,13 @@ and integers losslessly: a hook sees a tensor, not the operation, so it cannot k
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping
+from types import FunctionType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
@@ -28,10 +29,6 @@ from dibit.tape import PURE
 
 _EXPOSES = functions("numpy data_ptr __array__ __dlpack__ untyped_storage storage share_memory_")
 _FROM_OUTSIDE = functions("as_tensor asarray from_numpy frombuffer from_dlpack")  # may share somebody else's memory
-_STATISTICS = {  # where running statistics are among the arguments; the version counter does not tell of these writes
-    F.batch_norm: slice(1, 3), F.instance_norm: slice(1, 3), torch.batch_norm: slice(3, 5),
-    torch.instance_norm: slice(3, 5), torch.native_batch_norm: slice(3, 5),
-}  # fmt: skip
 _push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
 _pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
 
@@ -44,17 +41,43 @@ def _changes(function: Any) -> bool:
     return name in ("__setitem__", "__set__") or (name.startswith("__i") if dunder else name.endswith("_"))
 
 
+@functools.cache
+def _option(function: Any, name: str) -> int | None:
+    """The place of an argument of one of torch's Python functions; `None` where it has none of this name."""
+    if not isinstance(function, FunctionType):
+        return None
+    names = list(inspect.signature(function).parameters)
+    return names.index(name) if name in names else None
+
+
+def _given(function: Any, name: str, args: Any, kwargs: Any) -> Any:
+    place = _option(function, name)
+    return kwargs.get(name, args[place] if place is not None and place < len(args) else None)
+
+
+@functools.cache
+def _has_statistics(function: Any) -> bool:
+    """Whether a function may write to running statistics: no version counter and no schema tells of it."""
+    return any(part in function.__name__ for part in ("batch_norm", "instance_norm"))
+
+
 def tell_of_writes(step: Step, func: Any, args: Any, kwargs: Any) -> None:
     """What is kept must not change with a tensor that this call writes to, or lets somebody write to."""
-    if args and _changes(func):
-        step.before_change(args[0])
+    if _changes(func):
+        step.before_change(args[0] if args else kwargs.get("input", kwargs.get("self")))
     elif func in _EXPOSES and args:
         step.exposed(args[0])
-    elif func in _STATISTICS:
-        step.before_change(args[_STATISTICS[func]])
+    elif _has_statistics(func):
+        for x in (*args[1:], *kwargs.values()):
+            if isinstance(x, Tensor) and not x.requires_grad:
+                step.before_change(x)
     elif isinstance(func, OpOverload | OpOverloadPacket):
         for x in written(func, args):
             step.before_change(x)
+    elif _option(func, "inplace") is not None and _given(func, "inplace", args, kwargs):
+        step.before_change(args[0] if args else kwargs.get("input"))
+    elif _option(func, "max_norm") is not None and _given(func, "max_norm", args, kwargs) is not None:
+        step.before_change(_given(func, "weight", args, kwargs))  # rows of an embedding that are too long
     if kwargs and kwargs.get("out") is not None:
         step.before_change(kwargs["out"])
 

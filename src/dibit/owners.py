@@ -6,15 +6,16 @@ the backward pass comes. Nothing tells of every change: `.data`, NumPy and DLPac
 what is needed is kept, except where
 
 - the plain gradient rests on the very tensor anyway, by a reference of its own in the same pass (a layer that reads
-  the features beside their aggregate), or
-- the tensor holds integers or bools (a graph, of 32 KiB and more) and came through an earlier backward pass unchanged in the same *role*
-  (an argument, a buffer). Its content is remembered by a fingerprint and compared in each backward pass; if it did
-  change, the pass says so, and the role is not relied upon again.
+  the features beside their aggregate) to which every backward pass has come so far, or
+- the tensor holds integers or bools (a graph, of 32 KiB and more) and came through an earlier backward pass unchanged
+  in the same *role* (an argument, a buffer). Its content is remembered by a fingerprint and compared in each backward
+  pass; if it did change, the pass says so, and the role is not relied upon again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import functools
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +41,8 @@ class History:
     """
 
     steady: dict[str, bool] = field(default_factory=dict)
+    _unused: set[str] = field(default_factory=set, repr=False)  # roles whose reference a backward pass did not come to
+    _uses: list[Uses] = field(default_factory=list, repr=False)  # of passes since the last one began
     _pending: list[tuple[str, Tensor]] = field(default_factory=list, repr=False)  # comparisons on a device
 
     def learn(self, role: str, same: bool | Tensor) -> None:
@@ -49,13 +52,53 @@ class History:
             self.steady[role] = same and self.steady.get(role, True)
 
     def settle(self) -> None:
-        """Read the comparisons of the pass before, which a device has finished long since."""
+        """Read what the passes before have shown: comparisons that a device has finished long since, and uses."""
+        while self._uses:
+            for role in self._uses.pop().missed():
+                self._unused.add(role)
+                self.steady[role] = False
         while self._pending:
             role, same = self._pending.pop()
             self.learn(role, bool(same))
 
+    def referenced(self, role: str, here: bool) -> None:
+        """A pass has ended, in which the plain gradient rests on this tensor by itself or does not."""
+        self.steady[role] = here and role not in self._unused
+
+    def watch(self, uses: Uses) -> None:
+        """A pass has ended whose backward passes come to its references, or do not."""
+        self._uses.append(uses)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"steady": dict(self.steady), "_pending": []}
+        return {"steady": dict(self.steady), "_unused": set(self._unused), "_uses": [], "_pending": []}
+
+
+class Uses:
+    """Which of the backward passes of a forward pass came to the references that plain torch keeps, too.
+
+    Where one did not (a head that is not in the loss, a loss that was first), plain torch did not rest on them.
+    """
+
+    def __init__(self) -> None:
+        self._roles: dict[int, str] = {}
+        self._seen: dict[int, set[int]] = {}
+        self._all: set[int] = set()
+
+    def expect(self, storage: int, role: str) -> Callable[[], None]:
+        """A reference is kept; what it calls when a backward pass reads it."""
+        self._roles[storage] = role
+        return functools.partial(self._use, storage)
+
+    def _use(self, storage: int) -> None:
+        self._seen.setdefault(storage, set()).add(torch._C._current_graph_task_id())
+
+    def run(self, task: int) -> None:
+        """A backward pass has come to something of this forward pass."""
+        self._all.add(task)
+
+    def missed(self) -> list[str]:
+        """Roles whose references not all backward passes have read."""
+        return [role for storage, role in self._roles.items() if not self._all <= self._seen.get(storage, set())]
 
 
 class Guard:
@@ -66,6 +109,7 @@ class Guard:
         self._relied: dict[Any, tuple[Weak, Print, str]] = {}
         self._watched: list[tuple[Weak, Print, str]] = []
         self._checked = -1  # the backward pass that has been checked
+        self.uses = Uses()
 
     def watch(self, x: Tensor, content: Print, role: str) -> None:
         """Learn whether a tensor in this role is unchanged when the backward pass comes; holds no memory."""
@@ -78,14 +122,15 @@ class Guard:
 
     def unpack(self, kept: Any) -> Tensor:
         """What the hooks of autograd call for each tensor that the pass has saved."""
-        if self._watched or self._relied:
+        task = torch._C._current_graph_task_id()
+        if task != self._checked or task == -1:
+            if task != -1:
+                self.uses.run(task)
             self._check()
+            self._checked = task
         return kept.restore()  # type: ignore[no-any-return]
 
     def _check(self) -> None:
-        task = torch._C._current_graph_task_id()
-        if task == self._checked and task != -1:
-            return
         watched, self._watched = self._watched, []
         for weak, content, role in watched:
             x = weak.tensor()
@@ -98,7 +143,6 @@ class Guard:
             elif not same:
                 self.history.learn(role, False)
                 raise RuntimeError(_CHANGED.format(role))
-        self._checked = task
 
 
 _CHANGED = (
@@ -164,7 +208,8 @@ class Owners:
             if storage in self.numbers:
                 if self.history.steady.get(role) and storage not in storages:
                     wrong.append(storage)
-                self.history.steady[role] = storage in storages
+                self.history.referenced(role, storage in storages)
+        self.history.watch(self.guard.uses)
         return wrong
 
     def changed(self, storage: int) -> None:

@@ -19,7 +19,7 @@ from dibit.masks import Exactly, Masks, hooks_free, top_hooks, transformed
 from dibit.step import Step, tensors_in
 
 _TRACED = (torch.Tensor, nn.Parameter)
-_FEW = 1 << 14  # numbers in the largest argument; of a smaller graph there is little to save, and a compiled step is fast
+_FEW = 1 << 14  # numbers in the largest argument: of a smaller graph there is little to save
 _push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
 _pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
 

@@ -7,7 +7,7 @@ the rest of it, its description, is an attribute of the context.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -50,10 +50,15 @@ class Residual(Protocol):
 
 @dataclass(frozen=True)
 class Reference:
-    """Kept by someone else (features, parameters): exact, and free."""
+    """Kept by someone else (features, parameters): exact, and free.
+
+    Attributes:
+        used: called when a backward pass reads it.
+    """
 
     x: Tensor | None
     shape: torch.Size
+    used: Callable[[], None] | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -62,10 +67,12 @@ class Reference:
     how = "reference"
 
     def bind(self, tensors: Sequence[Tensor]) -> Reference:
-        return Reference(tensors[0] if tensors else None, self.shape)
+        return Reference(tensors[0] if tensors else None, self.shape, self.used)
 
     def value(self) -> Tensor:
         assert self.x is not None
+        if self.used is not None:
+            self.used()
         return self.x
 
     def outer(self, dy: Tensor) -> Tensor:

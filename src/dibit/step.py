@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -271,7 +271,7 @@ class Step:
         origin = self.origin(x)
         if own.inputs == "reference":
             if self.held(origin) and self._by_reference(x, origin, copied):
-                return self.note(Reference(origin, x.shape))
+                return self.note(Reference(origin, x.shape, self._used(origin)))
             if self._derived and (derived := self._had_again(origin)) is not None:
                 return self.note(derived)
             if (again := self._again(origin, encoded_bytes(x.shape, config))) is not None:
@@ -291,6 +291,13 @@ class Step:
                 self._kept.add(self.key(x))
             return True
         return self.steady(origin)
+
+    def _used(self, x: Tensor) -> Callable[[], None] | None:
+        """What a reference to somebody else's numbers calls when a backward pass reads it."""
+        storage = storage_key(x) if x.layout == torch.strided else 0
+        if storage not in self.owners.numbers:
+            return None
+        return self.owners.guard.uses.expect(storage, self.owners.roles[storage])
 
     def keep_affine(self, x: Tensor, affine: Affine, config: Config, *, watched: bool) -> Residual:
         """A path residual of (x - shift) * scale, a tensor that nobody else has.
@@ -319,7 +326,7 @@ class Step:
         """A residual that loses nothing."""
         origin = self.origin(x)
         if self.held(origin) and self._by_reference(x, origin):
-            return self.note(Reference(origin, x.shape))
+            return self.note(Reference(origin, x.shape, self._used(origin)))
         kept = (self._again(origin, nbytes(x)) if origin is not x else None) or self.exactly(x)
         return self.note(kept if isinstance(kept, Recomputed) else Lossless(kept))
 
@@ -548,10 +555,10 @@ class Step:
         x = x.detach()  # what is kept must not hold the graph that it belongs to
         if not self.held(x) and x.untyped_storage().nbytes() > 2 * nbytes(x):
             x = x.clone()  # a small view would keep all that it is a view of
-        if not self.held(x):
+        if self.held(x):  # of integers the content is compared: neither their version nor their owner's `set_` matters
+            kept: Exact | Narrowed = exact(x.data if is_whole(x) else x)
+        else:
             kept = self._lossless(x)
-        else:  # of integers the content is compared, so neither their version nor `set_` on the owner's tensor matters
-            kept = exact(x.data if is_whole(x) else x)
         self._shared[key] = kept = self._may_change(kept)
         self.tape.cuts.clear()  # what starts from x costs less now
         return kept
@@ -563,9 +570,23 @@ class Step:
                 self.before_change(item)
         elif isinstance(x, Tensor) and not is_lazy(x) and x.layout == torch.strided:
             storage = self._alive.hold(x)
+            if storage not in self.owners.roles and not self._is_made(x):
+                self._alias_changes(x, storage)
             own(self._leaves.pop(storage, ()))
             self._changes[storage] = self._changes.get(storage, 0) + 1
             self.owners.changed(storage)
+
+    def _alias_changes(self, x: Tensor, storage: int) -> None:
+        """The same of storages on the same memory: what DLPack gives back has one of its own."""
+        address = x.untyped_storage().data_ptr()
+        for node in list(self.tape.nodes.values()):
+            other = node.ref()
+            if other is not None and other.untyped_storage().data_ptr() == address != 0:
+                alias = self._alive.hold(other)
+                if alias != storage:
+                    own(self._leaves.pop(alias, ()))
+                    self._changes[alias] = self._changes.get(alias, 0) + 1
+                    self._exposed.add(alias)
 
     def exposed(self, x: Any) -> None:
         """The memory of x is handed to somebody whose writes cannot be seen: NumPy, DLPack, a kernel by its address."""
@@ -574,7 +595,7 @@ class Step:
             self._exposed.add(self._alive.hold(x))
 
     def _let_go(self) -> None:
-        """What somebody else holds is out of sight from now on, returned, stored or caught: leaves on it become copies."""
+        """What somebody else holds, returned, stored or caught, is out of sight from now on: leaves become copies."""
         self.origins.clear()
         for storage, leaves in self._leaves.items():
             if storage in self.owners.roles:

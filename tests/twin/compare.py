@@ -250,7 +250,7 @@ def _memory(twin: Twin) -> Iterator[str]:
     if each <= 0 and ever <= 0 and not alive:
         return
     plain_each, plain_ever, plain_alive = growth(twin, False)
-    if ever > max(plain_ever, 0):
+    if ever > _PARTS * max(plain_ever, 0):
         yield f"a model leaves {ever} tensors for ever, plain {plain_ever}"
     elif alive and not plain_alive:
         yield "the model is never freed"
