@@ -157,10 +157,10 @@ class Written(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x)
-        q = self.score(h).detach() * 1.0
+        q = self.score(h)
         y = torch.cos(q.repeat(1, D)) * h
-        self.write(q)
-        return self.last(y) + q.sum() * 0
+        self.write(q.detach())
+        return self.last(y)
 
 
 @pytest.mark.parametrize("write", list(WRITES))
