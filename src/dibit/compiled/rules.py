@@ -146,7 +146,7 @@ def silu(mode: Any, input: Tensor, inplace: bool = False) -> Any:
 
 
 def elu(mode: Any, input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Any:
-    return _smooth(mode, input, F.elu, activation.elu_slope, alpha, inplace=inplace)
+    return _smooth(mode, input, F.elu, activation.elu_slope, alpha, inplace=inplace, use=SATURATING)
 
 
 def elu_(mode: Any, input: Tensor, alpha: float = 1.0) -> Any:

@@ -13,7 +13,7 @@ from dibit.config import Config, Project, Rows, Sample
 from dibit.functions.relative import relative, saturating
 
 LEAF, PATH, NORM = "leaf", "path", "norm"  # what a residual is for; see `Step.keep`
-RELATIVE, SATURATING = "relative", "saturating"  # derivatives of sigmoid and tanh; see `dibit.functions.relative`
+RELATIVE, SATURATING = "relative", "saturating"  # of sigmoid; tanh, ELU; see `dibit.functions.relative`
 _REDUCE = {"Project": Project, "Sample": Sample}
 
 
@@ -67,7 +67,7 @@ def settings(text: str, use: str) -> Config:
     elif use == PATH:
         config = dataclasses.replace(config, reduce=None)
     elif use in (RELATIVE, SATURATING):
-        config = relative(config, saturating() if use == SATURATING else None)
+        config = relative(config, saturating(config) if use == SATURATING else None)
     reduce = config.reduce
     if isinstance(reduce, Sample) and reduce.by == "gradient":
         reduce = dataclasses.replace(reduce, by="norm" if use == LEAF else "uniform")

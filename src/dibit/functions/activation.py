@@ -3,9 +3,9 @@
 Piecewise linear ones keep one exact bit an element. Smooth ones keep their *derivative*, computed exactly in the
 forward pass: its estimate enters dX once, so dX is unbiased; from a quantised input it would not be.
 
-The derivatives of sigmoid and tanh fall towards 0 where these saturate, and that is where a logarithm that follows has
-a large one: they are kept with an error that is a part of each element (`dibit.functions.relative`), or by reference to
-the result where the model returns it.
+The derivatives of sigmoid, tanh and ELU fall towards 0 where these saturate, and that is where a logarithm that follows
+has a large one: they are kept with an error that is a part of each element (`dibit.functions.relative`), or by
+reference to the result where plain torch keeps it too and the model returns it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dibit.codec import ops
+from dibit.config import Config
 from dibit.functions.common import FEW, dense, first_order, unreduced
 from dibit.functions.relative import relative, saturating, whole
 from dibit.functions.returned import Slope
@@ -152,21 +153,37 @@ def smooth(plain: Callable[..., Tensor], derivative: Callable[..., Tensor], save
 
 
 def saturating_rule(
-    plain: Callable[..., Tensor], derivative: Callable[[Tensor], Tensor], levels: Callable[[], tuple[float, ...]]
+    plain: Callable[..., Tensor],
+    of_result: Callable[..., Tensor],
+    levels: Callable[[Config], tuple[float, ...]],
+    of_input: Callable[..., Tensor] | None = None,
 ) -> Callable[..., Any]:
-    """A rule for an activation whose result tells its derivative, which is kept by these levels."""
+    """A rule for an activation that saturates, whose derivative is kept by these levels.
 
-    def rule(step: Step, input: Tensor, inplace: bool = False) -> Any:
+    Args:
+        plain: of (x, inplace, *args).
+        of_result: the derivative as a function of (result, *args).
+        of_input: of (x, *args), where plain torch keeps x; but in place it keeps the result.
+    """
+
+    def rule(step: Step, input: Tensor, *args: Any, inplace: bool = False) -> Any:
         config = step.config
         if config is None or not dense(input) or not input.requires_grad or input.numel() < FEW:
             return NotImplemented
-        codec = relative(config, levels())
+        codec = relative(config, levels(config))
         if not inplace and step.cheap(input, codec):
             return NotImplemented  # torch's own, kept exactly
-        y = plain(input.detach(), False)
-        slope = Slope(step, step.keep(derivative(y), leaf=False, config=codec), derivative)
-        y = Elementwise.apply(input, (lambda x: plain(x, True)) if inplace else (lambda _: y), slope, inplace)
-        slope.watch(y)
+        x = input.detach()
+        slope = None if of_input is None else of_input(x, *args)  # before x is overwritten
+        if slope is not None and not inplace:  # the caller may change the result
+            step.plain(input)
+            kept = step.keep(slope, leaf=False, config=codec)
+            return Elementwise.apply(input, lambda x: plain(x, False, *args), kept, False)
+        y = plain(x, False, *args)
+        kept = step.keep(of_result(y, *args) if slope is None else slope, leaf=False, config=codec)
+        cell = Slope(step, kept, lambda y: of_result(y, *args))
+        y = Elementwise.apply(input, (lambda x: plain(x, True, *args)) if inplace else (lambda _: y), cell, inplace)
+        cell.watch(y)
         step.plain(y)
         return y
 
@@ -196,11 +213,19 @@ def elu_slope(x: Tensor, alpha: float) -> Tensor:
     return aten.elu_backward(torch.ones_like(x), alpha, 1, 1, False, x)
 
 
-_sigmoid = saturating_rule(lambda x, inplace: x.sigmoid_() if inplace else torch.sigmoid(x), sigmoid_slope, whole)
+def _elu_slope_of_result(y: Tensor, alpha: float) -> Tensor:
+    return aten.elu_backward(torch.ones_like(y), alpha, 1, 1, True, y)
+
+
+_sigmoid = saturating_rule(
+    lambda x, inplace: x.sigmoid_() if inplace else torch.sigmoid(x), sigmoid_slope, lambda _: whole()
+)
 _tanh = saturating_rule(lambda x, inplace: x.tanh_() if inplace else torch.tanh(x), tanh_slope, saturating)
 _silu = smooth(lambda x, inplace: F.silu(x, inplace), silu_slope, "copy in place")
 _gelu = smooth(lambda x, _, approximate: F.gelu(x, approximate=approximate), gelu_slope)
-_elu = smooth(lambda x, inplace, alpha: F.elu(x, alpha, inplace), elu_slope)
+_elu = saturating_rule(
+    lambda x, inplace, alpha: F.elu(x, alpha, inplace), _elu_slope_of_result, saturating, of_input=elu_slope
+)
 
 
 def sigmoid(step: Step, input: Tensor, *, out: Any = None) -> Any:

@@ -5,7 +5,8 @@ independent draws are unbiased. A factor that was gathered from fewer rows is ke
 once an edge; one that can be computed again for less than its codes is kept exactly.
 
 Squares, dot products and what is scaled by a reciprocal end in norms: there dy is largest where a factor is smallest,
-in a row of zeros above all. Such factors are kept with an error that is a part of the element, or of its row.
+in a row of zeros above all. Such factors are kept with an error that is a part of the element, or of its row. So are
+positive ones of a wide range (`dibit.functions.positive`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from dibit.averages import made_by_reciprocal
 from dibit.config import Config, Sample
+from dibit.functions import positive
 from dibit.functions.common import FEW, dense, fine, first_order, flat, unreduced
 from dibit.functions.relative import keep_relative, keep_signed
 from dibit.precision import at_least_single, copies, lower
@@ -104,6 +106,8 @@ def _factor(step: Step, x: Tensor, by: Tensor, count: int) -> Any:
     if by.is_leaf:  # a parameter: x enters its gradient and no other, as a linear layer's input does
         many = isinstance(config.reduce, Sample) and x.dim() > 1 and by.numel() * _BROADCAST <= x.numel()
         return step.keep(x, leaf=True, config=None if many else unreduced(config))
+    if (not count or x.numel() == count) and (wide := positive.codec(step, x, by, both=not count)) is not None:
+        return step.gathered(x, wide)
     config = at_least_4_bits(config)
     if count:
         gathered = step.tape.gathered(step.origin(x)) is not None

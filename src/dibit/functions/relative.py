@@ -74,6 +74,11 @@ def geometric(octaves: int) -> tuple[float, ...]:
     return (0.0, *(255 * 2.0 ** (-(255 - i) * octaves / 254) for i in range(1, 256)))
 
 
+def octaves_of(span: float) -> int:
+    """How many octaves the levels for such a range, in powers of two, get."""
+    return min(_MOST, _STEP * math.ceil((1 + span) / _STEP))
+
+
 @functools.cache
 def whole() -> tuple[float, ...]:
     """256 levels for elements that nobody looks at: 200 for the first `_FINE` octaves, 55 for all others, and zero."""
@@ -82,11 +87,23 @@ def whole() -> tuple[float, ...]:
     return (0.0, *(255 * 2.0 ** (-_FINE - i * (_ALL - _FINE) / 55) for i in low), *fine)
 
 
+def saturating(config: Config) -> tuple[float, ...]:
+    """Levels for what mostly lies near its largest value: 16, or 256 where the config has 8 bits.
+
+    Linear from 1 to 1/6 (1/200), then 9 (55) that fall to 2^-24.
+    """
+    return _saturating(15, 6) if config.bits < 8 else _saturating(255, 200)
+
+
 @functools.cache
-def saturating() -> tuple[float, ...]:
-    """16 levels for what mostly lies near its largest value: linear from 1 to 1/6, then 9 that fall to 2^-24."""
-    low = (6.0 * 2.0**-24) ** (1 / 9)
-    return (0.0, *(15 / 6 * low**i for i in range(9, 0, -1)), *(15 * i / 6 for i in range(1, 7)))
+def _saturating(top: int, linear: int) -> tuple[float, ...]:
+    more = top - linear
+    low = (linear * 2.0**-24) ** (1 / more)
+    return (
+        0.0,
+        *(top / linear * low**i for i in range(more, 0, -1)),
+        *(top * i / linear for i in range(1, linear + 1)),
+    )
 
 
 @functools.cache
@@ -112,8 +129,7 @@ def keep_relative(step: Step, x: Tensor) -> Signed | None:
     largest = max(-low, high)
     if not math.isfinite(low + high):
         return None  # one pole would spoil the block it lies in
-    octaves = _STEP if not largest else 1 + math.log2(largest) - math.log2(least)
-    config = relative(step.config, geometric(min(_MOST, _STEP * math.ceil(octaves / _STEP))))
+    config = relative(step.config, geometric(octaves_of(math.log2(largest) - math.log2(least) if largest else 0.0)))
     if low >= 0 or high <= 0:
         return Signed(step.keep(magnitude, leaf=False, config=config), None, 1.0 if low >= 0 else -1.0)
     return _with_signs(step, x, magnitude, config)

@@ -1,0 +1,88 @@
+"""Factors that are positive and of a wide range: softmaxes, exponentials, gates.
+
+What is made of two of them meets a logarithm or a reciprocal, as a rule (a mixture, a product of experts), where the
+smallest elements of each factor count as much as the largest: levels in geometric progression fit them. The result of
+a ReLU is not meant, whose elements lie about evenly between its zeros and its largest.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from dibit.config import Config
+from dibit.functions.relative import geometric, octaves_of, relative, whole
+from dibit.replay import functions
+from dibit.step import Step
+from dibit.tape import Node, Tape
+
+_MADE = functions("exp exp_ sigmoid sigmoid_")
+_SELECTED = functions(
+    "view reshape unsqueeze squeeze expand transpose permute t flatten contiguous narrow select __getitem__ "
+    "index_select"
+)
+_PRODUCTS = functions("mul div true_divide __mul__ __rmul__ __truediv__")
+_DEEPEST = 8
+_NARROW = 2.0**3  # of such a range the linear levels of 4 bits are good enough
+_WIDE = 2.0**8
+_RARE = 32  # one in so many elements below the `_WIDE`th part of the largest: a ReLU has fewer
+
+
+def codec(step: Step, x: Tensor, by: Tensor, both: bool) -> Config | None:
+    """Relative levels for a factor x that is multiplied by another, if both are positive and x has a wide range.
+
+    The numbers are looked at on the CPU alone. A GPU would be waited for: there the tape tells.
+
+    Args:
+        both: `by` must have a wide range, too.
+    """
+    assert step.config is not None
+    if not x.numel() or not by.numel():
+        return None
+    if x.device.type != "cpu":
+        certain = all(_positive(step.tape, step.origin(part)) for part in (x, by))
+        return relative(step.config, whole()) if certain else None
+    octaves = _octaves(x.detach())
+    if octaves is None or (_octaves(by.detach()) is None if both else not bool(by.detach().amin() >= 0)):
+        return None
+    return relative(step.config, geometric(octaves_of(octaves)))
+
+
+def _octaves(x: Tensor) -> float | None:
+    """The range of x, if it is wide and positive."""
+    low, high = (float(end) for end in x.aminmax())
+    if not (0 <= low < math.inf and low * _NARROW < high < math.inf):
+        return None
+    least = low
+    if not low or int((x == low).sum()) * _RARE > x.numel():  # zeros, or what a clamp has made of them
+        above = x > low
+        if int((above & (x < high / _WIDE)).sum()) * _RARE < x.numel():
+            return None
+        least = low or float(x[above].amin())
+    return math.log2(high) - math.log2(least)
+
+
+def _positive(tape: Tape, x: Tensor) -> bool:
+    """Whether x is known to be positive, and of a wide range, by how it came about."""
+    node = tape.nodes.get(tape.key(x))
+    return _by_softmax(x) if node is None else _made(node, 0)
+
+
+def _made(node: Any, depth: int) -> bool:
+    if not isinstance(node, Node):
+        return isinstance(node, int | float) and node > 0
+    if node.call is None:
+        return (x := node.ref()) is not None and _by_softmax(x)
+    function, args, _ = node.call
+    if function in _MADE:
+        return True
+    if depth == _DEEPEST or not args or not (function in _PRODUCTS or function in _SELECTED):
+        return False
+    return all(_made(part, depth + 1) for part in (args if function in _PRODUCTS else args[:1]))
+
+
+def _by_softmax(x: Tensor) -> bool:
+    """Autograd knows what the tape does not."""
+    return x.grad_fn is not None and x.grad_fn.name() == "SoftmaxBackward0"
