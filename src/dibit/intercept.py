@@ -46,7 +46,7 @@ def _option(function: Any, name: str) -> int | None:
     """The place of an argument of one of torch's Python functions; `None` where it has none of this name."""
     if not isinstance(function, FunctionType):
         return None
-    names = list(inspect.signature(function).parameters)
+    names = list(inspect.signature(function, follow_wrapped=False).parameters)
     return names.index(name) if name in names else None
 
 
