@@ -41,13 +41,18 @@ def codec(step: Step, x: Tensor, by: Tensor, both: bool) -> Config | None:
     assert step.config is not None
     if not x.numel() or not by.numel():
         return None
-    if x.device.type != "cpu":
+    if not _at_hand(x):
         certain = all(_positive(step.tape, step.origin(part)) for part in (x, by))
         return relative(step.config, whole()) if certain else None
     octaves = _octaves(x.detach())
     if octaves is None or (_octaves(by.detach()) is None if both else not bool(by.detach().amin() >= 0)):
         return None
     return relative(step.config, geometric(octaves_of(octaves)))
+
+
+def _at_hand(x: Tensor) -> bool:
+    """Whether its numbers can be looked at without waiting for a device."""
+    return x.device.type == "cpu"
 
 
 def _octaves(x: Tensor) -> float | None:
