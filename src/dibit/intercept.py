@@ -168,6 +168,8 @@ class Intercept(TorchFunctionMode):
 
 def run_rule(step: Step, func: Any, rule: Rule, args: Any, kwargs: Any) -> Any:
     """Call a rule; an entry in the ledger is opened for it and dropped where it declines."""
+    if any(isinstance(x, Tensor) and x.layout == torch.strided and not x.numel() for x in (*args, *kwargs.values())):
+        return NotImplemented  # of nothing there is nothing to win, and no rows of a width can be told
     step.open(func)
     step.inside = True
     try:
