@@ -178,23 +178,43 @@ TRANSFORMS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 }
 
 
+def _vjp_twice(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    out, back = torch.func.vjp(f, x)
+    return back(torch.ones_like(out))[0] + back(torch.sigmoid(out))[0] + torch.vmap(back)(torch.ones(2, *x.shape))[0][1]
+
+
+TRANSFORMS |= {
+    "vjp twice": _vjp_twice,
+    "vjp of vjp": lambda f, x: _vjp_twice(lambda y: _vjp_twice(f, y), x),
+    "vjp by parameters": lambda f, x: x + sum(
+        g.sum() for g in torch.func.vjp(
+            lambda values: torch.func.functional_call(f, values, (x,)), dict(f.named_parameters())
+        )[1](torch.ones_like(x))[0].values()
+    ),
+    "jacrev of jacrev": lambda f, x: x + torch.func.jacrev(torch.func.jacrev(lambda y: f(y).sum()))(x[:2]).sum(),
+    "jacrev of jacfwd": lambda f, x: x + torch.func.jacrev(torch.func.jacfwd(lambda y: f(y).sum()))(x[:2]).sum(),
+}  # fmt: skip
+
+
 class Transformed(nn.Module):
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, features: bool) -> None:
         super().__init__()
+        self.features = features  # what is transformed by requires no gradient
         self.name, self.first, self.last = name, nn.Linear(D, D), nn.Linear(D, D)
         self.inner = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.first(x))
+        h = x if self.features else torch.tanh(self.first(x))
         return self.last(TRANSFORMS[self.name](self.inner, h))
 
 
 @pytest.mark.parametrize("recipe", ["default", "iexact"])
+@pytest.mark.parametrize("features", [False, True])
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.filterwarnings("ignore")
-def test_transforms_inside_the_forward_pass(name: str, recipe: str) -> None:
+def test_transforms_inside_the_forward_pass(name: str, features: bool, recipe: str) -> None:
     torch.manual_seed(0)
-    plain, x = Transformed(name).train(), torch.randn(N, D)
+    plain, x = Transformed(name, features).train(), torch.randn(N, D)
     model = dibit.compress(copy.deepcopy(plain), recipe)
     out, expected = model(x), plain(x)
     assert torch.equal(out, expected)

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from dibit import inner_gradient
 from dibit.identity import storage_key, storages
-from dibit.masks import DROPOUTS, Calls, hooks_free, transformed
+from dibit.masks import DROPOUTS, Calls, hooks_free, run_away, transformed
 from dibit.replay import functions
 from dibit.state import Rule
 from dibit.step import Step, tensors_in
@@ -107,8 +107,9 @@ class Intercept(TorchFunctionMode):
         super().__init__()
         self.step = step
         self.rules = rules
-        self.calls = Calls(step.state)
         self.hooks = (step.pack, step.unpack)
+        self.calls = Calls(step.state, self.hooks[0])
+        self.away = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -146,7 +147,7 @@ class Intercept(TorchFunctionMode):
         call = tape.before(func, args, kwargs) if func in PURE and torch.is_grad_enabled() else None
         tell_of_writes(step, func, args, kwargs)
         result = NotImplemented
-        if rule is not None and keeps:
+        if rule is not None and keeps and not (func in DROPOUTS and self.calls.torchs(step.config, func)):
             result = run_rule(step, func, rule, args, kwargs)
             step.seen += result is not NotImplemented
         if result is NotImplemented and func in DROPOUTS:
@@ -165,8 +166,10 @@ class Intercept(TorchFunctionMode):
     def _asked(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A gradient is asked for inside the forward pass: exactly, or not at all."""
         step = self.step
-        step.state.asks = True
         outputs, inputs = inner_gradient.asked(func, args, kwargs)
+        if inputs and all(map(torch._C._functorch.is_functorch_wrapped_tensor, inputs)):
+            return run_away(self, func, args, kwargs)  # what `torch.func.vjp` gave back: its inside was exact
+        step.state.asks = True
         nodes = inner_gradient.compressed_between(outputs, inputs)
         if nodes:
             raise RuntimeError(inner_gradient.refusal(step.module, type(step.state.root).__name__, nodes))
@@ -181,13 +184,15 @@ class Intercept(TorchFunctionMode):
         step.seen += 1
         before, step.exact_within = step.exact_within, 0  # what an activation checkpoint runs again meanwhile
         try:
-            return func(*args, **kwargs)
+            return run_away(self, func, args, kwargs)
         finally:
             step.exact_within = before
 
 
 def run_rule(step: Step, func: Any, rule: Rule, args: Any, kwargs: Any) -> Any:
     """Call a rule; an entry in the ledger is opened for it and dropped where it declines."""
+    if any(isinstance(x, Tensor) and x.layout == torch.strided and not x.numel() for x in (*args, *kwargs.values())):
+        return NotImplemented  # of nothing there is nothing to win, and no rows of a width can be told
     step.open(func)
     step.inside = True
     try:

@@ -6,30 +6,34 @@ else's saved-tensor hooks. Both must draw the same masks, so the masks do not de
 within a module of a compressed model has Dibit's masks, exactly kept here.
 
 There is one exception. A function that an activation checkpoint calls directly, not by way of a module, is run again
-where no module of ours is on the stack: there torch draws the mask, both times.
+where no module of ours is on the stack: there torch draws the mask, both times. The stack tells of such a function: the
+checkpoint's hooks do not, as there are none without gradients.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Mapping
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from dibit.config import Config
 from dibit.functions.dropout import seeded
+from dibit.inner_gradient import ASKING
 from dibit.nn import norm_relu_dropout
 from dibit.state import State
 
 _interpreters = torch._C._functorch.peek_interpreter_stack
-_APPLY = torch.autograd.Function.apply.__code__
-_CALL = nn.Module._call_impl.__code__
+# Frames below which a function is run that may be run again elsewhere: checkpoints, reversible layers.
+_RUN_AGAIN: set[CodeType] = {inspect.unwrap(each).__code__ for each in (checkpoint, torch.autograd.Function.apply)}
 
 
 def top_hooks() -> Any:
@@ -79,15 +83,20 @@ DROPOUTS: Mapping[Any, Callable[..., Any]] = {
 
 
 class Calls:
-    """The modules of a compressed model that are running in one pass: who draws the masks in them."""
+    """The modules of a compressed model that are running in one pass: who draws the masks in them.
 
-    def __init__(self, state: State) -> None:
+    Args:
+        own: the pack hook that the pass itself sets, where there are no others.
+    """
+
+    def __init__(self, state: State, own: Any = None) -> None:
         self.state = state
-        self._calls: list[tuple[nn.Module, Any]] = []  # innermost last: module, and the hooks in which it was called
+        self._own = own
+        self._calls: list[tuple[CodeType, Any]] = []  # innermost last: what runs it, and the hooks in which it does
 
-    def enter(self, module: nn.Module) -> None:
-        """A module begins."""
-        self._calls.append((module, top_hooks()))
+    def enter(self) -> None:
+        """A module begins, which the caller runs."""
+        self._calls.append((sys._getframe(1).f_code, self._foreign()))
 
     def leave(self, depth: int) -> None:
         """A module ends that was called within so many others."""
@@ -99,20 +108,26 @@ class Calls:
             return NotImplemented
         return NotImplemented if self._run_again_unseen() else DROPOUTS[func](*args, **kwargs)
 
+    def torchs(self, config: Config, func: Any) -> bool:
+        """Whether torch draws the mask of a dropout although Dibit could keep a seed of its own."""
+        return config.dropout == "seed" and func not in self.state.rules and self._run_again_unseen()
+
     def _run_again_unseen(self) -> bool:
         """Whether a function is called directly in what an activation checkpoint, or its like, runs again."""
-        module, hooks = self._calls[-1]
-        now = top_hooks()
-        if (None if now is None else now[0]) is not (None if hooks is None else hooks[0]):
+        part, hooks = self._calls[-1]
+        if self._foreign() is not hooks:
             return True
-        if torch.is_grad_enabled():
-            return False
-        frame: FrameType | None = sys._getframe(1)  # `Function.apply` calls its forward without gradients
-        while frame is not None and frame.f_code is not _APPLY:
-            if frame.f_code is _CALL and frame.f_locals.get("self") is module:
-                return False
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code is not part:
+            if frame.f_code in _RUN_AGAIN:
+                return True
             frame = frame.f_back
-        return frame is not None
+        return False
+
+    def _foreign(self) -> Any:
+        """The innermost pack hook that somebody else has set."""
+        top = top_hooks()
+        return None if top is None or top[0] is self._own else top[0]
 
 
 class Exactly:
@@ -138,6 +153,7 @@ class Masks(TorchFunctionMode):
         super().__init__()
         self.step = Exactly()
         self.calls = Calls(state)
+        self.away = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -145,4 +161,13 @@ class Masks(TorchFunctionMode):
             result = self.calls.masked(self.step.configs[-1], func, args, kwargs)
             if result is not NotImplemented:
                 return result
+        return run_away(self, func, args, kwargs) if func in ASKING else func(*args, **kwargs)
+
+
+def run_away(mode: Any, func: Any, args: Any, kwargs: Any) -> Any:
+    """A gradient that is asked for in the pass: torch has the mode off its stack, but a checkpoint may run modules."""
+    before, mode.away = mode.away, True
+    try:
         return func(*args, **kwargs)
+    finally:
+        mode.away = before

@@ -127,15 +127,21 @@ def _eager(hook: Any, module: nn.Module, forward: Callable[..., Any], args: Any,
 
 def _part(active: Pass, hook: Any, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Run a forward with the name and config of its module on the step."""
-    step, calls = active.step, active.mode.calls
-    depth = len(step.names)
+    step, mode, calls = active.step, active.mode, active.mode.calls
+    depth, away = len(step.names), mode.away
     try:
-        calls.enter(module)
+        if away:  # run again by a gradient that is asked for in the pass
+            _push_mode(mode)
+            mode.away = False
+        calls.enter()
         step.names.append(hook.name)
         step.configs.append(hook.config)
         step.compresses |= hook.config is not None
         return forward(*args, **kwargs)
     finally:
+        if away:
+            _remove_mode(mode)
+            mode.away = True
         calls.leave(depth)
         del step.names[depth:], step.configs[depth:]
         if step.exact_within is not None and depth < step.exact_within:
