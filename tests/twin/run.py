@@ -71,6 +71,18 @@ class Twin:
         """Plain, but what autograd saves is copied: no change of memory can reach it."""
         return self._run(lambda model: model, masks=masks, copied=True)
 
+    def shaken(self) -> Outcome:
+        """Plain, with each weight a few of its last bits away."""
+
+        def shake(model: nn.Module) -> nn.Module:
+            with torch.no_grad():
+                for p in model.parameters():
+                    if not is_lazy(p):
+                        p.mul_(1 + 1e-6 * torch.randn_like(p))
+            return model
+
+        return self._run(shake)
+
     def compressed(self, salt: int) -> Outcome:
         return self._run(
             lambda model: self.compress(model, salt), record=self.program.recipe == "seed", names=salt == 1

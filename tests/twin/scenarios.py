@@ -76,7 +76,7 @@ class Boom(nn.Module):
 
 LOSSES = {
     "readout": "(y * READOUT[: len(y)].to(y.dtype)).sum()",
-    "square": "y.square().mean() * 9",
+    "square": "(y.square() * (1 + READOUT[: len(y)].to(y.dtype))).mean() * 9",  # of no norm is it a constant
     "cross_entropy": "F.cross_entropy(y, index[: len(y)] % C)",
     "rows": "F.cross_entropy(y[: N // 3], index[: N // 3] % C)",
     "bce": "F.binary_cross_entropy(y if bool(((y >= 0) & (y <= 1)).all()) else y.sigmoid(), "
