@@ -636,8 +636,9 @@ class Step:
         for other in known:
             unchanged = not isinstance(other, Exact) or version(other.x) == other.version
             if unchanged and torch.equal(other.x, kept.x):
+                self._may_change(other)
                 return self._may_change(kept.on(other.x.detach()))
-        known.append(self._may_change(kept))
+        known.append(kept)
         return kept
 
     def _may_change(self, kept: Exact | Narrowed) -> Exact | Narrowed:
