@@ -17,6 +17,7 @@ import dibit
 from dibit import stream
 from dibit.nn import NormReLUDropout
 from dibit.stream import Key, dropout_seed
+from tests.test_masks import Reversible
 
 N, D = 40, 16
 CPU = torch.device("cpu")
@@ -165,28 +166,8 @@ def _not_reentrant(f: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
     return checkpoint(f, h, use_reentrant=False)
 
 
-class _Again(torch.autograd.Function):
-    """What reversible layers do: nothing is kept but the generator's state."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.f, ctx.state = f, torch.get_rng_state()
-        ctx.save_for_backward(h)
-        return f(h)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        (h,) = ctx.saved_tensors
-        with torch.enable_grad(), torch.random.fork_rng():
-            torch.set_rng_state(ctx.state)
-            h = h.detach().requires_grad_()
-            y = ctx.f(h)
-        torch.autograd.backward(y, dy)
-        return h.grad, None
-
-
 def _reversible(f: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
-    return _Again.apply(h, f)
+    return Reversible.apply(h, f, False)
 
 
 AGAIN = {"reentrant": _reentrant, "not reentrant": _not_reentrant, "reversible": _reversible}

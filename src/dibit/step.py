@@ -637,7 +637,7 @@ class Step:
             unchanged = not isinstance(other, Exact) or version(other.x) == other.version
             if unchanged and torch.equal(other.x, kept.x):
                 self._may_change(other)
-                return self._may_change(kept.on(other.x.detach()))
+                return self._may_change(kept.on(other.x))
         known.append(kept)
         return kept
 
