@@ -58,4 +58,5 @@ if rank == 0:
     accuracy = (predicted == graph.y)[split.test].float().mean()
     mb = f"plain {saved.plain / 2**20:.2f}, kept {saved.total / 2**20:.2f}"
     print(f"{size} processes; saved MB: {mb}; test accuracy {100 * accuracy:.1f} %")
+del trained  # the group's threads end with the last who holds it, not while Python shuts down
 dist.destroy_process_group()
