@@ -17,6 +17,7 @@ import torch  # noqa: E402
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
+@pytest.hookimpl(tryfirst=True)  # before the workers look for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Several workers share the tests one by one, but those of a file of tests/reproduce share one run."""
     for item in items:
