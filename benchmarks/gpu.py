@@ -349,9 +349,9 @@ def _kernels(device: torch.device, nodes: int) -> dict[str, tuple[Callable[[], A
     found["weight gradient, dense, torch"] = (lambda: dy.T @ x), 2 * size
     codes, ranges, _ = own.quantize(flat, seed, 2, 1024, [], torch.bfloat16, 0)
     kept = codes.nbytes + ranges.nbytes
-    found["column sums"] = partial(own.column_sums, codes, ranges, seed, dy, 2, 1024, 2.0), size + kept
+    found["column sums"] = partial(own.column_sums, codes, ranges, seed, dy, 2, 1024, 1.0), size + kept
     found["norm gradient"] = (
-        partial(own.norm_gradient, codes, ranges, seed, dy, vector, vector, vector, 2, 1024), 2 * size + kept,
+        partial(own.norm_gradient, codes, ranges, seed, dy, vector, vector, vector, 2, 1024, 1.0), 2 * size + kept,
     )  # fmt: skip
     mask = own.pack_mask(x)
     found["pack a mask"] = partial(own.pack_mask, x), size + mask.nbytes

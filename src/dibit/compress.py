@@ -18,7 +18,7 @@ from dibit import outside, passes, unseen
 from dibit.around import around, check
 from dibit.compiled import mode as traced
 from dibit.compiled.spec import setting_of
-from dibit.config import Config, nearest, recipe
+from dibit.config import Config, Sample, nearest, recipe
 from dibit.inner_gradient import asks
 from dibit.ledger import Ledger, Row
 from dibit.masks import transformed
@@ -38,7 +38,8 @@ class Enter(Hook):
 
     def __init__(self, state: State, name: str, config: Config | None) -> None:
         super().__init__(state, name)
-        self.config, self.setting = config, setting_of(config)  # for compiled code
+        self.config = config
+        self.setting = setting_of(state.scores.plan.unmeasured(config, state.root))  # for compiled code
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         if torch.compiler.is_dynamo_compiling():
@@ -89,6 +90,7 @@ def compress(
     model: M,
     config: Setting | Mapping[str, Setting] = "default",
     *,
+    noise: float | None = None,
     rules: Mapping[Any, Rule] | None = None,
 ) -> M:
     """Keep compressed activations for the backward pass of a model; the forward pass stays as it is.
@@ -102,6 +104,8 @@ def compress(
         config: a recipe's name ("default", "small", "exact", "iexact"), a `Config`, `None` (everything exact), or a
             mapping from module names to those. A name stands for the module and all within; `*` and `?` match as in
             file names; the first entry that matches counts, and modules without a match stay exact.
+        noise: a bound on the squared error of the gradient over its square, in the place of the recipe's
+            (`Config.noise`); for configs that leave out rows.
         rules: more entries for the table, or others for its functions: function -> `rule(step, *args, **kwargs)`, see
             `dibit.functions`.
 
@@ -110,12 +114,13 @@ def compress(
 
     Raises:
         TypeError: `model` is no module, or a setting is neither a name nor a `Config`.
-        ValueError: a recipe or a module name is unknown; the message gives the nearest.
+        ValueError: a recipe or a module name is unknown; the message gives the nearest. Or `noise` is not above 0, or
+            no config leaves out rows.
         RuntimeError: this version of torch is not known.
     """
     _check_module("compress", model)
     check()
-    settings = _resolve(model, config)
+    settings = _bounded(_resolve(model, config), noise)
     decompress(model)
     state = State(model, dict(rules or {}))
     _attach(model, state, settings)
@@ -269,6 +274,17 @@ def _resolve(model: nn.Module, config: Setting | Mapping[str, Setting]) -> dict[
         name: next((setting for pattern, setting in patterns.items() if _matches(name, pattern)), None)
         for name in names
     }
+
+
+def _bounded(settings: dict[str, Config | None], noise: float | None) -> dict[str, Config | None]:
+    if noise is None:
+        return settings
+    if not any(config is not None and isinstance(config.reduce, Sample) for config in settings.values()):
+        raise ValueError(
+            f"noise = {noise!r} was given, but no config leaves out rows, of which more could be kept; use one with "
+            "reduce=Sample(ratio), or the recipe 'default' or 'small'."
+        )
+    return {name: config and replace(config, noise=noise) for name, config in settings.items()}
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -114,6 +115,9 @@ class Config:
             1 bit an element of the mask that torch drew.
         inputs: `"reference"`: tensors the caller holds anyway (features) are kept by reference, exact and free;
             `"compress"`: they are treated like any other activation, as the papers do.
+        noise: a bound on the squared error of the gradient over its square. The ratios of `Sample` above are then the
+            most that is left out: after the first steps, more rows are kept where the error that was measured asks for
+            it (`dibit.row_plan`). `None`: the ratios hold whatever the error is.
     """
 
     bits: int = 2
@@ -125,6 +129,7 @@ class Config:
     norm: Config | None = None
     dropout: Literal["seed", "mask"] = "seed"
     inputs: Literal["reference", "compress"] = "reference"
+    noise: float | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -140,6 +145,8 @@ class Config:
             raise ValueError(f"stats = {self.stats} was given; choose torch.bfloat16 or torch.float32.")
         if self.norm is not None and not isinstance(self.norm, Config):
             raise TypeError(f"norm = {self.norm!r} was given; expected None or a dibit.Config.")
+        if self.noise is not None and not (isinstance(self.noise, int | float) and 0 < self.noise < math.inf):
+            raise ValueError(f"noise = {self.noise!r} was given; expected a number above 0, or None for no bound.")
         self._check_levels()
         if self.rounding == "dither" and self.levels != "uniform":
             raise ValueError("rounding='dither' needs levels='uniform'; use rounding='stochastic' with other levels.")
@@ -192,16 +199,16 @@ def _choice(name: str, value: object, known: tuple[str, ...]) -> None:
 _papers = {"bits": 2, "reduce": Project(8), "dropout": "mask", "inputs": "compress"}
 
 
-def _important(ratio: int, norm_ratio: int, least: int) -> Config:
+def _important(ratio: int, norm_ratio: int, least: int, noise: float) -> Config:
     """Rows by their last gradients, of linear inputs and of norm inputs."""
     norm = Config(bits=2, block=1024, reduce=Sample(norm_ratio, by="gradient", least=least), rounding="dither")
-    return Config(bits=2, block=128, reduce=Sample(ratio, by="gradient", least=least), norm=norm)
+    return Config(bits=2, block=128, reduce=Sample(ratio, by="gradient", least=least), norm=norm, noise=noise)
 
 
 RECIPES: dict[str, Config] = {
     # Measured on the gradient of whole models, all bytes counted (docs/gradient-error.md).
-    "default": _important(6, 16, 1024),
-    "small": _important(10, 24, 512),
+    "default": _important(6, 16, 1024, 0.5),
+    "small": _important(10, 24, 512, 1.0),
     "exact": Config(block="row", **_papers),  # type: ignore[arg-type]
     "iexact": Config(block=1024, **_papers),  # type: ignore[arg-type]
 }

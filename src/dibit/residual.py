@@ -244,6 +244,67 @@ class Gathered:
 
 
 @dataclass(frozen=True)
+class Normed:
+    """The result of a norm, estimated from what it keeps of its normalised input: x_hat * weight + bias.
+
+    For leaves alone: the norm's own backward pass uses the same draw, but all that multiplies a leaf comes from later
+    operations, so the product is unbiased.
+    """
+
+    source: Compressed
+    weight: Tensor | None
+    bias: Tensor | None
+    key: str = ""
+    how = "codes of the norm"
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.source.tensors, *(x for x in (self.weight, self.bias) if x is not None))
+
+    def bind(self, tensors: Sequence[Tensor]) -> Normed:
+        rest = list(tensors[len(self.source.tensors) :])
+        weight, bias = (
+            None if x is None else rest.pop(0) if rest else torch.empty(0) for x in (self.weight, self.bias)
+        )
+        return Normed(self.source.bind(tensors[: len(self.source.tensors)]), weight, bias, self.key)
+
+    def value(self) -> Tensor:
+        y = self.source.value()
+        if self.weight is not None:
+            y *= self.weight
+        return y if self.bias is None else y.add_(self.bias)
+
+    def outer(self, dy: Tensor) -> Tensor:
+        return outer(self.value(), dy)
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What ReLU or dropout make of a tensor, by what is kept of it and by their own mask: linear, so unbiased."""
+
+    source: Normed | Passed
+    mask: Mask | Reseeded
+    scale: float = 1.0
+    key: str = ""
+    how = "codes of the norm"
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.source.tensors, *self.mask.tensors)
+
+    def bind(self, tensors: Sequence[Tensor]) -> Passed:
+        count = len(self.source.tensors)
+        return replace(self, source=self.source.bind(tensors[:count]), mask=self.mask.bind(tensors[count:]))
+
+    def value(self) -> Tensor:
+        y = self.mask.apply(self.source.value())
+        return y if self.scale == 1 else y.mul_(self.scale)
+
+    def outer(self, dy: Tensor) -> Tensor:
+        return outer(self.value(), dy)
+
+
+@dataclass(frozen=True)
 class Aggregated:
     """A x of a constant graph, by what is kept of x: (A x)^T dY = x^T (A^T dY) needs no aggregate."""
 

@@ -19,10 +19,12 @@ from dibit.codec.rows import LEFT_OUT, row_scores, together
 from dibit.field import Field
 from dibit.identity import version
 from dibit.owners import History
+from dibit.row_plan import RowPlan
 from dibit.stream import capturing
 
 _PARAMETERS, _ELEMENTS = 16, 16  # whose values are compared, and how many of each
 _HISTORY = "steady/"  # before the roles of `History`
+_ROWS = "rows/"  # before the names of `RowPlan.state_dict`
 _REACH = "reach/"  # before the keys of `Field.state_dict`, beside those of the scores
 
 
@@ -67,6 +69,7 @@ class Scores:
     known: dict[str, Tensor] = field(default_factory=dict)
     reach: Field = field(default_factory=Field)
     history: History = field(default_factory=History)
+    plan: RowPlan = field(default_factory=RowPlan)
     _pending: dict[str, list[tuple[Tensor | None, Watch]]] = field(default_factory=dict, repr=False)
     _next: dict[str, Tensor] = field(default_factory=dict, repr=False)  # with the batches since the last change
     _used: set[str] = field(default_factory=set, repr=False)  # by passes since the last step
@@ -92,6 +95,7 @@ class Scores:
         else:
             self._values = None
         self._stamp = stamp
+        self.plan.decide()
         # A residual that two steps have not had is not coming back: the first pass has some that later ones do without.
         self.known = {key: table for key, table in self._latest().items() if key in self._used | self._used_before}
         self._used_before, self._used = self._used, set()
@@ -161,20 +165,30 @@ class Scores:
         Returns:
             The scores by residual, uint8 (nodes,); by "reach/" and residual how far the loss reaches, int64 (), as
             far as passes were told of `loss_rows`; by "steady/" and argument or attribute whether passes may rest on
-            its content, bool ().
+            its content, bool (); by "rows/" what was measured of the gradient's error, and how many rows are kept
+            for it, float64 (values,).
         """
         self.history.settle()
         learnt = {_HISTORY + role: torch.tensor(True) for role, steady in self.history.steady.items() if steady}
-        return {**self._latest(), **{_REACH + key: steps for key, steps in self.reach.state_dict().items()}, **learnt}
+        return {
+            **self._latest(),
+            **self.rows(),
+            **{_REACH + key: steps for key, steps in self.reach.state_dict().items()},
+            **learnt,
+        }
+
+    def rows(self) -> dict[str, Tensor]:
+        """The part of `state_dict` that the plan of rows makes."""
+        return {_ROWS + key: table for key, table in self.plan.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take what `state_dict` gave; other devices are allowed.
 
         Raises:
             TypeError: a value is neither a uint8 tensor with one dimension nor, after "reach/", an int64 number nor,
-                after "steady/", a bool.
+                after "steady/", a bool nor, after "rows/", a float64 tensor with one dimension.
         """
-        scores, reach, steady = {}, {}, {}
+        scores, reach, steady, rows = {}, {}, {}, {}
         for key, value in state.items():
             dtype, dims = (value.dtype, value.dim()) if isinstance(value, Tensor) else (None, 0)
             if (dtype, dims) == (torch.uint8, 1):
@@ -183,6 +197,8 @@ class Scores:
                 reach[key.removeprefix(_REACH)] = value
             elif (dtype, dims) == (torch.bool, 0) and key.startswith(_HISTORY):
                 steady[key.removeprefix(_HISTORY)] = bool(value)
+            elif (dtype, dims) == (torch.float64, 1) and key.startswith(_ROWS):
+                rows[key.removeprefix(_ROWS)] = value
             else:
                 what = f"{dtype} of shape {tuple(value.shape)}" if dtype is not None else type(value).__name__
                 raise TypeError(
@@ -192,12 +208,19 @@ class Scores:
         self.known = scores
         self._used = set(scores)
         self.reach.load_state_dict(reach)
+        self.plan.load_state_dict(rows)
         self.history = History(steady)
         self._next.clear()
         self._pending.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"known": dict(self.known), "reach": self.reach, "history": self.history, "_warned": self._warned}
+        return {
+            "known": dict(self.known),
+            "reach": self.reach,
+            "history": self.history,
+            "plan": self.plan,
+            "_warned": self._warned,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update({**vars(Scores()), "_used": set(state["known"]), **state})

@@ -119,7 +119,7 @@ class State(Portable):
             "warned": self.warned,
             "seeds": self.seeds,
             "asks": self.asks,
-            "scores": self.scores.__getstate__()["known"],
+            "scores": {**self.scores.known, **self.scores.rows()},
             "steps": dict(self.reach.steps),
         }
 

@@ -22,8 +22,20 @@ from dibit.graph import Graph
 from dibit.identity import Alive, holders, storage_key, storages, version
 from dibit.ledger import Ledger, Row
 from dibit.lossless import Exact, Kept, Narrowed, Recomputed, exact, narrow, own
+from dibit.meter import Meter
 from dibit.owners import Owners, is_whole
-from dibit.residual import Aggregated, Compressed, Gathered, Lossless, Reference, Residual
+from dibit.residual import (
+    Aggregated,
+    Compressed,
+    Gathered,
+    Lossless,
+    Mask,
+    Normed,
+    Passed,
+    Reference,
+    Reseeded,
+    Residual,
+)
 from dibit.score_table import Watch
 from dibit.state import State
 from dibit.stream import Key, capturing, replayed_key
@@ -60,6 +72,9 @@ class Step:
         told = current(state.root)
         self.batch = replace(told, loss_rows=None) if name else told
         self._keys: dict[str, int] = {}  # residuals with a key so far, by module and function
+        self._places: dict[str, int] = {}  # the same of operations that are measured
+        self._place = ""
+        self._metered = False
         self._assumed: dict[str, int] = {}  # how far from the output residuals lie that left out rows
         self.matrix = _only_matrix(inputs) if self.batch.loss_rows is not None else None
         self._key: Key | None = None
@@ -76,6 +91,7 @@ class Step:
         self._kept: set[Any] = set()  # keys of what the plain gradient rests on by itself, through a reference
         self._shared: dict[Any, Any] = {}
         self._derived: dict[Any, Residual] = {}  # tensors that can be had again from what others hold
+        self._estimated: dict[Any, Normed | Passed] = {}  # tensors of which a norm has kept every row
         self._aggregates: dict[Any, tuple[Graph, weakref.ref[Tensor], Any]] = {}
         self._content: dict[Any, list[Exact | Narrowed]] = {}
         self._leaves: dict[int, list[Exact]] = {}  # by storage: kept in the place of tensors computed from them
@@ -111,6 +127,8 @@ class Step:
         self._let_go()
         for storage in self.owners.referenced({key[0] for key in self._kept}):
             own(self._leaves.pop(storage, ()))
+        if self._metered:
+            self.state.scores.plan.walk(outputs)
         if self.batch.loss_rows is not None:
             self.state.reach.learn(outputs, self.matrix, self._assumed)
         returned = {storage_key(part) for x in outputs for part in storages(x)}
@@ -121,7 +139,15 @@ class Step:
         if self.ledger is not None:
             self.ledger.close(outputs)
         # autograd may keep the hooks, and with them this object, as long as the graph
-        for table in (self._shared, self._derived, self._aggregates, self._content, self._leaves, self._copied):
+        for table in (
+            self._shared,
+            self._derived,
+            self._estimated,
+            self._aggregates,
+            self._content,
+            self._leaves,
+            self._copied,
+        ):
             table.clear()
         for seen in (self._made, self._exposed, self._changes, self._kept, self.owners.roles, self.origins):
             seen.clear()
@@ -281,8 +307,18 @@ class Step:
         key = (self.key(origin), x.dtype, config)
         found = self._shared.get(key)
         if found is None:
-            found = self._shared[key] = self._encode(x, config, "leaf", watched=True)
+            found = self._shared[key] = self._leaf_residual(x, origin, config)
         return self.note(found)
+
+    def _leaf_residual(self, x: Tensor, origin: Tensor, config: Config) -> Residual:
+        if config.noise is None:
+            return self._encode(x, config, "leaf", watched=True)
+        name, plan = self._name(), self.state.scores.plan
+        estimate = self.estimate(origin)
+        config = plan.leaf_config(name, config, x.shape, estimate is not None)
+        if estimate is not None and config.inputs == "reference":
+            return replace(estimate, key=name)
+        return self._encode(x, config, "leaf", watched=True, name=name)
 
     def _by_reference(self, x: Tensor, origin: Tensor, copied: bool = False) -> bool:
         """Whether a reference to what somebody else holds will do: plain torch keeps one, or nobody changes it."""
@@ -367,13 +403,14 @@ class Step:
         return tuple(forms)
 
     def _encode(
-        self, x: Tensor, config: Config, purpose: str, affine: Affine | None = None, watched: bool = False
-    ) -> Compressed:
+        self, x: Tensor, config: Config, purpose: str, affine: Affine | None = None, watched: bool = False,
+        name: str = "",
+    ) -> Compressed:  # fmt: skip
         salt = (self.state.salt,) if self.state.salt else ()
         scores = watch = candidates = None
-        key = ""
+        key = name
         if watched and (self.batch.loss_rows is not None or _by_gradient(config)):
-            key = self._name()
+            key = name or self._name()
             rows = x.detach().reshape(x.shape[:-1].numel(), x.shape[-1])
             if _by_gradient(config):
                 scores, watch = self._scores(key, rows, x.shape, affine is None)
@@ -389,6 +426,25 @@ class Step:
         name = f"{self.module}:{function_name(self.function)}"
         self._keys[name] = number = self._keys.get(name, 0) + 1
         return f"{name}:{number}"
+
+    def place(self, kind: str = "") -> str:
+        """The name of the operation that is running among those of its kind, the same in every pass."""
+        if kind:
+            name = f"{self.module}:{function_name(self.function)}"
+            self._places[name] = number = self._places.get(name, 0) + 1
+            self._place = f"{name}:{number}/{kind}"
+        return self._place
+
+    def meter(self, key: str) -> Meter | None:
+        """Of a residual or norm of this name, where this pass is to be measured."""
+        config, plan = self.config, self.state.scores.plan
+        if config is None or config.noise is None or not key:
+            return None
+        plan.bound = min(plan.bound or config.noise, config.noise)
+        if not plan.measures or (self._replayed is not None):
+            return None
+        self._metered = True
+        return Meter(plan, key)
 
     def _scores(self, key: str, rows: Tensor, shape: torch.Size, norms: bool) -> tuple[Tensor | None, Watch]:
         """Scores of rows by the gradients of earlier steps; by their norms as long as there are none."""
@@ -426,6 +482,26 @@ class Step:
     def derived(self, y: Tensor, residual: Residual) -> None:
         """Remember that y can be had again from what others hold (features, their dropout, their aggregate)."""
         self._derived[self.key(y)] = residual
+
+    def normed(
+        self, y: Tensor, kept: Any, weight: Tensor | None, bias: Tensor | None, masks: Sequence[Mask | Reseeded] = ()
+    ) -> None:
+        """Remember that a norm's result y, after masks, can be estimated from what the norm keeps if it keeps all."""
+        if isinstance(kept, Compressed) and kept.packed.config.reduce is None and kept.packed.shape == y.shape:
+            weight, bias = (None if x is None else x.detach().clone() for x in (weight, bias))
+            found: Normed | Passed = Normed(kept, weight, bias)
+            for mask in masks:
+                found = Passed(found, mask)
+            self._estimated[self.key(y)] = found
+
+    def estimate(self, x: Tensor) -> Normed | Passed | None:
+        """What is known of a norm's result, also after ReLU and dropout."""
+        return self._estimated.get(self.key(x)) if self._estimated else None
+
+    def passed(self, source: Normed | Passed | None, y: Tensor, mask: Mask | Reseeded, scale: float = 1.0) -> None:
+        """Remember that y is what a mask passes of what `estimate` gave, and scales."""
+        if source is not None:
+            self._estimated[self.key(y)] = Passed(source, mask, scale)
 
     def aggregated(self, y: Tensor, graph: Graph, x: Tensor) -> None:
         """Remember that y = A x, as long as somebody else keeps x alive."""

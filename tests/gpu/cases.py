@@ -141,7 +141,9 @@ def rows(bits: int, scale: int) -> Iterator[Case]:
         g, vectors = torch.randn(n, width), [torch.randn(width) for _ in range(3)]
         for dither in (0.0, 2.0):
             yield Case(f"column sums, {title}", "column_sums", (*kept, seed, g, bits, block, dither), 3e-6)
-        yield Case(f"norm gradient, {title}", "norm_gradient", (*kept, seed, g, *vectors, bits, block))
+        for dither in (0.0, 1.0):
+            args = (*kept, seed, g, *vectors, bits, block, dither)
+            yield Case(f"norm gradient, {title}", "norm_gradient", args, 3e-6 if dither else 0.0)
 
 
 def elementwise(scale: int) -> Iterator[Case]:

@@ -124,9 +124,10 @@ def _products() -> None:
             own = (dy.to(dtype), index, dy[:333, 0]) if sampled else (dy[:333].to(dtype), None, None)
             cuda.weight_gradient(*kept[:2], seed, *own, 333, width, config.bits, block, levels, dither)
         if not levels and not sampled:
-            for weight in (0.0, 2.0):
+            for weight in (0.0, 1.0, 2.0):
                 cuda.column_sums(*kept[:2], seed, x, config.bits, block, weight)
-            cuda.norm_gradient(*kept[:2], seed, x, x[0], x[1], x[2], config.bits, block)
+            for weight in (0.0, 1.0):
+                cuda.norm_gradient(*kept[:2], seed, x, x[0], x[1], x[2], config.bits, block, weight)
 
 
 def _elementwise() -> None:

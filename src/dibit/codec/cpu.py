@@ -163,16 +163,16 @@ def column_sums(codes: Tensor, ranges: Tensor, seed: Tensor, g: Tensor, bits: in
 
 def norm_gradient(
     codes: Tensor, ranges: Tensor, seed: Tensor, g: Tensor, shift: Tensor, factor: Tensor, gain: Tensor, bits: int,
-    block: int,
+    block: int, dither: float,
 ) -> Tensor:  # fmt: skip
     if g.dtype != torch.float32:
-        return reference.norm_gradient(codes, ranges, seed, g, shift, factor, gain, bits, block)
+        return reference.norm_gradient(codes, ranges, seed, g, shift, factor, gain, bits, block, dither)
     out = empty_like(g)
     if g.numel():
         rows = (array(part.contiguous()) for part in (shift, factor, gain))
         kernels.norm_gradient(
-            g.numel(), array(codes), _ranges32(ranges), array(g).reshape(-1), array(out).reshape(-1), *rows, bits,
-            block,
+            g.numel(), array(codes), _ranges32(ranges), array(g).reshape(-1), array(out).reshape(-1), *rows,
+            *_keys(seed), bits, block, np.float32(dither),
         )  # fmt: skip
     return out
 

@@ -254,12 +254,12 @@ def column_sums(codes, ranges, g, sums, key0, key1, bits, block, dither):  # typ
 
 
 @Kernel
-def norm_gradient(codes, ranges, g, out, shift_by, factor, gain, bits, block):  # type: ignore[no-untyped-def]
+def norm_gradient(codes, ranges, g, out, shift_by, factor, gain, key0, key1, bits, block, dither):  # type: ignore[no-untyped-def]
     n, width, slots, top = g.size, shift_by.size, 8 // bits, f32((1 << bits) - 1)
     blocks = ranges.shape[0]
     stride = (block + slots - 1) // slots
     group = max(1, CHUNK // block)
-    mask, none = u32((1 << bits) - 1), f32(0)
+    mask, none, centre = u32((1 << bits) - 1), f32(0), f32(0.5 - UNIT / 2)
     for task in nb.prange((blocks + group - 1) // group):
         for b in range(task * group, min(blocks, (task + 1) * group)):
             first = b * block
@@ -268,6 +268,7 @@ def norm_gradient(codes, ranges, g, out, shift_by, factor, gain, bits, block):  
             low, high = ranges[b, 0], ranges[b, 1]
             zero, span, scale = _affine(low, high)
             step = span / top
+            own = f32(1) + (step / scale) * (step / scale) * (dither / (f32(12) * f32(n // width)))
             for slot in range(slots):
                 shift = u32(slot * bits)
                 start, stop = first + slot * size, min(first + (slot + 1) * size, first + count)
@@ -278,9 +279,17 @@ def norm_gradient(codes, ranges, g, out, shift_by, factor, gain, bits, block):  
                     bytes_ = codes[b * stride + at - start : b * stride + at - start + m]
                     part, result = g[at : at + m], out[at : at + m]
                     a, f, s = shift_by[column : column + m], factor[column : column + m], gain[column : column + m]
-                    for j in range(m):
-                        x = _decoded(bytes_[j], shift, mask, none, none, step, zero, scale)
-                        result[j] = (part[j] - a[j] - x * f[j]) * s[j]
+                    if dither != none:
+                        c0, here, beyond = u32(at), _upper(at), _upper(at + m)
+                        for j in range(m):
+                            low32 = u32(c0 + u32(j))
+                            u = _uniform(low32, _chosen(low32, c0, here, beyond), key0, key1) - centre
+                            x = _decoded(bytes_[j], shift, mask, u, dither, step, zero, scale)
+                            result[j] = (part[j] * own - a[j] - x * f[j]) * s[j]
+                    else:
+                        for j in range(m):
+                            x = _decoded(bytes_[j], shift, mask, none, none, step, zero, scale)
+                            result[j] = (part[j] - a[j] - x * f[j]) * s[j]
                     at += m
 
 

@@ -124,14 +124,18 @@ def _(codes, ranges, seed, g, bits, block, dither):  # type: ignore[no-untyped-d
 @custom_op("dibit::norm_gradient", mutates_args=())
 def norm_gradient(
     codes: Tensor, ranges: Tensor, seed: Tensor, g: Tensor, shift: Tensor, factor: Tensor, gain: Tensor, bits: int,
-    block: int,
+    block: int, dither: float,
 ) -> Tensor:  # fmt: skip
-    """(g - shift - x * factor) * gain for a contiguous g (N, D), rows of it (D,), and x as `dequantize` gives it."""
-    return reference.norm_gradient(codes, ranges, seed, g, shift, factor, gain, bits, block)
+    """(g - shift - x * factor) * gain for a contiguous g (N, D), rows of it (D,), and x as `dequantize` gives it.
+
+    With `dither` 1 (else 0) g in the first place is g (1 + v / N), v the variance of x by rounding: where `factor` is
+    the mean of g x of the same draw, this takes off what an element's error has to do with itself.
+    """
+    return reference.norm_gradient(codes, ranges, seed, g, shift, factor, gain, bits, block, dither)
 
 
 @norm_gradient.register_fake
-def _(codes, ranges, seed, g, shift, factor, gain, bits, block):  # type: ignore[no-untyped-def]
+def _(codes, ranges, seed, g, shift, factor, gain, bits, block, dither):  # type: ignore[no-untyped-def]
     return torch.empty_like(g)
 
 

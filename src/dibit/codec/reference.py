@@ -181,11 +181,20 @@ def column_sums(codes: Tensor, ranges: Tensor, seed: Tensor, g: Tensor, bits: in
 
 def norm_gradient(
     codes: Tensor, ranges: Tensor, seed: Tensor, g: Tensor, shift: Tensor, factor: Tensor, gain: Tensor, bits: int,
-    block: int,
+    block: int, dither: float,
 ) -> Tensor:  # fmt: skip
-    """(g - shift - x * factor) * gain, x what was encoded."""
-    x = dequantize(codes, ranges, seed, g.numel(), bits, block, [], 0.0, g.dtype).view(g.shape)
+    """(g (1 + v / N) - shift - x * factor) * gain, x what was encoded and v its variance by dither 1."""
+    x = dequantize(codes, ranges, seed, g.numel(), bits, block, [], dither, g.dtype).view(g.shape)
+    if dither and g.numel():
+        g = g * (1 + dither_variance(ranges, g.numel(), bits, block).to(g.dtype).view(g.shape) / g.shape[0])
     return (g - shift - x * factor) * gain
+
+
+def dither_variance(ranges: Tensor, numel: int, bits: int, block: int) -> Tensor:
+    """Of each element, as `dequantize` gives it with `dither` 1: a twelfth of a bin's square, whatever it is."""
+    work = torch.float64 if ranges.dtype == torch.float64 else torch.float32
+    step = (ranges[:, 1].to(work) - ranges[:, 0].to(work)) / (2**bits - 1)
+    return (step.square() / 12).repeat_interleave(block)[:numel]
 
 
 def weight_gradient(

@@ -87,7 +87,9 @@ def masked(plain: Callable[..., Tensor], slope_at: float, saves: str) -> Callabl
         mask = step.note(Mask(ops.pack_mask(input.detach().contiguous()), float(negative_slope)))
         if saves == "input" and not inplace:
             step.plain(input)
+        source = step.estimate(input)
         y = Elementwise.apply(input, lambda x: plain(x, negative_slope, inplace), mask, inplace)
+        step.passed(source, y, mask)
         if saves == "output" or inplace:
             step.plain(y)
         return y
@@ -112,6 +114,7 @@ def relu(step: Step, input: Tensor, inplace: bool = False) -> Any:
     mask = step.note(Mask(bits, 0.0))
     y = Elementwise.apply(input, lambda _: result, mask, False)
     step.plain(y)
+    step.passed(step.estimate(input), y, mask)
     return y
 
 

@@ -52,6 +52,7 @@ class MaskedDropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Step, p: float, inplace: bool) -> Tensor:
+        source = step.estimate(x)
         if x.device.type == "cpu":
             noise = torch.empty_like(x).bernoulli_(1 - p)
             kept = noise.detach().contiguous()
@@ -69,6 +70,7 @@ class MaskedDropout(torch.autograd.Function):
         ctx.keep = 1 - p
         if inplace:
             ctx.mark_dirty(x)
+        step.passed(source, y, mask, 1 / (1 - p))
         return y
 
     @staticmethod
@@ -107,11 +109,13 @@ def dropout(step: Step, input: Tensor, p: float = 0.5, training: bool = True, in
     if input.requires_grad:
         step.plain(input.numel() * (input.element_size() if input.device.type == "cpu" else 1))
         step.note(residual)
+    source = step.estimate(input)
     y = SeededDropout.apply(input, residual, inplace)
     if not inplace:
         step.tape.made(dropped, (input, residual.seed, residual.p), y)
     if not inplace and step.held(input) and step.steady(input):
         step.derived(y, Reseeded(residual.seed, residual.p, input))
+    step.passed(source, y, residual)
     return y
 
 

@@ -37,9 +37,12 @@ class NormReLUDropout(torch.autograd.Function):
         noise = x.numel() * (x.element_size() if x.device.type == "cpu" else 1)
         step.plain(mean.nbytes + inverse.nbytes, y.nbytes, noise if p else 0)
         outer, inner = keep_normalised(step, x, Affine(mean, inverse, watches=True), ctx.needs_input_grad[0])
+        ctx.meter = step.meter(step.place())
+        ctx.measured = ctx.meter.key if ctx.meter else ""
         ctx.shared, ctx.p = outer is inner, p
         ctx.dtypes = x.dtype, None if weight is None else weight.dtype
         save(ctx, None if ctx.shared else outer, inner, inverse, weight, mask, seed)
+        step.normed(y, inner, weight, bias, (mask, Reseeded(seed, p)) if p else (mask,))
         return y
 
     @staticmethod
@@ -47,7 +50,7 @@ class NormReLUDropout(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         outer, inner, inverse, weight, mask, seed = load(ctx)
         g = ops.relu_dropout_gradient(dy.contiguous(), mask.bits, seed, ctx.p).to(inverse.dtype)
-        dx, dw, db = batch_norm_gradient(g, None if ctx.shared else outer, inner, inverse, weight)
+        dx, dw, db = batch_norm_gradient(g, None if ctx.shared else outer, inner, inverse, weight, ctx.meter)
         needs = ctx.needs_input_grad
         x_dtype, w_dtype = ctx.dtypes
         return (

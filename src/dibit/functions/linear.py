@@ -12,6 +12,7 @@ from dibit.functions import large
 from dibit.functions.common import dense, first_order, flat, own
 from dibit.functions.product import bmm
 from dibit.graph import Graph
+from dibit.meter import Meter
 from dibit.precision import copies, lower
 from dibit.residual import Reference, load, save
 from dibit.step import Step
@@ -22,9 +23,11 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Any, low: torch.dtype | None
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Any, low: torch.dtype | None,
+        meter: Meter | None,
+    ) -> Tensor:  # fmt: skip
         save(ctx, residual, weight if ctx.needs_input_grad[0] else None)
+        _measure(ctx, meter)
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         return own(large.linear(*copies(low, x, weight, bias)))
 
@@ -35,9 +38,9 @@ class Linear(torch.autograd.Function):
         x_dtype, w_dtype, b_dtype = ctx.dtypes
         rows = flat(dy)
         dx = large.mm(dy, weight.to(dy.dtype)).to(x_dtype) if ctx.needs_input_grad[0] else None
-        dw = residual.outer(rows).to(w_dtype) if ctx.needs_input_grad[1] else None
+        dw = weight_gradient(ctx, residual, rows).to(w_dtype) if ctx.needs_input_grad[1] else None
         db = rows.sum(0).to(b_dtype) if ctx.needs_input_grad[2] else None
-        return dx, dw, db, None, None
+        return dx, dw, db, None, None, None
 
 
 class AggregatedLinear(torch.autograd.Function):
@@ -49,8 +52,9 @@ class AggregatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, aggregate: Tensor, watched: Any, residual: Any,
-        graph: Graph, low: torch.dtype | None,
+        graph: Graph, low: torch.dtype | None, meter: Meter | None,
     ) -> Tensor:  # fmt: skip
+        _measure(ctx, meter)
         save(ctx, residual, weight, *graph.parts)
         ctx.graph, ctx.aggregate, ctx.matrix = graph.bind(()), watched, graph.pattern
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
@@ -68,10 +72,12 @@ class AggregatedLinear(torch.autograd.Function):
         residual, weight, *parts = load(ctx)
         x_dtype, w_dtype, b_dtype = ctx.dtypes
         z = ctx.graph.bind(parts).transposed_product(dy)
-        dw = residual.outer(z).to(w_dtype) if ctx.needs_input_grad[1] else None  # before dX is written over z
+        dw = (
+            weight_gradient(ctx, residual, z).to(w_dtype) if ctx.needs_input_grad[1] else None
+        )  # before dX is written over z
         dx = large.mm_over(z, weight.to(z.dtype)).to(x_dtype) if ctx.needs_input_grad[0] else None
         db = dy.sum(0).to(b_dtype) if ctx.needs_input_grad[2] else None
-        return dx, dw, db, None, None, None, None, None
+        return dx, dw, db, None, None, None, None, None, None
 
 
 class MatMul(torch.autograd.Function):
@@ -80,9 +86,10 @@ class MatMul(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, c: Tensor | None, beta: float, alpha: float, residual: Any,
-        low: torch.dtype | None,
+        low: torch.dtype | None, meter: Meter | None,
     ) -> Tensor:  # fmt: skip
         save(ctx, residual, weight if ctx.needs_input_grad[0] else None)
+        _measure(ctx, meter)
         ctx.scale = beta, alpha
         ctx.types = x.dtype, weight.dtype, None if c is None else (c.dtype, c.shape)
         x, weight, c = copies(low, x, weight, c)
@@ -96,11 +103,24 @@ class MatMul(torch.autograd.Function):
         x_dtype, w_dtype, c_type = ctx.types
         scaled = dy if alpha == 1 else dy * alpha
         dx = large.mm(scaled, weight.T.to(dy.dtype)).to(x_dtype) if ctx.needs_input_grad[0] else None
-        dw = residual.outer(flat(scaled)).T.to(w_dtype) if ctx.needs_input_grad[1] else None
+        dw = weight_gradient(ctx, residual, flat(scaled)).T.to(w_dtype) if ctx.needs_input_grad[1] else None
         dc = None
         if ctx.needs_input_grad[2]:
             dc = (dy if beta == 1 else dy * beta).sum_to_size(c_type[1]).to(c_type[0])
-        return dx, dw, dc, None, None, None, None
+        return dx, dw, dc, None, None, None, None, None
+
+
+def weight_gradient(ctx: Any, residual: Any, dy: Tensor) -> Tensor:
+    """dY^T X (O, D), measured where this pass is to be."""
+    dw: Tensor = residual.outer(dy)
+    if ctx.meter is not None:
+        ctx.meter.leaf(residual, dy, dw)
+    return dw
+
+
+def _measure(ctx: Any, meter: Meter | None) -> None:
+    ctx.meter = meter
+    ctx.measured = meter.key if meter is not None else ""
 
 
 def keep_input(step: Step, x: Tensor, weight: Tensor) -> Any:
@@ -110,6 +130,10 @@ def keep_input(step: Step, x: Tensor, weight: Tensor) -> Any:
         step.note(Reference(weight, weight.shape))  # a weight that was itself computed: exact, as in the plain model
     # One draw may serve several weights, but not one that depends on x itself: then it would be used twice on a path.
     return step.keep(x, leaf=weight.is_leaf) if weight.requires_grad else None
+
+
+def _meter(step: Step, kept: Any) -> Meter | None:
+    return None if kept is None else step.meter(getattr(kept, "key", "") or step.place("input"))
 
 
 @lower
@@ -122,8 +146,11 @@ def linear(step: Step, input: Tensor, weight: Tensor, bias: Tensor | None = None
         residual = step.keep(x, leaf=True, copied=True)
         # detached: otherwise autograd would walk through the aggregation as well, with zeros
         watched = weakref.ref(aggregate)
-        return AggregatedLinear.apply(x, weight, bias, input.detach(), watched, residual, graph, step.low)
-    return Linear.apply(input, weight, bias, keep_input(step, input, weight), step.low)
+        return AggregatedLinear.apply(
+            x, weight, bias, input.detach(), watched, residual, graph, step.low, _meter(step, residual)
+        )
+    kept = keep_input(step, input, weight)
+    return Linear.apply(input, weight, bias, kept, step.low, _meter(step, kept))
 
 
 @lower
@@ -132,7 +159,8 @@ def matmul(step: Step, input: Tensor, other: Tensor, *, out: Any = None) -> Any:
         return bmm(step, input, other, out=out)  # two activations
     if out is not None or not (dense(input, other) and input.dim() >= 2 and other.dim() == 2 and other.requires_grad):
         return NotImplemented
-    return MatMul.apply(input, other, None, 1, 1, keep_input(step, input, other), step.low)
+    kept = keep_input(step, input, other)
+    return MatMul.apply(input, other, None, 1, 1, kept, step.low, _meter(step, kept))
 
 
 def rmatmul(step: Step, input: Tensor, other: Tensor) -> Any:
@@ -152,4 +180,5 @@ def addmm(
 ) -> Any:
     if out is not None or not (dense(input, mat1, mat2) and mat2.requires_grad):
         return NotImplemented
-    return MatMul.apply(mat1, mat2, input, beta, alpha, keep_input(step, mat1, mat2), step.low)
+    kept = keep_input(step, mat1, mat2)
+    return MatMul.apply(mat1, mat2, input, beta, alpha, kept, step.low, _meter(step, kept))

@@ -2,9 +2,10 @@ r"""BatchNorm and LayerNorm keep the normalised input :math:`\hat x`, never x.
 
 .. math:: dx = \gamma / \sigma \, (dy - \mathrm{mean}(dy) - \hat x \, \mathrm{mean}(dy \, \hat x))
 
-uses it twice. Where one draw serves both uses (no reduction), the two decode the same codes with dither 0 and 2,
-whose errors are uncorrelated, so that even the element's own term is unbiased; other levels than uniform subtract an
-estimate of the rounding variance instead. A reduction takes two independent draws.
+uses it twice. Where one draw serves both uses (no reduction), an element's error meets itself. With dither the variance
+of that is known, a twelfth of a bin's square, and taken off; without, the two decode the same codes with dither 0 and
+2, whose errors are uncorrelated; other levels than uniform subtract an estimate of the variance. A reduction takes two
+independent draws.
 """
 
 from __future__ import annotations
@@ -17,18 +18,23 @@ from torch import Tensor
 
 from dibit.buffers import empty_like
 from dibit.codec import Affine, ops
-from dibit.config import Config, Project
+from dibit.config import Config, Project, Sample
 from dibit.functions import large
 from dibit.functions.common import dense, first_order, own, unreduced
+from dibit.meter import Meter
 from dibit.precision import at_least_single, full
 from dibit.residual import Compressed, load, save
 from dibit.step import Step
 
 
-def norm_config(step: Step, rows: int) -> Config:
+def norm_config(step: Step, shape: torch.Size, columns: bool) -> Config:
+    """The codec of a norm's normalised input (..., D), with statistics of its columns or of its rows."""
     config = step.config
     assert config is not None
-    return (config.norm or unreduced(config)).settled(rows)
+    own = config.norm or unreduced(config)
+    if config.noise is not None:
+        own = step.state.scores.plan.norm_config(step.place("norm"), own, shape, columns, step.state.root)
+    return own.settled(shape[:-1].numel())
 
 
 class BatchNorm(torch.autograd.Function):
@@ -48,10 +54,14 @@ class BatchNorm(torch.autograd.Function):
             normalised = Affine(mean, inverse, watches=training)
             outer, inner = keep_normalised(step, rows, normalised, training and ctx.needs_input_grad[0])
         ctx.shared = outer is inner
+        ctx.meter = step.meter(step.place())
+        ctx.measured = ctx.meter.key if ctx.meter else ""
         save(ctx, None if ctx.shared else outer, inner, inverse, weight)
         ctx.training, ctx.dtypes = training, (x.dtype, weight.dtype if weight is not None else None)
         ctx.format = _format(x)
-        return own(y)
+        y = own(y)
+        step.normed(y, inner, weight, bias)
+        return y
 
     @staticmethod
     @first_order
@@ -65,7 +75,9 @@ class BatchNorm(torch.autograd.Function):
         product: Tensor | None
         if ctx.training and needed:
             assert inner is not None
-            dx, product, total = batch_norm_gradient(g, None if ctx.shared else outer, inner, inverse, weight)
+            dx, product, total = batch_norm_gradient(
+                g, None if ctx.shared else outer, inner, inverse, weight, ctx.meter
+            )
         else:
             total = g.sum(0)
             product = column_sums(inner, g) if inner is not None else None
@@ -86,7 +98,7 @@ def _format(x: Tensor) -> torch.memory_format:
 
 def keep_normalised(step: Step, rows: Tensor, normalised: Affine, both: bool) -> tuple[Any, Any]:
     """Draws of the normalised input (..., D), for its element's own term (where `both`) and for the sums over rows."""
-    config = norm_config(step, rows.shape[:-1].numel())
+    config = norm_config(step, rows.shape, columns=True)
     inner = step.keep_affine(rows, normalised, config, watched=config.reduce is not None)
     if not both:
         return None, inner
@@ -104,14 +116,17 @@ class LayerNorm(torch.autograd.Function):
         step.plain(mean.nbytes + inverse.nbytes)
         mean, inverse = at_least_single(mean), at_least_single(inverse)
         rows = ((x.detach() - mean) * inverse).reshape(-1, width)
-        config = norm_config(step, rows.shape[0])
+        config = norm_config(step, rows.shape, columns=False)
         outer = step.keep(rows, leaf=False, config=config)
         inner = step.keep(rows, leaf=False, config=config) if isinstance(config.reduce, Project) else None
         inverse = inverse.reshape(-1, 1)
         if step.ledger is not None and step.row is not None:
             step.ledger.kept_tensor(step.row, inverse)
         save(ctx, outer, inner, inverse, weight)
+        ctx.meter = step.meter(step.place())
+        ctx.measured = ctx.meter.key if ctx.meter else ""
         ctx.shape, ctx.dtypes = shape, (x.dtype, y.dtype if weight is None else weight.dtype)
+        step.normed(y, outer, weight, bias)
         return y
 
     @staticmethod
@@ -120,7 +135,7 @@ class LayerNorm(torch.autograd.Function):
         outer, inner, inverse, weight = load(ctx)
         rows = dy.reshape(inverse.shape[0], -1).to(inverse.dtype)
         dx, dw, db = layer_norm_gradient(
-            rows, outer, inner, inverse, weight, tuple(ctx.needs_input_grad[i] for i in (0, 2, 3))
+            rows, outer, inner, inverse, weight, tuple(ctx.needs_input_grad[i] for i in (0, 2, 3)), ctx.meter
         )
         dx = None if dx is None else dx.view(dy.shape).to(ctx.dtypes[0])
         dw, db = (None if part is None else part.view(ctx.shape).to(ctx.dtypes[1]) for part in (dw, db))
@@ -128,7 +143,7 @@ class LayerNorm(torch.autograd.Function):
 
 
 def batch_norm_gradient(
-    g: Tensor, outer: Any, inner: Any, inverse: Tensor, weight: Tensor | None
+    g: Tensor, outer: Any, inner: Any, inverse: Tensor, weight: Tensor | None, meter: Meter | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (N, D), dw and db (D,) of a BatchNorm in training, for dY g (N, D); `outer` is `None` where `inner` serves."""
     count = g.shape[0]
@@ -137,12 +152,14 @@ def batch_norm_gradient(
     gain = inverse if weight is None else inverse * weight
     shared = outer is None
     dx = norm_gradient(g, total / count, inner if shared else outer, product / count, gain, shared)
+    if meter is not None:
+        meter.norm((gain * product).square().sum() / count, dx, variance(inner if shared else outer))
     return dx, product, total
 
 
 def layer_norm_gradient(
     rows: Tensor, outer: Any, inner: Any, inverse: Tensor, weight: Tensor | None,
-    needed: tuple[bool, ...] = (True, True, True),
+    needed: tuple[bool, ...] = (True, True, True), meter: Meter | None = None,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
     """dx (N, D), dw and db (D,) of a norm over rows, for dY (N, D); `inner` may be `None`: one draw."""
     dx = None
@@ -156,30 +173,47 @@ def layer_norm_gradient(
             sample = packed.sample(g.dtype)
             part = g if sample is None else g.index_select(0, sample[0])
             first, second = pair(outer)
-            term = first * (part * second).mean(1, keepdim=True)
+            share = (part * second).mean(1, keepdim=True)
+            term = first * share
             if correction(outer):
                 term -= part * packed.variance() / part.shape[1]
             if sample is None:
                 dx -= term
             else:
                 dx.index_add_(0, sample[0], term * sample[1][:, None], alpha=-1)
+            if meter is not None:
+                gain = inverse if sample is None else inverse.index_select(0, sample[0]) * sample[1][:, None].sqrt()
+                along = (gain * share).square().sum() * part.shape[1]
         dx = dx * inverse
+        if meter is not None and inner is None:
+            meter.norm(along, dx, variance(outer))
     dw = column_sums(outer, rows) if needed[1] else None
     return dx, dw, rows.sum(0) if needed[2] else None
 
 
+def variance(kept: Any) -> float:
+    """Of what is kept of a normalised input: of rows that are left out and of rounding, over its square."""
+    if not isinstance(kept, Compressed):
+        return 0.0
+    sample = kept.packed.config.reduce
+    return float(sample.ratio - 1) if isinstance(sample, Sample) else 0.2 * 4.0 ** (2 - kept.packed.config.bits)
+
+
 def correction(kept: Any) -> bool:
-    """Whether one draw used twice needs the rounding variance taken off (levels that dither cannot serve)."""
-    return isinstance(kept, Compressed) and kept.packed.config.levels != "uniform" and _random(kept.packed.config)
+    """Whether one draw used twice needs the rounding variance taken off."""
+    if not isinstance(kept, Compressed):
+        return False
+    config = kept.packed.config
+    return config.rounding == "dither" or (config.levels != "uniform" and _random(config))
 
 
 def pair(kept: Any) -> tuple[Tensor, Tensor]:
-    """Two estimates of one draw (reduced rows) whose errors are uncorrelated, where levels are uniform."""
+    """Two estimates of one draw (reduced rows), whose errors are uncorrelated but for `correction`."""
     if not isinstance(kept, Compressed):
         return kept.value(), kept.value()
     packed = kept.packed
-    if packed.config.levels != "uniform" or not _random(packed.config):
-        value = packed.reduced(0.0)
+    if correction(kept) or not _random(packed.config):
+        value = packed.reduced()
         return value, value
     return packed.reduced(0.0), packed.reduced(2.0)
 
@@ -200,10 +234,10 @@ def column_sums(kept: Any, g: Tensor) -> Tensor:
         return (g.index_select(0, index) * weight[:, None] * packed.reduced()).sum(0)
     if packed.config.levels != "uniform":
         return (g * pair(kept)[1]).sum(0)
+    dither = {"dither": 1.0, "stochastic": 2.0, "nearest": 0.0}[packed.config.rounding]
     return ops.column_sums(
-        packed.codes, packed.ranges, packed.seed, g.contiguous(), packed.config.bits, packed.block,
-        2.0 if _random(packed.config) else 0.0,
-    )  # fmt: skip
+        packed.codes, packed.ranges, packed.seed, g.contiguous(), packed.config.bits, packed.block, dither
+    )
 
 
 def norm_gradient(g: Tensor, mean: Tensor, kept: Any, product: Tensor, gain: Tensor, shared: bool) -> Tensor:
@@ -218,12 +252,12 @@ def norm_gradient(g: Tensor, mean: Tensor, kept: Any, product: Tensor, gain: Ten
     if packed.config.levels == "uniform" and (shared or packed.config.rounding != "dither"):
         return ops.norm_gradient(
             packed.codes, packed.ranges, packed.seed, g.contiguous(), mean, product, gain, packed.config.bits,
-            packed.block,
+            packed.block, float(packed.config.rounding == "dither"),
         )  # fmt: skip
     dx = g - mean
     if shared and correction(kept):
         dx += g / g.shape[0] * packed.variance()
-    dx -= packed.reduced(0.0 if shared else None) * product
+    dx -= packed.reduced() * product
     return dx.mul_(gain)
 
 

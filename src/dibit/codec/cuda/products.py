@@ -73,11 +73,11 @@ def column_sums(codes: Tensor, ranges: Tensor, seed: Tensor, g: Tensor, bits: in
 
 def norm_gradient(
     codes: Tensor, ranges: Tensor, seed: Tensor, g: Tensor, shift: Tensor, factor: Tensor, gain: Tensor, bits: int,
-    block: int,
+    block: int, dither: float,
 ) -> Tensor:  # fmt: skip
     packing = _packing(ranges, g.shape[0], g.shape[1], bits, block)
     if packing is None or g.dtype != torch.float32:
-        return reference.norm_gradient(codes, ranges, seed, g, shift, factor, gain, bits, block)
+        return reference.norm_gradient(codes, ranges, seed, g, shift, factor, gain, bits, block, dither)
     out = torch.empty_like(g, memory_format=torch.contiguous_format)
     numbers, meta = packing
     rows, width = g.shape
@@ -85,6 +85,6 @@ def norm_gradient(
     vectors = (part.contiguous() for part in (shift, factor, gain))
     launch(
         kernels.norm_gradient, (parts(rows, _TILE // d), parts(width, d)), g.device, codes, as_bits(ranges), out, seed,
-        g.contiguous(), *vectors, out, *numbers, **meta, R=_TILE // d, D=d,
+        g.contiguous(), *vectors, out, *numbers, float(dither), **meta, DITHERED=dither != 0, R=_TILE // d, D=d,
     )  # fmt: skip
     return out

@@ -107,22 +107,29 @@ def column_sums(
 @triton.jit
 def norm_gradient(
     codes_ptr, ranges_ptr, levels_ptr, seed_ptr, g_ptr, shift_ptr, factor_ptr, gain_ptr, out_ptr,
-    rows, own, last, short,
+    rows, own, last, short, dither,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr,
-    R: tl.constexpr, D: tl.constexpr,
+    DITHERED: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """(g - shift - x * factor) * gain."""
+    """(g (1 + v / N) - shift - x * factor) * gain, v the variance of dither 1; 0 where there is none."""
     row = tl.program_id(0).to(tl.int64) * R
     r = tl.arange(0, R)[:, None]
     d = tl.program_id(1) * D + tl.arange(0, D)[None, :]
     mask = (row + r < rows) & (d < WIDTH)
+    key0, key1 = keys(seed_ptr, 0)
     x = _unpacked(
-        codes_ptr, ranges_ptr, levels_ptr, 0, 0, row, r, d, rows, own, last, short, 0.0,
-        WIDTH, BLOCK, BITS, False, False, HALF, TAIL,
+        codes_ptr, ranges_ptr, levels_ptr, key0, key1, row, r, d, rows, own, last, short, dither,
+        WIDTH, BLOCK, BITS, False, DITHERED, HALF, TAIL,
     )  # fmt: skip
     inside = d < WIDTH
     shift = tl.load(shift_ptr + d, mask=inside, other=0.0)
     factor = tl.load(factor_ptr + d, mask=inside, other=0.0)
     gain = tl.load(gain_ptr + d, mask=inside, other=0.0)
     g = tl.load(g_ptr + (row + r) * WIDTH + d, mask=mask, other=0.0)
+    if DITHERED:
+        count = BLOCK if BLOCK else own
+        block = row * WIDTH // count + ((row * WIDTH % count).to(tl.int32) + r * WIDTH + d) // count
+        low, high = stored_range(ranges_ptr, block, mask, HALF)
+        step = tl.where(mask, (high - low) / ((1 << BITS) - 1), 0.0)
+        g = g * (1.0 + step * step * (dither / (12.0 * rows)))
     tl.store(out_ptr + (row + r) * WIDTH + d, (g - shift - x * factor) * gain, mask=mask)

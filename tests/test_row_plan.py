@@ -1,0 +1,357 @@
+"""How many rows are kept by the error that was measured: formulas, what serves a leaf, and the error that comes."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch_geometric.utils import to_torch_csr_tensor
+
+import dibit
+from dibit import Config, Sample
+from dibit.compiled.spec import NORM, setting_of, settings
+from dibit.config import recipe
+from dibit.row_plan import _ALIGNED, _COLUMNS, Leaf, Norm, RowPlan
+from dibit.state import state_of
+from dibit.study import gradient_error
+from tests.unbiased import bias_of
+
+D = 16
+
+
+def plan_of(count: int, seed: int) -> RowPlan:
+    """A plan with leaves as training would measure them."""
+    rng = random.Random(seed)
+    leaves = {}
+    for i in range(count):
+        terms = rng.uniform(0.1, 2)
+        leaves[f"{i}"] = Leaf(
+            noise=terms * rng.uniform(0.3, 1), terms=terms, rounding=0.1 * terms, signal=rng.uniform(0.5, 3),
+            elements=rng.choice((64, 128, 512)), most=rng.choice((4, 6)), sampled=rng.uniform(0, 0.2), quiet=0.01,
+            served=rng.random() < 0.5,
+        )  # fmt: skip
+    return RowPlan(bound=0.5, leaves=leaves)
+
+
+class TestFormulas:
+    def test_the_error_of_a_leaf(self) -> None:
+        leaf = Leaf(noise=2.0, terms=5.0, rounding=0.5, sampled=0.3, quiet=0.1)
+        assert leaf.error(4, quiet=False) == pytest.approx(0.3 * 5 + 1.3 * (2 * 3 + 0.5 * 4))
+        assert leaf.error(1, quiet=True) == pytest.approx(0.1 * 5 + 1.1 * 0.5)
+
+    def test_predicted_is_the_error_over_the_signal(self) -> None:
+        plan = plan_of(4, 0)
+        for quiet, ratios in itertools.product((False, True), ({}, {"0": 2, "3": 1})):
+            error = 0.0
+            for key, leaf in plan.leaves.items():
+                ratio = 1 if quiet and leaf.served else min(leaf.most, ratios.get(key, leaf.most))
+                error += leaf.error(ratio, quiet)
+            assert plan.predicted(quiet, ratios) == pytest.approx(error / sum(x.signal for x in plan.leaves.values()))
+
+    @pytest.mark.parametrize("seed", range(20))
+    @pytest.mark.parametrize("quiet", [False, True])
+    def test_ratios_are_within_the_bound_and_near_to_the_fewest_bytes(self, seed: int, quiet: bool) -> None:
+        plan = plan_of(4, seed)
+        free = [key for key, leaf in plan.leaves.items() if not (quiet and leaf.served)]
+        options = [range(1, plan.leaves[key].most + 1) for key in free]
+        all_rows = plan.predicted(quiet, dict.fromkeys(free, 1))
+        for bound in (1.05 * all_rows, 2 * all_rows, 5 * all_rows):
+            chosen = plan._within(bound, quiet)
+            assert plan.predicted(quiet, chosen) <= bound * (1 + 1e-9)
+            within = [dict(zip(free, own, strict=True)) for own in itertools.product(*options)]
+            fewest = min(plan._bytes(quiet, r) for r in within if plan.predicted(quiet, r) <= bound)
+            assert plan._bytes(quiet, chosen) <= 1.6 * fewest
+
+    def test_out_of_reach_everything_is_kept(self) -> None:
+        plan = plan_of(3, 1)
+        assert set(plan._within(1e-6, quiet=False).values()) == {1}
+
+    def test_nothing_is_changed_within_the_bound(self) -> None:
+        assert plan_of(3, 1)._within(1e6, quiet=False) == {}
+
+    def test_state_is_whole(self) -> None:
+        plan = plan_of(3, 2)
+        plan.norms["a/b:1"] = Norm(0.1, True, 640, 16)
+        plan.ratios, plan.quiet, plan.passes = {"1": 3}, True, 7
+        plan.measured("1", (1.0, 2.0, 3.0, 4.0))
+        other = RowPlan(bound=3.0, ratios={"x": 2})
+        other.load_state_dict(plan.state_dict())
+        assert vars(other) == vars(plan)
+        assert RowPlan().state_dict() == {}
+
+    def test_what_is_not_finite_is_not_learnt(self) -> None:
+        plan = RowPlan(bound=0.5)
+        plan.measured("a", (math.nan, 1.0, 1.0, 1.0))
+        plan.decide()
+        assert not plan.leaves
+
+
+class Deep(nn.Module):
+    """Aggregation, linear layer, norm, ReLU and dropout, several times."""
+
+    def __init__(self, layers: int, norm: type[nn.Module], residual: bool = False, p: float = 0.2) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(D, D), nn.Linear(D, 4)
+        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(layers))
+        self.norms = nn.ModuleList(norm(D) for _ in range(layers))
+        self.residual, self.p = residual, p
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            new = F.dropout(F.relu(norm(layer(h))), self.p, self.training)
+            h = h + new if self.residual else new
+        return self.last(h)
+
+
+def walked(model: nn.Module, ratio: int, **rhos: float) -> dict[str, Leaf]:
+    """The leaves of a plan after a pass, of norms that are all alike."""
+    dibit.compress(model, replace(recipe("default"), norm=Config(rounding="dither", reduce=Sample(ratio))))
+    state = state_of(model)
+    assert state is not None
+    y = model(torch.randn(40, D))
+    plan = state.scores.plan
+    for norm in plan.norms.values():
+        norm.rho, norm.ratio = rhos["rho"], ratio
+    plan.walk([y])
+    return plan.leaves
+
+
+class TestWhatNormsAdd:
+    @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm1d])
+    def test_down_a_chain_noise_is_multiplied(self, norm: Any) -> None:
+        ratio, rho = 5, 0.03
+        leaves = walked(Deep(5, norm), ratio, rho=rho)
+        columns = norm is nn.BatchNorm1d
+        for variance, name in ((ratio - 1, "sampled"), (0.2, "quiet")):
+            q = expected = 0.0
+            for i in reversed(range(5)):
+                q = q * (1 + variance * _ALIGNED) + variance * rho
+                expected = q + (5 - i) * _COLUMNS * variance * columns
+                assert getattr(leaves[f"layers.{i}:linear:1"], name) == pytest.approx(expected)
+            assert getattr(leaves["last:linear:1"], name) == 0
+
+    def test_beside_the_norms_it_is_not(self) -> None:
+        leaves = walked(Deep(5, nn.LayerNorm, residual=True), 5, rho=0.03)
+        for i in range(5):  # one norm between a layer and the sum
+            assert leaves[f"layers.{i}:linear:1"].sampled == pytest.approx(4 * 0.03)
+
+
+class Served(nn.Module):
+    """A norm, what may follow it, and two layers that need its result."""
+
+    def __init__(self, norm: str, then: str, p: float) -> None:
+        super().__init__()
+        self.first, self.last, self.other = nn.Linear(D, D), nn.Linear(D, 3), nn.Linear(D, 3, bias=False)
+        self.norm = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "plain": _plain}[norm](D)
+        self.then, self.p = then, p
+        with torch.no_grad():
+            for parameter in self.norm.parameters():
+                parameter.add_(torch.randn(D) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.first(x))
+        match self.then:
+            case "relu":
+                h = F.relu(h)
+            case "relu_":
+                h = F.relu(h, inplace=True)
+            case "leaky":
+                h = F.leaky_relu(h, 0.2)
+            case "changed":
+                h += 1
+        h = F.dropout(h, self.p, self.training)
+        return torch.cat((self.last(h), self.other(h)), 1)
+
+
+def _plain(width: int) -> nn.Module:
+    return nn.LayerNorm(width, elementwise_affine=False)
+
+
+QUIET = Config(noise=0.5, norm=Config(bits=4, rounding="dither"), reduce=Sample(4))
+
+
+def keeps_all_rows(model: nn.Module, config: Config) -> nn.Module:
+    dibit.compress(model, config)
+    state = state_of(model)
+    assert state is not None
+    state.scores.plan.quiet = True
+    return model
+
+
+class TestServed:
+    @pytest.mark.parametrize("p", [0.0, 0.5])
+    @pytest.mark.parametrize("then", ["", "relu", "relu_", "leaky", "changed"])
+    @pytest.mark.parametrize("norm", ["batch", "layer", "plain"])
+    def test_the_gradient_is_unbiased(self, norm: str, then: str, p: float) -> None:
+        model = Served(norm, then, p)
+        x, readout = torch.randn(60, D), torch.randn(60, 6)
+        state = torch.get_rng_state()
+
+        def run() -> Tensor:
+            torch.set_rng_state(state)  # the same masks
+            model.zero_grad()
+            own = x.clone().requires_grad_()
+            (model(own) * readout).sum().backward()
+            assert own.grad is not None
+            return torch.cat(
+                [own.grad.flatten(), *(q.grad.flatten() for q in model.parameters() if q.grad is not None)]
+            )
+
+        truth = run()
+        keeps_all_rows(model, replace(QUIET, dropout="mask"))
+        own = state_of(model)
+        assert own is not None
+        with dibit.track(model) as ledger:
+            run()
+        kept = {row.module: row.how for row in ledger.rows if row.operation == "linear"}
+        assert ("codes of the norm" in kept["last"]) == (then not in ("changed", "relu_"))
+
+        def draw(i: int) -> Tensor:
+            own.salt = i + 1  # type: ignore[union-attr]
+            return run()
+
+        assert (bias := bias_of(draw, truth, 150)).unbiased, bias
+        assert not bias.exact
+
+    @pytest.mark.parametrize("dropout", ["seed", "mask"])
+    def test_the_layer_behind_costs_nothing(self, dropout: Any) -> None:
+        totals = []
+        for ends in ("norm", "layer"):
+            model = Served("batch", "relu", 0.5)
+            if ends == "norm":
+                model.last.requires_grad_(False)
+                model.other.requires_grad_(False)
+            keeps_all_rows(model, replace(QUIET, dropout=dropout))
+            with dibit.track(model) as ledger:
+                model(torch.randn(4000, D).requires_grad_()).sum().backward()
+            totals.append(ledger.total)
+        assert totals[1] - totals[0] <= 3 * D * 4, "weight and bias of the norm"
+
+    def test_a_sparse_aggregation_between_is_no_hindrance(self) -> None:
+        from torch_geometric.nn import SAGEConv
+
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.norm, self.conv = nn.Linear(D, D), nn.BatchNorm1d(D), SAGEConv(D, 3)
+
+            def forward(self, x: Tensor, graph: Tensor) -> Tensor:
+                return self.conv(F.relu(self.norm(self.first(x))), graph)  # type: ignore[no-any-return]
+
+        graph = to_torch_csr_tensor(torch.randint(50, (2, 200)), size=(50, 50))
+        model, x, readout = Net(), torch.randn(50, D), torch.randn(50, 3)
+
+        def run(i: int) -> Tensor:
+            torch.manual_seed(i)
+            model.zero_grad()
+            (model(x, graph) * readout).sum().backward()
+            return torch.cat([q.grad.flatten() for q in model.parameters() if q.grad is not None])
+
+        truth = run(0)
+        keeps_all_rows(model, QUIET)
+        assert (bias := bias_of(run, truth, 150)).unbiased, bias
+
+
+class TestTraining:
+    def graph(self, n: int = 3000) -> tuple[Tensor, Tensor]:
+        y = torch.randint(4, (n,))
+        return torch.randn(n, D) + 2 * F.one_hot(y, D).float(), y
+
+    @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm1d])
+    def test_noise_does_not_grow_with_depth(self, norm: Any) -> None:
+        """Rows of the recipe's ratio, unbounded, are hundreds of times off; the recipe is not."""
+        x, y = self.graph(8000)
+        model = Deep(16, norm).train()
+
+        def step() -> None:
+            F.cross_entropy(model(x), y).backward()
+
+        def before() -> None:
+            now = copy.deepcopy(model.state_dict())
+            for _ in range(4):
+                model.load_state_dict(now)  # counts as an optimiser's step
+                step()
+            model.load_state_dict(now)
+
+        bounded = gradient_error(model, step, "default", 3, before).mean
+        unbounded = gradient_error(model, step, replace(recipe("default"), noise=None), 3, before).mean
+        assert bounded < 1
+        assert unbounded > 10 * bounded
+
+    def test_what_was_decided_is_what_is_kept_and_comes_back(self) -> None:
+        x, y = self.graph()
+
+        def train(model: nn.Module, steps: int) -> list[int]:
+            optimizer, totals = torch.optim.SGD(model.parameters(), lr=0.01), []
+            for i in range(steps):
+                torch.manual_seed(i)
+                with dibit.track(model) as ledger:
+                    loss = F.cross_entropy(model(x), y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                totals.append(ledger.total)
+            return totals
+
+        torch.manual_seed(0)
+        model = dibit.compress(Deep(6, nn.LayerNorm), replace(recipe("default"), noise=0.2))
+        twin = copy.deepcopy(model)
+        train(model, 5)
+        train(twin, 5)
+        state = {key: value.clone() for key, value in dibit.scores(model).state_dict().items()}
+        other = dibit.compress(Deep(6, nn.LayerNorm), replace(recipe("default"), noise=0.2))
+        other.load_state_dict(model.state_dict())
+        dibit.scores(other).load_state_dict(state)
+        assert train(other, 20) == train(twin, 20)
+        for a, b in zip(other.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(a, b)
+        own, its = dibit.scores(other).state_dict(), dibit.scores(twin).state_dict()
+        assert own.keys() == its.keys()
+        assert all(torch.equal(own[key], its[key]) for key in own)
+
+    def test_measuring_changes_no_gradient(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        x, y = self.graph(1500)
+        found = []
+        for measures in (True, False):
+            monkeypatch.setattr(RowPlan, "measures", measures)
+            torch.manual_seed(0)
+            model = dibit.compress(Deep(4, nn.BatchNorm1d))
+            F.cross_entropy(model(x), y).backward()
+            found.append([p.grad for p in model.parameters()])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("noise", [0, -1.0, math.inf, math.nan, "0.5"])
+def test_a_bound_is_a_number_above_zero(noise: Any) -> None:
+    with pytest.raises(ValueError, match="expected a number above 0, or None"):
+        Config(noise=noise)
+
+
+@pytest.mark.parametrize(("layers", "sampled"), [(3, True), (4, False)])
+def test_compiled_code_keeps_all_rows_of_many_norms(layers: int, sampled: bool) -> None:
+    model = dibit.compress(Deep(layers, nn.LayerNorm))
+    hook: Any = next(iter(model._forward_pre_hooks.values()))
+    assert (settings(hook.setting.text, NORM).reduce is not None) == sampled
+    for config in ("iexact", replace(recipe("default"), noise=None)):
+        hook = next(iter(dibit.compress(model, config)._forward_pre_hooks.values()))
+        assert hook.setting == setting_of(recipe(config) if isinstance(config, str) else config)
+
+
+def test_a_bound_may_be_asked_for() -> None:
+    model = dibit.compress(Deep(2, nn.LayerNorm), {"last": None, "*": "small"}, noise=0.1)
+    hooks: Any = [next(iter(part._forward_pre_hooks.values())) for part in (model, model.last)]
+    assert hooks[0].config == replace(recipe("small"), noise=0.1)
+    assert hooks[1].config is None
+    with pytest.raises(ValueError, match="no config leaves out rows"):
+        dibit.compress(Deep(2, nn.LayerNorm), "iexact", noise=0.1)
+    with pytest.raises(ValueError, match="expected a number above 0"):
+        dibit.compress(Deep(2, nn.LayerNorm), noise=-1)
