@@ -6,11 +6,13 @@ from dibit.batch import batch
 from dibit.codec import Packed, decode, encode
 from dibit.compress import compress, decompress, scores, track
 from dibit.config import Config, Project, Rows, Sample, recipe
+from dibit.gradient_noise import Noise, noise
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Config",
+    "Noise",
     "Packed",
     "Project",
     "Rows",
@@ -21,6 +23,7 @@ __all__ = [
     "decode",
     "decompress",
     "encode",
+    "noise",
     "recipe",
     "scores",
     "track",
