@@ -161,3 +161,36 @@ def test_bad_input(words: list[str], sentence: str, capsys: pytest.CaptureFixtur
 
 def test_recipes_are_settings() -> None:
     assert set(dibit.config.RECIPES) <= set(SETTINGS)
+
+
+def test_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "noise",
+        "--graphs",
+        "planted:300",
+        "--models",
+        "gat",
+        "--norms",
+        "layer",
+        "l2",
+        "--layers",
+        "2",
+        "--draws",
+    ]
+    words += ["2", "--epochs", "0", "1", "--residual", "without", "--figure", str(tmp_path / "map.svg")]
+    found = run(words, tmp_path)
+    assert len(found["rows"]) == 2 * 2 * 2  # norms, epochs, settings
+    for row in found["rows"]:
+        assert row["error"] > 0
+        assert row["bytes"] > 0
+        assert ("predicted" in row) == (row["setting"] == "default")
+    assert "<svg" in (tmp_path / "map.svg").read_text()
+    assert "gat on planted" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "result.json").read_text())
+    kept["results"]["rows"] = [{**row, "error": 7.0} for row in kept["results"]["rows"][:5]]
+    (tmp_path / "part.json").write_text(json.dumps(kept))
+    again = run([*words, "--resume", str(tmp_path / "part.json")], tmp_path)
+    assert [row["error"] == 7.0 for row in again["rows"]] == [True] * 5 + [False] * 3
+    (tmp_path / "part.json").write_text("{}")
+    assert main(["bench", *words, "--resume", str(tmp_path / "part.json")]) == 2
+    assert "expected a file that dibit bench noise" in capsys.readouterr().err

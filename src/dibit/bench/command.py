@@ -18,7 +18,7 @@ _DESCRIPTION = """\
 Measure what Dibit costs and saves on this machine, beside plain PyTorch Geometric, torch.compile, bf16 and activation
 checkpoints. Run it on an idle machine: times are medians of interleaved rounds, ratios are taken within a round.
 """
-KINDS = ("speed", "memory", "gradient", "codec")
+KINDS = ("speed", "memory", "gradient", "noise", "codec")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,15 +48,35 @@ def build_parser() -> argparse.ArgumentParser:
     gradient.add_argument("--draws", type=int, default=8, metavar="K", help="Draws of the codec (default: 8).")
     gradient.add_argument("--settings", nargs="+", metavar="NAME", help="Of the list that an unknown name prints.")
     gradient.add_argument("--figure", metavar="FILE", help="Draw error against bytes into this SVG file, too.")
+    _add_noise(kinds)
     codec = kinds.add_parser("codec", help="GB/s of each kernel beside a copy")
     codec.add_argument("--elements", type=int, default=1 << 24, metavar="N", help="Of the tensor (default: 2^24).")
     codec.add_argument("--block", type=int, default=1024, metavar="G", help="Elements a range (default: 1024).")
     for each in (speed, codec):
         each.add_argument("--rounds", type=int, default=5, metavar="K", help="Rounds (default: 5).")
-    for each in (speed, memory, gradient, codec):
+    for each in (speed, memory, gradient, kinds.choices["noise"], codec):
         each.add_argument("--json", metavar="FILE", help="Write the result to this file, too.")
         each.add_argument("--quiet", action="store_true", help="Print the table and nothing else.")
     return parser
+
+
+def _add_noise(kinds: Any) -> None:
+    noise = kinds.add_parser("noise", help="squared error of the gradient by model, norm, depth and stage of training")
+    for flag, what in (
+        ("graphs", "Names or .npz files, as in dibit train (default: planted:6000 amazon_computers)."),
+        ("models", "Of sage, gcn, gin, gat; all by default."),
+        ("norms", "Of none, batch, layer, layer-graph, graph, instance, pair, l2; all by default."),
+        ("settings", "Of default, small, iexact, unbounded, all-rows (default: default iexact)."),
+    ):
+        noise.add_argument(f"--{flag}", nargs="+", metavar="NAME", help=what)
+    noise.add_argument("--layers", type=int, nargs="+", metavar="L", help="Convolutions (default: 2 3 4 8 16 32).")
+    noise.add_argument("--residual", choices=("both", "with", "without"), default="both",
+                       help="Residual connections around each layer (default: both).")  # fmt: skip
+    noise.add_argument("--epochs", type=int, nargs="+", metavar="N", help="Epochs to look at (default: 0 30).")
+    noise.add_argument("--draws", type=int, default=4, metavar="K", help="Draws of the codec (default: 4).")
+    noise.add_argument("--root", default="data", metavar="DIR", help="Folder of data sets (default: data).")
+    noise.add_argument("--resume", metavar="FILE", help="A file of --json: cells that it has are not measured again.")
+    noise.add_argument("--figure", metavar="FILE", help="Draw a heat map into this SVG file, too.")
 
 
 def bench(argv: Sequence[str]) -> int:
@@ -76,16 +96,20 @@ def bench(argv: Sequence[str]) -> int:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
         with Progress(f"bench {args.kind}", 1, args.quiet) as progress:
-            results = _measure(args, progress)
+            results = _measure(args, progress, path)
     content = _content(args.kind, results)
     show(content)
     if drawing is not None:
-        from dibit.bench.figure import gradient_figure
+        from dibit.bench.figure import gradient_figure, noise_figure
 
-        write_atomically(drawing, gradient_figure([results]))
+        write_atomically(drawing, noise_figure(results) if args.kind == "noise" else gradient_figure([results]))
     if path is not None:
-        write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+        _write(path, content)
     return 0
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _figure_path(given: str | None) -> Path | None:
@@ -99,8 +123,49 @@ def _figure_path(given: str | None) -> Path | None:
     return path
 
 
-def _measure(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+def _measure_noise(args: argparse.Namespace, progress: Progress, path: Path | None) -> dict[str, Any]:
+    from dibit.bench import noise
+
+    models = _known("models", args.models or noise.MODELS, noise.MODELS)
+    norms = _known("norms", args.norms or noise.NORMS, noise.NORMS)
+    settings = _known("settings", args.settings or noise.SETTINGS, noise.CONFIGS)
+    layers, epochs = args.layers or [*noise.LAYERS], args.epochs or [*noise.EPOCHS]
+    for count in layers:
+        _at_least("layers", count)
+    for epoch in epochs:
+        _at_least("epochs", epoch, 0)
+    _at_least("draws", args.draws, 2)
+    residual = {"both": (False, True), "with": (True,), "without": (False,)}[args.residual]
+    grid = list(noise.cells(models, norms, layers, residual))
+    earlier = _earlier(args.resume) if args.resume else []
+    rows = [*earlier]
+
+    def done(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if path is not None:  # a long measurement may be interrupted
+            _write(path, _content("noise", {"epochs": epochs, "draws": args.draws, "rows": rows}))
+
+    graphs = args.graphs or [*noise.GRAPHS]
+    return noise.measure(graphs, args.root, grid, epochs, args.draws, settings, progress.note, done, earlier)
+
+
+def _earlier(given: str) -> list[dict[str, Any]]:
+    """The rows of a file that `--json` has written."""
+    from dibit.bench.noise import IDENTITY
+
+    try:
+        rows: list[dict[str, Any]] = json.loads(Path(given).read_text(encoding="utf-8"))["results"]["rows"]
+        if all(row[name] is not None for row in rows for name in (*IDENTITY, "error", "bytes")):
+            return rows
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise UserError(f"--resume is {given!r}, expected a file that dibit bench noise --json has written.")
+
+
+def _measure(args: argparse.Namespace, progress: Progress, path: Path | None) -> dict[str, Any]:
     progress.begin("measuring")
+    if args.kind == "noise":
+        return _measure_noise(args, progress, path)
     if args.kind == "codec":
         from dibit.bench import codec
 

@@ -1,7 +1,8 @@
-"""Error of the gradient against bytes kept, drawn."""
+"""Error of the gradient, drawn: against bytes kept, and as a map of networks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -58,5 +59,51 @@ def gradient_figure(results: Sequence[Mapping[str, Any]]) -> bytes:
         handles = [Line2D([], [], color=color, marker="o", label=name) for name, color in COLORS.items()]
         legend_above(panels, handles, columns=5)
         return panels
+
+    return drawn(draw, WIDE)
+
+
+def noise_figure(results: Mapping[str, Any]) -> bytes:
+    """SVG: a heat map a graph, epoch and setting, from what `dibit.bench.noise.measure` returns.
+
+    A row a model and norm, without and with residual connections, a column a number of layers.
+    """
+    rows = results["rows"]
+    panels = list(dict.fromkeys((row["graph"], row["epoch"], row["setting"]) for row in rows))
+    lines = list(dict.fromkeys((row["model"], row["norm"], row["residual"]) for row in rows))
+    layers = sorted({row["layers"] for row in rows})
+    found = {
+        (row["graph"], row["epoch"], row["setting"], row["model"], row["norm"], row["residual"], row["layers"]): row
+        for row in rows
+    }
+
+    def draw(layout: Layout) -> Figure:
+        from matplotlib.colors import TwoSlopeNorm
+
+        columns = len({panel[2] for panel in panels})
+        height = -(-len(panels) // columns)
+        drawing = figure(layout, 60 + (30 + 13 * len(lines)) * height)
+        axes = drawing.subplots(height, columns, squeeze=False, sharex=True, sharey=True)
+        for ax, panel in zip(axes.flat, panels, strict=False):
+            values = [
+                [found.get((*panel, *line, count), {"error": math.nan})["error"] for count in layers] for line in lines
+            ]
+            shades = [[math.log10(min(max(x, 1e-3), 1e3)) if x == x else math.nan for x in row] for row in values]
+            ax.imshow(shades, cmap="RdYlGn_r", norm=TwoSlopeNorm(0, -3, 3), aspect="auto")
+            for y, row in enumerate(values):
+                for x, value in enumerate(row):
+                    if value == value:
+                        text = f"{value:.2g}" if value < 1000 else f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
+                        ax.text(x, y, text, ha="center", va="center", fontsize=5.5, color=INK)
+            ax.set_xticks(range(len(layers)), [str(count) for count in layers], fontsize=7)
+            names = [f"{m}, {n}{', residual' if r else ''}" for m, n, r in lines]
+            ax.set_yticks(range(len(lines)), names, fontsize=6)
+            ax.tick_params(length=0)
+            for side in ax.spines.values():
+                side.set_visible(False)
+            ax.set_title(f"{panel[2]}: {panel[0]}, epoch {panel[1]}", fontsize=8)
+        for ax in axes[-1]:
+            ax.set_xlabel("layers", color=SOFT)
+        return drawing
 
     return drawn(draw, WIDE)

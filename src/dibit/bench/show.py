@@ -74,6 +74,22 @@ def _gradient(results: Mapping[str, Any]) -> Iterator[Table]:
         yield title, ["setting", "B / node", *(f"epoch {e}" for e in epochs)], rows
 
 
+def _noise(results: Mapping[str, Any]) -> Iterator[Table]:
+    tables: dict[tuple[Any, ...], dict[tuple[Any, ...], dict[int, float]]] = {}
+    for row in results["rows"]:
+        name = row["norm"] + (", residual" if row["residual"] else "")
+        rows = tables.setdefault((row["graph"], row["model"], row["epoch"]), {})
+        rows.setdefault((name, row["setting"]), {})[row["layers"]] = row["error"]
+    for (graph, model, epoch), rows in tables.items():
+        layers = sorted({count for found in rows.values() for count in found})
+        cells = [
+            [*key, *(f"{found[count]:.3g}" if count in found else "-" for count in layers)]
+            for key, found in rows.items()
+        ]
+        title = f"{model} on {graph}, epoch {epoch}: squared error of the gradient over its square, by layers"
+        yield title, ["norm", "setting", *map(str, layers)], cells
+
+
 def _codec(results: Mapping[str, Any]) -> Iterator[Table]:
     rows = [
         [row["kernel"], f"{1000 * row['seconds']:.2f}", f"{row['gb_s']:.2f}", f"{100 * row['share']:.0f} %"]
@@ -87,5 +103,6 @@ _KINDS: dict[str, Callable[[Mapping[str, Any]], Iterator[Table]]] = {
     "speed": _speed,
     "memory": _memory,
     "gradient": _gradient,
+    "noise": _noise,
     "codec": _codec,
 }
