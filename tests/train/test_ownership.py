@@ -99,6 +99,15 @@ def test_a_run_that_is_replaced_begins_at_its_first_epoch(small: Path, tmp_path:
         assert len(json.loads((tmp_path / f"{epochs}.json").read_text())["runs"][0]["loss"]) == epochs
 
 
+def test_a_run_of_an_older_version_without_a_list_goes_on(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["train", "--dataset", str(small), *FAST, "--out", str(out), "--epochs", "2"]) == 0
+    (out / "manifest.json").unlink()
+    assert main(["train", "--resume", "--out", str(out), "--epochs", "3", "--quiet"]) == 0
+    listed = set(json.loads((out / "manifest.json").read_text())["files"])
+    assert {"settings.yaml", "checkpoint.pt", "best.pt"} <= listed
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_what_comes_while_a_run_is_in_its_folder(seed: int, tmp_path: Path) -> None:
     """Each file is looked at again before it is written."""
