@@ -203,7 +203,7 @@ def test_a_new_folder_within_that_of_a_run_is_not_made(tmp_path: Path) -> None:
         b'{"process":' + b"9" * 900 + b',"host":"h"}',
         b'{"process":1}',
         b"\xff\xfe",
-        os.urandom(2000),
+        random.Random(0).randbytes(2000),
     ],
 )
 def test_a_lock_that_another_program_holds(content: bytes, tmp_path: Path) -> None:
