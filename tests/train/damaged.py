@@ -174,6 +174,8 @@ def odd_headers() -> Iterator[tuple[str, bytes]]:
         )
     for shape in ((10**12,), (2**62, 4), (24, 9), (24, 7), (23, 8), (0, 8), (24,), (2**63, 0), ()):
         yield f"shape {shape}", with_header(_header(shape), data)
+    for axes in (32, 33, 63, 65, 70, 400):
+        yield f"{axes} axes", with_header(_header((1,) * (axes - 2) + x.shape), data)
     for text in (
         "(60, True)",
         "(24, -8)",

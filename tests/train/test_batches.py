@@ -152,9 +152,9 @@ def test_learns(small: Path, tmp_path: Path, loader: str, recipe: str) -> None:
 def test_going_on_gives_the_same_as_never_stopping(small: Path, tmp_path: Path, loader: str) -> None:
     config, settings = dibit.recipe("default"), {"loader": loader, **SIZES}
     whole = train_one(_task(small, epochs=4, **settings), "default", config, 3, tmp_path / "whole")
-    train_one(_task(small, epochs=2, **settings), "default", config, 3, tmp_path / "parts")
+    train_one(_task(small, epochs=2, **settings), "default", config, 3, tmp_path / "parts", resume=True)
     torch.manual_seed(999)  # what this process drew in between must not matter
-    parts = train_one(_task(small, epochs=4, **settings), "default", config, 3, tmp_path / "parts")
+    parts = train_one(_task(small, epochs=4, **settings), "default", config, 3, tmp_path / "parts", resume=True)
     assert parts.loss == whole.loss
     assert _same(_weights(tmp_path / "parts"), _weights(tmp_path / "whole"))
 

@@ -171,8 +171,8 @@ def test_resume_refuses_what_is_no_checkpoint(resumed: Resumed, tmp_path: Path) 
         (out / "checkpoint.pt").unlink()
         (out / "checkpoint.pt").symlink_to("nowhere")
 
-    assert "cannot be read: it is not a file" in resumed(folder)
-    assert "cannot be read: No such file" in resumed(link)
+    assert "checkpoint.pt is no file; move it away" in resumed(folder)
+    assert "checkpoint.pt is a link to nowhere, through which dibit train does not write" in resumed(link)
     shutil.copy(tmp_path / "run" / "best.pt", tmp_path / "best.pt")
     assert "cannot be read" in resumed(lambda out: shutil.copy(tmp_path / "best.pt", out / "checkpoint.pt"))
 

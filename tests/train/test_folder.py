@@ -265,9 +265,10 @@ def test_a_kill_leaves_no_lock(how: signal.Signals, tmp_path: Path) -> None:
 def test_a_worker_that_outlives_its_parent_holds_no_lock(tmp_path: Path) -> None:
     parent = os.fork()
     if not parent:
-        Lock(tmp_path).acquire()
-        lock = Lock(tmp_path / "other")
         (tmp_path / "other").mkdir()
+        (tmp_path / "one").mkdir()
+        Lock(tmp_path / "one").acquire()
+        lock = Lock(tmp_path / "other")
         lock.acquire()
         if os.fork():
             os.kill(os.getpid(), signal.SIGKILL)

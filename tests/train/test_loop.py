@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -61,9 +62,9 @@ def test_learns_and_keeps_the_best(small: Path, tmp_path: Path) -> None:
 def test_going_on_gives_the_same_as_never_stopping(small: Path, tmp_path: Path, recipe: str) -> None:
     config = None if recipe == "none" else dibit.recipe(recipe)
     whole = train_one(_task(small, recipe=recipe), recipe, config, 3, tmp_path / "whole")
-    train_one(_task(small, recipe=recipe, epochs=5), recipe, config, 3, tmp_path / "parts")
+    train_one(_task(small, recipe=recipe, epochs=5), recipe, config, 3, tmp_path / "parts", resume=True)
     torch.manual_seed(999)  # what this process drew in between must not matter
-    parts = train_one(_task(small, recipe=recipe), recipe, config, 3, tmp_path / "parts")
+    parts = train_one(_task(small, recipe=recipe), recipe, config, 3, tmp_path / "parts", resume=True)
     assert parts.loss == whole.loss
     assert (parts.test, parts.val, parts.best_epoch) == (whole.test, whole.val, whole.best_epoch)
     assert _same(_weights(tmp_path / "parts"), _weights(tmp_path / "whole"))
@@ -73,7 +74,7 @@ def test_a_finished_run_is_not_trained_again(small: Path, tmp_path: Path, monkey
     task = _task(small, recipe="none")
     first = train_one(task, "none", None, 0, tmp_path / "run")
     monkeypatch.setattr(Task, "step", None)
-    assert train_one(task, "none", None, 0, tmp_path / "run") == first
+    assert train_one(task, "none", None, 0, tmp_path / "run", resume=True) == first
 
 
 def test_measuring_changes_nothing(small: Path) -> None:
@@ -139,8 +140,6 @@ def test_early_stop_and_sparse_evaluation(small: Path, tmp_path: Path) -> None:
 
 
 def test_several_labels(tmp_path: Path) -> None:
-    import numpy as np
-
     arrays = small_arrays(nodes=90)
     arrays["y"] = np.stack([arrays["y"] == 0, arrays["y"] != 1], axis=1)
     path = tmp_path / "multi.npz"
@@ -155,17 +154,37 @@ def test_a_loss_that_is_not_finite(small: Path, tmp_path: Path) -> None:
         train_one(task, "none", None, 0, tmp_path / "run")
 
 
+def test_features_that_are_the_reason_of_such_a_loss(tmp_path: Path) -> None:
+    path = tmp_path / "large.npz"
+    np.savez(path, **{**small_arrays(), "x": np.full((60, 8), 3e38, np.float32)})
+    with pytest.raises(TrainingError, match=r"the features reach 3e\+38: scale them, or give --standardize"):
+        train_one(_task(path, recipe="none", epochs=3), "none", None, 0, tmp_path / "run")
+
+
+def test_nothing_is_gone_on_with_unless_asked_for(small: Path, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def train() -> Result:
+        task = _task(small, recipe="none", epochs=3)
+        return train_one(task, "none", None, 0, tmp_path / "run", on_epoch=lambda epoch, _: seen.append(epoch))
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"PK half")
+    assert train().loss == train().loss
+    assert seen == [1, 2, 3] * 2
+
+
 def test_another_graph_under_the_same_checkpoint(small: Path, tmp_path: Path) -> None:
     train_one(_task(small, recipe="none", epochs=1), "none", None, 0, tmp_path / "run")
     with pytest.raises(UserError, match="made on another graph"):
-        train_one(_task(small, recipe="none", standardize=True), "none", None, 0, tmp_path / "run")
+        train_one(_task(small, recipe="none", standardize=True), "none", None, 0, tmp_path / "run", resume=True)
 
 
 def test_a_broken_checkpoint(small: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"PK half")
     with pytest.raises(UserError, match="cannot be read"):
-        train_one(_task(small, recipe="none"), "none", None, 0, tmp_path / "run")
+        train_one(_task(small, recipe="none"), "none", None, 0, tmp_path / "run", resume=True)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -293,3 +293,41 @@ def test_files_of_one_name_and_of_no_name(tmp_path: Path) -> None:
 def test_real_graphs_by_name(real: Callable[[str], Path]) -> None:
     root = str(real("facebook_pagepage").parent)
     assert load_graph(DataSettings(dataset="facebookpagepage", root=root, svd=4), seed=0).num_nodes == 22_470
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_svd_of_features_of_every_size(tmp_path: Path, dtype: str, sparse: bool) -> None:
+    """Zero, of rank one, tiny, huge: the same directions, or a sentence."""
+    rng = np.random.default_rng(0)
+    nodes = len(small_arrays()["y"])
+    shapes = {"any": rng.standard_normal((nodes, 8)), "one value": np.ones((nodes, 8)), "rank one": np.eye(nodes, 8)}
+    shapes["rank one"][:, 1:] = 0
+    for name, x in shapes.items():
+        for power in (0, -150, -126, -100, -60, 60, 100, 126):
+            given = np.ldexp(x, power).astype(dtype)
+            arrays = {**small_arrays(), "x": given}
+            if sparse:
+                m = scipy.sparse.csr_matrix(arrays.pop("x"))
+                arrays |= {
+                    "x_indptr": m.indptr,
+                    "x_indices": m.indices,
+                    "x_values": m.data,
+                    "x_shape": np.array(m.shape),
+                }
+            np.savez(tmp_path / "graph.npz", **arrays)
+            sizes = np.linalg.svd(given.astype(np.float64), compute_uv=False)[:3]
+            try:
+                found = load(tmp_path / "graph.npz", svd=3).x.numpy().astype(np.float64)
+            except UserError as error:
+                refused = str(error)
+            else:
+                refused = ""
+            if refused:
+                assert "are too large for it: the result is beyond float32" in refused
+                assert sizes[0] > 3e38
+                continue
+            atol = 1e-4 * sizes[0] + 1e-44
+            np.testing.assert_allclose(np.linalg.norm(found, axis=0), sizes, atol=atol, err_msg=f"{name} 2**{power}")
+    np.savez(tmp_path / "graph.npz", **{**small_arrays(), "x": np.zeros((nodes, 8), dtype)})
+    assert not load(tmp_path / "graph.npz", svd=3).x.any()

@@ -71,7 +71,7 @@ def test_the_same_bits(tmp_path: Path, settings: dict[str, Any]) -> None:
     config = compression_config(Settings.from_flat(settings).compression)
 
     def train(name: str, epochs: int) -> Any:
-        return train_one(task_of(**settings, epochs=epochs), recipe, config, 3, tmp_path / name)
+        return train_one(task_of(**settings, epochs=epochs), recipe, config, 3, tmp_path / name, resume=True)
 
     whole = train("whole", 7)
     train("parts", stop)
@@ -96,7 +96,7 @@ def test_after_a_step_that_the_scaler_skipped(tmp_path: Path, monkeypatch: pytes
     config = dibit.recipe("small")
 
     def train(name: str, epochs: int) -> dict[str, Any]:
-        train_one(task_of(epochs=epochs, precision="fp16"), "small", config, 0, tmp_path / name)
+        train_one(task_of(epochs=epochs, precision="fp16"), "small", config, 0, tmp_path / name, resume=True)
         return checkpoint.load(tmp_path / name / "checkpoint.pt")
 
     whole = train("whole", 8)
@@ -137,7 +137,7 @@ def test_what_is_drawn_by_whoever_in_the_loop(tmp_path: Path, monkeypatch: pytes
         if seeded:
             random.seed(0)
             legacy.seed(0)
-        train_one(task_of(epochs=epochs), "default", dibit.recipe("default"), 0, tmp_path / name)
+        train_one(task_of(epochs=epochs), "default", dibit.recipe("default"), 0, tmp_path / name, resume=True)
         return checkpoint.load(tmp_path / name / "checkpoint.pt")["model"]
 
     whole = train("whole", 4, seeded=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dibit.reproduce.progress import Progress
-from dibit.train.errors import Parser, UserError, json_path, nearest, require
-from dibit.train.files import write_atomically
+from dibit.train.errors import Parser, UserError, nearest, require
+from dibit.train.files import json_path, write_atomically
 
 _DESCRIPTION = """\
 Measure what Dibit costs and saves on this machine, beside plain PyTorch Geometric, torch.compile, bf16 and activation
@@ -117,10 +117,9 @@ def _figure_path(given: str | None) -> Path | None:
     if given is None:
         return None
     require("matplotlib", "study")
-    path = Path(given)
-    if path.suffix != ".svg" or not path.parent.is_dir():
+    if Path(given).suffix != ".svg" or not Path(given).parent.is_dir():
         raise UserError(f"--figure is {given!r}, expected a file NAME.svg in a folder that exists.")
-    return path
+    return json_path(given, "--figure")
 
 
 def _measure_noise(args: argparse.Namespace, progress: Progress, path: Path | None) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from dibit.reproduce import sections
 from dibit.reproduce.plan import Plan, Reproduction
 from dibit.reproduce.progress import Progress
 from dibit.reproduce.store import SECTIONS, Store, write
-from dibit.train.errors import Interrupted, Parser, TrainingError, UserError, json_path, nearest, require
-from dibit.train.files import reason
+from dibit.train.errors import Interrupted, Parser, TrainingError, UserError, nearest, require
+from dibit.train.files import json_path, reason
 
 _DESCRIPTION = """\
 Repeat what EXACT and i-EXACT measured, with their numbers beside ours: as tables here, as JSON and as one

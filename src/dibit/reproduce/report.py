@@ -12,11 +12,11 @@ from dibit.reproduce import words
 from dibit.reproduce.figures import Picture
 from dibit.reproduce.sections import COMMAND, SECTIONS, read
 from dibit.reproduce.show import SHOW
+from dibit.reproduce.store import PAGE
 from dibit.reproduce.tables import Column, Fact, Table, table
 from dibit.train.errors import require
 from dibit.train.files import write_atomically
 
-PAGE = "report.html"
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -62,9 +62,9 @@ def render(folder: Path, note: Callable[[Path], None] = lambda file: None) -> Pa
     figures = folder / "figures"
     for part in parts:
         for picture in part.pictures:
-            figures.mkdir(exist_ok=True)
             file = figures / f"{picture.name}.svg"
             note(file)
+            figures.mkdir(exist_ok=True)
             write_atomically(file, picture.wide)
     note(folder / PAGE)
     write_atomically(folder / PAGE, page)

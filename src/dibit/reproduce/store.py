@@ -12,11 +12,12 @@ from typing import Any
 
 from dibit.train import lock
 from dibit.train.errors import UserError
-from dibit.train.files import refused, write_atomically
+from dibit.train.files import check_out, refused, write_atomically
 from dibit.train.lock import Lock
 from dibit.train.manifest import Manifest
 
 MARKER = "reproduce.json"
+PAGE = "report.html"
 SECTIONS = ("memory", "blocks", "variance", "distribution", "accuracy")
 
 
@@ -37,8 +38,8 @@ class Store:
 
     def check(self) -> None:
         """Raise `UserError` if the folder holds something that is not ours, or is in use."""
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--out {self.path} is a file, expected a folder.")
+        check_out(self.path)
+        self.lock.look()
         content = sorted(p.name for p in self.path.iterdir() if p.name != lock.NAME) if self.path.is_dir() else []
         if content and MARKER not in content:
             raise UserError(
@@ -51,6 +52,10 @@ class Store:
             except OSError as error:
                 raise refused(self.path, error) from error
             self.manifest.read()
+            try:
+                self.manifest.check(*self._files())
+            except OSError as error:
+                raise refused(self.path, error) from error
 
     def open(self) -> None:
         """Create the folder, or empty it of our own files where it is to be overwritten.
@@ -69,6 +74,12 @@ class Store:
             (self.path / "units").mkdir(exist_ok=True)
         except OSError as error:
             raise refused(self.path, error) from error
+
+    def _files(self) -> list[Path]:
+        """What is there of what may be written, but for what a kill has left of a file (`write_atomically`)."""
+        files = [self.path / name for name in (PAGE, *(f"{section}.json" for section in SECTIONS))]
+        within = [path for name in ("units", "runs", "figures") for path in (self.path / name).rglob("*")]
+        return files + [path for path in within if path.is_symlink() or not (path.is_dir() or path.suffix == ".part")]
 
     def __enter__(self) -> Store:
         return self
@@ -93,10 +104,10 @@ class Store:
             held = read(path)
             if held.get("key") == key:
                 return held["value"], held["seconds"], False
+        self.manifest.add(path)  # what may not be replaced is said before hours of work
         start = time.perf_counter()
         value = compute()
         seconds = time.perf_counter() - start
-        self.manifest.add(path)
         write(path, {"key": key, "value": value, "seconds": seconds})
         return json.loads(json.dumps(value)), seconds, True  # as a reader of the file would get it
 

@@ -71,6 +71,7 @@ def training(run: Reproduction, case: Case, setting: str, seed: int) -> Unit:
                 on_epoch=lambda epoch, epochs: note(f"epoch {epoch}/{epochs}"),
                 last=False,  # the table at least follows
                 note=run.store.manifest.add,
+                resume=True,  # of the same plan; the command itself goes on where it stopped
             )
         except Interrupted as stop:
             raise KeyboardInterrupt from stop  # the checkpoint is there; the command says how to go on

@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from dibit.train.distributed import World, joined, told
-from dibit.train.errors import Interrupted, TrainingError, UserError, json_path, require
-from dibit.train.files import reason, write_atomically
-from dibit.train.folder import RunFolder, how_to_go_on
+from dibit.train.errors import Interrupted, TrainingError, UserError, require
+from dibit.train.files import json_path, reason, write_atomically
+from dibit.train.folder import RunFolder, how_to_go_on, recipes, trainings
 from dibit.train.parser import build_parser, parse
 from dibit.train.settings import Settings
 
@@ -57,19 +57,18 @@ def _train_in(folder: RunFolder, settings: Settings, json_file: Path | None, wor
 
     if world.first:
         folder.check()
-    recipes = _recipes(settings)
-    configs = {name: compression_config(replace(settings.compression, recipe=name)) for name in recipes}
+    names = recipes(settings)
+    configs = {name: compression_config(replace(settings.compression, recipe=name)) for name in names}
     with warnings.catch_warnings():
         # torch says that CSR is in beta whenever one is made.
         warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
         graph = load_graph(settings.data, settings.run.seed)
         if graph.metric != "accuracy":
             require("torchmetrics")
-        seeds = range(settings.run.seed, settings.run.seed + settings.run.seeds)
-        for seed in seeds:
+        runs = trainings(settings)
+        for _, seed in runs:
             graph.split(seed)  # an empty part is said now
         task = Task.build(folder.settings, graph, world)
-        runs = [(name, seed) for seed in seeds for name in recipes]
         if world.first:
             if folder.resume:  # before anything is written
                 for name, seed in runs:
@@ -92,6 +91,7 @@ def _train_in(folder: RunFolder, settings: Settings, json_file: Path | None, wor
                     folder.of(name, seed),
                     last=(name, seed) == runs[-1],
                     note=folder.note,
+                    resume=folder.resume,
                 )
                 for name, seed in runs
             ]
@@ -104,7 +104,7 @@ def _train_in(folder: RunFolder, settings: Settings, json_file: Path | None, wor
             ) from error
     if not world.first:
         return
-    results.sort(key=lambda r: recipes.index(r.recipe))
+    results.sort(key=lambda r: names.index(r.recipe))
     print_table(results, task)
     if json_file is not None:
         write_atomically(json_file, to_json(results, task))
@@ -113,11 +113,6 @@ def _train_in(folder: RunFolder, settings: Settings, json_file: Path | None, wor
 def _placed(settings: Settings) -> Settings:
     """The settings with the folder that the run will be in."""
     return settings if settings.run.out is not None else settings.updated(out=str(RunFolder(settings).path))
-
-
-def _recipes(settings: Settings) -> list[str]:
-    recipe = settings.compression.recipe
-    return ["none", recipe] if settings.run.compare else [recipe]
 
 
 def _headline(settings: Settings, world: World) -> str:

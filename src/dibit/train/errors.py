@@ -6,7 +6,6 @@ import argparse
 import difflib
 import importlib
 from collections.abc import Iterable
-from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
@@ -66,15 +65,3 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message[:1].upper()}{message[1:]}. See {self.prog} --help.")
-
-
-def json_path(given: str | None) -> Path | None:
-    """Return the path for the JSON file, or say why it cannot be written."""
-    if given is None:
-        return None
-    path = Path(given)
-    if path.is_dir():
-        raise UserError(f"--json {shown(path)} is a folder, expected a file.")
-    if not path.parent.is_dir():
-        raise UserError(f"--json {shown(path)}: the folder {shown(path.parent)} does not exist; create it first.")
-    return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +29,7 @@ class Events:
         self._event = require("tensorboard.compat.proto.event_pb2")
         self._summary = require("tensorboard.compat.proto.summary_pb2")
         self.path = path
-        self._file = open(path, "wb")  # noqa: SIM115  closed in __exit__
+        self._file = open(path, "xb")  # noqa: SIM115  closed in __exit__
         self._records = record.RecordWriter(self._file)
         try:
             self._write(file_version="brain.Event:2", step=step)
@@ -79,4 +80,6 @@ class NoEvents:
 def name(folder: Path) -> str:
     """The name of the next event file of a folder, as TensorBoard expects it."""
     number = sum(1 for _ in folder.glob("events.out.tfevents.*"))
-    return f"events.out.tfevents.{int(time.time()):010d}.{number}"
+    stem = f"events.out.tfevents.{int(time.time()):010d}"
+    names = (f"{stem}.{each}" for each in range(number, number + 1000))
+    return next(each for each in names if not os.path.lexists(folder / each))

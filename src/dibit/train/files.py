@@ -8,7 +8,7 @@ import secrets
 import stat
 from pathlib import Path
 
-from dibit.train.errors import UserError
+from dibit.train.errors import UserError, shown
 
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
@@ -32,11 +32,16 @@ def write_atomically(path: Path, content: bytes | memoryview, alone: bool = Fals
             path.write_bytes(content)
         else:
             target = Path(os.path.realpath(path))
-            _replace(target, target.with_name(f".{target.name[:40]}-{secrets.token_hex(4)}.part"), content)
+            _replace(target, _beside(target), content)
     except OSError as error:
         if error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error  # not the name that nobody knows
+
+
+def _beside(path: Path) -> Path:
+    """A new name in the same folder."""
+    return path.with_name(f".{path.name[:40]}-{secrets.token_hex(4)}.part")
 
 
 def part(path: Path) -> Path:
@@ -58,6 +63,46 @@ def _replace(path: Path, temporary: Path, content: bytes | memoryview) -> None:
         raise
 
 
+def check_out(path: Path) -> None:
+    """Raise `UserError` if a folder cannot be there: a file is in its way, or a name is too long."""
+    try:
+        there = next(place for place in (path, *path.parents) if place.exists())
+        if not there.is_dir():
+            where = "" if there == path else f", {shown(there)}"
+            raise UserError(f"--out {shown(path)}{where} is a file, expected a folder.")
+        most = os.pathconf(there, "PC_NAME_MAX")
+        if any(len(os.fsencode(name)) > most for name in path.parts):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+    except OSError as error:
+        raise refused(path, error) from error
+
+
+def json_path(given: str | None, flag: str = "--json") -> Path | None:
+    """Return the path for a file of results, or say why it cannot be written: before the work, not after it."""
+    if given is None:
+        return None
+    path = Path(given)
+    try:
+        if path.is_dir():
+            raise UserError(f"{flag} {shown(path)} is a folder, expected a file.")
+        if not path.parent.is_dir():
+            raise UserError(f"{flag} {shown(path)}: the folder {shown(path.parent)} does not exist; create it first.")
+        if path.exists() and not path.is_file():  # a pipe, /dev/null
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        else:
+            trial = _beside(Path(os.path.realpath(path)))
+            os.close(os.open(trial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+            trial.unlink()
+    except OSError as error:
+        if error.errno in _FULL:  # there may be room at the end
+            return path
+        raise UserError(
+            f"{flag} {shown(path)} cannot be written: {reason(error)}; give a file in a folder that can be written."
+        ) from error
+    return path
+
+
 def reason(error: OSError) -> str:
     """Why a file could not be read or written, in the system's words."""
     return error.strerror or str(error)
@@ -68,5 +113,5 @@ def refused(folder: Path, error: OSError) -> UserError | OSError:
     that another folder has to be given."""
     if error.errno in _FULL:
         return error
-    at = "" if error.filename in (None, str(folder)) else f" ({error.filename})"
-    return UserError(f"The folder --out {folder} cannot be written: {reason(error)}{at}.")
+    at = "" if error.filename in (None, str(folder)) else f" ({shown(error.filename, 200)})"
+    return UserError(f"The folder --out {shown(folder, 200)} cannot be written: {reason(error)}{at}.")

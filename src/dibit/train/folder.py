@@ -9,7 +9,7 @@ from types import TracebackType
 
 from dibit.train import checkpoint, lock
 from dibit.train.errors import UserError
-from dibit.train.files import refused, write_atomically
+from dibit.train.files import check_out, refused, write_atomically
 from dibit.train.lock import Lock
 from dibit.train.manifest import Manifest
 from dibit.train.parser import read_yaml, to_yaml
@@ -17,6 +17,7 @@ from dibit.train.settings import Settings
 
 SETTINGS = "settings.yaml"
 MANIFEST = "manifest.json"
+CHECKPOINT, BEST = "checkpoint.pt", "best.pt"  # of each training
 
 
 class RunFolder:
@@ -35,12 +36,13 @@ class RunFolder:
         self.manifest = Manifest(self.path, MANIFEST, "dibit train")
 
     def check(self) -> None:
-        """Raise `UserError` if the folder holds something that this run must not touch, or another run is in it.
+        """Raise `UserError` if the folder holds something that this run must not touch, or another run is in it,
+        above it or below it.
 
         A folder that is there is locked from now on.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--out {self.path} is a file, expected a folder.")
+        check_out(self.path)
+        self.lock.look()
         found = self._content()
         is_run = SETTINGS in found
         if self.resume:
@@ -48,6 +50,8 @@ class RunFolder:
                 raise UserError(f"The folder {self.path} holds no run to go on with; leave out --resume to start one.")
             self._lock()
             self._check_same()
+            self.manifest.adopt(*self._files())
+            self._look()
         elif found and not is_run:
             raise UserError(
                 f"The folder {self.path} holds something else ({found[0]}); give another --out, or empty it."
@@ -60,6 +64,7 @@ class RunFolder:
                     "(--overwrite), or give another --out."
                 )
             self.manifest.read()
+            self._look()
 
     def open(self) -> None:
         """Create the folder, or empty it of the run that is to be replaced, and write settings.yaml.
@@ -90,6 +95,17 @@ class RunFolder:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.lock.release()
+
+    def _files(self) -> list[Path]:
+        """What the run will write, but for the event files, whose names are new."""
+        folders = [self.of(recipe, seed) for recipe, seed in trainings(self.settings)]
+        return [self.path / SETTINGS, *(folder / name for folder in folders for name in (CHECKPOINT, BEST))]
+
+    def _look(self) -> None:
+        try:
+            self.manifest.check(*self._files())
+        except OSError as error:
+            raise refused(self.path, error) from error
 
     def _lock(self) -> None:
         try:
@@ -123,6 +139,18 @@ class RunFolder:
                 f"The run in {self.path} was started with --epochs {before['epochs']}; expected at least as "
                 f"many, not {now['epochs']}."
             )
+
+
+def recipes(settings: Settings) -> list[str]:
+    """The names of the ways of compression that a run compares."""
+    recipe = settings.compression.recipe
+    return ["none", recipe] if settings.run.compare else [recipe]
+
+
+def trainings(settings: Settings) -> list[tuple[str, int]]:
+    """Name and seed of each training of a run, in their order."""
+    seeds = range(settings.run.seed, settings.run.seed + settings.run.seeds)
+    return [(name, seed) for seed in seeds for name in recipes(settings)]
 
 
 def how_to_go_on(path: Path | str) -> str:

@@ -9,7 +9,7 @@ import socket
 import weakref
 from pathlib import Path
 
-from dibit.train.errors import UserError
+from dibit.train.errors import UserError, shown
 from dibit.train.files import reason
 
 NAME = ".lock"
@@ -72,6 +72,28 @@ class Lock:
                 error.filename = str(self.path)
                 raise
 
+        self.look(below=True)
+
+    def look(self, below: bool = False) -> None:
+        """Refuse a folder above which a run is, or below which: one of them would write into the other's folders.
+
+        Args:
+            below: Look there, too.
+
+        Raises:
+            UserError: There is one.
+        """
+        whole = Path(os.path.realpath(self.folder))
+        inner = (Path(place) / NAME for place, _, files in os.walk(whole) if NAME in files)
+        for path in (*(place / NAME for place in whole.parents), *(inner if below else ())):
+            holder = None if path.parent == whole else _found(path)
+            if holder is not None:
+                self.release()
+                raise UserError(
+                    f"The folder {self.folder} is {'in' if path.parent in whole.parents else 'above'} {path.parent}, "
+                    f"which is in use by {holder}; wait until it has ended, or give another --out."
+                )
+
     def release(self) -> None:
         """Give the lock back, and take its file away."""
         if self._end is not None:
@@ -94,10 +116,30 @@ def _is(file: int, path: Path) -> bool:
         return False
 
 
+def _found(path: Path) -> str | None:
+    """Who has a lock of another folder; `None` if nobody has."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:  # none, or not ours to read
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _holder(file)
+    except OSError:
+        return None
+    finally:
+        os.close(file)
+    return None
+
+
 def _holder(file: int) -> str:
-    """Who has the lock, as it wrote itself; it may be about to."""
+    """Who has the lock, as it wrote itself; it may be about to, and another program may have written anything."""
     try:
         told = json.loads(os.pread(file, 1000, 0))
-        return f"process {int(told['process'])} on {told['host']}"
-    except (ValueError, KeyError, TypeError):
+        process, host = told["process"], told["host"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return "another process"
+    if type(process) is not int or not isinstance(host, str) or not 0 < process < 2**31:
+        return "another process"
+    return f"process {process} on {shown(host)}"

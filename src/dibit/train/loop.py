@@ -23,7 +23,7 @@ from torch import nn
 import dibit
 from dibit.train import checkpoint, events, generators
 from dibit.train.errors import Interrupted, TrainingError, UserError
-from dibit.train.folder import how_to_go_on
+from dibit.train.folder import BEST, CHECKPOINT, how_to_go_on
 from dibit.train.progress import Progress
 from dibit.train.task import Measured, Task, adam, compressed, measure
 
@@ -82,8 +82,9 @@ def train_one(
     on_epoch: Callable[[int, int], None] | None = None,
     last: bool = True,
     note: Callable[[Path], None] = lambda file: None,
+    resume: bool = False,
 ) -> Result:
-    """Train one model, from its checkpoint in `folder` if there is one.
+    """Train one model.
 
     Args:
         task: Graph and settings.
@@ -94,6 +95,7 @@ def train_one(
         on_epoch: Called after each epoch with its number and that of the last.
         last: Nothing follows this training, so that Ctrl-C in its last epoch has nothing to stop.
         note: Called with each file that is written, before it is.
+        resume: Go on from the checkpoint in `folder`, if there is one; else it is replaced.
 
     Raises:
         Interrupted: After Ctrl-C, once the epoch is finished and the checkpoint written.
@@ -101,7 +103,7 @@ def train_one(
         UserError: The checkpoint cannot be read, or is another training's.
         OSError: A file cannot be written; the last checkpoint is whole.
     """
-    return _Training(task, name, config, seed, folder, note).run(on_epoch, last)
+    return _Training(task, name, config, seed, folder, note, resume).run(on_epoch, last)
 
 
 def check_checkpoint(task: Task, name: str, config: dibit.Config | None, seed: int, folder: Path) -> None:
@@ -116,7 +118,7 @@ def check_checkpoint(task: Task, name: str, config: dibit.Config | None, seed: i
         _fit(path, loaded, task.model(seed))
 
 
-CHECKPOINT, BEST = "checkpoint.pt", "best.pt"
+_LARGE = 1e6  # features beyond this are the likelier reason of a loss that is not finite than the step size
 
 
 class _Training:
@@ -130,6 +132,7 @@ class _Training:
         seed: int,
         folder: Path,
         note: Callable[[Path], None],
+        resume: bool,
     ) -> None:
         self.task, self.name, self.seed, self.folder, self.note = task, name, seed, folder, note
         self.settings = task.settings
@@ -141,7 +144,7 @@ class _Training:
         self.best_is_written = True
         self.model: nn.Module = task.model(seed)
         self.batches = task.batches(seed)
-        loaded = checkpoint.of_this_training(folder / CHECKPOINT, self.identity)
+        loaded = checkpoint.of_this_training(folder / CHECKPOINT, self.identity) if resume else None
         self.measured = Measured(**loaded["measured"]) if loaded else self._measure(config)
         self.compressed = config is not None
         compressed(self.model, config)  # in place
@@ -162,9 +165,9 @@ class _Training:
         optimisation, every = self.settings.optimisation, self.settings.run.checkpoint_every
         self.model.train()
         if self.world.first:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.note(self.folder / CHECKPOINT)
+            self.note(self.folder / CHECKPOINT)  # first: a link in the folder's place is refused
             self.note(self.folder / BEST)
+            self.folder.mkdir(parents=True, exist_ok=True)
         label = f"{self.name:<7} seed {self.seed}"
         with (
             Progress(label, optimisation.epochs, self.state.epoch, self._silent()) as progress,
@@ -206,9 +209,12 @@ class _Training:
         loss = total / rows if rows else math.nan
         state.epoch += 1
         if not math.isfinite(loss):
+            largest = float(self.task.x.abs().max())
+            advice = "try a lower --lr, or --clip 0.5"
+            if largest > _LARGE:
+                advice = f"the features reach {largest:.2g}: scale them, or give --standardize"
             raise TrainingError(
-                f"the loss of {self.name}, seed {self.seed}, is {loss} in epoch {state.epoch}; try a lower "
-                "--lr, or --clip 0.5."
+                f"the loss of {self.name}, seed {self.seed}, is {loss} in epoch {state.epoch}; {advice}."
             )
         state.loss.append(loss)
         state.seconds.append(seconds)

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from dibit.train.errors import UserError
+from dibit.train.errors import UserError, shown
 from dibit.train.files import part, reason, write_atomically
 
 
@@ -34,6 +34,8 @@ class Manifest:
             UserError: There is none, or it is damaged, or names what lies elsewhere.
         """
         by_hand = "give another --out, or delete by hand what is no longer needed"
+        if self.path.is_symlink():
+            raise UserError(f"The list of files {self.path} is a link, expected a file; {by_hand}.")
         try:
             told = json.loads(self.path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -59,8 +61,46 @@ class Manifest:
         content = json.dumps({"made by": self.maker, "files": self._files or []}, indent=1) + "\n"
         write_atomically(self.path, content.encode(), alone=True)
 
+    def check(self, *paths: Path) -> None:
+        """Look whether files may be made, or made anew: nothing else lies there, and no link leads elsewhere.
+
+        Raises:
+            UserError: One may not; the sentence names it.
+            OSError: It cannot be looked at, as where its name is too long.
+        """
+        known = set(self._known())
+        for file in (each for path in paths for each in (path, part(path))):
+            name = PurePosixPath(file.relative_to(self.folder).as_posix())
+            for inner in (*reversed(name.parents[:-1]), name):
+                at = self.folder / inner
+                try:
+                    mode = os.lstat(at).st_mode
+                except FileNotFoundError:
+                    break
+                if stat.S_ISLNK(mode):
+                    why = f"is a link to {shown(os.readlink(at))}, through which {self.maker} does not write"
+                elif inner != name:
+                    why = "" if stat.S_ISDIR(mode) else "is a file, expected a folder"
+                elif not stat.S_ISREG(mode):
+                    why = "is no file"
+                else:
+                    why = "" if str(name) in known else f"was not made by {self.maker}, which would replace it"
+                if why:
+                    raise UserError(f"In the folder {self.folder}, {inner} {why}; move it away, or give another --out.")
+
+    def adopt(self, *paths: Path) -> None:
+        """Take files that are there as the command's own, in a folder that has no list yet."""
+        if self._files is None and not os.path.lexists(self.path):
+            found = [path for path in paths if os.path.lexists(path)]
+            self._files = [path.relative_to(self.folder).as_posix() for path in found]
+
     def add(self, *paths: Path) -> None:
-        """List files that are about to be made, and what a kill may leave of them."""
+        """List files that are about to be made, and what a kill may leave of them.
+
+        Raises:
+            UserError: See `check`.
+        """
+        self.check(*paths)
         known = self._known()
         names = [each.relative_to(self.folder).as_posix() for path in paths for each in (path, part(path))]
         new = [name for name in names if name not in known]
@@ -91,8 +131,9 @@ class Manifest:
         start = None if below is None else below.relative_to(self.folder).as_posix() + "/"
         known = self._known()
         gone = [name for name in known if name not in keep and (start is None or name.startswith(start))]
-        for name in gone:
-            _unlink(self.folder, PurePosixPath(name))
+        for really in (False, True):  # a folder in a file's place is said before anything is gone
+            for name in gone:
+                _unlink(self.folder, PurePosixPath(name), really)
         folders = {parent for name in gone for parent in PurePosixPath(name).parents if parent.name}
         for folder in sorted(folders, key=lambda folder: -len(folder.parts)):
             _rmdir(self.folder, folder)
@@ -127,14 +168,15 @@ def _opened(root: Path, folder: PurePosixPath) -> Iterator[int | None]:
         os.close(found)
 
 
-def _unlink(root: Path, name: PurePosixPath) -> None:
+def _unlink(root: Path, name: PurePosixPath, really: bool) -> None:
     with _opened(root, name.parent) as folder:
         if folder is None:
             return
         try:
             if stat.S_ISDIR(os.stat(name.name, dir_fd=folder, follow_symlinks=False).st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(root / name))
-            os.unlink(name.name, dir_fd=folder)
+            if really:
+                os.unlink(name.name, dir_fd=folder)
         except FileNotFoundError:
             return
 

@@ -20,6 +20,7 @@ from dibit.train.errors import UserError, nearest, shown
 _MAGIC = b"\x93NUMPY"
 _LONGEST_HEADER = 10_000  # bytes; numpy's own limit, and a plain array's header has about a hundred
 _CHUNK = 1 << 24  # bytes
+_MOST_AXES = 32  # of any NumPy's arrays
 # A header is a Python literal; those of plain arrays are read without evaluating anything.
 _DESCR = re.compile(r"""['"]descr['"]\s*:\s*['"]([^'"]*)['"]\s*,?\s*""")
 _STRUCTURED = re.compile(r"""['"]descr['"]\s*:\s*\[\s*\(""")
@@ -102,7 +103,7 @@ class Archive:
                 )
             array = np.empty(math.prod(header.shape), header.dtype)
             _fill(file, array, name)
-        array = array.reshape(header.shape, order="F" if header.fortran else "C")
+            array = array.reshape(header.shape, order="F" if header.fortran else "C")
         return array.astype(array.dtype.newbyteorder("="), copy=False)
 
     def _header(self, file: IO[bytes], name: str) -> _Header:
@@ -130,7 +131,10 @@ class Archive:
             raise ValueError(f"{name} holds Python objects, which are never unpickled")
         if dtype.kind not in "biuf":
             raise UserError(f"In {shown(self.path)}, {name} is {dtype}, expected numbers (whole, real or bool).")
-        return _Header(dtype, order == "True", tuple(int(n.rstrip("L ")) for n in shape.split(",") if n.strip()))
+        sizes = tuple(int(n.rstrip("L ")) for n in shape.split(",") if n.strip())
+        if len(sizes) > _MOST_AXES:
+            raise ValueError(f"{name} has {len(sizes)} axes, expected one or two")
+        return _Header(dtype, order == "True", sizes)
 
     @contextmanager
     def _explained(self, name: str | None = None) -> Iterator[None]:

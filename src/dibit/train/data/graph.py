@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import zlib
 from dataclasses import dataclass
@@ -180,14 +181,35 @@ def truncated_svd(x: Features, rank: int, seed: int, name: str) -> np.ndarray:
             f"--svd is {rank}, expected less than {min(x.shape):,}, the smaller side of the features of "
             f"{name} ({x.shape[0]:,} x {x.shape[1]:,})."
         )
-    from scipy.sparse.linalg import svds
+    from scipy.sparse.linalg import ArpackError, svds
 
     start = np.random.default_rng(seed).standard_normal(min(x.shape))
     matrix = x.astype(np.float32 if x.dtype == np.float32 else np.float64)
-    u, s, vt = svds(matrix, k=rank, v0=start.astype(matrix.dtype))
+    largest = float(abs(matrix).max())
+    if not largest:
+        return np.zeros((x.shape[0], rank), np.float32)
+    # The squares in between must neither overflow nor vanish; a power of two changes no digit.
+    _, exponent = math.frexp(largest)
+    if scipy.sparse.issparse(matrix):
+        matrix.data = np.ldexp(matrix.data, -exponent)
+    else:
+        matrix = np.ldexp(matrix, -exponent)
+    try:
+        u, s, vt = svds(matrix, k=rank, v0=start.astype(matrix.dtype))
+    except ArpackError as error:
+        raise UserError(
+            f"--svd is {rank}, and the singular values of the features of {name} cannot be computed "
+            f"({shown(' '.join(str(error).split()))}); give another number, or leave --svd out."
+        ) from error
     order = np.argsort(-s, kind="stable")
     signs = np.sign(vt[np.arange(rank), np.abs(vt).argmax(axis=1)])
-    return ((u * s * signs)[:, order]).astype(np.float32)
+    reduced = np.ldexp((u * s * signs)[:, order].astype(np.float64), exponent)
+    if np.abs(reduced).max() > float(np.finfo(np.float32).max):
+        raise UserError(
+            f"--svd is {rank}, and the features of {name}, up to {largest:.2g}, are too large for it: the result is "
+            "beyond float32. Scale them first."
+        )
+    return reduced.astype(np.float32)
 
 
 def memory_bytes() -> int:

@@ -7,86 +7,40 @@ matrices and plain containers, and refuse the rest.
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import threading
 import warnings
-from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-import numpy as np
-import scipy.sparse
 import torch
+
+from dibit.train.data.pickles import ArraysUnpickler, check_nesting
+from dibit.train.data.standins import ALLOWED, CodeInFile, plain
+
+__all__ = ["CodeInFile", "anything", "arrays_only"]
 
 _ONLY, _ANY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _LOCK = threading.RLock()  # the names below are replaced for everybody, the refusal is for the thread that reads
 _reading = threading.local()
-
-
-class CodeInFile(pickle.UnpicklingError):
-    """A file asks for a function or class that is not needed for arrays."""
-
-
-class CheckedCsr(scipy.sparse.csr_matrix):
-    """A CSR matrix whose indices are checked when it is unpickled: SciPy's loops believe them."""
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take data, indices, row pointer and shape, nothing else."""
-        parts = (state["data"], state["indices"], state["indptr"])
-        if not all(isinstance(part, np.ndarray) for part in parts):
-            raise pickle.UnpicklingError("a sparse matrix of something else than arrays")
-        super().__init__(parts, shape=state.get("_shape", state.get("shape")))
-        self.check_format(full_check=True)
-
-
-def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """How the protocols 0 to 2 write bytes."""
-    if encoding not in ("latin1", "latin-1"):
-        raise CodeInFile(f"_codecs.encode to {encoding!r}")
-    return text.encode("latin1")
-
-
-def _new(kind: type, base: type, state: Any) -> Any:
-    """How Python 2 writes an object without arguments, as `copyreg._reconstructor` reads it."""
-    if base is not object or state is not None:
-        raise CodeInFile(f"copyreg._reconstructor of {base.__name__}")
-    return object.__new__(kind)
-
-
-def _allowed() -> dict[tuple[str, str], Any]:
-    multiarray = {"_reconstruct": np.empty(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}  # type: ignore[index]
-    frombuffer = np.zeros(1).__reduce_ex__(5)[0]
-    builtin = {kind.__name__: kind for kind in (object, list, dict, set, frozenset, tuple, int, float, complex, bool)}
-    builtin |= {"long": int, "bytearray": bytearray, "bytes": bytes}
-    modules: dict[tuple[str, ...], dict[str, Any]] = {
-        ("numpy",): {"ndarray": np.ndarray, "dtype": np.dtype},
-        ("numpy.core.multiarray", "numpy._core.multiarray"): multiarray,
-        ("numpy.core.numeric", "numpy._core.numeric"): {"_frombuffer": frombuffer},
-        ("scipy.sparse", "scipy.sparse.csr", "scipy.sparse._csr"): {"csr_matrix": CheckedCsr},
-        ("collections",): {"defaultdict": defaultdict, "OrderedDict": OrderedDict},
-        ("builtins", "__builtin__"): builtin,
-        ("copyreg", "copy_reg"): {"_reconstructor": _new},
-        ("_codecs",): {"encode": _encode},
-    }
-    return {(module, name): thing for names, things in modules.items() for module in names
-            for name, thing in things.items()}  # fmt: skip
-
-
-_ALLOWED = _allowed()
+_LEGACY = 5  # pickles that a file of torch's old format begins with
 
 
 class _Unpickler(pickle.Unpickler):
     """`pickle.Unpickler`, which in a thread that is in `arrays_only` knows arrays alone."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        """What the file names, or `CodeInFile`."""
-        if not getattr(_reading, "here", False):
-            return super().find_class(module, name)
-        if (module, name) not in _ALLOWED:
-            raise CodeInFile(f"{module}.{name}")
-        return _ALLOWED[module, name]
+    def __init__(self, file: Any, **how: Any) -> None:
+        super().__init__(file, **how)
+        how.pop("buffers", None)
+        self._arrays = ArraysUnpickler(file, **how) if getattr(_reading, "here", False) else None
+
+    def load(self) -> Any:
+        """What the file holds, or `pickle.UnpicklingError`."""
+        return super().load() if self._arrays is None else self._arrays.load()
 
 
 def _load(file: Any, **how: Any) -> Any:
@@ -94,8 +48,6 @@ def _load(file: Any, **how: Any) -> Any:
 
 
 def _loads(data: Any, **how: Any) -> Any:
-    import io
-
     return _Unpickler(io.BytesIO(data), **how).load()
 
 
@@ -109,21 +61,22 @@ def arrays_only(*, graphs: bool = False) -> Iterator[None]:
     Raises:
         pickle.UnpicklingError: From the reading function, for anything else.
     """
-    replaced: dict[str, Callable[..., Any]] = {"load": _load, "loads": _loads, "Unpickler": _Unpickler}
+    replaced: list[tuple[Any, str, Any]] = [(pickle, "load", _load), (pickle, "loads", _loads)]
+    replaced += [(pickle, "Unpickler", _Unpickler), (torch, "load", partial(_torch_load, torch.load, graphs))]
     known = torch.serialization.safe_globals(_for_torch() if graphs else [])
     with _LOCK, _environment({_ONLY: "1", _ANY: None}), known, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Weights only load failed")  # said by the error that follows
-        before = {name: getattr(pickle, name) for name in replaced}
+        before = [(module, name, getattr(module, name)) for module, name, _ in replaced]
         outer = getattr(_reading, "here", False)
-        for name, own in replaced.items():
-            setattr(pickle, name, own)
+        for module, name, own in replaced:
+            setattr(module, name, own)
         _reading.here = True
         try:
             yield
         finally:
             _reading.here = outer
-            for name, original in before.items():
-                setattr(pickle, name, original)
+            for module, name, original in before:
+                setattr(module, name, original)
 
 
 def _for_torch() -> list[Any]:
@@ -131,8 +84,37 @@ def _for_torch() -> list[Any]:
     from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
     from torch_geometric.data.storage import GlobalStorage
 
-    kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
-    return [DataEdgeAttr, DataTensorAttr, GlobalStorage, np.empty(0).__reduce__()[0], np.ndarray, np.dtype, *kinds]  # type: ignore[index]
+    arrays = [(thing, f"{module}.{name}") for (module, name), thing in ALLOWED.items() if module.startswith("numpy")]
+    return [DataEdgeAttr, DataTensorAttr, GlobalStorage, *arrays]
+
+
+def _torch_load(load: Callable[..., Any], graphs: bool, file: Any, *args: Any, **how: Any) -> Any:
+    """`torch.load`, whose own reader of pickles refuses code, with arrays built from checked pieces."""
+    if not getattr(_reading, "here", False):
+        return load(file, *args, **how)
+    if isinstance(file, (str, os.PathLike)):
+        with open(file, "rb") as opened:
+            return _torch_load(load, graphs, opened, *args, **how)
+    start = file.tell()
+    content = file.read()
+    file.seek(start)
+    if content[:4] == b"PK\x03\x04":
+        content = torch._C.PyTorchFileReader(io.BytesIO(content)).get_record("data.pkl")
+        check_nesting(content, 1)
+    else:
+        check_nesting(content, _LEGACY)
+    return plain(load(file, *args, **how), len(content), _graphs() if graphs else (_Nothing,))
+
+
+def _graphs() -> tuple[type, ...]:
+    from torch_geometric.data.data import BaseData
+    from torch_geometric.data.storage import BaseStorage
+
+    return BaseData, BaseStorage
+
+
+class _Nothing:
+    """Of which there are no objects."""
 
 
 @contextmanager
