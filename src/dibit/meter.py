@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dibit.codec import Packed
 from dibit.config import Project
 from dibit.residual import Aggregated, Compressed, Normed, Passed, Residual
 from dibit.row_plan import RowPlan
@@ -21,8 +20,11 @@ class Meter:
 
     def leaf(self, residual: Residual, dy: Tensor, dw: Tensor) -> None:
         """Of dW (O, D), the product of dY (N, O) and an input."""
-        while isinstance(residual, Aggregated):
-            dy, residual = residual.graph.transposed_product(dy), residual.source
+        square = torch.linalg.vector_norm(dw, dtype=torch.float32).square()
+        if isinstance(residual, Aggregated):  # of features: exact; to aggregate their gradients for this costs too much
+            terms = _squares(dy).sum() * _squares(residual.source.value()).mean()
+            s, g = torch.stack((terms, square)).tolist()
+            return self.plan.measured(self.key, (0.0, s, 0.0, g))
         weight = None
         ratio = 1.0
         if isinstance(residual, Compressed) and (sample := residual.packed.sample(torch.float32)) is not None:
@@ -38,9 +40,8 @@ class Meter:
         if weight is not None:
             left_out = (terms * weight * (weight - 1)).sum()
             terms, rounding = terms * weight, rounding * weight * weight
-        square = torch.linalg.vector_norm(dw, dtype=torch.float32).square()
         s, v, r, g = torch.stack((terms.sum(), left_out, rounding.sum(), square)).tolist()
-        self.plan.measured(self.key, (v / (ratio - 1) if ratio > 1 else s, s, r / ratio, g - v - r))
+        return self.plan.measured(self.key, (v / (ratio - 1) if ratio > 1 else s, s, r / ratio, g - v - r))
 
     def norm(self, along: Tensor, dx: Tensor, variance: float) -> None:
         """Of a norm: the square of what it subtracts along x_hat, 0-d, and dX, to which so much of it was added."""
@@ -54,22 +55,16 @@ def _rounding(residual: Residual, x: Tensor) -> Tensor:
     norm: Any = residual
     while isinstance(norm, Passed):
         norm = norm.source
+    gain = 1.0
     if isinstance(norm, Normed):
-        step = _steps(norm.source.packed).view(-1, x.shape[1])
-        gain = x.new_ones(()) if norm.weight is None else norm.weight.float()
-        return (step * gain * (x != 0)).square().sum(1) / 12
-    if isinstance(residual, Compressed) and not isinstance(residual.packed.config.reduce, Project):
-        packed = residual.packed
-        step = _steps(packed).view(-1, x.shape[1])
-        return (step * (x != 0)).square().sum(1) / (12 if packed.config.rounding == "dither" else 6)
-    return x.new_zeros(())
-
-
-def _steps(packed: Packed) -> Tensor:
-    """Of each element: how far its levels lie apart."""
-    steps = (packed.ranges[:, 1].float() - packed.ranges[:, 0].float()) / (2**packed.config.bits - 1)
-    rows, width = packed.reduced_shape
-    return steps.repeat_interleave(packed.block)[: rows * width]
+        residual = norm.source
+        gain = 1.0 if norm.weight is None else float(norm.weight.float().square().mean())
+    if not isinstance(residual, Compressed) or isinstance(residual.packed.config.reduce, Project):
+        return x.new_zeros(())
+    config, ranges = residual.packed.config, residual.packed.ranges
+    bin_ = ((ranges[:, 1].float() - ranges[:, 0].float()) / (2**config.bits - 1)).square().mean()
+    share = gain / (12 if config.rounding == "dither" else 6)
+    return torch.count_nonzero(x, dim=1) * (bin_ * share)  # zeros stay zeros, nearly
 
 
 def _squares(x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch import nn
 
 import dibit
 from dibit.train import checkpoint, events, generators
+from dibit.train.batches import MiniBatch
 from dibit.train.errors import Interrupted, TrainingError, UserError
 from dibit.train.folder import BEST, CHECKPOINT, how_to_go_on
 from dibit.train.progress import Progress
@@ -44,6 +45,7 @@ class Result:
         peak_bytes: See `Measured`.
         seconds_per_epoch: Median over the epochs, of the training step alone.
         loss: Training loss of every epoch.
+        noise: Squared error of the gradient over its square, at evaluations: (epoch, noise); none without compression.
     """
 
     recipe: str
@@ -57,6 +59,7 @@ class Result:
     peak_bytes: int
     seconds_per_epoch: float
     loss: list[float] = field(repr=False)
+    noise: list[tuple[int, float]] = field(default_factory=list, repr=False)
 
 
 @dataclass
@@ -71,6 +74,13 @@ class State:
     since_best: int = 0
     loss: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    noise: list[tuple[int, float]] = field(default_factory=list)
+    unmeasured: int = 0  # steps since noise was measured last
+    warned: bool = False
+
+
+_NOISE_EVERY = 40  # steps, at least, between two measurements of noise: each costs two
+_NOISE_MOST = 3.0  # above this, training is slowed down
 
 
 def train_one(
@@ -177,7 +187,8 @@ class _Training:
             while self.state.epoch < optimisation.epochs and not self._out_of_patience():
                 self._epoch(log, progress)
                 state = self.state
-                progress.epoch(state.epoch, state.loss[-1], state.last_val, state.seconds[-1])
+                noise = state.noise[-1][1] if state.noise else None
+                progress.epoch(state.epoch, state.loss[-1], state.last_val, state.seconds[-1], noise)
                 if on_epoch is not None:
                     on_epoch(state.epoch, optimisation.epochs)
                 last = state.epoch == optimisation.epochs or self._out_of_patience()
@@ -201,6 +212,7 @@ class _Training:
         for number, batch in enumerate(self.batches, 1):
             mean, own = self.task.step(self.trained, self.optimizer, batch, self.scaler)
             total, rows = total + float(mean) * own, rows + own  # float: waits for a GPU
+            state.unmeasured += 1
             progress.within("batch", number, len(self.batches))
         if self.task.device.type == "cuda":
             torch.cuda.synchronize(self.task.device)
@@ -222,6 +234,7 @@ class _Training:
         log.add_scalar("seconds/epoch", seconds, state.epoch)
         if state.epoch % optimisation.eval_every and state.epoch != optimisation.epochs:
             return
+        self._noise(batch, log, progress)
         if self.world.size > 1:  # statistics of norm layers are each process's own since its last forward pass
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
@@ -234,6 +247,25 @@ class _Training:
             state.val, state.test, state.best_epoch, state.since_best = val, test, state.epoch, 0
             self.best = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
             self.best_is_written = False
+
+    def _noise(self, batch: MiniBatch, log: Any, progress: Progress) -> None:
+        """Measure how much noise compression adds to the gradient, once in a while, and say so where it is much."""
+        state = self.state
+        if not (self.compressed and self.world.first) or (state.noise and state.unmeasured < _NOISE_EVERY):
+            return
+        state.unmeasured = 0
+        found = self.task.noise(self.model, batch, self.scaler)
+        if found is None:
+            return
+        state.noise.append((state.epoch, found))
+        log.add_scalar("gradient/noise", found, state.epoch)
+        if found > _NOISE_MOST and not state.warned:
+            state.warned = True
+            progress.say(
+                f"{self.name}, epoch {state.epoch}: the gradient's noise is {found:.1f} times its own square, which "
+                "may slow training down; --recipe default keeps more rows where that helps, --bits 8 rounds less, and "
+                "--recipe none shows what compression costs."
+            )
 
     def _out_of_patience(self) -> bool:
         patience = self.settings.optimisation.patience
@@ -326,6 +358,7 @@ class _Training:
             peak_bytes=self.measured.peak,
             seconds_per_epoch=statistics.median(state.seconds),
             loss=state.loss,
+            noise=[(epoch, value) for epoch, value in state.noise],
         )
 
 

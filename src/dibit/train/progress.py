@@ -47,7 +47,7 @@ class Progress:
         if self.bar is not None:
             self.bar.stop()
 
-    def epoch(self, epoch: int, loss: float, val: float | None, seconds: float) -> None:
+    def epoch(self, epoch: int, loss: float, val: float | None, seconds: float, noise: float | None = None) -> None:
         """Report one finished epoch.
 
         Args:
@@ -55,9 +55,11 @@ class Progress:
             loss: Of the training nodes.
             val: Last validation result, 0 to 1.
             seconds: Of the training step.
+            noise: Squared error of the gradient over its square, as measured last.
         """
         shown = "-" if val is None else f"{100 * val:.2f} %"
-        status = f"loss {loss:.4f}  val {shown}  {seconds:.3f} s/epoch"
+        noisy = "" if noise is None else f"noise {noise:.2g}  "
+        status = f"loss {loss:.4f}  val {shown}  {noisy}{seconds:.3f} s/epoch"
         if self.bar is not None:
             self.bar.update(self.task, completed=epoch, status=status)
             return

@@ -69,7 +69,7 @@ def print_table(results: Sequence[Result], task: Task) -> None:
             style="table.title",
         )
     )
-    for heading in ("recipe", f"test {title} %", "saved MB", "peak MB", "s/epoch"):
+    for heading in ("recipe", f"test {title} %", "saved MB", "peak MB", "s/epoch", "noise"):
         table.add_column(heading, justify="left" if heading == "recipe" else "right", no_wrap=True)
     for recipe, row in summary["by_recipe"].items():
         spread = "" if row["test_std"] is None else f" ± {100 * row['test_std']:.2f}"
@@ -79,6 +79,7 @@ def print_table(results: Sequence[Result], task: Task) -> None:
             f"{row['saved_bytes'] / MB:.2f}",
             f"{row['peak_bytes'] / MB:.2f}",
             f"{row['seconds_per_epoch']:.4f}",
+            "-" if row["noise"] is None else f"{row['noise']:.2g}",
         )
     ratios, difference = summary["ratios"], summary["difference"]
     if ratios is not None:
@@ -89,6 +90,7 @@ def print_table(results: Sequence[Result], task: Task) -> None:
             _less(ratios["saved"]),
             _less(ratios["peak"]),
             f"{ratios['time']:.2f}x",
+            "",
         )
     console = consoles.Console() if sys.stdout.isatty() else consoles.Console(width=100)
     console.print(table)
@@ -155,6 +157,7 @@ def _processor() -> str:
 
 def _mean(results: Sequence[Result]) -> dict[str, Any]:
     tests = [r.test for r in results]
+    noise = [value for r in results for _, value in r.noise]
     return {
         "seeds": len(results),
         "test": statistics.fmean(tests),
@@ -163,4 +166,5 @@ def _mean(results: Sequence[Result]) -> dict[str, Any]:
         "saved_bytes": statistics.fmean(r.saved_bytes for r in results),
         "peak_bytes": statistics.fmean(r.peak_bytes for r in results),
         "seconds_per_epoch": statistics.fmean(r.seconds_per_epoch for r in results),
+        "noise": statistics.median(noise) if noise else None,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -96,18 +97,10 @@ class Task:
         Returns:
             The mean loss over the batch's rows, detached, and their number; of this process.
         """
-        own = batch.rows.numel()
-        count = self.world.sums(own)[0]
-        if not count:
-            return torch.zeros(()), 0
         optimizer.zero_grad(set_to_none=True)
-        with self.autocast(), dibit.batch(unwrapped(model), node_ids=batch.nodes, loss_rows=batch.rows):
-            logits = model(batch.x, *batch.adjacency)
-        loss = metrics.loss(logits[batch.rows].float(), batch.y) if own else logits.sum() * 0.0
-        del logits
-        # processes average their gradients: each counts as much as it has rows
-        scaled = loss if self.world.size == 1 else loss * (own * self.world.size / count)
-        (scaled if scaler is None else scaler.scale(scaled)).backward()
+        loss, own = self.gradient(model, batch, scaler)
+        if loss is None:
+            return torch.zeros(()), 0
         if scaler is not None:
             scaler.unscale_(optimizer)
         if self.settings.optimisation.clip is not None:
@@ -118,7 +111,36 @@ class Task:
             scaler.step(optimizer)
             scaler.update()
             torch.autograd.graph.increment_version(optimizer.param_groups[0]["params"][:1])  # a step, even if skipped
+        return loss, own
+
+    def gradient(
+        self, model: nn.Module, batch: MiniBatch, scaler: torch.amp.GradScaler | None = None
+    ) -> tuple[Tensor | None, int]:
+        """The forward and backward pass of a step; gradients are scaled with the loss.
+
+        Returns:
+            The mean loss over the batch's rows, detached, and their number; `None` without a row in any process.
+        """
+        own = batch.rows.numel()
+        count = self.world.sums(own)[0]
+        if not count:
+            return None, 0
+        with self.autocast(), dibit.batch(unwrapped(model), node_ids=batch.nodes, loss_rows=batch.rows):
+            logits = model(batch.x, *batch.adjacency)
+        loss = metrics.loss(logits[batch.rows].float(), batch.y) if own else logits.sum() * 0.0
+        del logits
+        # processes average their gradients: each counts as much as it has rows
+        scaled = loss if self.world.size == 1 else loss * (own * self.world.size / count)
+        (scaled if scaler is None else scaler.scale(scaled)).backward()
         return loss.detach(), own
+
+    def noise(self, model: nn.Module, batch: MiniBatch, scaler: torch.amp.GradScaler | None = None) -> float | None:
+        """The squared error of a compressed model's gradient over its square, of two draws; `None`: not to be had."""
+        alone = replace(self, world=World())
+        if not batch.rows.numel():
+            return None
+        found = dibit.noise(model, lambda: alone.gradient(model, batch, scaler)).total
+        return found if math.isfinite(found) else None
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision of the forward pass."""
@@ -186,7 +208,8 @@ def measure(task: Task, model: nn.Module, config: dibit.Config | None, batches: 
         batch = next(iter(batches))
         targets = batch.y.numel() * batch.y.element_size()
         optimizer, scaler = adam(trial, task.settings.optimisation), task.scaler()
-        alone.step(trial, optimizer, batch, scaler)  # Adam's moments and scores are there from the second step on
+        for _ in range(3):  # by then Adam's moments and scores are there, and how many rows the error asks for
+            alone.step(trial, optimizer, batch, scaler)
         told = dibit.batch(trial, node_ids=batch.nodes, loss_rows=batch.rows)
         with dibit.track(trial) as saved, task.autocast(), told:
             logits = trial(batch.x, *batch.adjacency)
