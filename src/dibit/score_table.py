@@ -19,11 +19,12 @@ from dibit.codec.rows import LEFT_OUT, row_scores, together
 from dibit.field import Field
 from dibit.identity import version
 from dibit.owners import History
-from dibit.stream import capturing
+from dibit.stream import capturing, given, go_on
 
 _PARAMETERS, _ELEMENTS = 16, 16  # whose values are compared, and how many of each
 _HISTORY = "steady/"  # before the roles of `History`
 _REACH = "reach/"  # before the keys of `Field.state_dict`, beside those of the scores
+_DRAWS = "draws/"  # before the names of `stream.given`
 
 
 class Watch:
@@ -161,26 +162,30 @@ class Scores:
         Returns:
             The scores by residual, uint8 (nodes,); by "reach/" and residual how far the loss reaches, int64 (), as
             far as passes were told of `loss_rows`; by "steady/" and argument or attribute whether passes may rest on
-            its content, bool ().
+            its content, bool (); after "draws/" what the codec's next draws depend on beside torch's generator, int64
+            (), which is of this process rather than of the model.
         """
         self.history.settle()
         learnt = {_HISTORY + role: torch.tensor(True) for role, steady in self.history.steady.items() if steady}
-        return {**self._latest(), **{_REACH + key: steps for key, steps in self.reach.state_dict().items()}, **learnt}
+        learnt |= {_REACH + key: steps for key, steps in self.reach.state_dict().items()}
+        return {**self._latest(), **learnt, **{_DRAWS + name: torch.tensor(value) for name, value in given().items()}}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take what `state_dict` gave; other devices are allowed.
+        """Take what `state_dict` gave, of this version or an older one; other devices are allowed.
 
         Raises:
-            TypeError: a value is neither a uint8 tensor with one dimension nor, after "reach/", an int64 number nor,
-                after "steady/", a bool.
+            TypeError: a value is neither a uint8 tensor with one dimension nor, after "reach/" or "draws/", an int64
+                number nor, after "steady/", a bool.
         """
-        scores, reach, steady = {}, {}, {}
+        scores, reach, steady, draws = {}, {}, {}, {}
         for key, value in state.items():
             dtype, dims = (value.dtype, value.dim()) if isinstance(value, Tensor) else (None, 0)
             if (dtype, dims) == (torch.uint8, 1):
                 scores[key] = value
             elif (dtype, dims) == (torch.int64, 0) and key.startswith(_REACH):
                 reach[key.removeprefix(_REACH)] = value
+            elif (dtype, dims) == (torch.int64, 0) and key.startswith(_DRAWS):
+                draws[key.removeprefix(_DRAWS)] = int(value)
             elif (dtype, dims) == (torch.bool, 0) and key.startswith(_HISTORY):
                 steady[key.removeprefix(_HISTORY)] = bool(value)
             else:
@@ -193,6 +198,8 @@ class Scores:
         self._used = set(scores)
         self.reach.load_state_dict(reach)
         self.history = History(steady)
+        if {"state", "first", "again"} <= draws.keys():  # an older version has written none
+            go_on(draws["state"], draws["first"], draws["again"])
         self._next.clear()
         self._pending.clear()
 
