@@ -8,6 +8,7 @@ import functools
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -19,12 +20,14 @@ from dibit.around import around, check
 from dibit.compiled import mode as traced
 from dibit.compiled.spec import setting_of
 from dibit.config import Config, nearest, recipe
+from dibit.foreign import is_a, static
 from dibit.inner_gradient import asks
 from dibit.ledger import Ledger, Row
 from dibit.masks import transformed
 from dibit.portable import Portable
 from dibit.score_table import Scores
 from dibit.scripting import prepare as prepare_scripting
+from dibit.scripting import scripted
 from dibit.state import Found, Hook, Rule, State, state_of, states_in
 
 __all__ = ["compress", "decompress", "scores", "state_of", "track"]
@@ -51,6 +54,13 @@ class Enter(Hook):
                     around(module, passes.run, self, module)
             finally:
                 traced.set_callback(callback)
+
+    def called(self, module: nn.Module) -> None:
+        super().called(module)
+        if self.state.scripted:  # copies of what TorchScript runs come without hooks
+            for name, part in self.state.root.named_modules():
+                if scripted(part) and state_of(part) is None:
+                    _hang(part, Enter(self.state, name, None))
 
     def begins(self, module: nn.Module) -> bool:
         """Whether a call of this module, outside of any pass, is one: it compresses, or draws dropout's masks alone."""
@@ -215,8 +225,9 @@ def _check_module(function: str, model: Any) -> None:
 def _detach(model: nn.Module, which: Callable[[State], bool]) -> None:
     """Remove the hooks of these states."""
     for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, Enter | Exit) and which(hook.state)]:
+        found: tuple[Any, Any] = module._forward_pre_hooks, module._forward_hooks
+        for hooks in found:
+            for key in [key for key, hook in hooks.items() if is_a(hook, (Enter, Exit)) and which(hook.state)]:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
                 module._forward_hooks_with_kwargs.pop(key, None)
@@ -230,17 +241,24 @@ def _attach(model: nn.Module, state: State, settings: Mapping[str, Config | None
     for name, module in model.named_modules():
         if id(module) in shared:
             continue
-        module.register_forward_pre_hook(Enter(state, name, settings[name]), prepend=True, with_kwargs=True)
-        module.register_forward_hook(Exit(state))
+        state.scripted |= scripted(module)
+        _hang(module, Enter(state, name, None if scripted(module) else settings[name]))
+
+
+def _hang(module: nn.Module, hook: Enter) -> None:
+    # by the base class: what TorchScript runs refuses hooks by its own method, yet Python's call of it heeds them
+    nn.Module.register_forward_pre_hook(module, hook, prepend=True, with_kwargs=True)
+    nn.Module.register_forward_hook(module, Exit(hook.state))
 
 
 def _defaults(model: nn.Module) -> set[int]:
     """Modules that are a default argument (`act=ReLU()`): shared by all instances of that layer, everywhere."""
     found: set[int] = set()
-    for kind in {type(module) for module in model.modules()}:
-        given = (*(getattr(kind.__init__, "__defaults__", None) or ()),)
-        named = getattr(kind.__init__, "__kwdefaults__", None) or {}
-        found |= {id(value) for value in (*given, *named.values()) if isinstance(value, nn.Module)}
+    for kind in {id(type(module)): type(module) for module in model.modules()}.values():
+        init = static(kind, "__init__")
+        if is_a(init, FunctionType):
+            given = *(init.__defaults__ or ()), *(init.__kwdefaults__ or {}).values()
+            found |= {id(value) for value in given if is_a(value, nn.Module)}
     return found
 
 

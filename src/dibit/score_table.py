@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from dibit.codec.rows import LEFT_OUT, row_scores, together
 from dibit.field import Field
-from dibit.identity import version
+from dibit.identity import strided, version
 from dibit.owners import History
 from dibit.stream import capturing, given, go_on
 
@@ -212,7 +212,8 @@ class Scores:
 
 def _values(parameters: list[Tensor]) -> list[float]:
     """Some values of some trained parameters: enough to tell that an optimiser has stepped."""
-    trained = [p.detach() for p in parameters if p.requires_grad and type(p) is nn.Parameter and p.numel()]
+    usual = [p for p in parameters if type(p) is nn.Parameter and strided(p)]
+    trained = [p.detach() for p in usual if p.requires_grad and p.numel()]
     some = trained[:: len(trained) // _PARAMETERS + 1]
     parts = [p.view(-1)[:: p.numel() // _ELEMENTS + 1] for p in some if p.is_contiguous() and not p.is_complex()]
     return [float(x) for part in parts for x in part.tolist()]
