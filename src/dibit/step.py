@@ -154,12 +154,10 @@ class Step:
         return all(storage_key(part) in self.owners.roles for part in storages(x))
 
     def free(self, x: Tensor) -> bool:
-        """Whether x can be computed from in the backward pass at no cost.
+        """Whether x, a strided tensor, can be computed from in the backward pass at no cost.
 
         It is kept exactly already, or somebody else holds it and has never changed it between the passes.
         """
-        if not strided(x):
-            return all(map(self.free, storages(x)))
         key = self.key(x)
         if key in self._kept or any((form, key) in self._shared for form in ("lossless", "copy", "leaf")):
             return True
@@ -170,8 +168,9 @@ class Step:
         """Identity of a tensor's content: live storage, version, geometry. Never its address."""
         storage = self._alive.hold(x)
         count = version(x) + (self._changes[storage] << 32) if storage in self._changes else version(x)
-        signs = x.is_conj(), x.is_neg()  # views that torch writes out late
-        return storage, count, x.storage_offset(), x.shape, x.stride(), x.dtype, signs
+        dtype = x.dtype
+        late = x.is_neg(), dtype.is_complex and x.is_conj()  # signs that torch writes out late
+        return storage, count, x.storage_offset(), x.shape, x.stride(), dtype, late
 
     def _owned(self, node: Node, x: Tensor) -> None:
         """Remember the content of a tensor that somebody else owns, before it is read."""
