@@ -75,6 +75,17 @@ def net(dropout: float) -> nn.Module:
     return nn.Sequential(*layers).train()
 
 
+class Twice(nn.Module):
+    """Runs its inside once more within the backward pass."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inside, x.requires_grad_(), use_reentrant=True)
+
+
 def step(model: nn.Module, x: Tensor) -> list[Tensor]:
     model.zero_grad()
     model(x).square().sum().backward()
@@ -83,6 +94,11 @@ def step(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 def same(a: list[list[Tensor]], b: list[list[Tensor]]) -> bool:
     return all(torch.equal(p, q) for s, t in zip(a, b, strict=True) for p, q in zip(s, t, strict=True))
+
+
+def as_in_a_new_process() -> None:
+    """What this process has given before does not count."""
+    stream._first, stream._again, stream._loaded = stream._Given(), stream._Given(), {}
 
 
 class TestSeeds:
@@ -108,7 +124,7 @@ class TestSeeds:
         state = torch.get_rng_state()
         first = [step(model, x) for _ in range(2)]
         torch.set_rng_state(state)
-        stream._first.state = None  # as in a new process
+        as_in_a_new_process()
         assert same(first, [step(model, x) for _ in range(2)])
 
     @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -133,6 +149,55 @@ class TestSeeds:
         torch.manual_seed(5)
         stream.draw(), stream.draw()
         assert torch.equal(after, torch.rand(3))
+
+    @pytest.mark.parametrize("again", [False, True], ids=["once", "run again by the backward pass"])
+    @pytest.mark.parametrize("anew", [False, True], ids=["in this process", "in a new process"])
+    @pytest.mark.parametrize("before", [0, 1, 5])
+    @pytest.mark.parametrize("dropout", [0.0, 0.5])
+    @pytest.mark.parametrize("recipe", RECIPES)
+    def test_what_the_scores_hold_is_enough_to_go_on(
+        self, recipe: str, dropout: float, before: int, anew: bool, again: bool
+    ) -> None:
+        """Two models that count together, where nothing is drawn between their passes."""
+
+        def made() -> list[nn.Module]:
+            return [dibit.compress(Twice(net(dropout)) if again else net(dropout), recipe) for _ in range(2)]
+
+        def steps(models: list[nn.Module], count: int) -> list[list[Tensor]]:
+            return [step(model, x) for _ in range(count) for model in (models[0], models[1], models[0])]
+
+        models, x = made(), torch.randn(N, D)
+        torch.manual_seed(5)
+        steps(models, before)
+        saved = [{k: v.clone() for k, v in dibit.scores(model).state_dict().items()} for model in models]
+        weights, state = [copy.deepcopy(model.state_dict()) for model in models], torch.get_rng_state()
+        first = steps(models, 3)
+        models = made()
+        if anew:
+            as_in_a_new_process()
+        torch.set_rng_state(state)
+        for model, scores, own in zip(models, saved, weights, strict=True):
+            model.load_state_dict(own)
+            dibit.scores(model).load_state_dict(scores)
+        assert same(first, steps(models, 3))
+
+    def test_what_another_thread_draws_while_a_checkpoint_is_read_is_its_own(self) -> None:
+        torch.manual_seed(5)
+        keys = [Key(moves=False).value for _ in range(6)]
+        torch.manual_seed(5)
+        as_in_a_new_process()
+        Key(moves=False), Key(moves=False), Key(moves=False)
+        found, state = stream.given(), torch.get_rng_state()
+        as_in_a_new_process()
+        stream.go_on(**found)
+        torch.rand(1), Key(moves=False)  # a state of its own
+        torch.set_rng_state(state)
+        assert [Key(moves=False).value for _ in range(3)] == keys[3:]
+
+    def test_checkpoints_that_are_read_without_end_are_forgotten(self) -> None:
+        for i in range(1000):
+            stream.go_on(i, 1, 1)
+        assert len(stream._loaded) <= stream._MOST
 
     def test_passes_between_which_nothing_is_drawn_differ(self) -> None:
         model, x = dibit.compress(net(0.0), "iexact"), torch.randn(N, D)

@@ -84,6 +84,9 @@ def test_nothing_is_changed() -> None:
     assert after.keys() == learnt.keys()
     assert all(torch.equal(after[key], learnt[key]) for key in learnt)
     assert dibit.noise(model, step).total == first.total
+    step()
+    after_it = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    assert len(after_it) == len(grads)
 
 
 def test_bad_input() -> None:

@@ -439,7 +439,7 @@ class TestState:
     def test_decompressed_models_have_none(self) -> None:
         net, _, _ = trained()
         dibit.compress(dibit.decompress(net), CONFIG)
-        assert not dibit.scores(net).state_dict()
+        assert not dibit.scores(net).known
 
 
 def test_the_ledger_counts_a_byte_a_row() -> None:

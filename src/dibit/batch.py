@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from dibit.identity import storages
 from dibit.state import Found, State, states_in
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)  # return what is returned inside
@@ -39,8 +40,9 @@ class Batch:
         """
         if self.node_ids is not None:
             ids = self.node_ids.numel()
-            if ids not in (x.shape[0] for x in (*given, *(x for _, x in state.constants())) if x.dim()):
-                shapes = ", ".join(str(tuple(x.shape)) for x in given) or "nothing"
+            known = [x for x in given if storages(x)]
+            if ids not in (x.shape[0] for x in (*known, *(x for _, x in state.constants())) if x.dim()):
+                shapes = ", ".join(str(tuple(x.shape)) for x in known) or "nothing"
                 raise ValueError(
                     f"batch got {ids:,} node_ids, but {type(state.root).__name__} was called with tensors of other "
                     f"lengths ({shapes}); expected the number of each row's node, such as batch.n_id."
@@ -56,7 +58,7 @@ class Batch:
         Raises:
             ValueError: `loss_rows` are not rows of it.
         """
-        rows = [x.shape[0] for x in returned if x.dim()]
+        rows = [x.shape[0] for x in returned if storages(x) and x.dim()]
         if self.loss_rows is not None and rows and not any(map(self._fits, rows)):
             self._compare(max(rows), f"the output of {type(state.root).__name__} has")
 

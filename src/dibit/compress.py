@@ -8,6 +8,7 @@ import functools
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -19,12 +20,14 @@ from dibit.around import around, check
 from dibit.compiled import mode as traced
 from dibit.compiled.spec import setting_of
 from dibit.config import Config, Sample, nearest, recipe
+from dibit.foreign import is_a, static
 from dibit.inner_gradient import asks
 from dibit.ledger import Ledger, Row
 from dibit.masks import transformed
 from dibit.portable import Portable
 from dibit.score_table import Scores
 from dibit.scripting import prepare as prepare_scripting
+from dibit.scripting import scripted
 from dibit.state import Found, Hook, Rule, State, state_of, states_in
 
 __all__ = ["compress", "decompress", "scores", "state_of", "track"]
@@ -39,7 +42,8 @@ class Enter(Hook):
     def __init__(self, state: State, name: str, config: Config | None) -> None:
         super().__init__(state, name)
         self.config = config
-        self.setting = setting_of(state.scores.plan.unmeasured(config, state.root))  # for compiled code
+        self.traced = state.scores.plan.unmeasured(config, state.root)
+        self.setting = setting_of(self.traced)  # for compiled code
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         if torch.compiler.is_dynamo_compiling():
@@ -53,16 +57,33 @@ class Enter(Hook):
             finally:
                 traced.set_callback(callback)
 
+    def called(self, module: nn.Module) -> None:
+        super().called(module)
+        if self.state.scripted:  # copies of what TorchScript runs come without hooks
+            for name, part in self.state.root.named_modules():
+                if scripted(part) and state_of(part) is None:
+                    _hang(part, Enter(self.state, name, None))
+
     def begins(self, module: nn.Module) -> bool:
         """Whether a call of this module, outside of any pass, is one: it compresses, or draws dropout's masks alone."""
         return module.training and not transformed() and (self.state.seeds or passes.compresses())
 
     def packed(self) -> dict[str, Any]:
         root = None if self.name else self.state.root  # a part is saved without the model that it is of
-        return {"state": self.state, "name": self.name, "config": pickle.dumps(self.config), "root": root}
+        return {
+            "state": self.state,
+            "name": self.name,
+            "config": pickle.dumps((self.config, self.traced)),
+            "root": root,
+        }
 
     def unpacked(self, packed: dict[str, Any]) -> None:
-        Enter.__init__(self, packed["state"], packed["name"], pickle.loads(packed["config"]))
+        Hook.__init__(self, packed["state"], packed["name"])
+        config = pickle.loads(packed["config"])
+        self.config, self.traced = (
+            config if isinstance(config, tuple) else (config, config)
+        )  # as older versions have it
+        self.setting = setting_of(self.traced)
         if packed["root"] is not None:
             self.state.belongs_to(packed["root"])
 
@@ -220,8 +241,9 @@ def _check_module(function: str, model: Any) -> None:
 def _detach(model: nn.Module, which: Callable[[State], bool]) -> None:
     """Remove the hooks of these states."""
     for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, Enter | Exit) and which(hook.state)]:
+        found: tuple[Any, Any] = module._forward_pre_hooks, module._forward_hooks
+        for hooks in found:
+            for key in [key for key, hook in hooks.items() if is_a(hook, (Enter, Exit)) and which(hook.state)]:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
                 module._forward_hooks_with_kwargs.pop(key, None)
@@ -235,17 +257,24 @@ def _attach(model: nn.Module, state: State, settings: Mapping[str, Config | None
     for name, module in model.named_modules():
         if id(module) in shared:
             continue
-        module.register_forward_pre_hook(Enter(state, name, settings[name]), prepend=True, with_kwargs=True)
-        module.register_forward_hook(Exit(state))
+        state.scripted |= scripted(module)
+        _hang(module, Enter(state, name, None if scripted(module) else settings[name]))
+
+
+def _hang(module: nn.Module, hook: Enter) -> None:
+    # by the base class: what TorchScript runs refuses hooks by its own method, yet Python's call of it heeds them
+    nn.Module.register_forward_pre_hook(module, hook, prepend=True, with_kwargs=True)
+    nn.Module.register_forward_hook(module, Exit(hook.state))
 
 
 def _defaults(model: nn.Module) -> set[int]:
     """Modules that are a default argument (`act=ReLU()`): shared by all instances of that layer, everywhere."""
     found: set[int] = set()
-    for kind in {type(module) for module in model.modules()}:
-        given = (*(getattr(kind.__init__, "__defaults__", None) or ()),)
-        named = getattr(kind.__init__, "__kwdefaults__", None) or {}
-        found |= {id(value) for value in (*given, *named.values()) if isinstance(value, nn.Module)}
+    for kind in {id(type(module)): type(module) for module in model.modules()}.values():
+        init = static(kind, "__init__")
+        if is_a(init, FunctionType):
+            given = *(init.__defaults__ or ()), *(init.__kwdefaults__ or {}).values()
+            found |= {id(value) for value in given if is_a(value, nn.Module)}
     return found
 
 

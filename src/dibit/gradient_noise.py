@@ -108,7 +108,7 @@ def estimate(gradients: list[dict[str, Tensor]]) -> Noise:
 def _copied(scores: Scores) -> Scores:
     """All that is known, with what was measured since the last step."""
     twin = Scores()
-    twin.load_state_dict(scores.state_dict())
+    twin.load_state_dict({key: value for key, value in scores.state_dict().items() if not key.startswith("draws/")})
     return twin
 
 

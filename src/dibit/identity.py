@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _free = torch.UntypedStorage._free_weak_ref
 
 
@@ -21,12 +24,36 @@ def version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
+def strided(x: Tensor) -> bool:
+    """Whether storage, shape and strides of a tensor can be asked for, and say what it holds.
+
+    They cannot of nested tensors, of those that another library lays out, of wrappers of `torch.func`, of tensors
+    without values; and quantised ones have a scale beside. All these are left exact, by reference.
+    """
+    if type(x) in _PLAIN:
+        return x.layout == torch.strided and not (x.is_nested or x.is_quantized or x.is_meta or _wrapped(x))
+    if issubclass(type(x), FakeTensor) or is_lazy(x):
+        return False
+    try:
+        known = x.layout == torch.strided and not (x.is_nested or x.is_quantized or x.is_meta or _wrapped(x))
+        return known and bool((x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride(), version(x)))
+    except Exception:  # a subclass may answer with whatever it likes
+        return False
+
+
 def storages(x: Tensor) -> list[Tensor]:
-    """The strided tensors that hold a tensor's memory: itself, or the parts of a sparse one; none of a lazy one."""
-    if is_lazy(x):
-        return []
-    if x.layout == torch.strided:
+    """The strided tensors that hold a tensor's memory: itself, or the parts of a sparse one; or none."""
+    if strided(x):
         return [x]
+    try:
+        return _parts(x)
+    except Exception:  # of a subclass, or a wrapper around a sparse tensor
+        return []
+
+
+def _parts(x: Tensor) -> list[Tensor]:
+    if is_lazy(x) or x.layout == torch.strided:
+        return []
     if x.layout == torch.sparse_coo:
         return [x._indices(), x._values()]
     if x.layout in (torch.sparse_csr, torch.sparse_bsr):
@@ -57,13 +84,16 @@ class Weak:
         self._reference = x.untyped_storage()._weak_ref()
         self._geometry = x.storage_offset(), x.shape, x.stride()
         self._like = x.dtype, x.device
+        self._conj, self._neg = x.is_conj(), x.is_neg()
 
     def tensor(self) -> Tensor | None:
         storage = torch.UntypedStorage._new_with_weak_ptr(self._reference)
         if storage is None:
             return None
         dtype, device = self._like
-        return torch.empty(0, dtype=dtype, device=device).set_(storage, *self._geometry)  # type: ignore[call-overload]
+        x = torch.empty(0, dtype=dtype, device=device).set_(storage, *self._geometry)  # type: ignore[call-overload]
+        x = torch._neg_view(x) if self._neg else x
+        return x.conj() if self._conj else x
 
     def __del__(self) -> None:
         _free(self._reference)

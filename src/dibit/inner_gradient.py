@@ -8,6 +8,7 @@ is answered only if nothing compressed lies between what is differentiated and w
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType, ModuleType
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dibit.foreign import is_a, static
 
 _FUNCTIONS = (torch.autograd.grad, torch.autograd.backward)
 _DEEPEST = 4  # calls from a module's forward to the function that asks
@@ -91,44 +94,61 @@ def refusal(module: str, model: str, nodes: list[Any]) -> str:
 
 def asks(model: nn.Module) -> bool:
     """Whether the forward pass of some module may ask for a gradient, as far as its code tells."""
-    kinds: set[Any] = {type(module) for module in model.modules()}
-    return any(_class_asks(kind) for kind in kinds)
+    kinds: dict[int, Any] = {id(type(module)): type(module) for module in model.modules()}
+    return any(_class_asks(kind) for kind in kinds.values())
 
 
 _known: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
 
 def _class_asks(kind: Any) -> bool:
-    if kind not in _known:
-        ours = not kind.__module__.startswith("torch.nn.")
-        _known[kind] = ours and _asks(kind.forward, kind, 0, set())
-    return _known[kind]
+    try:
+        if kind not in _known:
+            ours = not str(static(kind, "__module__")).startswith("torch.nn.")
+            _known[kind] = ours and any(_asks(f, kind, 0, set()) for f in _functions(static(kind, "forward")))
+        return _known[kind]
+    except Exception:  # a metaclass of the user's own may raise anything; requests are checked besides
+        return False
 
 
-def _asks(function: Any, kind: type, depth: int, seen: set[CodeType]) -> bool:
-    function = getattr(function, "__wrapped__", function)
-    code = getattr(function, "__code__", None)
-    if code is None or code in seen:
+def _asks(function: FunctionType, kind: type, depth: int, seen: set[CodeType]) -> bool:
+    code = function.__code__
+    if code in seen:
         return False
     seen.add(code)
     names = set(_names(code))
     if "backward" in names or ("autograd" in names and names & {"grad", "functional"}):
         return True
-    globals_ = getattr(function, "__globals__", {})
-    called = [globals_.get(name) for name in names]
-    if any(value in _FUNCTIONS for value in called if isinstance(value, FunctionType)):
+    called = [function.__globals__.get(name) for name in names]
+    if any(f is value for value in called for f in _FUNCTIONS):
         return True
     if depth == _DEEPEST:
         return False
-    called += [getattr(kind, name, None) for name in names]
-    for owner in [value for value in called if isinstance(value, ModuleType) and not _torchs(value.__name__)]:
-        called += [getattr(owner, name, None) for name in names]
-    own = [f for f in called if isinstance(f, FunctionType) and not _torchs(f.__module__ or "")]
+    owners = [value for value in called if is_a(value, ModuleType) and not _torchs(static(value, "__name__"))]
+    called += [static(owner, name) for owner in (kind, *owners) for name in names]
+    own = [f for value in called for f in _functions(value) if not _torchs(f.__module__)]
     return any(_asks(f, kind, depth + 1, seen) for f in own)
 
 
-def _torchs(name: str) -> bool:
-    return name == "torch" or name.startswith("torch.")
+def _functions(value: Any) -> Iterator[FunctionType]:
+    """The Python functions that run when this member of a class or module is called or read, none of them run now."""
+    for _ in range(_DEEPEST):
+        if is_a(value, (staticmethod, classmethod)):
+            value = value.__func__
+        elif is_a(value, (functools.partial, functools.partialmethod, functools.cached_property)):
+            value = value.func
+        elif is_a(value, property):
+            value = value.fget
+        elif is_a(value, FunctionType) and "__wrapped__" in vars(value):
+            value = vars(value)["__wrapped__"]
+        else:
+            break
+    if is_a(value, FunctionType):
+        yield value
+
+
+def _torchs(name: Any) -> bool:
+    return is_a(name, str) and (name == "torch" or name.startswith("torch."))
 
 
 def _names(code: CodeType) -> Iterator[str]:

@@ -20,7 +20,8 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 
 from dibit import inner_gradient
-from dibit.identity import storage_key, storages
+from dibit.foreign import is_a
+from dibit.identity import storage_key, storages, strided
 from dibit.masks import DROPOUTS, Calls, hooks_free, run_away, transformed
 from dibit.replay import functions
 from dibit.state import Rule
@@ -33,10 +34,14 @@ _push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
 _pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
 
 
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", "")  # a callable object of the user's may have none
+
+
 @functools.cache
 def _changes(function: Any) -> bool:
     """Whether a function changes its first argument: `relu_`, `__setitem__`, `__iadd__`."""
-    name = function.__name__
+    name = _name(function)
     dunder = name.startswith("__") and name.endswith("__")
     return name in ("__setitem__", "__set__") or (name.startswith("__i") if dunder else name.endswith("_"))
 
@@ -58,7 +63,7 @@ def _given(function: Any, name: str, args: Any, kwargs: Any) -> Any:
 @functools.cache
 def _has_statistics(function: Any) -> bool:
     """Whether a function may write to running statistics: no version counter and no schema tells of it."""
-    return any(part in function.__name__ for part in ("batch_norm", "instance_norm"))
+    return any(part in _name(function) for part in ("batch_norm", "instance_norm"))
 
 
 def tell_of_writes(step: Step, func: Any, args: Any, kwargs: Any) -> None:
@@ -85,7 +90,7 @@ def tell_of_writes(step: Step, func: Any, args: Any, kwargs: Any) -> None:
 def tell_of_results(step: Step, func: Any, args: Any, result: Any) -> None:
     """Note memory that this call has made. What has a gradient tells by itself."""
     for x in result if type(result) in (tuple, list) else (result,):
-        if type(x) is Tensor and not x.requires_grad and x.layout == torch.strided and func not in _FROM_OUTSIDE:
+        if type(x) is Tensor and not x.requires_grad and strided(x) and func not in _FROM_OUTSIDE:
             storage = storage_key(x)
             if not any(storage == storage_key(part) for a in tensors_in(args) for part in storages(a)):
                 step.made(x)
@@ -113,7 +118,7 @@ class Intercept(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.__name__ == "__get__" or torch.compiler.is_dynamo_compiling() or transformed():
+        if _name(func) == "__get__" or torch.compiler.is_dynamo_compiling() or transformed():
             return func(*args, **kwargs)  # a property; within the model a compiled function, or a transform: exact
         step = self.step
         if func in inner_gradient.ASKING:
@@ -191,8 +196,9 @@ class Intercept(TorchFunctionMode):
 
 def run_rule(step: Step, func: Any, rule: Rule, args: Any, kwargs: Any) -> Any:
     """Call a rule; an entry in the ledger is opened for it and dropped where it declines."""
-    if any(isinstance(x, Tensor) and x.layout == torch.strided and not x.numel() for x in (*args, *kwargs.values())):
-        return NotImplemented  # of nothing there is nothing to win, and no rows of a width can be told
+    for x in (*args, *kwargs.values()):
+        if is_a(x, Tensor) and (not (parts := storages(x)) or (parts[0] is x and not x.numel())):
+            return NotImplemented  # of nothing there is nothing to win, and no rows of a width can be told
     step.open(func)
     step.inside = True
     try:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dibit.codec import ops, reference
-from dibit.identity import version
+from dibit.identity import storages, version
 from dibit.replay import Program, Shared
 
 _INT32 = torch.iinfo(torch.int32)
@@ -27,13 +27,17 @@ class Exact:
     def restore(self) -> Tensor:
         if version(self.x) != self.version:
             raise RuntimeError(
-                f"a tensor of shape {tuple(self.x.shape)} that the backward pass needs was changed in place after the "
+                f"a tensor{_of_shape(self.x)} that the backward pass needs was changed in place after the "
                 f"forward pass (version {version(self.x)}, expected {self.version}); use the out-of-place operation."
             )
         return self.x
 
     def on(self, x: Tensor) -> Exact:
         return exact(x)
+
+
+def _of_shape(x: Tensor) -> str:
+    return f" of shape {tuple(x.shape)}" if storages(x) else ""  # not all can be asked
 
 
 def exact(x: Tensor) -> Exact:
@@ -45,7 +49,7 @@ def own(kept: Iterable[Exact]) -> None:
     """Take a copy, one of each tensor: their memory is about to change, or may from now on."""
     copies: dict[Any, Tensor] = {}
     for one in kept:
-        key = one.x.storage_offset(), one.x.shape, one.x.stride(), one.x.dtype
+        key = one.x.storage_offset(), one.x.shape, one.x.stride(), one.x.dtype, one.x.is_conj(), one.x.is_neg()
         one.x = copies[key] if key in copies else copies.setdefault(key, one.x.clone())
         one.version = version(one.x)
 

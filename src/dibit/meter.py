@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dibit.config import Project
+from dibit.precision import at_least_single
 from dibit.residual import Aggregated, Compressed, Normed, Passed, Residual
 from dibit.row_plan import RowPlan
 
@@ -20,7 +21,7 @@ class Meter:
 
     def leaf(self, residual: Residual, dy: Tensor, dw: Tensor) -> None:
         """Of dW (O, D), the product of dY (N, O) and an input."""
-        square = torch.linalg.vector_norm(dw, dtype=torch.float32).square()
+        square = _square(dw)
         if isinstance(residual, Aggregated):  # of features: exact; to aggregate their gradients for this costs too much
             terms = _squares(dy).sum() * _squares(residual.source.value()).mean()
             s, g = torch.stack((terms, square)).tolist()
@@ -45,8 +46,7 @@ class Meter:
 
     def norm(self, along: Tensor, dx: Tensor, variance: float) -> None:
         """Of a norm: the square of what it subtracts along x_hat, 0-d, and dX, to which so much of it was added."""
-        total = torch.linalg.vector_norm(dx, dtype=torch.float32).square()
-        part, whole = torch.stack((along.float(), total)).tolist()
+        part, whole = torch.stack((along.float(), _square(dx))).tolist()
         self.plan.measured(self.key, (part, max(whole - variance * part, 1e-3 * whole)))
 
 
@@ -68,4 +68,9 @@ def _rounding(residual: Residual, x: Tensor) -> Tensor:
 
 
 def _squares(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square()
+    """Of each row of x (N, D), float32 (N,)."""
+    return torch.linalg.vector_norm(x, dim=1, dtype=at_least_single(x[:0]).dtype).float().square()
+
+
+def _square(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dtype=at_least_single(x[:0]).dtype).float().square()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from dibit import unseen
 from dibit.batch import told_of
 from dibit.compiled import mode as traced
 from dibit.functions import RULES
+from dibit.identity import strided
 from dibit.intercept import Intercept
 from dibit.masks import Exactly, Masks, hooks_free, top_hooks, transformed
+from dibit.scripting import scripted
 from dibit.step import Step, tensors_in
 
 _TRACED = (torch.Tensor, nn.Parameter)
@@ -137,6 +140,8 @@ def _part(active: Pass, hook: Any, module: nn.Module, forward: Callable[..., Any
         step.names.append(hook.name)
         step.configs.append(hook.config)
         step.compresses |= hook.config is not None
+        if scripted(module) and isinstance(mode, Intercept):
+            return _unseen(mode, forward, args, kwargs)
         return forward(*args, **kwargs)
     finally:
         if away:
@@ -148,6 +153,23 @@ def _part(active: Pass, hook: Any, module: nn.Module, forward: Callable[..., Any
             step.exact_within = None if step.asked else 0
             if not depth and calls.state.asks is None:
                 calls.state.asks = False  # a tensor was made to require a gradient, and none was asked for
+
+
+def _unseen(mode: Intercept, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """A forward that TorchScript runs: exact, and in the ledger under its name, as hooks are told what it keeps."""
+    step, keeps = mode.step, torch.is_grad_enabled() and hooks_free()
+    _remove_mode(mode)  # the hooks are called while it would be active
+    mode.away = True
+    try:
+        for x in tensors_in((args, kwargs)):
+            if not step.held(x):
+                step.before_change(x)  # the forward may write to it
+        step.function = "TorchScript"
+        with torch.autograd.graph.saved_tensors_hooks(*mode.hooks) if keeps else nullcontext():
+            return forward(*args, **kwargs)
+    finally:
+        mode.away = False
+        _push_mode(mode)
 
 
 def _compiled(hook: Any, module: nn.Module, callback: Any, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -162,7 +184,7 @@ def _compiled(hook: Any, module: nn.Module, callback: Any, forward: Callable[...
         if active is None and not compresses():
             return _compile(callback, forward, args, kwargs)
         tensors = list(tensors_in((args, kwargs)))
-        if not tensors or not all(type(x) in _TRACED and x.layout == torch.strided for x in tensors):
+        if not tensors or not all(type(x) in _TRACED and strided(x) for x in tensors):
             return _eager(hook, module, forward, args, kwargs)  # sparse matrices break every graph
         if traced.weighs_edges(module) and max(x.numel() for x in tensors) >= _FEW:
             return _eager(hook, module, forward, args, kwargs)  # a graph would keep what is made for each edge
@@ -197,7 +219,7 @@ def _compile(callback: Any, forward: Callable[..., Any], args: Any, kwargs: Any)
         traced.set_callback(None)
 
 
-traced.alone(run, _compiled, _compile, _eager, _part)
+traced.alone(run, _compiled, _compile, _eager, _part, _unseen)
 
 
 def compresses() -> bool:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dibit.identity import strided
+
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -50,7 +52,7 @@ def lower(rule: Callable[..., Any]) -> Callable[..., Any]:
         if device is None or not autocast_on(device):
             return rule(step, *args, **kwargs)
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        if not all(type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided for x in tensors):
+        if not all(type(x) in (Tensor, torch.nn.Parameter) and strided(x) for x in tensors):
             return NotImplemented
         if any(x.dtype == torch.float64 for x in tensors):
             return NotImplemented  # autocast leaves these alone

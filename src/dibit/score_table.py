@@ -17,15 +17,16 @@ from torch.nn.parameter import is_lazy
 
 from dibit.codec.rows import LEFT_OUT, row_scores, together
 from dibit.field import Field
-from dibit.identity import version
+from dibit.identity import strided, version
 from dibit.owners import History
 from dibit.row_plan import RowPlan
-from dibit.stream import capturing
+from dibit.stream import capturing, given, go_on
 
 _PARAMETERS, _ELEMENTS = 16, 16  # whose values are compared, and how many of each
 _HISTORY = "steady/"  # before the roles of `History`
 _ROWS = "rows/"  # before the names of `RowPlan.state_dict`
 _REACH = "reach/"  # before the keys of `Field.state_dict`, beside those of the scores
+_DRAWS = "draws/"  # before the names of `stream.given`
 
 
 class Watch:
@@ -166,35 +167,35 @@ class Scores:
             The scores by residual, uint8 (nodes,); by "reach/" and residual how far the loss reaches, int64 (), as
             far as passes were told of `loss_rows`; by "steady/" and argument or attribute whether passes may rest on
             its content, bool (); by "rows/" what was measured of the gradient's error, and how many rows are kept
-            for it, float64 (values,).
+            for it, float64 (values,); after "draws/" what the codec's next draws depend on beside torch's generator,
+            int64 (), which is of this process rather than of the model.
         """
         self.history.settle()
         learnt = {_HISTORY + role: torch.tensor(True) for role, steady in self.history.steady.items() if steady}
-        return {
-            **self._latest(),
-            **self.rows(),
-            **{_REACH + key: steps for key, steps in self.reach.state_dict().items()},
-            **learnt,
-        }
+        learnt |= {_REACH + key: steps for key, steps in self.reach.state_dict().items()}
+        learnt |= {_DRAWS + name: torch.tensor(value) for name, value in given().items()}
+        return {**self._latest(), **self.rows(), **learnt}
 
     def rows(self) -> dict[str, Tensor]:
         """The part of `state_dict` that the plan of rows makes."""
         return {_ROWS + key: table for key, table in self.plan.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take what `state_dict` gave; other devices are allowed.
+        """Take what `state_dict` gave, of this version or an older one; other devices are allowed.
 
         Raises:
-            TypeError: a value is neither a uint8 tensor with one dimension nor, after "reach/", an int64 number nor,
-                after "steady/", a bool nor, after "rows/", a float64 tensor with one dimension.
+            TypeError: a value is neither a uint8 tensor with one dimension nor, after "reach/" or "draws/", an int64
+                number nor, after "steady/", a bool nor, after "rows/", a float64 tensor with one dimension.
         """
-        scores, reach, steady, rows = {}, {}, {}, {}
+        scores, reach, steady, draws, rows = {}, {}, {}, {}, {}
         for key, value in state.items():
             dtype, dims = (value.dtype, value.dim()) if isinstance(value, Tensor) else (None, 0)
             if (dtype, dims) == (torch.uint8, 1):
                 scores[key] = value
             elif (dtype, dims) == (torch.int64, 0) and key.startswith(_REACH):
                 reach[key.removeprefix(_REACH)] = value
+            elif (dtype, dims) == (torch.int64, 0) and key.startswith(_DRAWS):
+                draws[key.removeprefix(_DRAWS)] = int(value)
             elif (dtype, dims) == (torch.bool, 0) and key.startswith(_HISTORY):
                 steady[key.removeprefix(_HISTORY)] = bool(value)
             elif (dtype, dims) == (torch.float64, 1) and key.startswith(_ROWS):
@@ -210,6 +211,8 @@ class Scores:
         self.reach.load_state_dict(reach)
         self.plan.load_state_dict(rows)
         self.history = History(steady)
+        if {"state", "first", "again"} <= draws.keys():  # an older version has written none
+            go_on(draws["state"], draws["first"], draws["again"])
         self._next.clear()
         self._pending.clear()
 
@@ -228,7 +231,8 @@ class Scores:
 
 def _values(parameters: list[Tensor]) -> list[float]:
     """Some values of some trained parameters: enough to tell that an optimiser has stepped."""
-    trained = [p.detach() for p in parameters if p.requires_grad and type(p) is nn.Parameter and p.numel()]
+    usual = [p for p in parameters if type(p) is nn.Parameter and strided(p)]
+    trained = [p.detach() for p in usual if p.requires_grad and p.numel()]
     some = trained[:: len(trained) // _PARAMETERS + 1]
     parts = [p.view(-1)[:: p.numel() // _ELEMENTS + 1] for p in some if p.is_contiguous() and not p.is_complex()]
     return [float(x) for part in parts for x in part.tolist()]

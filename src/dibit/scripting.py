@@ -1,14 +1,23 @@
-"""`torch.jit.script` compiles a module's hooks too, and Dibit's are no TorchScript: it is handed the plain model."""
+"""TorchScript: compressed models that are compiled by it, and parts of models that have been before.
+
+`torch.jit.script` compiles a module's hooks too, and Dibit's are no TorchScript: it is handed the plain model.
+
+What has been scripted or traced runs in C++, where no function mode sees its operations: they stay exact. Saved-tensor
+hooks are called for what it keeps, so that the ledger names it.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections import OrderedDict
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
+import torch
 from torch import nn
 
+from dibit.foreign import is_a
 from dibit.portable import Portable
 
 _HOOKS = "_forward_pre_hooks", "_forward_hooks"
@@ -17,9 +26,9 @@ _HOOKS = "_forward_pre_hooks", "_forward_hooks"
 def prepare(model: nn.Module) -> None:
     """Give modules the method by which TorchScript asks for what it shall compile; of plain ones it is themselves."""
     nn.Module.__prepare_scriptable__ = _plain  # type: ignore[attr-defined]
-    for kind in {kind for module in model.modules() for kind in type(module).__mro__}:
+    for kind in {id(kind): kind for module in model.modules() for kind in type(module).__mro__}.values():
         own = vars(kind).get("__prepare_scriptable__", _plain)
-        if own is not _plain and not hasattr(own, "__wrapped__"):
+        if own is not _plain and is_a(own, FunctionType) and not hasattr(own, "__wrapped__"):
             kind.__prepare_scriptable__ = _then(own)  # type: ignore[attr-defined]
 
 
@@ -33,9 +42,16 @@ def _then(own: Callable[[Any], Any]) -> Callable[[nn.Module], Any]:
     return prepare_scriptable
 
 
+def scripted(module: nn.Module) -> bool:
+    """Whether TorchScript runs a module."""
+    return isinstance(module, torch.jit.ScriptModule)
+
+
 def _plain(module: nn.Module) -> nn.Module:
     """The module, or where it is compressed or contains what is, a copy on the same parameters without the hooks."""
-    if not any(isinstance(hook, Portable) for part in module.modules() for hook in part._forward_pre_hooks.values()):
+    if scripted(module):
+        return module  # it is not compiled again
+    if not any(is_a(hook, Portable) for part in module.modules() for hook in part._forward_pre_hooks.values()):
         return module
     twin = object.__new__(type(module))
     attributes: dict[str, Any] = twin.__dict__
@@ -43,5 +59,5 @@ def _plain(module: nn.Module) -> nn.Module:
     attributes["_modules"] = module._modules.copy()  # TorchScript replaces the children, one by one
     for name in _HOOKS:
         hooks = attributes[name]
-        attributes[name] = OrderedDict((key, hook) for key, hook in hooks.items() if not isinstance(hook, Portable))
+        attributes[name] = OrderedDict((key, hook) for key, hook in hooks.items() if not is_a(hook, Portable))
     return twin

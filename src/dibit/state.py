@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from dibit.codec import Packed
 from dibit.field import Field
+from dibit.foreign import attributes, defines, is_a, items, static
 from dibit.identity import storages
 from dibit.ledger import Ledger, Row
 from dibit.owners import History
@@ -43,6 +44,7 @@ class State(Portable):
     warned: bool = False
     told: bool = False  # that gradients inside the forward pass keep it exact
     seeds: bool = False  # some module's config draws dropout's masks from seeds
+    scripted: bool = False  # TorchScript runs some of the modules
     asks: bool | None = None  # a forward pass asks for a gradient; `None`: not known yet
     scores: Scores = field(default_factory=Scores)
 
@@ -79,16 +81,16 @@ class State(Portable):
         yield from ((name, p) for name, p in self.root.named_parameters() if not is_lazy(p))
         yield from ((name, b) for name, b in self.root.named_buffers() if not is_lazy(b))
         for path, module in self.root.named_modules():
-            for name, value in vars(module).items():
+            for name, value in list(attributes(module).items()):
                 if type(value) in _NO_TENSORS:
                     continue
-                for x in value if isinstance(value, tuple | list) else (value,):
-                    if isinstance(x, Tensor) and not x.requires_grad and storages(x):
-                        yield f"{path}.{name}".lstrip("."), x
-                    elif hasattr(x, "to_torch_sparse_csr_tensor"):  # a cached SparseTensor
-                        for part in (*x.coo(), x.storage.rowptr()):
-                            if part is not None:
-                                yield f"{path}.{name}".lstrip("."), part
+                for x in (items(value) or ()) if is_a(value, (tuple, list)) else (value,):
+                    if is_a(x, Tensor):
+                        if storages(x) and not x.requires_grad:
+                            yield f"{path}.{name}".lstrip("."), x
+                    elif defines(x, "to_torch_sparse_csr_tensor"):  # a cached SparseTensor
+                        for part in _parts(x):
+                            yield f"{path}.{name}".lstrip("."), part
 
     def copied(self) -> dict[str, Any]:
         return {**vars(self), "trackers": [], "observer": None}
@@ -119,16 +121,28 @@ class State(Portable):
             "warned": self.warned,
             "seeds": self.seeds,
             "asks": self.asks,
+            "scripted": self.scripted,
             "scores": {**self.scores.known, **self.scores.rows()},
             "steps": dict(self.reach.steps),
         }
 
     def unpacked(self, packed: dict[str, Any]) -> None:
         rules, known, steps = pickle.loads(packed["rules"]), packed["scores"], packed["steps"]
-        own = {name: packed[name] for name in ("passive", "warned", "seeds", "asks")}
+        names = ("passive", "warned", "seeds", "asks", "scripted")
+        own = {name: packed[name] for name in names if name in packed}  # an older version wrote fewer
         State.__init__(self, None, rules, **own)
         self.scores.load_state_dict(known)
         self.reach.steps = steps
+
+
+def _parts(x: Any) -> list[Tensor]:
+    """The tensors of a SparseTensor."""
+    if not str(static(type(x), "__module__")).startswith("torch_sparse"):
+        return []  # something else that has a method of this name
+    try:
+        return [part for part in (*x.coo(), x.storage.rowptr()) if isinstance(part, Tensor)]
+    except Exception:  # of another version
+        return []
 
 
 class Hook(Portable):
@@ -165,7 +179,7 @@ class Found:
 def state_of(model: nn.Module) -> State | None:
     """What `compress` attached to this module, if anything."""
     hooks: Any = model._forward_pre_hooks.values()
-    return next((hook.state for hook in hooks if isinstance(hook, Hook)), None)
+    return next((hook.state for hook in hooks if is_a(hook, Hook)), None)
 
 
 def states_in(model: nn.Module, passive: bool = False) -> list[Found]:
@@ -174,6 +188,6 @@ def states_in(model: nn.Module, passive: bool = False) -> list[Found]:
     hook: Any
     for path, module in model.named_modules():
         for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, Hook) and hook.state.passive == passive:
+            if is_a(hook, Hook) and hook.state.passive == passive:
                 found.setdefault(id(hook.state), Found(hook.state, path, set())).names.add(hook.name)
     return list(found.values())

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torch.overrides import resolve_name
 
 from dibit.averages import counts, division
@@ -18,8 +17,10 @@ from dibit.codec import Affine, encode, encoded_bytes, mix, norm_scores, seed_te
 from dibit.codec.fingerprint import fingerprint
 from dibit.codec.rows import LEFT_OUT
 from dibit.config import Config, Project, Sample
+from dibit.foreign import attributes as own_attributes
+from dibit.foreign import defines, is_a, items, mapped, static
 from dibit.graph import Graph
-from dibit.identity import Alive, holders, storage_key, storages, version
+from dibit.identity import Alive, holders, storage_key, storages, strided, version
 from dibit.ledger import Ledger, Row
 from dibit.lossless import Exact, Kept, Narrowed, Recomputed, exact, narrow, own
 from dibit.meter import Meter
@@ -179,7 +180,7 @@ class Step:
         return all(storage_key(part) in self.owners.roles for part in storages(x))
 
     def free(self, x: Tensor) -> bool:
-        """Whether x can be computed from in the backward pass at no cost.
+        """Whether x, a strided tensor, can be computed from in the backward pass at no cost.
 
         It is kept exactly already, or somebody else holds it and has never changed it between the passes.
         """
@@ -193,7 +194,9 @@ class Step:
         """Identity of a tensor's content: live storage, version, geometry. Never its address."""
         storage = self._alive.hold(x)
         count = version(x) + (self._changes[storage] << 32) if storage in self._changes else version(x)
-        return storage, count, x.storage_offset(), x.shape, x.stride(), x.dtype
+        dtype = x.dtype
+        late = x.is_neg(), dtype.is_complex and x.is_conj()  # signs that torch writes out late
+        return storage, count, x.storage_offset(), x.shape, x.stride(), dtype, late
 
     def _owned(self, node: Node, x: Tensor) -> None:
         """Remember the content of a tensor that somebody else owns, before it is read."""
@@ -212,7 +215,7 @@ class Step:
 
     def made(self, x: Tensor) -> None:
         """This pass has made the memory of x; nobody else can write to it out of sight."""
-        if x.layout == torch.strided:
+        if strided(x):
             self._made.add(self._alive.hold(x))
 
     def steady(self, x: Tensor) -> bool:
@@ -277,7 +280,7 @@ class Step:
 
     def origin(self, x: Tensor) -> Tensor:
         """What x is autocast's copy of, or x."""
-        return self.origins.get(self.key(x), x) if self.origins else x
+        return self.origins.get(self.key(x), x) if self.origins and strided(x) else x
 
     # -- residuals --------------------------------------------------------------------------------------------------
 
@@ -323,14 +326,14 @@ class Step:
     def _by_reference(self, x: Tensor, origin: Tensor, copied: bool = False) -> bool:
         """Whether a reference to what somebody else holds will do: plain torch keeps one, or nobody changes it."""
         if origin is x and not copied:
-            if x.layout == torch.strided:
+            if strided(x):
                 self._kept.add(self.key(x))
             return True
         return self.steady(origin)
 
     def _used(self, x: Tensor) -> Callable[[], None] | None:
         """What a reference to somebody else's numbers calls when a backward pass reads it."""
-        storage = storage_key(x) if x.layout == torch.strided else 0
+        storage = storage_key(x) if strided(x) else 0
         if storage not in self.owners.numbers:
             return None
         return self.owners.guard.uses.expect(storage, self.owners.roles[storage])
@@ -602,12 +605,13 @@ class Step:
         kept: Kept
         if self.inside:  # a rule's own tensors: entered in the ledger where they were made
             kept = exact(x)
-            if x.layout == torch.strided and (leaves := self._leaves.get(storage_key(x))) is not None:
+            if strided(x) and (leaves := self._leaves.get(storage_key(x))) is not None:
                 leaves.append(kept)
             return kept
         free = self.held(x)
-        self.tape.saved(x)
-        kept = exact(x) if free or self.config is None or x.layout != torch.strided else self.exactly(x)
+        if strided(x):
+            self.tape.saved(x)
+        kept = exact(x) if free or self.config is None or not strided(x) else self.exactly(x)
         if self.ledger is not None and not free:
             row = Row(self.module, function_name(self.function), kept.how, tuple(x.shape))
             self.ledger.add(row)
@@ -644,7 +648,7 @@ class Step:
         if isinstance(x, list | tuple):
             for item in x:
                 self.before_change(item)
-        elif isinstance(x, Tensor) and not is_lazy(x) and x.layout == torch.strided:
+        elif is_a(x, Tensor) and strided(x):
             storage = self._alive.hold(x)
             if storage not in self.owners.roles and not self._is_made(x):
                 self._alias_changes(x, storage)
@@ -666,7 +670,7 @@ class Step:
 
     def exposed(self, x: Any) -> None:
         """The memory of x is handed to somebody whose writes cannot be seen: NumPy, DLPack, a kernel by its address."""
-        if isinstance(x, Tensor) and not is_lazy(x) and x.layout == torch.strided:
+        if is_a(x, Tensor) and strided(x):
             self.before_change(x)
             self._exposed.add(self._alive.hold(x))
 
@@ -741,24 +745,38 @@ def function_name(function: Any) -> str:
 
 
 def tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:
-    """All tensors in nested containers, graph objects (`Data`, `SparseTensor`) included."""
-    if isinstance(value, Tensor):
+    """All tensors in nested containers, graph objects (`Data`, `SparseTensor`) included; no code of theirs is run."""
+    if is_a(value, Tensor):
         yield value
-        if hasattr(value, "__tensor_flatten__"):  # a subclass around other tensors, such as EdgeIndex
-            for name in value.__tensor_flatten__()[0]:
-                yield from tensors_in(getattr(value, name), depth + 1)
-    elif depth >= _DEEPEST or value is None or isinstance(value, int | float | str):
+        for part in _inside(value) if depth < _DEEPEST else ():
+            yield from tensors_in(part, depth + 1)
+    elif depth >= _DEEPEST or value is None or is_a(value, (int, float, str, torch.nn.Module, type)):
         return
-    elif isinstance(value, list | tuple | set):
-        for item in value:
+    else:
+        held: Iterable[Any] | None = items(value)
+        if held is None:
+            held = own_attributes(value).values() or mapped(value) or _scripted(value)
+        for item in list(held):
             yield from tensors_in(item, depth + 1)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item, depth + 1)
-    elif hasattr(value, "__dict__") and not isinstance(value, torch.nn.Module | type):
-        yield from tensors_in(vars(value), depth + 1)
-    elif hasattr(value, "storage"):  # torch_sparse.SparseTensor keeps a scripted storage
-        for name in ("row", "rowptr", "col", "value", "colptr", "csr2csc", "csc2csr"):
-            part = getattr(value.storage, f"_{name}", None)
-            if isinstance(part, Tensor):
-                yield part
+
+
+def _inside(x: Tensor) -> list[Any]:
+    """The tensors that a subclass such as EdgeIndex is around, as it tells the compiler."""
+    if type(x) in (Tensor, torch.nn.Parameter) or not defines(x, "__tensor_flatten__"):
+        return []
+    try:
+        return [getattr(x, name) for name in x.__tensor_flatten__()[0]]  # type: ignore[attr-defined]
+    except Exception:  # one that cannot be flattened has nothing that it shows
+        return []
+
+
+def _scripted(value: Any) -> list[Tensor]:
+    """Of an object of TorchScript: torch_sparse.SparseTensor keeps a scripted storage."""
+    if not str(static(type(value), "__module__")).startswith("torch"):
+        return []
+    try:
+        names = ("row", "rowptr", "col", "value", "colptr", "csr2csc", "csc2csr")
+        parts = [getattr(value.storage, f"_{name}", None) for name in names]
+        return [part for part in parts if isinstance(part, Tensor)]
+    except Exception:  # it has no storage
+        return []

@@ -17,6 +17,8 @@ backward pass start from states that have given keys already: their keys are of 
 
 A model whose configs all have `dropout="mask"` is promised the plain model's own draws, so there that one number is not
 drawn. The price: where nothing at all is drawn between two passes, they go on counting, though the seed be set anew.
+How far a state has counted is no part of the state, so a checkpoint holds it beside the scores of rows (`given`), and
+whoever goes on from there counts on from there (`go_on`).
 
 The generator's state is never written: between reading and writing it, another thread may have drawn from it, and would
 draw the same numbers again.
@@ -41,15 +43,17 @@ class _Given:
         self.state: bytes | None = None
         self.count = 0
 
-    def number(self, state: bytes) -> int:
-        """Of one more key of this state."""
-        self.count = self.count + 1 if state == self.state else 0
+    def number(self, state: bytes, before: int) -> int:
+        """Of one more key of this state; `before`: how many it had given where a checkpoint was made."""
+        self.count = self.count + 1 if state == self.state else before
         self.state = state
         return self.count
 
 
 _lock = threading.Lock()
 _first, _again = _Given(), _Given()
+_MOST = 16  # states of checkpoints that are remembered until they come
+_loaded: dict[int, list[int]] = {}  # by their digest: how many keys of either kind they had given
 
 
 def _after_fork() -> None:
@@ -77,7 +81,8 @@ class Key:
         again = torch._C._current_graph_task_id() != -1
         with _lock:
             state = _state()
-            number = (_again if again else _first).number(state)
+            given = _again if again else _first
+            number = given.number(state, _before(state, again) if state != given.state else 0)
             if not again and not number and state == _again.state:
                 _again.state = None  # somebody restored it
         self._state: bytes | None = state
@@ -108,6 +113,40 @@ class Key:
                 _first.state = None  # nothing but restoring it brings it back
 
 
+def given() -> dict[str, int]:
+    """What the next key depends on beside the generator's state, for a checkpoint.
+
+    Returns:
+        "state": a digest of the state as it is now; "first" and "again": how many keys it has given, in passes and in
+        those that are run again from within a backward pass.
+    """
+    with _lock:
+        state = _state()
+        digest = _digest(state)
+        first, again = (
+            kind.count + 1 if state == kind.state else before
+            for kind, before in zip((_first, _again), _loaded.get(digest, (0, 0)), strict=True)
+        )
+        return {"state": digest, "first": first, "again": again}
+
+
+def go_on(state: int, first: int, again: int) -> None:
+    """When the generator has the state of this digest, count on from where `given` was taken."""
+    with _lock:
+        _loaded.pop(state, None)
+        _loaded[state] = [first, again]
+        while len(_loaded) > _MOST:
+            del _loaded[next(iter(_loaded))]
+        for kind in (_first, _again):
+            if kind.state is not None and _digest(kind.state) == state:
+                kind.state = None
+
+
+def restart() -> None:
+    """The generator was seeded anew: what it has given in an earlier run of this process does not count."""
+    go_on(_digest(_state()), 0, 0)
+
+
 def draw() -> Tensor:
     """int64 0-d in [0, 2^63): one number of torch's default generator, drawn under the generator's own lock."""
     return torch.empty((), dtype=torch.int64, device="cpu").random_()
@@ -131,6 +170,19 @@ def capturing(device: torch.device) -> bool:
 def replayed_key(device: torch.device) -> Tensor:
     """int64 0-d, drawn from the device's own generator, whose place torch moves on at each replay of a CUDA graph."""
     return torch.empty((), dtype=torch.int64, device=device).random_()
+
+
+def _before(state: bytes, again: bool) -> int:
+    """How many keys of this kind a state had given where a checkpoint was made; told once."""
+    found = _loaded.get(_digest(state)) if _loaded else None
+    if found is None:
+        return 0
+    count, found[again] = found[again], 0
+    return count
+
+
+def _digest(state: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(state, digest_size=8).digest(), "little", signed=True)
 
 
 def _state() -> bytes:

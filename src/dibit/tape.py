@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from dibit.identity import storage_key, version
+from dibit.foreign import is_a
+from dibit.identity import storage_key, strided, version
 from dibit.replay import IN_PLACE, Program, Shared, Slot, functions
 
 _DEEPEST = 24  # operations between a tensor and what it is computed from
@@ -142,7 +143,7 @@ class Tape:
 
     def after(self, call: tuple[Any, Any, Any] | None, result: Any) -> None:
         """Note what the call gave."""
-        if call is not None and type(result) is Tensor and result.layout == torch.strided:
+        if call is not None and type(result) is Tensor and strided(result):
             if call[0] in _CREATED:  # defaults may be others when it is done again
                 call = call[0], call[1], {**call[2], "dtype": result.dtype, "device": result.device}
             key = self.key(result)
@@ -349,8 +350,8 @@ def nodes_in(value: Any) -> Iterator[Node]:
 
 def _noded(value: Any, node: Callable[[Tensor], Node]) -> Any:
     """Arguments with tensors as nodes; lists become tuples, so that nobody can change them."""
-    if isinstance(value, Tensor):
-        if type(value) not in (Tensor, torch.nn.Parameter) or value.layout != torch.strided:
+    if is_a(value, Tensor):
+        if type(value) not in (Tensor, torch.nn.Parameter) or not strided(value):
             raise TypeError
         return node(value)
     if isinstance(value, tuple | list):

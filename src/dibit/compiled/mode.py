@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from dibit.compiled import ops
 from dibit.compiled.rules import RULES
 from dibit.compiled.spec import Setting
+from dibit.foreign import is_a, static
 
 set_callback = eval_frame.set_eval_frame
 
@@ -137,15 +138,15 @@ def weighs_edges(module: torch.nn.Module) -> bool:
 
     A graph would keep them all; an uncompiled pass computes them again from the nodes' (`dibit.tape`).
     """
-    kinds: list[Any] = [type(layer) for layer in module.modules()]
-    return any(map(_message_has_more, kinds))
+    kinds: dict[int, Any] = {id(type(layer)): type(layer) for layer in module.modules()}
+    return any(map(_message_has_more, kinds.values()))
 
 
 @functools.cache
 def _message_has_more(kind: Any) -> bool:
     """Whether a class's messages are made of more than the neighbour's features."""
-    message = getattr(kind, "message", None)
-    if message is None or not hasattr(kind, "propagate"):
+    message = static(kind, "message")
+    if not is_a(message, FunctionType) or static(kind, "propagate") is None:
         return False
     return not set(inspect.signature(message).parameters) <= {"self", "x_j"}
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dibit.config import Config
+from dibit.identity import strided
 from dibit.precision import exact_dtypes
 
 if TYPE_CHECKING:
@@ -43,9 +44,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 def dense(*tensors: Any) -> bool:
     """Whether all are plain strided floating-point tensors: subclasses and other layouts stay with torch."""
-    return all(
-        type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided and x.is_floating_point() for x in tensors
-    )
+    return all(type(x) in (Tensor, torch.nn.Parameter) and strided(x) and x.is_floating_point() for x in tensors)
 
 
 def flat(x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 import dibit
+from dibit import stream
 from dibit.train import checkpoint, events, generators
 from dibit.train.batches import MiniBatch
 from dibit.train.errors import Interrupted, TrainingError, UserError
@@ -164,6 +165,8 @@ class _Training:
             torch.manual_seed(_own_seed(seed, self.world.rank))  # dropout, samples and codes are each process's own
         if loaded:
             self._restore(loaded)
+        else:
+            stream.restart()  # an earlier training in this process may have begun from the same seed
         self.trained = self.model if self.world.size == 1 else nn.parallel.DistributedDataParallel(self.model)
 
     def _measure(self, config: dibit.Config | None) -> Measured:
