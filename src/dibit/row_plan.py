@@ -35,6 +35,7 @@ _NEW = 0.5  # share of a new measurement in what is known
 _BACK = 0.7  # norms are sampled again where less than so much of the bound would be reached
 _PATH = 0.25  # share of the bound for what comes by the way of dX: it is known up to a power of the depth only
 _FEW = 3  # norms of a model that are sampled as long as nothing is known
+_FIRST = 2  # ratio of linear inputs in a model of more, as long as nothing is known
 _BLOCK = 128  # elements a range, of a norm that keeps all rows
 _ROUNDED = 0.2  # variance of a normalised input at 2 bits with dither
 _ALIGNED = 0.15  # share of a norm's noise that lies along x_hat of the next one: W^T W x is near to x
@@ -155,14 +156,15 @@ class RowPlan:
             return config
         return replace(config, norm=whole(config.norm))
 
-    def leaf_config(self, key: str, config: Config, shape: torch.Size, served: bool) -> Config:
-        """The codec of a linear layer's input (..., D)."""
+    def leaf_config(self, key: str, config: Config, shape: torch.Size, served: bool, model: nn.Module) -> Config:
+        """The codec of a linear layer's input (..., D) in a model."""
         if not isinstance(config.reduce, Sample):
             return config
         leaf = self.leaves.setdefault(key, Leaf())
         leaf.elements, leaf.most = shape.numel(), config.reduce.of(shape[:-1].numel()).ratio
         leaf.served = served or (leaf.served and not self.quiet)
-        ratio = min(self.ratios.get(key, leaf.most), leaf.most)
+        first = _FIRST if self.quiet is None and self.deep(model) else leaf.most
+        ratio = min(self.ratios.get(key, first), leaf.most)
         return replace(config, reduce=Sample(ratio, config.reduce.by))
 
     def walk(self, outputs: Iterable[Tensor]) -> None:

@@ -318,7 +318,7 @@ class Step:
             return self._encode(x, config, "leaf", watched=True)
         name, plan = self._name(), self.state.scores.plan
         estimate = self.estimate(origin)
-        config = plan.leaf_config(name, config, x.shape, estimate is not None)
+        config = plan.leaf_config(name, config, x.shape, estimate is not None, self.state.root)
         if estimate is not None and config.inputs == "reference":
             return replace(estimate, key=name)
         return self._encode(x, config, "leaf", watched=True, name=name)
