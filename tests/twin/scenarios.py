@@ -129,7 +129,8 @@ SCENARIOS = {
     "threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]\n"
     "[t.start() for t in threads]\n[t.join() for t in threads]\n[look(y) for y in ys]\nCHANGE\n"
     "sum(loss(y) for y in ys).backward()",
-    "backward in a thread": "y = run(x)\nCHANGE\nt = threading.Thread(target=loss(y).backward)\nt.start()\nt.join()",
+    "backward in a thread": "from concurrent.futures import ThreadPoolExecutor\ny = run(x)\nCHANGE\n"
+    "with ThreadPoolExecutor(1) as pool:\n    pool.submit(loss(y).backward).result()",
     "hooked": "handle = model.register_forward_hook(lambda m, a, y: (look(y), None)[1])\ny = run(x)\n"
     "handle.remove()\nCHANGE\nloss(y).backward()",
     "float64": "model.double()\nextra = extra.double()\ny = run(x.double())\nCHANGE\nloss(y).backward()",
