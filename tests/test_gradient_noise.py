@@ -89,6 +89,41 @@ def test_nothing_is_changed() -> None:
     assert len(after_it) == len(grads)
 
 
+class Odd(nn.Module):
+    """A sparse gradient, one that comes in some draws only, a complex one, an expanded buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.linear, self.other = nn.Embedding(50, D, sparse=True), nn.Linear(D, 4), nn.Linear(D, 4)
+        self.turn = nn.Parameter(torch.randn(4, dtype=torch.complex64))
+        self.register_buffer("scale", torch.ones(1).expand(4))
+        self.calls = 0
+
+    def forward(self, index: Tensor) -> Tensor:
+        self.calls += 1
+        h = F.relu(self.table(index))
+        y = self.linear(h) + (self.other(h) if self.calls % 2 else 0)
+        return (y * self.scale * self.turn).real
+
+
+def test_odd_gradients() -> None:
+    model, index = Odd(), torch.randint(50, (3000,))
+    dibit.compress(model, dibit.Config(bits=2))
+    found = dibit.noise(model, lambda: model(index).square().sum().backward(), draws=4)
+    assert 0 < found.modules["linear"].share < math.inf
+    assert found.modules["other"].share > 0
+    assert set(found.modules) == {"", "table", "linear", "other"}
+
+
+def test_compiled_models_are_measured_uncompiled() -> None:
+    model, _ = problem()
+    x, y = torch.randn(3000, D), torch.randint(4, (3000,))
+    compiled = torch.compile(model, backend="eager")
+    plain = dibit.noise(model, lambda: F.cross_entropy(model(x), y).backward()).total
+    found = dibit.noise(model, lambda: F.cross_entropy(compiled(x), y).backward()).total
+    assert 0.2 * plain < found < 5 * plain
+
+
 def test_bad_input() -> None:
     model, step = problem(None)
     with pytest.raises(ValueError, match="nothing is compressed; call dibit"):

@@ -81,15 +81,15 @@ class TestFormulas:
         plan = plan_of(3, 2)
         plan.norms["a/b:1"] = Norm(0.1, True, 640, 16)
         plan.ratios, plan.quiet, plan.passes = {"1": 3}, True, 7
-        plan.measured("1", (1.0, 2.0, 3.0, 4.0))
-        other = RowPlan(bound=3.0, ratios={"x": 2})
+        plan.measured("1", (1.0, 2.0, 3.0, 4.0, 1.0))
+        other = RowPlan(bound=0.5, ratios={"x": 2})
         other.load_state_dict(plan.state_dict())
         assert vars(other) == vars(plan)
         assert RowPlan().state_dict() == {}
 
     def test_what_is_not_finite_is_not_learnt(self) -> None:
         plan = RowPlan(bound=0.5)
-        plan.measured("a", (math.nan, 1.0, 1.0, 1.0))
+        plan.measured("a", (math.nan, 1.0, 1.0, 1.0, 1.0))
         plan.decide()
         assert not plan.leaves
 
@@ -121,7 +121,7 @@ def walked(model: nn.Module, ratio: int, **rhos: float) -> dict[str, Leaf]:
     plan = state.scores.plan
     for norm in plan.norms.values():
         norm.rho, norm.ratio = rhos["rho"], ratio
-    plan.walk([y])
+    plan.walk([y], 0)
     return plan.leaves
 
 
@@ -260,6 +260,23 @@ class TestServed:
         keeps_all_rows(model, QUIET)
         assert (bias := bias_of(run, truth, 150)).unbiased, bias
 
+    @pytest.mark.parametrize("shape", [(6, 6, 6), (6, 6, 6, 6), (5, 6, 6)], ids=str)
+    def test_channels_are_not_rows(self, shape: tuple[int, ...]) -> None:
+        """A BatchNorm keeps its input with the channels last: its shape may be the result's, its layout is not."""
+        norm = (nn.BatchNorm1d if len(shape) == 3 else nn.BatchNorm2d)(6)
+        model = nn.Sequential(norm, nn.ReLU(), nn.Linear(6, 3))
+        x, readout = torch.randn(shape), torch.randn(*shape[:-1], 3)
+
+        def run(i: int) -> Tensor:
+            torch.manual_seed(i)
+            model.zero_grad()
+            (model(x) * readout).sum().backward()
+            return torch.cat([q.grad.flatten() for q in model.parameters() if q.grad is not None])
+
+        truth = run(0)
+        keeps_all_rows(model, QUIET)
+        assert (bias := bias_of(run, truth, 150)).unbiased, bias
+
 
 class TestTraining:
     def graph(self, n: int = 3000) -> tuple[Tensor, Tensor]:
@@ -355,3 +372,83 @@ def test_a_bound_may_be_asked_for() -> None:
         dibit.compress(Deep(2, nn.LayerNorm), "iexact", noise=0.1)
     with pytest.raises(ValueError, match="expected a number above 0"):
         dibit.compress(Deep(2, nn.LayerNorm), noise=-1)
+
+
+class TestWhatIsLearnt:
+    def plan(self, **leaves: tuple[float, ...]) -> RowPlan:
+        plan = RowPlan(bound=0.5)
+        for key, values in leaves.items():
+            plan.leaves[key] = Leaf(elements=100, most=6)
+            plan.measured(key, values)
+        return plan
+
+    def test_what_is_not_coming_back_is_forgotten(self) -> None:
+        plan = self.plan(a=(1.0, 1.0, 0.1, 1.0, 1.0), b=(1.0, 1.0, 0.1, 100.0, 1.0))
+        plan.ratios = {"b": 2}
+        for _ in range(6):
+            plan.measured("a", (1.0, 1.0, 0.1, 1.0, 1.0))
+            plan.decide()
+        assert set(plan.leaves) == {"a"}
+        assert "b" not in plan.ratios
+
+    def test_a_leaf_with_all_rows_remembers_what_sampling_cost(self) -> None:
+        plan = self.plan(a=(0.1, 1.0, 0.1, 1.0, 1.0))
+        plan.decide()
+        plan.measured("a", (2.0, 2.0, 0.1, 1.0, 0.0))  # all rows: the noise is at most the terms
+        plan.decide()
+        assert plan.leaves["a"].noise / plan.leaves["a"].terms == pytest.approx(0.1)
+
+    def test_passes_without_a_step_are_measured_a_few_times(self) -> None:
+        x = torch.randn(50, D)
+        model = dibit.compress(Deep(2, nn.LayerNorm))
+        state = state_of(model)
+        assert state is not None
+        for _ in range(12):
+            model(x).sum().backward()
+        assert not state.scores.plan.measures
+
+    def test_the_model_above_is_not_walked(self) -> None:
+        seen = []
+
+        class Above(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                ctx.measured = [1]
+                return x * 1
+
+            @staticmethod
+            def backward(ctx: Any, dy: Tensor) -> Tensor:
+                seen.append(1)
+                return dy
+
+        x = Above.apply(torch.randn(50, D, requires_grad=True))
+        model = dibit.compress(nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 3)))
+        model(x).sum().backward()
+        assert seen
+
+    @pytest.mark.parametrize("p", [0.0, 0.5, 0.8])
+    def test_the_rounding_of_a_served_leaf_is_the_error_that_comes(self, p: float) -> None:
+        torch.manual_seed(0)
+        model = Served("batch", "relu", p)
+        x, readout = torch.randn(2000, D), torch.randn(2000, 6)
+
+        def run() -> Tensor:
+            model.zero_grad()
+            (model(x) * readout).sum().backward()
+            assert model.last.weight.grad is not None
+            return model.last.weight.grad.clone()
+
+        random = torch.get_rng_state()
+        keeps_all_rows(model, replace(QUIET, dropout="mask"))
+        own = state_of(model)
+        assert own is not None
+        drawn = []
+        for i in range(12):
+            torch.set_rng_state(random)
+            own.salt = i
+            drawn.append(run())
+        own.scores.plan.decide()
+        spread = torch.stack(drawn).var(0).sum()
+        (leaf,) = [leaf for key, leaf in own.scores.plan.leaves.items() if key.startswith("last")]
+        passes = 8  # measured, and added up; half of the terms are the other layer's
+        assert leaf.rounding / passes / 2 == pytest.approx(float(spread), rel=0.5)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dibit.identity import strided
 from dibit.score_table import Scores
 from dibit.state import State, states_in
 
@@ -55,7 +56,7 @@ def noise(model: nn.Module, step: Callable[[], Any], draws: int = 2) -> Noise:
     :math:`\hat g_i` with mean :math:`\bar g`, :math:`V = \sum_i |\hat g_i - \bar g|^2 / (n - 1)` estimates the squared
     error and :math:`|\bar g|^2 - V / n` the square of the gradient, both without bias. What the model has learnt from
     earlier steps (scores of rows, how many are kept) is used and left as it is, and so are weights, buffers, gradients
-    and torch's random state.
+    and torch's random state. Compiled models are measured uncompiled.
 
     Args:
         model: compressed, or with compressed parts, in training mode.
@@ -73,30 +74,34 @@ def noise(model: nn.Module, step: Callable[[], Any], draws: int = 2) -> Noise:
         raise ValueError("noise got a model of which nothing is compressed; call dibit.compress(model) first.")
     if draws < 2:
         raise ValueError(f"draws = {draws!r} was given; expected at least 2, which are compared.")
-    with _as_before(model, states):
-        start = torch.get_rng_state()
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with _as_before(model, states, devices):
+        start = _random_state(devices)
         found = []
         for draw in range(1, draws + 1):
-            torch.set_rng_state(start)
+            _set_random_state(start, devices)
             for state in states:
                 state.salt = draw
             for p in model.parameters():
                 p.grad = None
-            step()
-            found.append({n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None})
-    if not found[0]:
+            with torch.compiler.set_stance("force_eager"):  # compiled code knows no other draws with the same masks
+                step()
+            found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    if not any(found):
         raise ValueError("noise got a step that leaves no gradient; expected one that runs the backward pass.")
     return estimate(found)
 
 
 def estimate(gradients: list[dict[str, Tensor]]) -> Noise:
-    """The noise that several draws of the gradients by parameter show."""
+    """The noise that several draws of the gradients by parameter show; a missing one is zero."""
     sums: dict[str, tuple[float, float]] = {}
-    for name in gradients[0]:
-        drawn = torch.stack([found[name] for found in gradients if name in found])
-        mean = drawn.mean(0)
-        variance = float((drawn - mean).square().sum()) / (len(drawn) - 1)
-        signal = float(mean.square().sum()) - variance / len(drawn)
+    count = len(gradients)
+    for name in dict.fromkeys(name for found in gradients for name in found):
+        drawn = [_dense(found[name]) for found in gradients if name in found]
+        mean = torch.stack(drawn).sum(0) / count
+        zeros = (count - len(drawn)) * float(mean.square().sum())
+        variance = (sum(float((x - mean).square().sum()) for x in drawn) + zeros) / (count - 1)
+        signal = float(mean.square().sum()) - variance / count
         module = name.rpartition(".")[0]
         before = sums.get(module, (0.0, 0.0))
         sums[module] = before[0] + variance, before[1] + signal
@@ -105,24 +110,40 @@ def estimate(gradients: list[dict[str, Tensor]]) -> Noise:
     return Noise(_ratio(sum(v for v, _ in sums.values()), whole), modules)
 
 
-def _copied(scores: Scores) -> Scores:
-    """All that is known, with what was measured since the last step."""
-    twin = Scores()
-    twin.load_state_dict({key: value for key, value in scores.state_dict().items() if not key.startswith("draws/")})
-    return twin
+def _dense(grad: Tensor) -> Tensor:
+    grad = grad.to_dense() if grad.layout != torch.strided else grad
+    return (torch.view_as_real(grad) if grad.is_complex() else grad).double()
+
+
+def _random_state(devices: list[int]) -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+
+
+def _set_random_state(states: list[Tensor], devices: list[int]) -> None:
+    torch.set_rng_state(states[0])
+    for device, state in zip(devices, states[1:], strict=True):
+        torch.cuda.set_rng_state(state, device)
 
 
 def _ratio(variance: float, signal: float) -> float:
     return variance / signal if signal > 0 else math.inf if variance > 0 else 0.0
 
 
+def _copied(scores: Scores) -> Scores:
+    """All that is known, with what was measured since the last step."""
+    twin = Scores()
+    twin.load_state_dict({key: value for key, value in scores.state_dict().items() if not key.startswith("draws/")})
+    twin.plan.bound = scores.plan.bound
+    return twin
+
+
 @contextmanager
-def _as_before(model: nn.Module, states: list[State]) -> Iterator[None]:
+def _as_before(model: nn.Module, states: list[State], devices: list[int]) -> Iterator[None]:
     """Put back what repeated steps change."""
-    buffers = [(b, b.clone()) for b in model.buffers()]
+    buffers = [(b, b.clone()) for b in model.buffers() if strided(b)]
     grads = [(p, p.grad) for p in model.parameters()]
     learnt = [(state, state.scores, state.salt) for state in states]
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with torch.random.fork_rng(devices=devices):
         try:
             for state in states:
                 state.scores = _copied(state.scores)
@@ -132,6 +153,7 @@ def _as_before(model: nn.Module, states: list[State]) -> Iterator[None]:
                 state.scores, state.salt = scores, salt
             with torch.no_grad():
                 for buffer, value in buffers:
-                    buffer.copy_(value)
+                    if not torch.equal(buffer, value):  # an expanded one cannot be written to
+                        buffer.copy_(value)
             for p, grad in grads:
                 p.grad = grad

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dibit.config import Project
+from dibit.config import Project, Sample
 from dibit.precision import at_least_single
-from dibit.residual import Aggregated, Compressed, Normed, Passed, Residual
+from dibit.residual import Aggregated, Compressed, Normed, Passed, Reseeded, Residual
 from dibit.row_plan import RowPlan
 
 
@@ -25,12 +25,13 @@ class Meter:
         if isinstance(residual, Aggregated):  # of features: exact; to aggregate their gradients for this costs too much
             terms = _squares(dy).sum() * _squares(residual.source.value()).mean()
             s, g = torch.stack((terms, square)).tolist()
-            return self.plan.measured(self.key, (0.0, s, 0.0, g))
+            return self.plan.measured(self.key, (0.0, s, 0.0, g, 1.0))
         weight = None
-        ratio = 1.0
+        ratio = 1
         if isinstance(residual, Compressed) and (sample := residual.packed.sample(torch.float32)) is not None:
             x, dy, weight = residual.packed.reduced(), dy.index_select(0, sample[0]), sample[1]
-            ratio = max(1.0, residual.packed.rows / max(1, len(weight)))
+            assert isinstance(residual.packed.config.reduce, Sample)
+            ratio = residual.packed.config.reduce.ratio  # of the rows that the loss reaches
         else:
             x = residual.value()
         x = x.reshape(-1, x.shape[-1])
@@ -42,7 +43,8 @@ class Meter:
             left_out = (terms * weight * (weight - 1)).sum()
             terms, rounding = terms * weight, rounding * weight * weight
         s, v, r, g = torch.stack((terms.sum(), left_out, rounding.sum(), square)).tolist()
-        return self.plan.measured(self.key, (v / (ratio - 1) if ratio > 1 else s, s, r / ratio, g - v - r))
+        noise = v / (ratio - 1) if ratio > 1 else s  # at most
+        return self.plan.measured(self.key, (noise, s, r / ratio, g - v - r, float(ratio > 1)))
 
     def norm(self, along: Tensor, dx: Tensor, variance: float) -> None:
         """Of a norm: the square of what it subtracts along x_hat, 0-d, and dX, to which so much of it was added."""
@@ -53,12 +55,13 @@ class Meter:
 def _rounding(residual: Residual, x: Tensor) -> Tensor:
     """The variance by rounding of each row of what is kept (rows, D), summed over its elements, about."""
     norm: Any = residual
+    gain: Any = 1.0
     while isinstance(norm, Passed):
-        norm = norm.source
-    gain = 1.0
+        scale = 1 / (1 - norm.mask.p) if isinstance(norm.mask, Reseeded) else norm.scale
+        norm, gain = norm.source, gain * scale**2
     if isinstance(norm, Normed):
         residual = norm.source
-        gain = 1.0 if norm.weight is None else float(norm.weight.float().square().mean())
+        gain = gain if norm.weight is None else norm.weight.float().square().mean() * gain
     if not isinstance(residual, Compressed) or isinstance(residual.packed.config.reduce, Project):
         return x.new_zeros(())
     config, ranges = residual.packed.config, residual.packed.ranges

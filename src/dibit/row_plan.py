@@ -34,6 +34,8 @@ _EVERY = 16  # of the later ones
 _NEW = 0.5  # share of a new measurement in what is known
 _BACK = 0.7  # norms are sampled again where less than so much of the bound would be reached
 _PATH = 0.25  # share of the bound for what comes by the way of dX: it is known up to a power of the depth only
+_MANY = 8  # passes before one step that are measured at most
+_GONE = 4  # what so many measured steps have not had is forgotten
 _FEW = 3  # norms of a model that are sampled as long as nothing is known
 _FIRST = 2  # ratio of linear inputs in a model of more, as long as nothing is known
 _BLOCK = 128  # elements a range, of a norm that keeps all rows
@@ -78,6 +80,7 @@ class Leaf:
     elements: int = 0
     most: int = 1
     served: bool = False
+    missed: int = 0  # steps in a row that were measured, but this was not there
 
     def error(self, ratio: float, quiet: bool) -> float:
         """The squared error of the gradients."""
@@ -100,6 +103,7 @@ class Norm:
     columns: bool = False
     elements: int = 0
     ratio: int = 1
+    missed: int = 0
 
 
 @dataclass
@@ -122,11 +126,12 @@ class RowPlan:
     passes: int = 0
     _count: int = 0  # norms among the model's modules, once they were counted
     _pending: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    _walks: int = 0  # since the last step
 
     @property
     def measures(self) -> bool:
-        """Whether the pass that runs is to be measured."""
-        return self.passes < _EACH or self.passes % _EVERY == 0
+        """Whether the pass that runs is to be measured; of many passes before one step, the first ones are."""
+        return self._walks < _MANY and (self.passes < _EACH or self.passes % _EVERY == 0)
 
     def measured(self, key: str, values: tuple[float, ...]) -> None:
         """Take in a measurement; those before one step of an optimiser add up."""
@@ -165,10 +170,15 @@ class RowPlan:
         leaf.served = served or (leaf.served and not self.quiet)
         first = _FIRST if self.quiet is None and self.deep(model) else leaf.most
         ratio = min(self.ratios.get(key, first), leaf.most)
-        return replace(config, reduce=Sample(ratio, config.reduce.by))
+        return replace(config, reduce=replace(config.reduce, ratio=ratio))
 
-    def walk(self, outputs: Iterable[Tensor]) -> None:
-        """Read off a finished forward pass how much noise norms add on the way to each leaf."""
+    def walk(self, outputs: Iterable[Tensor], began: int) -> None:
+        """Read off a finished forward pass how much noise norms add on the way to each leaf.
+
+        Args:
+            began: sequence number of autograd's nodes from which on they are of this pass.
+        """
+        self._walks += 1
         for quiet in (False, True):
             reached: dict[str, float] = {}
             best: dict[Any, float] = {x.grad_fn: 0.0 for x in outputs if x.grad_fn is not None}
@@ -181,6 +191,8 @@ class RowPlan:
                     continue
                 done.add(node)
                 key = getattr(node, "measured", "")
+                if not isinstance(key, str):
+                    continue  # somebody else's
                 if key in self.leaves:
                     reached[key] = max(reached.get(key, 0.0), here + columns)
                 elif (norm := self.norms.get(key)) is not None:
@@ -188,11 +200,13 @@ class RowPlan:
                     here = min(here * (1 + variance * _ALIGNED) + variance * norm.rho, _MOST)
                     columns += _COLUMNS * variance * norm.columns
                 for following, _ in node.next_functions:
-                    if following is not None and here < best.get(following, math.inf):
+                    if following is None or following._sequence_nr() < began:
+                        continue
+                    if here < best.get(following, math.inf):
                         best[following] = here
                         heapq.heappush(heap, (here, next(numbers), following, columns))
-            for key, leaf in self.leaves.items():
-                setattr(leaf, "quiet" if quiet else "sampled", reached.get(key, 0.0))
+            for key, q in reached.items():
+                setattr(self.leaves[key], "quiet" if quiet else "sampled", q)
 
     def predicted(self, quiet: bool, ratios: Mapping[str, int] | None = None) -> float:
         """The squared error of the gradient over its square."""
@@ -214,14 +228,19 @@ class RowPlan:
     def decide(self) -> None:
         """Choose, after an optimiser's step."""
         self.passes += 1
+        self._walks = 0
         if not self._pending or not self.bound:
             return
         for key, values in self._pending.items():
             if len(values) == 2:
                 self._learn(self.norms.setdefault(key, Norm()), rho=values[0] / values[1] if values[1] > 0 else 0.0)
             else:
-                names = "noise", "terms", "rounding", "signal"
-                self._learn(self.leaves.setdefault(key, Leaf()), **dict(zip(names, values, strict=True)))
+                leaf = self.leaves.setdefault(key, Leaf())
+                noise, terms, rounding, signal, sampled = values
+                if not sampled and leaf.terms > 0:  # rows by their gradients make less noise than any rows would
+                    noise = terms * min(1.0, leaf.noise / leaf.terms)
+                self._learn(leaf, noise=noise, terms=terms, rounding=rounding, signal=signal)
+        self._forget()
         self._pending.clear()
         if self.passes < 3:
             return  # how the norms lie behind one another was read off before they were measured
@@ -238,7 +257,7 @@ class RowPlan:
     def state_dict(self) -> dict[str, Tensor]:
         """All that is known, float64 tensors by the kind and name of what it is known of."""
         quiet = -1.0 if self.quiet is None else float(self.quiet)
-        tables: dict[str, Iterable[float]] = {"plan": (self.bound, quiet, float(self.passes))}
+        tables: dict[str, Iterable[float]] = {"plan": (quiet, float(self.passes))}
         tables |= {f"leaf/{key}": map(float, asdict(leaf).values()) for key, leaf in self.leaves.items()}
         tables |= {f"norm/{key}": map(float, asdict(norm).values()) for key, norm in self.norms.items()}
         tables |= {f"ratio/{key}": (float(ratio),) for key, ratio in self.ratios.items()}
@@ -246,19 +265,17 @@ class RowPlan:
         return {key: torch.tensor(list(values), dtype=torch.float64) for key, values in tables.items()} if self else {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take what `state_dict` gave."""
-        vars(self).update(vars(RowPlan()))
+        """Take what `state_dict` gave; the bound stays that of the configs."""
+        vars(self).update({**vars(RowPlan()), "bound": self.bound})
         for name, values in ((name, table.tolist()) for name, table in state.items()):
             kind, _, key = name.partition("/")
             if kind == "plan":
-                self.bound, quiet, passes = values
+                quiet, passes = values
                 self.quiet, self.passes = None if quiet < 0 else bool(quiet), int(passes)
             elif kind == "leaf":
-                self.leaves[key] = Leaf(
-                    *values[:6], elements=int(values[6]), most=int(values[7]), served=bool(values[8])
-                )  # type: ignore[misc]
+                self.leaves[key] = _filled(Leaf(), values)
             elif kind == "norm":
-                self.norms[key] = Norm(values[0], bool(values[1]), int(values[2]), int(values[3]))
+                self.norms[key] = _filled(Norm(), values)
             elif kind == "ratio":
                 self.ratios[key] = int(values[0])
             else:
@@ -267,6 +284,16 @@ class RowPlan:
     def __bool__(self) -> bool:
         """Whether there is anything to know: some config asks for a bound."""
         return bool(self.bound)
+
+    def _forget(self) -> None:
+        """Drop what is not coming back: a part that is no longer used, a weight that was frozen."""
+        tables: tuple[dict[str, Any], ...] = (self.leaves, self.norms)
+        for table in tables:
+            for key, known in list(table.items()):
+                known.missed = 0 if key in self._pending else known.missed + 1
+                if known.missed >= _GONE:
+                    del table[key]
+                    self.ratios.pop(key, None)
 
     def _learn(self, what: Leaf | Norm, **measured: float) -> None:
         share = _NEW if (what.terms if isinstance(what, Leaf) else what.rho) else 1.0
@@ -311,3 +338,10 @@ class RowPlan:
         )
         norms = (norm.elements / (1 if quiet else norm.ratio / (1 + norm.columns)) for norm in self.norms.values())
         return sum(leaves) + sum(norms)
+
+
+def _filled(known: Any, values: list[float]) -> Any:
+    """A `Leaf` or `Norm` with these values, in the order of its fields."""
+    for (name, old), value in zip(asdict(known).items(), values, strict=True):
+        setattr(known, name, type(old)(value))
+    return known

@@ -129,7 +129,7 @@ class Step:
         for storage in self.owners.referenced({key[0] for key in self._kept}):
             own(self._leaves.pop(storage, ()))
         if self._metered:
-            self.state.scores.plan.walk(outputs)
+            self.state.scores.plan.walk(outputs, self._began)
         if self.batch.loss_rows is not None:
             self.state.reach.learn(outputs, self.matrix, self._assumed)
         returned = {storage_key(part) for x in outputs for part in storages(x)}
@@ -444,8 +444,8 @@ class Step:
         if config is None or config.noise is None or not key:
             return None
         plan.bound = min(plan.bound or config.noise, config.noise)
-        if not plan.measures or (self._replayed is not None):
-            return None
+        if not plan.measures or (torch.cuda.is_available() and capturing(torch.device("cuda"))):
+            return None  # a captured graph waits for nothing, and keeps the rows it was captured with
         self._metered = True
         return Meter(plan, key)
 

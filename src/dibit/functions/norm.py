@@ -54,13 +54,14 @@ class BatchNorm(torch.autograd.Function):
             normalised = Affine(mean, inverse, watches=training)
             outer, inner = keep_normalised(step, rows, normalised, training and ctx.needs_input_grad[0])
         ctx.shared = outer is inner
-        ctx.meter = step.meter(step.place())
+        ctx.meter = step.meter(step.place()) if outer is not None else None
         ctx.measured = ctx.meter.key if ctx.meter else ""
         save(ctx, None if ctx.shared else outer, inner, inverse, weight)
         ctx.training, ctx.dtypes = training, (x.dtype, weight.dtype if weight is not None else None)
         ctx.format = _format(x)
         y = own(y)
-        step.normed(y, inner, weight, bias)
+        if x.dim() == 2:  # of others the channels are moved to the end
+            step.normed(y, inner, weight, bias)
         return y
 
     @staticmethod

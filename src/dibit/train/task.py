@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +21,8 @@ from dibit.train.errors import UserError, shown
 from dibit.train.inference import layerwise
 from dibit.train.models import adjacency_arguments, build_adjacency, build_model
 from dibit.train.settings import CompressionSettings, OptimisationSettings, Settings
+
+NOISE_MOST = 1000.0
 
 
 @dataclass(frozen=True)
@@ -135,12 +136,14 @@ class Task:
         return loss.detach(), own
 
     def noise(self, model: nn.Module, batch: MiniBatch, scaler: torch.amp.GradScaler | None = None) -> float | None:
-        """The squared error of a compressed model's gradient over its square, of two draws; `None`: not to be had."""
+        """The squared error of a compressed model's gradient over its square, of two draws; `None` without a row.
+
+        It ends at `NOISE_MOST`: then the draws show nothing but noise.
+        """
         alone = replace(self, world=World())
         if not batch.rows.numel():
             return None
-        found = dibit.noise(model, lambda: alone.gradient(model, batch, scaler)).total
-        return found if math.isfinite(found) else None
+        return min(dibit.noise(model, lambda: alone.gradient(model, batch, scaler)).total, NOISE_MOST)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision of the forward pass."""
