@@ -467,3 +467,32 @@ def test_scores_follow_the_device_of_the_rows() -> None:
     found = table.of("a", torch.empty(4, 2, device="meta"), None)
     assert found is not None
     assert found.device.type == "meta"
+
+
+@pytest.mark.parametrize("times", [2, 6])
+@pytest.mark.parametrize("norm", [False, True])
+def test_rows_that_are_no_nodes_have_no_names(times: int, norm: bool) -> None:
+    """A layer on edges beside layers on nodes, in batches whose nodes are named."""
+
+    class Edges(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.nodes, self.norm = nn.Linear(8, 8), nn.Linear(8, 8), nn.BatchNorm1d(8)
+            self.edges = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor, index: Tensor) -> Tensor:
+            h = self.nodes(torch.relu(self.first(x)))[index]
+            return self.edges(torch.relu(self.norm(h) if norm else h))
+
+    config = Config(reduce=Sample(3, by="gradient"), norm=Config(reduce=Sample(3, by="gradient")))
+    model = dibit.compress(Edges(), config)
+    optimizer, x = torch.optim.SGD(model.parameters(), 0.1), torch.randn(60, 8)
+    for _ in range(3):
+        index = torch.randint(60, (60 * times,))
+        with dibit.batch(model, node_ids=torch.arange(60)):
+            y = model(x, index)
+        y.square().sum().backward()
+        optimizer.step()
+    tables = {key: table for key, table in dibit.scores(model).state_dict().items() if table.dtype == torch.uint8}
+    assert all(len(table) == 60 for table in tables.values())
+    assert any(key.startswith("nodes") for key in tables)

@@ -449,13 +449,15 @@ class Step:
         self._metered = True
         return Meter(plan, key)
 
-    def _scores(self, key: str, rows: Tensor, shape: torch.Size, norms: bool) -> tuple[Tensor | None, Watch]:
+    def _scores(self, key: str, rows: Tensor, shape: torch.Size, norms: bool) -> tuple[Tensor | None, Watch | None]:
         """Scores of rows by the gradients of earlier steps; by their norms as long as there are none."""
         table, ids = self.state.scores, self.batch.node_ids
         if ids is not None:
             ids = ids.to(rows.device)
             if (each := shape[1:-1].numel()) > 1:  # the heads of a node are rows of their own
                 ids = (ids[: shape[0], None] * each + torch.arange(each, device=ids.device)).reshape(-1)
+            if ids.numel() < rows.shape[0]:  # they are no nodes: edges, which have no names
+                return norm_scores(rows) if norms else None, None
         scores = table.of(key, rows, ids)
         if scores is None and norms:
             scores = norm_scores(rows)
