@@ -42,6 +42,7 @@ class Enter(Hook):
     def __init__(self, state: State, name: str, config: Config | None) -> None:
         super().__init__(state, name)
         self.config = config
+        state.scores.plan.expect(config)
         self.traced = state.scores.plan.unmeasured(config, state.root)
         self.setting = setting_of(self.traced)  # for compiled code
 

@@ -128,6 +128,11 @@ class RowPlan:
     _pending: dict[str, tuple[float, ...]] = field(default_factory=dict)
     _walks: int = 0  # since the last step
 
+    def expect(self, config: Config | None) -> None:
+        """A module has this config: the least bound of all counts."""
+        if config is not None and config.noise is not None:
+            self.bound = min(self.bound or config.noise, config.noise)
+
     @property
     def measures(self) -> bool:
         """Whether the pass that runs is to be measured; of many passes before one step, the first ones are."""

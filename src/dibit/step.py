@@ -443,7 +443,7 @@ class Step:
         config, plan = self.config, self.state.scores.plan
         if config is None or config.noise is None or not key:
             return None
-        plan.bound = min(plan.bound or config.noise, config.noise)
+        plan.expect(config)  # a part that was unpickled has not said so
         if not plan.measures or (torch.cuda.is_available() and capturing(torch.device("cuda"))):
             return None  # a captured graph waits for nothing, and keeps the rows it was captured with
         self._metered = True

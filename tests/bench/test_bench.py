@@ -139,7 +139,7 @@ def test_the_resident_peak_can_be_begun_anew() -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ([], "What to measure is missing; expected one of speed, memory, gradient, codec."),
+        ([], "What to measure is missing; expected one of speed, memory, gradient, noise, codec."),
         (["sped"], "invalid choice: 'sped'"),
         (["speed", "--shape", "arxive"], "--shape has 'arxive', expected arxiv, flickr, products-small, cora. Did you"),
         (["speed", "--model", "sgae"], "Did you mean 'sage' or 'gat'?"),
