@@ -407,24 +407,35 @@ class TestWhatIsLearnt:
             model(x).sum().backward()
         assert not state.scores.plan.measures
 
-    def test_the_model_above_is_not_walked(self) -> None:
-        seen = []
+    def test_the_graph_above_the_model_is_not_walked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        x = torch.randn(50, D, requires_grad=True)
+        for _ in range(100):
+            x = x * 1
+        nodes = []
+        monkeypatch.setattr("dibit.row_plan.heapq.heappush", lambda heap, item: nodes.append(item) or heap.append(item))
+        model = dibit.compress(nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 3)))
+        model(x).sum().backward()
+        assert 0 < len(nodes) < 30
 
-        class Above(torch.autograd.Function):
+    @pytest.mark.parametrize("measured", [[1], "convs.0:linear:1", None], ids=str)
+    def test_what_norms_add_comes_past_a_function_of_the_users(self, measured: Any) -> None:
+        class Own(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, x: Tensor) -> Tensor:
-                ctx.measured = [1]
-                return x * 1
+                ctx.measured = measured
+                return x * 2
 
             @staticmethod
             def backward(ctx: Any, dy: Tensor) -> Tensor:
-                seen.append(1)
-                return dy
+                return dy * 2
 
-        x = Above.apply(torch.randn(50, D, requires_grad=True))
-        model = dibit.compress(nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 3)))
-        model(x).sum().backward()
-        assert seen
+        class Net(Deep):
+            def forward(self, x: Tensor) -> Tensor:
+                h: Tensor = Own.apply(self.layers[0](self.first(x)))
+                return self.last(self.norms[0](h))  # type: ignore[no-any-return]
+
+        leaves = walked(Net(1, nn.LayerNorm), 5, rho=0.03)
+        assert leaves["layers.0:linear:1"].sampled == pytest.approx(4 * 0.03)
 
     @pytest.mark.parametrize("p", [0.0, 0.5, 0.8])
     def test_the_rounding_of_a_served_leaf_is_the_error_that_comes(self, p: float) -> None:

@@ -75,16 +75,15 @@ def noise(model: nn.Module, step: Callable[[], Any], draws: int = 2) -> Noise:
     if draws < 2:
         raise ValueError(f"draws = {draws!r} was given; expected at least 2, which are compared.")
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with _as_before(model, states, devices):
-        start = _random_state(devices)
-        found = []
+    found = []
+    with as_before(model), _learnt_as_before(states):
         for draw in range(1, draws + 1):
-            _set_random_state(start, devices)
             for state in states:
                 state.salt = draw
             for p in model.parameters():
                 p.grad = None
-            with torch.compiler.set_stance("force_eager"):  # compiled code knows no other draws with the same masks
+            # compiled code knows no other draws with the same masks
+            with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
                 step()
             found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     if not any(found):
@@ -115,16 +114,6 @@ def _dense(grad: Tensor) -> Tensor:
     return (torch.view_as_real(grad) if grad.is_complex() else grad).double()
 
 
-def _random_state(devices: list[int]) -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
-
-
-def _set_random_state(states: list[Tensor], devices: list[int]) -> None:
-    torch.set_rng_state(states[0])
-    for device, state in zip(devices, states[1:], strict=True):
-        torch.cuda.set_rng_state(state, device)
-
-
 def _ratio(variance: float, signal: float) -> float:
     return variance / signal if signal > 0 else math.inf if variance > 0 else 0.0
 
@@ -138,22 +127,29 @@ def _copied(scores: Scores) -> Scores:
 
 
 @contextmanager
-def _as_before(model: nn.Module, states: list[State], devices: list[int]) -> Iterator[None]:
-    """Put back what repeated steps change."""
+def as_before(model: nn.Module) -> Iterator[None]:
+    """Put back a model's buffers and gradients, which repeated steps change."""
     buffers = [(b, b.clone()) for b in model.buffers() if strided(b)]
     grads = [(p, p.grad) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):  # an expanded one cannot be written to
+                    buffer.copy_(value)
+        for p, grad in grads:
+            p.grad = grad
+
+
+@contextmanager
+def _learnt_as_before(states: list[State]) -> Iterator[None]:
+    """Put back what the states have learnt, and which draws they make."""
     learnt = [(state, state.scores, state.salt) for state in states]
-    with torch.random.fork_rng(devices=devices):
-        try:
-            for state in states:
-                state.scores = _copied(state.scores)
-            yield
-        finally:
-            for state, scores, salt in learnt:
-                state.scores, state.salt = scores, salt
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    if not torch.equal(buffer, value):  # an expanded one cannot be written to
-                        buffer.copy_(value)
-            for p, grad in grads:
-                p.grad = grad
+    try:
+        for state in states:
+            state.scores = _copied(state.scores)
+        yield
+    finally:
+        for state, scores, salt in learnt:
+            state.scores, state.salt = scores, salt

@@ -195,9 +195,8 @@ class RowPlan:
                 if node in done:
                     continue
                 done.add(node)
-                key = getattr(node, "measured", "")
-                if not isinstance(key, str):
-                    continue  # somebody else's
+                own = getattr(node, "measured", "")
+                key = own if isinstance(own, str) else ""  # an attribute of somebody else's
                 if key in self.leaves:
                     reached[key] = max(reached.get(key, 0.0), here + columns)
                 elif (norm := self.norms.get(key)) is not None:
@@ -216,15 +215,22 @@ class RowPlan:
     def predicted(self, quiet: bool, ratios: Mapping[str, int] | None = None) -> float:
         """The squared error of the gradient over its square."""
         ratios = self.ratios if ratios is None else ratios
-        error = sum(leaf.error(self._ratio(key, quiet, ratios), quiet) for key, leaf in self.leaves.items())
-        signal = sum(leaf.signal for leaf in self.leaves.values())
-        return error / signal if signal > 0 else math.inf if error > 0 else 0.0
+        return self._relative(
+            sum(leaf.error(self._ratio(key, quiet, ratios), quiet) for key, leaf in self.leaves.items())
+        )
 
     def _path(self) -> float:
         """The part of the error that comes by the way of dX, where norms are sampled."""
-        signal = sum(leaf.signal for leaf in self.leaves.values())
-        noise = sum(leaf.sampled * leaf.terms for leaf in self.leaves.values())
-        return noise / signal if signal > 0 else math.inf if noise > 0 else 0.0
+        return self._relative(sum(leaf.sampled * leaf.terms for leaf in self.leaves.values()))
+
+    @property
+    def _signal(self) -> float:
+        """The square of the gradient."""
+        return sum(leaf.signal for leaf in self.leaves.values())
+
+    def _relative(self, error: float) -> float:
+        signal = self._signal
+        return error / signal if signal > 0 else math.inf if error > 0 else 0.0
 
     def _ratio(self, key: str, quiet: bool, ratios: Mapping[str, int]) -> int:
         leaf = self.leaves[key]
@@ -308,7 +314,7 @@ class RowPlan:
 
     def _within(self, bound: float, quiet: bool) -> dict[str, int]:
         """The ratios of least bytes whose error is within a bound, or as near to it as may be."""
-        signal = sum(leaf.signal for leaf in self.leaves.values())
+        signal = self._signal
         free = {key: leaf for key, leaf in self.leaves.items() if self._ratio(key, quiet, {}) > 1}
         fixed = sum(leaf.error(1, quiet) for key, leaf in self.leaves.items() if key not in free)
 

@@ -74,7 +74,6 @@ class Step:
         self.batch = replace(told, loss_rows=None) if name else told
         self._keys: dict[str, int] = {}  # residuals with a key so far, by module and function
         self._places: dict[str, int] = {}  # the same of operations that are measured
-        self._place = ""
         self._metered = False
         self._assumed: dict[str, int] = {}  # how far from the output residuals lie that left out rows
         self.matrix = _only_matrix(inputs) if self.batch.loss_rows is not None else None
@@ -430,24 +429,28 @@ class Step:
         self._keys[name] = number = self._keys.get(name, 0) + 1
         return f"{name}:{number}"
 
-    def place(self, kind: str = "") -> str:
-        """The name of the operation that is running among those of its kind, the same in every pass."""
-        if kind:
-            name = f"{self.module}:{function_name(self.function)}"
-            self._places[name] = number = self._places.get(name, 0) + 1
-            self._place = f"{name}:{number}/{kind}"
-        return self._place
+    def place(self, kind: str) -> str:
+        """The name of the operation that is running among those of its kind, the same in every measured pass."""
+        name = f"{self.module}:{function_name(self.function)}"
+        self._places[name] = number = self._places.get(name, 0) + 1
+        return f"{name}:{number}/{kind}"
+
+    @property
+    def measured(self) -> bool:
+        """Whether the error of what is running is measured in this pass."""
+        config, plan = self.config, self.state.scores.plan
+        if config is None or config.noise is None:
+            return False
+        plan.expect(config)  # a part that was unpickled has not said so
+        # a captured graph waits for nothing, and keeps the rows it was captured with
+        return plan.measures and not (torch.cuda.is_available() and capturing(torch.device("cuda")))
 
     def meter(self, key: str) -> Meter | None:
-        """Of a residual or norm of this name, where this pass is to be measured."""
-        config, plan = self.config, self.state.scores.plan
-        if config is None or config.noise is None or not key:
+        """Of a residual or norm of this name, where it is to be measured."""
+        if not self.measured:
             return None
-        plan.expect(config)  # a part that was unpickled has not said so
-        if not plan.measures or (torch.cuda.is_available() and capturing(torch.device("cuda"))):
-            return None  # a captured graph waits for nothing, and keeps the rows it was captured with
         self._metered = True
-        return Meter(plan, key)
+        return Meter(self.state.scores.plan, key)
 
     def _scores(self, key: str, rows: Tensor, shape: torch.Size, norms: bool) -> tuple[Tensor | None, Watch | None]:
         """Scores of rows by the gradients of earlier steps; by their norms as long as there are none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import dibit
@@ -37,6 +38,8 @@ FAMILIES: dict[str, dict[str, Config]] = {
 _BESIDE: dict[str, Config] = {
     "default": dibit.recipe("default"),
     "small": dibit.recipe("small"),
+    "default ratios": replace(dibit.recipe("default"), noise=None),  # without the bound on the error
+    "small ratios": replace(dibit.recipe("small"), noise=None),
     "rows/3 at 1 bit": _rows(3, 16, bits=1),
     "rows/12 at 4 bit": _rows(12, 16, bits=4),
     "rows/24 at 8 bit": _rows(24, 16, bits=8),

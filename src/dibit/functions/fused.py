@@ -36,8 +36,9 @@ class NormReLUDropout(torch.autograd.Function):
         # plain torch keeps the statistics, the ReLU's output and dropout's mask
         noise = x.numel() * (x.element_size() if x.device.type == "cpu" else 1)
         step.plain(mean.nbytes + inverse.nbytes, y.nbytes, noise if p else 0)
-        outer, inner = keep_normalised(step, x, Affine(mean, inverse, watches=True), ctx.needs_input_grad[0])
-        ctx.meter = step.meter(step.place()) if outer is not None else None
+        place = step.place("norm")
+        outer, inner = keep_normalised(step, x, Affine(mean, inverse, watches=True), ctx.needs_input_grad[0], place)
+        ctx.meter = step.meter(place) if outer is not None else None
         ctx.measured = ctx.meter.key if ctx.meter else ""
         ctx.shared, ctx.p = outer is inner, p
         ctx.dtypes = x.dtype, None if weight is None else weight.dtype

@@ -133,7 +133,9 @@ def keep_input(step: Step, x: Tensor, weight: Tensor) -> Any:
 
 
 def _meter(step: Step, kept: Any) -> Meter | None:
-    return None if kept is None else step.meter(getattr(kept, "key", "") or step.place("input"))
+    if kept is None or not step.measured:
+        return None
+    return step.meter(getattr(kept, "key", "") or step.place("input"))
 
 
 @lower

@@ -27,13 +27,17 @@ from dibit.residual import Compressed, load, save
 from dibit.step import Step
 
 
-def norm_config(step: Step, shape: torch.Size, columns: bool) -> Config:
-    """The codec of a norm's normalised input (..., D), with statistics of its columns or of its rows."""
+def norm_config(step: Step, shape: torch.Size, columns: bool, place: str) -> Config:
+    """The codec of a norm's normalised input (..., D), with statistics of its columns or of its rows.
+
+    Args:
+        place: the norm's name, see `Step.place`.
+    """
     config = step.config
     assert config is not None
     own = config.norm or unreduced(config)
     if config.noise is not None:
-        own = step.state.scores.plan.norm_config(step.place("norm"), own, shape, columns, step.state.root)
+        own = step.state.scores.plan.norm_config(place, own, shape, columns, step.state.root)
     return own.settled(shape[:-1].numel())
 
 
@@ -49,12 +53,14 @@ class BatchNorm(torch.autograd.Function):
         step.plain(mean.nbytes + inverse.nbytes if training else 0)
         mean, inverse = at_least_single(mean), at_least_single(inverse)
         outer = inner = None
+        place = ""
         if training or ctx.needs_input_grad[1]:
             rows = x.detach().movedim(1, -1)
             normalised = Affine(mean, inverse, watches=training)
-            outer, inner = keep_normalised(step, rows, normalised, training and ctx.needs_input_grad[0])
+            place = step.place("norm")
+            outer, inner = keep_normalised(step, rows, normalised, training and ctx.needs_input_grad[0], place)
         ctx.shared = outer is inner
-        ctx.meter = step.meter(step.place()) if outer is not None else None
+        ctx.meter = step.meter(place) if outer is not None else None
         ctx.measured = ctx.meter.key if ctx.meter else ""
         save(ctx, None if ctx.shared else outer, inner, inverse, weight)
         ctx.training, ctx.dtypes = training, (x.dtype, weight.dtype if weight is not None else None)
@@ -97,9 +103,9 @@ def _format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def keep_normalised(step: Step, rows: Tensor, normalised: Affine, both: bool) -> tuple[Any, Any]:
+def keep_normalised(step: Step, rows: Tensor, normalised: Affine, both: bool, place: str) -> tuple[Any, Any]:
     """Draws of the normalised input (..., D), for its element's own term (where `both`) and for the sums over rows."""
-    config = norm_config(step, rows.shape, columns=True)
+    config = norm_config(step, rows.shape, True, place)
     inner = step.keep_affine(rows, normalised, config, watched=config.reduce is not None)
     if not both:
         return None, inner
@@ -117,14 +123,15 @@ class LayerNorm(torch.autograd.Function):
         step.plain(mean.nbytes + inverse.nbytes)
         mean, inverse = at_least_single(mean), at_least_single(inverse)
         rows = ((x.detach() - mean) * inverse).reshape(-1, width)
-        config = norm_config(step, rows.shape, columns=False)
+        place = step.place("norm")
+        config = norm_config(step, rows.shape, False, place)
         outer = step.keep(rows, leaf=False, config=config)
         inner = step.keep(rows, leaf=False, config=config) if isinstance(config.reduce, Project) else None
         inverse = inverse.reshape(-1, 1)
         if step.ledger is not None and step.row is not None:
             step.ledger.kept_tensor(step.row, inverse)
         save(ctx, outer, inner, inverse, weight)
-        ctx.meter = step.meter(step.place())
+        ctx.meter = step.meter(place)
         ctx.measured = ctx.meter.key if ctx.meter else ""
         ctx.shape, ctx.dtypes = shape, (x.dtype, y.dtype if weight is None else weight.dtype)
         step.normed(y, outer, weight, bias)

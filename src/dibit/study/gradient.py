@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from dibit.compress import Setting, compress, decompress, state_of
 from dibit.config import Config, recipe
+from dibit.gradient_noise import as_before
 from dibit.study.variance import Estimate
 
 
@@ -44,7 +44,7 @@ def gradient_error(
     """
     if state_of(model) is not None:
         raise ValueError("gradient_error got a compressed model; call dibit.decompress(model) first.")
-    with _as_before(model):
+    with torch.random.fork_rng(), as_before(model):
         start = torch.get_rng_state()
         plain = _gradient(model, step)
         scale = plain.square().sum()
@@ -65,21 +65,6 @@ def gradient_error(
             decompress(model)
     error = statistics.stdev(errors) / len(errors) ** 0.5 if len(errors) > 1 else float("nan")
     return Estimate(statistics.fmean(errors), error)
-
-
-@contextmanager
-def _as_before(model: nn.Module) -> Iterator[None]:
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    grads = [(p, p.grad) for p in model.parameters()]
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
-            for p, grad in grads:
-                p.grad = grad
 
 
 def _gradient(model: nn.Module, step: Callable[[], Any]) -> Tensor:

@@ -81,7 +81,7 @@ class State:
 
 
 _NOISE_EVERY = 40  # steps, at least, between two measurements of noise: each costs two
-_NOISE_MOST = 3.0  # above this, training is slowed down
+_NOISY = 3.0  # above this, training is slowed down
 
 
 def train_one(
@@ -262,7 +262,7 @@ class _Training:
             return
         state.noise.append((state.epoch, found))
         log.add_scalar("gradient/noise", found, state.epoch)
-        if found > _NOISE_MOST and not state.warned:
+        if found > _NOISY and not state.warned:
             state.warned = True
             progress.say(
                 f"{self.name}, epoch {state.epoch}: the gradient's noise is {found:.1f} times its own square, which "

@@ -22,7 +22,7 @@ from dibit.train.inference import layerwise
 from dibit.train.models import adjacency_arguments, build_adjacency, build_model
 from dibit.train.settings import CompressionSettings, OptimisationSettings, Settings
 
-NOISE_MOST = 1000.0
+MOST_NOISE = 1000.0  # stands for draws that show nothing but noise
 
 
 @dataclass(frozen=True)
@@ -138,12 +138,12 @@ class Task:
     def noise(self, model: nn.Module, batch: MiniBatch, scaler: torch.amp.GradScaler | None = None) -> float | None:
         """The squared error of a compressed model's gradient over its square, of two draws; `None` without a row.
 
-        It ends at `NOISE_MOST`: then the draws show nothing but noise.
+        It ends at `MOST_NOISE`: then the draws show nothing but noise.
         """
         alone = replace(self, world=World())
         if not batch.rows.numel():
             return None
-        return min(dibit.noise(model, lambda: alone.gradient(model, batch, scaler)).total, NOISE_MOST)
+        return min(dibit.noise(model, lambda: alone.gradient(model, batch, scaler)).total, MOST_NOISE)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision of the forward pass."""
