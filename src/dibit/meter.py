@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dibit.config import Project, Sample
+from dibit.config import Project
+from dibit.lossless import outer
 from dibit.precision import at_least_single
 from dibit.residual import Aggregated, Compressed, Normed, Passed, Reseeded, Residual
 from dibit.row_plan import RowPlan
+
+_ROWS = 1 << 13  # that are counted at once: no mask of the whole
 
 
 class Meter:
@@ -19,32 +22,36 @@ class Meter:
     def __init__(self, plan: RowPlan, key: str) -> None:
         self.plan, self.key = plan, key
 
-    def leaf(self, residual: Residual, dy: Tensor, dw: Tensor) -> None:
-        """Of dW (O, D), the product of dY (N, O) and an input."""
-        square = _square(dw)
+    def weight_gradient(self, residual: Residual, dy: Tensor) -> Tensor:
+        """dY^T X (O, D), measured: dY (N, O) times an input."""
         if isinstance(residual, Aggregated):  # of features: exact; to aggregate their gradients for this costs too much
+            dw = residual.outer(dy)
             terms = _squares(dy).sum() * _squares(residual.source.value()).mean()
-            s, g = torch.stack((terms, square)).tolist()
-            return self.plan.measured(self.key, (0.0, s, 0.0, g, 1.0))
-        weight = None
-        ratio = 1
-        if isinstance(residual, Compressed) and (sample := residual.packed.sample(torch.float32)) is not None:
-            x, dy, weight = residual.packed.reduced(), dy.index_select(0, sample[0]), sample[1]
-            assert isinstance(residual.packed.config.reduce, Sample)
-            ratio = residual.packed.config.reduce.ratio  # of the rows that the loss reaches
-        else:
+            s, g = torch.stack((terms, _square(dw))).tolist()
+            self.plan.measured(self.key, (0.0, s, 0.0, g, 1.0))
+            return dw
+        if isinstance(residual, Compressed):
+            dw = residual.outer(dy)
+            sample, x = residual.packed.sample(torch.float32), residual.packed.reduced()
+        else:  # formed once, for both
             x = residual.value()
-        x = x.reshape(-1, x.shape[-1])
+            x = x.reshape(-1, x.shape[-1])
+            dw, sample = outer(x, dy), None
+        index, weight = sample or (None, None)
         gradient = _squares(dy)
+        if index is not None:
+            gradient = gradient.index_select(0, index)
+        ratio = residual.packed.config.reduce.ratio if weight is not None else 1  # type: ignore[attr-defined]
         terms = _squares(x) * gradient
         rounding = _rounding(residual, x) * gradient
         left_out = terms.new_zeros(())
         if weight is not None:
             left_out = (terms * weight * (weight - 1)).sum()
             terms, rounding = terms * weight, rounding * weight * weight
-        s, v, r, g = torch.stack((terms.sum(), left_out, rounding.sum(), square)).tolist()
+        s, v, r, g = torch.stack((terms.sum(), left_out, rounding.sum(), _square(dw))).tolist()
         noise = v / (ratio - 1) if ratio > 1 else s  # at most
-        return self.plan.measured(self.key, (noise, s, r / ratio, g - v - r, float(ratio > 1)))
+        self.plan.measured(self.key, (noise, s, r / ratio, g - v - r, float(ratio > 1)))
+        return dw
 
     def norm(self, along: Tensor, dx: Tensor, variance: float) -> None:
         """Of a norm: the square of what it subtracts along x_hat, 0-d, and dX, to which so much of it was added."""
@@ -67,7 +74,8 @@ def _rounding(residual: Residual, x: Tensor) -> Tensor:
     config, ranges = residual.packed.config, residual.packed.ranges
     bin_ = ((ranges[:, 1].float() - ranges[:, 0].float()) / (2**config.bits - 1)).square().mean()
     share = gain / (12 if config.rounding == "dither" else 6)
-    return torch.count_nonzero(x, dim=1) * (bin_ * share)  # zeros stay zeros, nearly
+    filled = torch.cat([torch.count_nonzero(part, dim=1) for part in x.split(_ROWS)])
+    return filled * (bin_ * share)  # zeros stay zeros, nearly
 
 
 def _squares(x: Tensor) -> Tensor:

@@ -297,8 +297,17 @@ class Passed:
         return replace(self, source=self.source.bind(tensors[:count]), mask=self.mask.bind(tensors[count:]))
 
     def value(self) -> Tensor:
-        y = self.mask.apply(self.source.value())
+        source, mask = self.source, self.mask
+        if isinstance(mask, Reseeded) and isinstance(source, Passed) and source.plain:  # in one pass
+            assert isinstance(source.mask, Mask)
+            return ops.relu_dropout_gradient(source.source.value(), source.mask.bits, mask.seed, mask.p)
+        y = mask.apply(source.value())
         return y if self.scale == 1 else y.mul_(self.scale)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the mask is a ReLU's."""
+        return isinstance(self.mask, Mask) and self.mask.slope == 0 and self.scale == 1
 
     def outer(self, dy: Tensor) -> Tensor:
         return outer(self.value(), dy)
