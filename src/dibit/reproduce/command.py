@@ -5,21 +5,24 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib
+import os
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dibit.reproduce import sections
-from dibit.reproduce.plan import Plan, Reproduction
+from dibit.reproduce import parallel, sections
+from dibit.reproduce.plan import Plan, Reproduction, Unit
 from dibit.reproduce.progress import Progress
-from dibit.reproduce.store import SECTIONS, Store, write
+from dibit.reproduce.store import DAYS, SECTIONS, Store, write
+from dibit.reproduce.tuned import CELLS, FIRST, cells
 from dibit.train.errors import Interrupted, Parser, TrainingError, UserError, nearest, require
 from dibit.train.files import json_path, reason
+from dibit.train.settings import RECIPES
 
 _DESCRIPTION = """\
 Repeat what EXACT and i-EXACT measured, with their numbers beside ours: as tables here, as JSON and as one
@@ -31,7 +34,9 @@ was stopped, and sections that are run one by one end up in the same page.
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of ``dibit reproduce``."""
     parser = Parser(prog="dibit reproduce", description=_DESCRIPTION)
-    parser.add_argument("section", metavar="SECTION", help="memory, blocks, variance, distribution, accuracy or all")
+    parser.add_argument(
+        "section", metavar="SECTION", help="memory, blocks, variance, distribution, accuracy, all (of these), or tuned."
+    )
     parser.add_argument("--out", metavar="DIR", help="Folder of the results and of report.html.")
     parser.add_argument(
         "--dataset", nargs="+", metavar="NAME", default=[], help="Graphs, as in dibit train: names or .npz files; the "
@@ -43,6 +48,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, metavar="K", help="Trainings of each setting (default: 3, full: 5).")
     parser.add_argument("--epochs", type=int, metavar="N", help="Epochs of each training (default: 50, full: 150).")
     parser.add_argument("--rounds", type=int, metavar="N", help="Rounds of the timing (default: 4, full: 7).")
+    tuned = parser.add_argument_group(
+        "tuned", "Published settings and splits. --seeds K takes the seeds below K, --epochs N fewer epochs."
+    )
+    names = f"{', '.join(CELLS)}, or all (default: {' and '.join(FIRST)})"
+    tuned.add_argument("--cell", nargs="+", metavar="CELL", default=[], help=f"Graphs and models: {names}.")
+    tuned.add_argument(
+        "--recipe", nargs="+", metavar="RECIPE", default=[], help="Only these (default: each cell's own)."
+    )
+    tuned.add_argument(
+        "--jobs", type=int, metavar="N", help="Trainings side by side, each on one thread (default: one a core)."
+    )
     parser.add_argument("--json", metavar="FILE", help="Write all sections to this file, too.")
     parser.add_argument("--overwrite", action="store_true", help="Forget the results that DIR holds.")
     parser.add_argument("--quiet", action="store_true", help="Print the tables and nothing else.")
@@ -70,11 +86,12 @@ def reproduce(argv: Sequence[str]) -> int:
         # torch says that CSR is in beta whenever one is made.
         warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
         run = Reproduction(plan, store, args.quiet)
-        if args.section != "memory":
+        if args.section not in ("memory", "tuned"):
             run.graphs()  # a data set that cannot be loaded is said now
         store.open()
         try:
-            for section in SECTIONS if args.section == "all" else (args.section,):
+            every = [section for section in SECTIONS if section not in DAYS]
+            for section in every if args.section == "all" else (args.section,):
                 _run(run, section)
         except KeyboardInterrupt as stop:
             command = shlex.join(["dibit", "reproduce", *(word for word in argv if word != "--overwrite")])
@@ -100,11 +117,10 @@ def _run(run: Reproduction, section: str) -> None:
     done: dict[str, Any] = {}
     total = 0.0
     with Progress(section, len(units), run.quiet) as progress:
-        for unit in units:
-            progress.begin(unit.name)
-            done[unit.name], seconds, computed = run.store.unit(unit.key, partial(unit.compute, progress.note))
+        for name, value, seconds, computed in _results(run, units, progress):
+            done[name] = value
             total += seconds
-            progress.end(seconds, computed)
+            progress.end(seconds, computed, name)
             if computed:
                 run.store.section(section, _content(run, section, experiment.table(run, done), total, False))
     content = _content(run, section, experiment.table(run, done), total, True)
@@ -113,6 +129,32 @@ def _run(run: Reproduction, section: str) -> None:
     page = render(run.store.path, run.store.manifest.add)
     if not run.quiet:
         print(f"{section} is in {shlex.quote(str(page))}", file=sys.stderr, flush=True)
+
+
+def _results(run: Reproduction, units: list[Unit], progress: Progress) -> Iterator[tuple[str, Any, float, bool]]:
+    """The measurements as they come: name, value, seconds, and whether it was computed now."""
+    separate = {}
+    for unit in units:
+        if not unit.files:
+            progress.begin(unit.name)
+            yield unit.name, *run.store.unit(unit.key, partial(unit.compute, progress.note))
+        elif (held := run.store.held(unit.key)) is not None:
+            yield unit.name, *held, False
+        else:
+            separate[unit.name] = unit
+
+    def begin(name: str) -> None:
+        run.store.expect(separate[name].key)
+        run.store.manifest.add(*separate[name].files)
+        progress.begin(name)
+
+    computed = parallel.run(
+        {name: unit.compute for name, unit in separate.items()}, run.plan.jobs, progress.note, begin
+    )
+    for name, value, seconds in computed if separate else ():
+        unit = separate[name]
+        yield name, run.store.keep(unit.key, value, seconds), seconds, True
+        run.store.manifest.remove(below=unit.files[0].parent)
 
 
 def _content(
@@ -133,9 +175,24 @@ def _content(
 
 
 def _plan(args: argparse.Namespace) -> Plan:
+    recipes = [recipe for recipe in args.recipe if recipe not in RECIPES]
+    if recipes:
+        raise UserError(f"--recipe is {recipes[0]!r}, expected {', '.join(RECIPES)}.{nearest(recipes[0], RECIPES)}")
+    cells(args.cell)
     defaults = {"seeds": 5, "epochs": 150, "rounds": 7, "draws": 8} if args.full else {}
-    given = {name: getattr(args, name) for name in ("seeds", "epochs", "rounds") if getattr(args, name) is not None}
+    given = {
+        name: getattr(args, name) for name in ("seeds", "epochs", "rounds", "jobs") if getattr(args, name) is not None
+    }
     for name, value in given.items():
         if value < 1:
             raise UserError(f"--{name} is {value}, expected a whole number of at least 1.")
-    return Plan(full=args.full, datasets=tuple(args.dataset), root=args.root, **{**defaults, **given})
+    return Plan(
+        full=args.full,
+        datasets=tuple(args.dataset),
+        root=args.root,
+        cells=tuple(args.cell),
+        recipes=tuple(args.recipe),
+        tuned_seeds=args.seeds,
+        tuned_epochs=args.epochs,
+        **{"jobs": os.cpu_count() or 1, **defaults, **given},
+    )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from dibit.config import Config
@@ -34,6 +35,11 @@ class Plan:
         epochs: of each training on the graphs of `datasets`.
         rounds: of the interleaved timing, after one to warm up.
         draws: of the codec, for gradient errors and Monte Carlo.
+        cells: of `tuned`, by name; empty: the first ones.
+        recipes: of `tuned`; empty: those of each cell.
+        tuned_seeds: of `tuned`: seeds below this; None: each cell's own.
+        tuned_epochs: of `tuned`; None: the published number.
+        jobs: trainings of `tuned` side by side.
     """
 
     full: bool = False
@@ -43,6 +49,11 @@ class Plan:
     epochs: int = 50
     rounds: int = 4
     draws: int = 4
+    cells: tuple[str, ...] = ()
+    recipes: tuple[str, ...] = ()
+    tuned_seeds: int | None = None
+    tuned_epochs: int | None = None
+    jobs: int = 1
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -57,11 +68,14 @@ class Unit:
     Attributes:
         name: unique in its section; shown while it runs.
         key: everything that the value depends on.
+        files: what `compute` writes while it runs; where there are some, it can be pickled, and runs in a process of
+            its own.
     """
 
     name: str
     key: dict[str, Any]
     compute: Callable[[Callable[[str], None]], Any]
+    files: tuple[Path, ...] = ()
 
 
 Done = Mapping[str, Any]  # values by the units' names, as far as they are there

@@ -52,17 +52,19 @@ class Progress:
         if self.bar is not None:
             self.bar.update(self.task, status=label)
 
-    def note(self, text: str) -> None:
-        """How far the running measurement is."""
+    def note(self, text: str, label: str | None = None) -> None:
+        """How far the running measurement is, or the one of this label where several run."""
+        self.label = label or self.label
         if self.bar is not None:
             self.bar.update(self.task, status=f"{self.label}: {text}")
         elif not self.quiet and time.monotonic() - self.last > self.NOTE_EVERY:
             self.last = time.monotonic()
             print(f"{self.section}  {self.label}: {text}", file=sys.stderr, flush=True)
 
-    def end(self, seconds: float, computed: bool) -> None:
-        """The measurement is there."""
+    def end(self, seconds: float, computed: bool, label: str) -> None:
+        """The measurement of this label is there."""
         self.done += 1
+        self.label = label
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done)
         elif not self.quiet and computed:

@@ -70,6 +70,16 @@ _ACCURACY_ROW = {
     "seconds?": float,
     "difference?": {"mean": float, "low?": float, "high?": float},
 }
+_TUNED_ROW = _ACCURACY_ROW | {
+    "cell": str,
+    "norm?": str,
+    "published?": float,
+    "difference?": {"mean": float, "low?": float, "high?": float, "values?": [float]},
+    "verdict?": str,
+    "epochs_ratio?": float,
+    "noise?": float,
+}
+_TOGETHER = {"cells": int, "mean": float, "low": float, "high": float, "epochs_ratio?": float}
 RESULTS: dict[str, dict[str, Any]] = {
     "memory": {"shapes": [_SHAPE]},
     "blocks": {
@@ -98,6 +108,7 @@ RESULTS: dict[str, dict[str, Any]] = {
         "skipped?": [{"graph": str, "why": str}],
         "paper?": [{"setting": str, "accuracy": str, "epochs_per_second?": str, "mark?": str}],
     },
+    "tuned": {"rows": [_TUNED_ROW], "together?": {"*": _TOGETHER}},
 }
 _ENVELOPE = {"section": str, "settings?": {"*": object}, "finished": bool, "seconds?": float, "date?": str}
 

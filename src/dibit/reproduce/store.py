@@ -18,7 +18,8 @@ from dibit.train.manifest import Manifest
 
 MARKER = "reproduce.json"
 PAGE = "report.html"
-SECTIONS = ("memory", "blocks", "variance", "distribution", "accuracy")
+SECTIONS = ("memory", "blocks", "variance", "distribution", "accuracy", "tuned")
+DAYS = ("tuned",)  # sections that take so long that "all" is without them
 
 
 class Store:
@@ -99,17 +100,34 @@ class Store:
         Returns:
             The value, the seconds it took when it was computed, and whether it was computed now.
         """
-        path = self.path / "units" / f"{self.name(key)}.json"
-        if path.is_file():
-            held = read(path)
-            if held.get("key") == key:
-                return held["value"], held["seconds"], False
-        self.manifest.add(path)  # what may not be replaced is said before hours of work
+        held = self.held(key)
+        if held is not None:
+            return *held, False
+        self.expect(key)  # what may not be replaced is said before hours of work
         start = time.perf_counter()
         value = compute()
         seconds = time.perf_counter() - start
-        write(path, {"key": key, "value": value, "seconds": seconds})
-        return json.loads(json.dumps(value)), seconds, True  # as a reader of the file would get it
+        return self.keep(key, value, seconds), seconds, True
+
+    def held(self, key: dict[str, Any]) -> tuple[Any, float] | None:
+        """A measurement that is there: its value and the seconds it took."""
+        path = self._unit(key)
+        if not path.is_file():
+            return None
+        found = read(path)
+        return (found["value"], found["seconds"]) if found.get("key") == key else None
+
+    def expect(self, key: dict[str, Any]) -> None:
+        """Say now whether a measurement may not be written (`UserError`)."""
+        self.manifest.add(self._unit(key))
+
+    def keep(self, key: dict[str, Any], value: Any, seconds: float) -> Any:
+        """Write a measurement; returns its value as a reader of the file gets it."""
+        write(self._unit(key), {"key": key, "value": value, "seconds": seconds})
+        return json.loads(json.dumps(value))
+
+    def _unit(self, key: dict[str, Any]) -> Path:
+        return self.path / "units" / f"{self.name(key)}.json"
 
     @staticmethod
     def name(key: dict[str, Any]) -> str:

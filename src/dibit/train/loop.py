@@ -47,6 +47,7 @@ class Result:
         seconds_per_epoch: Median over the epochs, of the training step alone.
         loss: Training loss of every epoch.
         noise: Squared error of the gradient over its square, at evaluations: (epoch, noise); none without compression.
+        curve: Metric on the validation nodes at evaluations: (epoch, metric).
     """
 
     recipe: str
@@ -61,6 +62,7 @@ class Result:
     seconds_per_epoch: float
     loss: list[float] = field(repr=False)
     noise: list[tuple[int, float]] = field(default_factory=list, repr=False)
+    curve: list[tuple[int, float]] = field(default_factory=list, repr=False)
 
 
 @dataclass
@@ -76,6 +78,7 @@ class State:
     loss: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     noise: list[tuple[int, float]] = field(default_factory=list)
+    curve: list[tuple[int, float]] = field(default_factory=list)
     unmeasured: int = 0  # steps since noise was measured last
     warned: bool = False
 
@@ -94,6 +97,7 @@ def train_one(
     last: bool = True,
     note: Callable[[Path], None] = lambda file: None,
     resume: bool = False,
+    log: bool = True,
 ) -> Result:
     """Train one model.
 
@@ -107,6 +111,7 @@ def train_one(
         last: Nothing follows this training, so that Ctrl-C in its last epoch has nothing to stop.
         note: Called with each file that is written, before it is.
         resume: Go on from the checkpoint in `folder`, if there is one; else it is replaced.
+        log: Write TensorBoard's logs.
 
     Raises:
         Interrupted: After Ctrl-C, once the epoch is finished and the checkpoint written.
@@ -114,7 +119,7 @@ def train_one(
         UserError: The checkpoint cannot be read, or is another training's.
         OSError: A file cannot be written; the last checkpoint is whole.
     """
-    return _Training(task, name, config, seed, folder, note, resume).run(on_epoch, last)
+    return _Training(task, name, config, seed, folder, note, resume, log).run(on_epoch, last)
 
 
 def check_checkpoint(task: Task, name: str, config: dibit.Config | None, seed: int, folder: Path) -> None:
@@ -144,7 +149,9 @@ class _Training:
         folder: Path,
         note: Callable[[Path], None],
         resume: bool,
+        log: bool,
     ) -> None:
+        self.logs = log
         self.task, self.name, self.seed, self.folder, self.note = task, name, seed, folder, note
         self.settings = task.settings
         self.split = task.split(seed)
@@ -245,6 +252,7 @@ class _Training:
         log.add_scalar(f"{self.task.graph.metric}/val", val, state.epoch)
         log.add_scalar(f"{self.task.graph.metric}/test", test, state.epoch)
         state.last_val = val
+        state.curve.append((state.epoch, val))
         state.since_best += 1
         if val > state.val:
             state.val, state.test, state.best_epoch, state.since_best = val, test, state.epoch, 0
@@ -334,7 +342,7 @@ class _Training:
 
     def _log(self) -> events.Events | events.NoEvents:
         """For TensorBoard; what an interrupted run logged after its checkpoint is hidden."""
-        if not self.world.first:
+        if not (self.logs and self.world.first):
             return events.NoEvents()
         path = self.folder / events.name(self.folder)
         self.note(path)
@@ -362,6 +370,7 @@ class _Training:
             seconds_per_epoch=statistics.median(state.seconds),
             loss=state.loss,
             noise=[(epoch, value) for epoch, value in state.noise],
+            curve=[(epoch, value) for epoch, value in state.curve],
         )
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.nn import GAT, GCN, GIN, GCN2Conv, GraphSAGE
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
+from torch_geometric.nn.models.basic_gnn import BasicGNN
 from torch_geometric.nn.resolver import normalization_resolver
 from torch_geometric.utils import to_torch_csr_tensor
 
@@ -102,6 +103,45 @@ class GCN2(nn.Module):
         return F.relu(h + x if self.residual else h)
 
 
+class LinearSkip(nn.Module):
+    """A graph layer with a linear layer beside it: conv(x, ...) + W x + b.
+
+    Args:
+        conv: A layer of torch_geometric.nn.
+        in_channels: Features a node.
+        out_channels: Of the layer.
+    """
+
+    def __init__(self, conv: nn.Module, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = conv
+        self.lin = nn.Linear(in_channels, out_channels)
+
+    def forward(self, x: Tensor, *edges: Any, **more: Any) -> Tensor:
+        """Return the sum, (N, out_channels)."""
+        return self.conv(x, *edges, **more) + self.lin(x)
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        self.conv.reset_parameters()  # type: ignore[operator]
+        self.lin.reset_parameters()
+
+
+def _with_linear_skips(model: type[BasicGNN]) -> type[BasicGNN]:
+    """One of PyTorch Geometric's models, a linear layer beside each of its graph layers."""
+
+    class Model(model):  # type: ignore[misc, valid-type]
+        def init_conv(self, in_channels: int, out_channels: int, **kwargs: Any) -> nn.Module:
+            conv = super().init_conv(in_channels, out_channels, **kwargs)
+            return LinearSkip(conv, in_channels, out_channels)
+
+    Model.__name__ = Model.__qualname__ = f"{model.__name__}LinearSkip"
+    return Model
+
+
+_MODELS: dict[str, type[BasicGNN]] = {"gcn": GCN, "sage": GraphSAGE, "gin": GIN, "gat": GAT}
+
+
 def build_model(settings: ModelSettings, in_channels: int, out_channels: int) -> nn.Module:
     """Build the model, its weights drawn from torch's default generator; call it as ``model(x, adjacency)``.
 
@@ -120,18 +160,19 @@ def build_model(settings: ModelSettings, in_channels: int, out_channels: int) ->
         "norm": norm,
         "norm_kwargs": norm_kwargs,
     }
-    aggr = {} if settings.aggr is None else {"aggr": settings.aggr}
-    match settings.model:
-        case "gcn":
-            return GCN(**common, normalize=False)  # the adjacency is normalised already
-        case "sage":
-            return GraphSAGE(**common, **aggr)
-        case "gin":
-            return GIN(**common, **aggr)
-        case "gat":
-            return GAT(**common, heads=settings.heads)
-        case _:
-            return GCN2(**common, alpha=settings.alpha, theta=settings.theta, residual=settings.residual)
+    if settings.model == "gcn2":
+        return GCN2(**common, alpha=settings.alpha, theta=settings.theta, residual=settings.residual)
+    own: dict[str, Any] = {}
+    if settings.model == "gcn":
+        own["normalize"] = False  # the adjacency is normalised already
+    if settings.model == "gat":
+        own["heads"] = settings.heads
+    if settings.aggr is not None:
+        own["aggr"] = settings.aggr
+    if not settings.bias:
+        own["bias"] = False
+    kind = _MODELS[settings.model]
+    return (_with_linear_skips(kind) if settings.linear_skip else kind)(**common, jk=settings.jk, **own)
 
 
 def build_adjacency(settings: ModelSettings, edge_index: Tensor, num_nodes: int, device: torch.device) -> Tensor:

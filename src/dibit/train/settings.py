@@ -12,6 +12,7 @@ from dibit.train.errors import UserError, nearest, shown
 MODELS = ("gcn", "sage", "gin", "gat", "gcn2")
 NORMS = ("none", "batch", "layer", "graph", "pair")
 AGGRS = ("mean", "sum", "max")
+JKS = ("last", "cat", "max", "lstm")
 RECIPES = ("default", "small", "exact", "iexact", "none")
 BITS = (1, 2, 4, 8)
 LEVELS = ("uniform", "normal")
@@ -34,7 +35,10 @@ class DataSettings:
         svd: Replace the features by their K leading singular directions (truncated SVD).
         standardize: Give every feature mean 0 and variance 1 over the nodes.
         undirected: Add the reverse of every edge.
+        self_loops: Give every node one edge to itself; gcn, gcn2 and gat have it without this.
         split: Which of several published splits to train on, from 0; without it --seed modulo their number.
+        split_file: An .npz file with the node numbers train, val (or valid) and test, or the masks train_mask,
+            val_mask and test_mask, in place of the data set's own split (docs/data.md).
         trust: Let the data set's files run code when they are read, as Python's pickles may; without it, files that
             are more than arrays are refused.
     """
@@ -44,7 +48,9 @@ class DataSettings:
     svd: int | None = None
     standardize: bool = False
     undirected: bool = False
+    self_loops: bool = False
     split: int | None = None
+    split_file: str | None = None
     trust: bool = False
 
     def check(self) -> None:
@@ -55,6 +61,8 @@ class DataSettings:
             _at_least("svd", self.svd, 1)
         if self.split is not None:
             _at_least("split", self.split, 0)
+        if self.split_file == "":
+            raise UserError("--split-file is empty; give the path of an .npz file, or leave it out.")
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,12 @@ class ModelSettings:
         alpha: Share of the first layer's output in every layer (gcn2).
         theta: Strength of the weights, falling with depth: beta = log(theta / layer + 1) (gcn2).
         residual: Add each layer's input to its output, after the norm and before the activation (gcn2).
+        linear_skip: Add a linear layer of each graph layer's input to its output, before the norm: conv(x) + W x + b
+            (gcn, sage, gin, gat).
+        jk: Jumping knowledge, one of last, cat, max, lstm: norm, activation and dropout follow the last graph layer
+            too, and a linear layer makes the classes from the last layer's output (last) or from all layers'
+            (gcn, sage, gin, gat).
+        bias: Bias of the graph layers (gcn, sage, gat).
     """
 
     model: str = "sage"
@@ -85,6 +99,9 @@ class ModelSettings:
     alpha: float = 0.5
     theta: float = 1.0
     residual: bool = False
+    linear_skip: bool = False
+    jk: str | None = None
+    bias: bool = True
 
     def check(self) -> None:
         """Raise `UserError` for a value that cannot be meant."""
@@ -110,7 +127,21 @@ class ModelSettings:
             raise UserError(f"--alpha is {self.alpha}, expected a number from 0 to 1.")
         _positive("theta", self.theta)
         if self.residual and self.model != "gcn2":
-            raise UserError(f"--residual does not apply to --model {self.model}, only to gcn2; leave it out.")
+            raise UserError(
+                f"--residual does not apply to --model {self.model}, only to gcn2; leave it out, or give --linear-skip."
+            )
+        if self.jk is not None:
+            _one_of("jk", self.jk, JKS)
+        if self.model == "gcn2":
+            for given, flag in ((self.linear_skip, "--linear-skip"), (self.jk is not None, "--jk")):
+                if given:
+                    raise UserError(
+                        f"{flag} does not apply to --model gcn2, only to gcn, sage, gin and gat; leave it out."
+                    )
+        if not self.bias and self.model in ("gin", "gcn2"):
+            raise UserError(
+                f"--no-bias does not apply to --model {self.model}, only to gcn, sage and gat; leave it out."
+            )
 
 
 @dataclass(frozen=True)
@@ -314,6 +345,11 @@ class Settings:
             raise UserError(
                 f"--neighbors names {hops} hops, but the model has {self.model.layers} layers (--layers); expected one "
                 "number, or one for each layer."
+            )
+        if self.loader.loader != "full" and self.model.jk not in (None, "last"):
+            raise UserError(
+                f"--jk {self.model.jk} needs every layer's output at once, which the evaluation of --loader "
+                f"{self.loader.loader}, layer by layer, does not have; give --jk last, or --loader full."
             )
         if self.run.compare and self.compression.recipe == "none":
             raise UserError("--compare with --recipe none compares plain training with itself; give another recipe.")

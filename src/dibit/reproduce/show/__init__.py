@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from dibit.reproduce.figures import Picture
-from dibit.reproduce.show import accuracy, blocks, distribution, memory, variance
+from dibit.reproduce.show import accuracy, blocks, distribution, memory, tuned, variance
 from dibit.reproduce.tables import Fact, Table
 
 
@@ -32,4 +32,5 @@ SHOW: dict[str, Show] = {
     "variance": variance,
     "distribution": distribution,
     "accuracy": accuracy,
+    "tuned": tuned,
 }

@@ -60,7 +60,7 @@ class Graph:
     Attributes:
         name: What to call it.
         x: float32 (N, F).
-        edge_index: int64 (2, E), sorted by row 1, then row 0; without duplicates and self-loops.
+        edge_index: int64 (2, E), sorted by row 1, then row 0; without duplicates, and with no self-loops or one a node.
         y: int64 (N,), -1 = unlabelled; or float32 (N, C).
         num_classes: C.
         masks: See `Raw`.
@@ -144,7 +144,7 @@ def prepare(raw: Raw, settings: DataSettings, seed: int) -> Graph:
     return Graph(
         name=raw.name,
         x=torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)),
-        edge_index=torch.from_numpy(_ordered(raw.edge_index, nodes, settings.undirected)),
+        edge_index=torch.from_numpy(_ordered(raw.edge_index, nodes, settings.undirected, settings.self_loops)),
         y=torch.from_numpy(np.ascontiguousarray(raw.y)),
         num_classes=raw.num_classes,
         masks=masks,
@@ -232,11 +232,14 @@ def _dense(x: Features, name: str) -> np.ndarray:
     return np.asarray(x.todense() if scipy.sparse.issparse(x) else x, dtype=np.float32)
 
 
-def _ordered(edge_index: np.ndarray, nodes: int, undirected: bool) -> np.ndarray:
-    """Sort edges by target, then source; drop duplicates and self-loops; add reverses if asked for."""
+def _ordered(edge_index: np.ndarray, nodes: int, undirected: bool, self_loops: bool) -> np.ndarray:
+    """Sort edges by target, then source; drop duplicates and self-loops; add reverses and a loop a node if asked."""
     source, target = edge_index.astype(np.int64, copy=False)
     if undirected:
         source, target = np.concatenate([source, target]), np.concatenate([target, source])
     kept = source != target
-    key = np.unique(target[kept] * nodes + source[kept])
+    key = target[kept] * nodes + source[kept]
+    if self_loops:
+        key = np.concatenate([key, np.arange(nodes) * (nodes + 1)])
+    key = np.unique(key)
     return np.stack([key % nodes, key // nodes])

@@ -13,6 +13,7 @@ from dibit.train.data.generated import planted
 from dibit.train.data.graph import Graph, Raw, memory_bytes, prepare
 from dibit.train.data.named import NAMES, canonical, load_named
 from dibit.train.data.npz import load_npz
+from dibit.train.data.split_file import load_split
 from dibit.train.errors import UserError, nearest, shown
 from dibit.train.settings import DataSettings
 
@@ -33,7 +34,14 @@ def load_graph(settings: DataSettings, seed: int) -> Graph:
 
 
 def load_raw(settings: DataSettings, seed: int) -> Raw:
-    """The graph named by the settings as its source gives it; `seed` draws the generated one."""
+    """The graph named by the settings as its source gives it, but for the split; `seed` draws the generated one."""
+    raw = _from_source(settings, seed)
+    if settings.split_file is None:
+        return raw
+    return replace(raw, masks=load_split(settings.split_file, raw.x.shape[0]))
+
+
+def _from_source(settings: DataSettings, seed: int) -> Raw:
     dataset = settings.dataset
     if dataset.lower().split(":")[0] == "planted":
         return planted(_size_of_planted(dataset), seed)

@@ -59,7 +59,7 @@ def chosen(masks: Masks | None, split: int | None, name: str) -> Masks | None:
     if masks is None:
         raise UserError(
             f"--split is {shown(split)}, but {shown(name)} has no published split; leave --split out, then one is "
-            "drawn from --seed."
+            "drawn from --seed, or give --split-file."
         )
     count = max((mask.shape[1] for mask in masks if mask.ndim == 2), default=1)
     if split >= count:
