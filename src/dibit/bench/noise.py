@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dibit
-from dibit import Config
+from dibit import Config, Sample
 from dibit.state import state_of
 from dibit.study import gradient_error
 from dibit.train.data import Graph
@@ -164,10 +164,13 @@ class Training:
         """
         config = CONFIGS[setting]
         trial = copy.deepcopy(self.model)
-        error = gradient_error(trial, partial(self.step, trial), config, draws, partial(self._steps_before, trial))
+        learns = config.noise is not None or isinstance(config.reduce, Sample)
+        before = partial(self._steps_before, trial) if learns else None
+        error = gradient_error(trial, partial(self.step, trial), config, draws, before)
         dibit.compress(trial, config)
         with torch.random.fork_rng():
-            self._steps_before(trial)
+            if before is not None:
+                before()
             with dibit.track(trial) as saved:
                 self.loss(trial)
         found = {"error": error.mean, "standard_error": error.error, "bytes": saved.total / self.x.shape[0]}
