@@ -19,7 +19,8 @@ import dibit
 from dibit import Config, Sample
 from dibit.compiled.spec import NORM, setting_of, settings
 from dibit.config import recipe
-from dibit.row_plan import _ALIGNED, _COLUMNS, Leaf, Norm, RowPlan
+from dibit.meter import concentration
+from dibit.row_plan import _ALIGNED, _COLUMNS, _DEEP, _FINE, _NEXT, _SPREAD, Leaf, Level, Norm, RowPlan
 from dibit.state import state_of
 from dibit.study import gradient_error
 from tests.unbiased import bias_of
@@ -35,7 +36,7 @@ def plan_of(count: int, seed: int) -> RowPlan:
         terms = rng.uniform(0.1, 2)
         leaves[f"{i}"] = Leaf(
             noise=terms * rng.uniform(0.3, 1), terms=terms, rounding=0.1 * terms, signal=rng.uniform(0.5, 3),
-            elements=rng.choice((64, 128, 512)), most=rng.choice((4, 6)), sampled=rng.uniform(0, 0.2), quiet=0.01,
+            elements=rng.choice((64, 128, 512)), most=rng.choice((4, 6)), sampled=rng.uniform(0, 0.2), all_rows=0.01,
             served=rng.random() < 0.5,
         )  # fmt: skip
     return RowPlan(bound=0.5, leaves=leaves)
@@ -43,44 +44,44 @@ def plan_of(count: int, seed: int) -> RowPlan:
 
 class TestFormulas:
     def test_the_error_of_a_leaf(self) -> None:
-        leaf = Leaf(noise=2.0, terms=5.0, rounding=0.5, sampled=0.3, quiet=0.1)
-        assert leaf.error(4, quiet=False) == pytest.approx(0.3 * 5 + 1.3 * (2 * 3 + 0.5 * 4))
-        assert leaf.error(1, quiet=True) == pytest.approx(0.1 * 5 + 1.1 * 0.5)
+        leaf = Leaf(noise=2.0, terms=5.0, rounding=0.5, sampled=0.3, all_rows=0.1)
+        assert leaf.error(4, Level.SAMPLED) == pytest.approx(0.3 * 5 + 1.3 * (2 * 3 + 0.5 * 4))
+        assert leaf.error(1, Level.ALL) == pytest.approx(0.1 * 5 + 1.1 * 0.5)
 
     def test_predicted_is_the_error_over_the_signal(self) -> None:
         plan = plan_of(4, 0)
-        for quiet, ratios in itertools.product((False, True), ({}, {"0": 2, "3": 1})):
+        for level, ratios in itertools.product((Level.SAMPLED, Level.ALL), ({}, {"0": 2, "3": 1})):
             error = 0.0
             for key, leaf in plan.leaves.items():
-                ratio = 1 if quiet and leaf.served else min(leaf.most, ratios.get(key, leaf.most))
-                error += leaf.error(ratio, quiet)
-            assert plan.predicted(quiet, ratios) == pytest.approx(error / sum(x.signal for x in plan.leaves.values()))
+                ratio = 1 if level and leaf.served else min(leaf.most, ratios.get(key, leaf.most))
+                error += leaf.error(ratio, level)
+            assert plan.predicted(level, ratios) == pytest.approx(error / sum(x.signal for x in plan.leaves.values()))
 
     @pytest.mark.parametrize("seed", range(20))
-    @pytest.mark.parametrize("quiet", [False, True])
-    def test_ratios_are_within_the_bound_and_near_to_the_fewest_bytes(self, seed: int, quiet: bool) -> None:
+    @pytest.mark.parametrize("level", [Level.SAMPLED, Level.ALL])
+    def test_ratios_are_within_the_bound_and_near_to_the_fewest_bytes(self, seed: int, level: Level) -> None:
         plan = plan_of(4, seed)
-        free = [key for key, leaf in plan.leaves.items() if not (quiet and leaf.served)]
+        free = [key for key, leaf in plan.leaves.items() if not (level and leaf.served)]
         options = [range(1, plan.leaves[key].most + 1) for key in free]
-        all_rows = plan.predicted(quiet, dict.fromkeys(free, 1))
+        all_rows = plan.predicted(level, dict.fromkeys(free, 1))
         for bound in (1.05 * all_rows, 2 * all_rows, 5 * all_rows):
-            chosen = plan._within(bound, quiet)
-            assert plan.predicted(quiet, chosen) <= bound * (1 + 1e-9)
+            chosen = plan._within(bound, level)
+            assert plan.predicted(level, chosen) <= bound * (1 + 1e-9)
             within = [dict(zip(free, own, strict=True)) for own in itertools.product(*options)]
-            fewest = min(plan._bytes(quiet, r) for r in within if plan.predicted(quiet, r) <= bound)
-            assert plan._bytes(quiet, chosen) <= 1.6 * fewest
+            fewest = min(plan._bytes(level, r) for r in within if plan.predicted(level, r) <= bound)
+            assert plan._bytes(level, chosen) <= 1.6 * fewest
 
     def test_out_of_reach_everything_is_kept(self) -> None:
         plan = plan_of(3, 1)
-        assert set(plan._within(1e-6, quiet=False).values()) == {1}
+        assert set(plan._within(1e-6, level=Level.SAMPLED).values()) == {1}
 
     def test_nothing_is_changed_within_the_bound(self) -> None:
-        assert plan_of(3, 1)._within(1e6, quiet=False) == {}
+        assert plan_of(3, 1)._within(1e6, level=Level.SAMPLED) == {}
 
     def test_state_is_whole(self) -> None:
         plan = plan_of(3, 2)
-        plan.norms["a/b:1"] = Norm(0.1, True, 640, 16)
-        plan.ratios, plan.quiet, plan.passes = {"1": 3}, True, 7
+        plan.norms["a/b:1"] = Norm(0.1, 0.2, 3, 640, 16)
+        plan.ratios, plan.level, plan.passes = {"1": 3}, Level.FINE, 7
         plan.measured("1", (1.0, 2.0, 3.0, 4.0, 1.0))
         other = RowPlan(bound=0.5, ratios={"x": 2})
         other.load_state_dict(plan.state_dict())
@@ -131,11 +132,11 @@ class TestWhatNormsAdd:
         ratio, rho = 5, 0.03
         leaves = walked(Deep(5, norm), ratio, rho=rho)
         columns = norm is nn.BatchNorm1d
-        for variance, name in ((ratio - 1, "sampled"), (0.2, "quiet")):
+        for variance, name in ((ratio - 1, "sampled"), (0.2, "all_rows")):
             q = expected = 0.0
             for i in reversed(range(5)):
                 q = q * (1 + variance * _ALIGNED) + variance * rho
-                expected = q + (5 - i) * _COLUMNS * variance * columns
+                expected = q + (5 - i) * _COLUMNS * variance * _SPREAD * columns
                 assert getattr(leaves[f"layers.{i}:linear:1"], name) == pytest.approx(expected)
             assert getattr(leaves["last:linear:1"], name) == 0
 
@@ -143,6 +144,98 @@ class TestWhatNormsAdd:
         leaves = walked(Deep(5, nn.LayerNorm, residual=True), 5, rho=0.03)
         for i in range(5):  # one norm between a layer and the sum
             assert leaves[f"layers.{i}:linear:1"].sampled == pytest.approx(4 * 0.03)
+
+
+class TestNextToTheLoss:
+    """In deep models, where all rows at 2 bits are too noisy, the norms next to the loss keep 4 bits."""
+
+    def test_noise_is_less_from_there_down(self) -> None:
+        layers, rho = 12, 0.03
+        leaves = walked(Deep(layers, nn.BatchNorm1d), 5, rho=rho)
+        q = columns = 0.0
+        for i in reversed(range(layers)):
+            near = layers - 1 - i < _NEXT * layers
+            variance = 0.2 * 4.0 ** (2 - _FINE) if near else 0.2
+            q = q * (1 + variance * _ALIGNED) + variance * rho
+            columns += _COLUMNS * variance * _SPREAD
+            if i < layers - 1:  # in the first pass the order of the norms was not known before
+                assert leaves[f"layers.{i}:linear:1"].fine <= leaves[f"layers.{i}:linear:1"].all_rows
+        again = walked_again(layers, rho)
+        assert again["layers.0:linear:1"].fine == pytest.approx(q + columns)
+
+    @pytest.mark.parametrize(("layers", "bits"), [(_DEEP, {2, 4}), (_DEEP - 1, {2})])
+    def test_which_norms_keep_more_bits(self, layers: int, bits: set[int]) -> None:
+        model = Deep(layers, nn.LayerNorm)
+        plan, again = planned(model)
+        plan.level = Level.FINE
+        again()
+        config = recipe("default")
+        found = {
+            key: plan.norm_config(
+                key, replace(config.norm or config, rounding="dither"), torch.Size((40, D)), False, model
+            )
+            for key in plan.norms
+        }
+        assert all(each.reduce is None for each in found.values())
+        assert {each.bits for each in found.values()} == bits
+        near = [key for key, each in found.items() if each.bits == 4]
+        assert all(plan.norms[key].above < _NEXT * layers for key in near)
+        assert any(key.startswith(f"norms.{layers - 1}:") for key in near) or bits == {2}
+
+    @pytest.mark.parametrize(("terms", "level"), [(0.1, Level.ALL), (3.0, Level.FINE)])
+    def test_it_is_chosen_by_what_comes_down_the_path(self, terms: float, level: Level) -> None:
+        plan = RowPlan(bound=0.5, passes=4)
+        plan.norms = {f"{i}": Norm(0.01, above=i, elements=64, ratio=16) for i in range(_DEEP)}
+        plan.leaves = {"x": Leaf(terms=terms, signal=1.0, sampled=50.0, all_rows=0.06, fine=0.01)}
+        plan.measured("x", (0.0, terms, 0.0, 1.0, 1.0))
+        plan.decide()
+        assert plan.level is level
+
+    def test_concentration_is_that_of_the_eigenvalues(self) -> None:
+        x = torch.randn(50, 6) @ torch.diag(torch.tensor([5.0, 1, 1, 0.1, 0.1, 0]))
+        values = torch.linalg.eigvalsh(x.T @ x)
+        assert float(concentration(x)) == pytest.approx(float(values.square().sum() / values.sum() ** 2), rel=1e-4)
+        assert float(concentration(torch.zeros(5, 3))) == 0
+
+    def test_a_norm_over_columns_measures_it(self) -> None:
+        torch.manual_seed(0)
+        model = Deep(2, nn.BatchNorm1d)
+        dibit.compress(model, "default")
+        x = torch.randn(400, 1) @ torch.randn(1, D) + 0.01 * torch.randn(400, D)  # all rows in one direction
+        model(x).square().sum().backward()
+        state = state_of(model)
+        assert state is not None
+        torch.autograd.graph.increment_version([next(model.parameters())])
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0)
+        model(x)
+        first, second = (norm.concentration for _, norm in sorted(state.scores.plan.norms.items()))
+        assert first > 0.5  # rounding spreads it a little
+        assert 1 / D <= second < 1
+
+
+def planned(model: nn.Module) -> tuple[RowPlan, Any]:
+    """The plan of a model after one pass, and what makes it walk another."""
+    dibit.compress(model, "default")
+    state = state_of(model)
+    assert state is not None
+    plan = state.scores.plan
+
+    def again() -> None:
+        plan.walk([model(torch.randn(40, D))], 0)
+
+    again()
+    return plan, again
+
+
+def walked_again(layers: int, rho: float) -> dict[str, Leaf]:
+    """The leaves after a second walk, which knows the order of the norms from the first."""
+    plan, again = planned(Deep(layers, nn.BatchNorm1d))
+    for norm in plan.norms.values():
+        norm.rho = rho
+    again()
+    return plan.leaves
 
 
 class Served(nn.Module):
@@ -183,7 +276,7 @@ def keeps_all_rows(model: nn.Module, config: Config) -> nn.Module:
     dibit.compress(model, config)
     state = state_of(model)
     assert state is not None
-    state.scores.plan.quiet = True
+    state.scores.plan.level = Level.ALL
     return model
 
 

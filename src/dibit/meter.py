@@ -53,10 +53,21 @@ class Meter:
         self.plan.measured(self.key, (noise, s, r / ratio, g - v - r, float(ratio > 1)))
         return dw
 
-    def norm(self, along: Tensor, dx: Tensor, variance: float) -> None:
-        """Of a norm: the square of what it subtracts along x_hat, 0-d, and dX, to which so much of it was added."""
-        part, whole = torch.stack((along.float(), _square(dx))).tolist()
-        self.plan.measured(self.key, (part, max(whole - variance * part, 1e-3 * whole)))
+    def norm(self, along: Tensor, dx: Tensor, variance: float, normalised: Tensor | None = None) -> None:
+        """Of a norm: the square of what it subtracts along x_hat, 0-d, and dX, to which so much of it was added.
+
+        Args:
+            normalised: x_hat (rows, D), as far as it was kept, where its statistics are those of columns.
+        """
+        spread = along.new_zeros(()) if normalised is None else concentration(normalised)
+        part, whole, share = torch.stack((along.float(), _square(dx), spread.float())).tolist()
+        self.plan.measured(self.key, (part, max(whole - variance * part, 1e-3 * whole), share, 1.0))
+
+
+def concentration(x: Tensor) -> Tensor:
+    """The sum of the squared eigenvalues of x^T x over the square of their sum, 0-d; x (rows, D)."""
+    gram = outer(x, x)
+    return gram.square().sum() / gram.diagonal().sum().square().clamp(min=torch.finfo(gram.dtype).tiny)
 
 
 def _rounding(residual: Residual, x: Tensor) -> Tensor:

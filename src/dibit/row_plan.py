@@ -9,10 +9,13 @@ Two kinds of noise meet in a weight gradient :math:`dW = \sum_n dY_n^T x_n`, who
   dX, :math:`\rho` being the square of what it subtracts along :math:`\hat x` over that of dX, and multiplies what came
   by :math:`1 + v a`, a being the same share of the noise, of which more lies along :math:`\hat x` than of the gradient.
   So :math:`q_{k-1} = (1 + v a) q_k + v \rho_k` down the norms from the loss, on the quietest way where there are
-  several. Norms over columns (BatchNorm) add noise in the columns' means besides, the same for all rows.
+  several. Norms over columns (BatchNorm) add noise in the columns' means besides, the same for all rows: the more of
+  it the fewer directions the rows of :math:`\hat x` spread over, as where neighbours have been averaged often.
 
 docs/gradient-error.md derives this. Where the sum would exceed the bound, more rows are kept: all of them by norms,
 which then serve the linear layers behind them too, or more of those by linear layers, whichever takes fewer bytes.
+What comes by the way of dX is known up to a power of the depth only, so that it has a share of the bound for itself;
+in deep models the norms next to the loss, whose noise passes through all others, then keep their rows at 4 bits.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -42,7 +46,11 @@ _BLOCK = 128  # elements a range, of a norm that keeps all rows
 _ROUNDED = 0.2  # variance of a normalised input at 2 bits with dither
 _ALIGNED = 0.15  # share of a norm's noise that lies along x_hat of the next one: W^T W x is near to x
 _MOST = 1e12  # q beyond which all is lost
-_COLUMNS = 0.01  # of S: what noise in the columns' means adds, times (ratio - 1)
+_COLUMNS = 0.3  # of S: what noise in the columns' means adds, times the variance and the norm's concentration
+_SPREAD = 0.035  # the concentration as long as it is not known
+_DEEP = 8  # norms behind one another, of which those next to the loss may keep more bits
+_NEXT = 0.45  # share of the norms that are next to the loss
+_FINE = 4  # bits of these
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
 
 
@@ -51,9 +59,17 @@ def norms_of(model: nn.Module) -> int:
     return sum(isinstance(module, _NORMS) for module in model.modules())
 
 
-def whole(config: Config) -> Config:
+class Level(IntEnum):
+    """What norms keep."""
+
+    SAMPLED = 0  # some rows
+    ALL = 1  # all rows
+    FINE = 2  # all rows, in deep models at more bits next to the loss
+
+
+def whole(config: Config, bits: int | None = None) -> Config:
     """The codec of a norm's input that keeps all rows."""
-    return replace(config, reduce=None, block=_BLOCK)
+    return replace(config, reduce=None, block=_BLOCK, bits=bits or config.bits)
 
 
 @dataclass
@@ -65,7 +81,7 @@ class Leaf:
         terms: S, the sum of the squares of their terms.
         rounding: their variance by rounding where all rows are kept: it grows with the ratio.
         signal: their square, without noise.
-        sampled, quiet: q of their dY, where norms are sampled and where they keep all rows.
+        sampled, all_rows, fine: q of their dY at each level of the norms.
         elements: of the input; 0 where the rows kept do not depend on a ratio (features).
         most: the recipe's ratio.
         served: norms that keep all rows keep this input, too.
@@ -76,15 +92,20 @@ class Leaf:
     rounding: float = 0.0
     signal: float = 0.0
     sampled: float = 0.0
-    quiet: float = 0.0
+    all_rows: float = 0.0
+    fine: float = 0.0
     elements: int = 0
     most: int = 1
     served: bool = False
     missed: int = 0  # steps in a row that were measured, but this was not there
 
-    def error(self, ratio: float, quiet: bool) -> float:
+    def q(self, level: int) -> float:
+        """Of the noise in dY that norms add."""
+        return (self.sampled, self.all_rows, self.fine)[level]
+
+    def error(self, ratio: float, level: int) -> float:
         """The squared error of the gradients."""
-        q = self.quiet if quiet else self.sampled
+        q = self.q(level)
         return q * self.terms + (1 + q) * (self.noise * (ratio - 1) + self.rounding * ratio)
 
 
@@ -94,13 +115,16 @@ class Norm:
 
     Attributes:
         rho: the square of what it subtracts along x_hat over that of its dX.
-        columns: its statistics are those of columns.
+        concentration: of its x_hat, where its statistics are those of columns: the sum of the squared eigenvalues of
+            x_hat^T x_hat over their sum's square, from 1 / D (every direction alike) to 1; else 0.
+        above: norms between it and the loss.
         elements: of its input.
         ratio: the recipe's, for so many rows.
     """
 
     rho: float = 0.0
-    columns: bool = False
+    concentration: float = 0.0
+    above: int = 0
     elements: int = 0
     ratio: int = 1
     missed: int = 0
@@ -114,7 +138,7 @@ class RowPlan:
         bound: on the squared error of the gradient over its square; 0: nothing is measured.
         leaves, norms: by residual and by norm.
         ratios: by residual, rows of which one is kept, where that is not the recipe's.
-        quiet: norms keep all rows; `None`: not decided.
+        level: what norms keep; `None`: not decided.
         passes: after which an optimiser has stepped.
     """
 
@@ -122,7 +146,7 @@ class RowPlan:
     leaves: dict[str, Leaf] = field(default_factory=dict)
     norms: dict[str, Norm] = field(default_factory=dict)
     ratios: dict[str, int] = field(default_factory=dict)
-    quiet: bool | None = None
+    level: Level | None = None
     passes: int = 0
     _count: int = 0  # norms among the model's modules, once they were counted
     _pending: dict[str, tuple[float, ...]] = field(default_factory=dict)
@@ -150,9 +174,30 @@ class RowPlan:
             return config
         ratio = config.reduce.of(shape[:-1].numel()).ratio
         norm = self.norms.setdefault(key, Norm())
-        norm.columns, norm.elements, norm.ratio = columns, shape.numel(), ratio
-        quiet = self.deep(model) if self.quiet is None else self.quiet
-        return whole(config) if quiet else config
+        norm.elements, norm.ratio = shape.numel(), ratio
+        norm.concentration = (norm.concentration or _SPREAD) if columns else 0.0
+        level = self.level
+        if level is None:
+            level = Level.ALL if self.deep(model) else Level.SAMPLED
+        if level is Level.SAMPLED:
+            return config
+        return whole(config, self._bits(norm, level))
+
+    @property
+    def _depth(self) -> int:
+        """Norms behind one another, on the quietest way."""
+        return 1 + max((norm.above for norm in self.norms.values()), default=-1)
+
+    def _bits(self, norm: Norm, level: int) -> int | None:
+        """Bits of a norm that keeps all rows; `None`: the recipe's."""
+        fine = level == Level.FINE and self._depth >= _DEEP and norm.above < _NEXT * self._depth
+        return _FINE if fine else None
+
+    def _variance(self, norm: Norm, level: int) -> float:
+        """Of what a norm keeps of x_hat, over its square."""
+        if level == Level.SAMPLED:
+            return norm.ratio - 1
+        return _ROUNDED if self._bits(norm, level) is None else _ROUNDED * 4.0 ** (2 - _FINE)
 
     def deep(self, model: nn.Module) -> bool:
         """Whether a model has so many norms that they keep all rows as long as nothing is known."""
@@ -172,8 +217,8 @@ class RowPlan:
             return config
         leaf = self.leaves.setdefault(key, Leaf())
         leaf.elements, leaf.most = shape.numel(), config.reduce.of(shape[:-1].numel()).ratio
-        leaf.served = served or (leaf.served and not self.quiet)
-        first = _FIRST if self.quiet is None and self.deep(model) else leaf.most
+        leaf.served = served or (leaf.served and not self.level)
+        first = _FIRST if self.level is None and self.deep(model) else leaf.most
         ratio = min(self.ratios.get(key, first), leaf.most)
         return replace(config, reduce=replace(config.reduce, ratio=ratio))
 
@@ -184,14 +229,14 @@ class RowPlan:
             began: sequence number of autograd's nodes from which on they are of this pass.
         """
         self._walks += 1
-        for quiet in (False, True):
+        for level in Level:
             reached: dict[str, float] = {}
             best: dict[Any, float] = {x.grad_fn: 0.0 for x in outputs if x.grad_fn is not None}
-            heap = [(0.0, number, node, 0.0) for number, node in enumerate(best)]
+            heap = [(0.0, number, node, 0.0, 0) for number, node in enumerate(best)]
             numbers = itertools.count(len(heap))
             done: set[Any] = set()
             while heap:
-                here, _, node, columns = heapq.heappop(heap)
+                here, _, node, columns, above = heapq.heappop(heap)
                 if node in done:
                     continue
                 done.add(node)
@@ -200,28 +245,32 @@ class RowPlan:
                 if key in self.leaves:
                     reached[key] = max(reached.get(key, 0.0), here + columns)
                 elif (norm := self.norms.get(key)) is not None:
-                    variance = _ROUNDED if quiet else norm.ratio - 1
+                    if level is Level.ALL:
+                        norm.above = above
+                    above += 1
+                    variance = self._variance(norm, level)
                     here = min(here * (1 + variance * _ALIGNED) + variance * norm.rho, _MOST)
-                    columns += _COLUMNS * variance * norm.columns
+                    columns += _COLUMNS * variance * norm.concentration
                 for following, _ in node.next_functions:
                     if following is None or following._sequence_nr() < began:
                         continue
                     if here < best.get(following, math.inf):
                         best[following] = here
-                        heapq.heappush(heap, (here, next(numbers), following, columns))
+                        heapq.heappush(heap, (here, next(numbers), following, columns, above))
             for key, q in reached.items():
-                setattr(self.leaves[key], "quiet" if quiet else "sampled", q)
+                setattr(self.leaves[key], level.name.lower().replace("all", "all_rows"), q)
 
-    def predicted(self, quiet: bool, ratios: Mapping[str, int] | None = None) -> float:
-        """The squared error of the gradient over its square."""
+    def predicted(self, level: int | None = None, ratios: Mapping[str, int] | None = None) -> float:
+        """The squared error of the gradient over its square, at a level of the norms (by default the one chosen)."""
+        level = self.level or Level.SAMPLED if level is None else level
         ratios = self.ratios if ratios is None else ratios
         return self._relative(
-            sum(leaf.error(self._ratio(key, quiet, ratios), quiet) for key, leaf in self.leaves.items())
+            sum(leaf.error(self._ratio(key, level, ratios), level) for key, leaf in self.leaves.items())
         )
 
-    def _path(self) -> float:
-        """The part of the error that comes by the way of dX, where norms are sampled."""
-        return self._relative(sum(leaf.sampled * leaf.terms for leaf in self.leaves.values()))
+    def _path(self, level: int) -> float:
+        """The part of the error that comes by the way of dX."""
+        return self._relative(sum(leaf.q(level) * leaf.terms for leaf in self.leaves.values()))
 
     @property
     def _signal(self) -> float:
@@ -232,9 +281,9 @@ class RowPlan:
         signal = self._signal
         return error / signal if signal > 0 else math.inf if error > 0 else 0.0
 
-    def _ratio(self, key: str, quiet: bool, ratios: Mapping[str, int]) -> int:
+    def _ratio(self, key: str, level: int, ratios: Mapping[str, int]) -> int:
         leaf = self.leaves[key]
-        return 1 if not leaf.elements or (quiet and leaf.served) else min(leaf.most, ratios.get(key, leaf.most))
+        return 1 if not leaf.elements or (level and leaf.served) else min(leaf.most, ratios.get(key, leaf.most))
 
     def decide(self) -> None:
         """Choose, after an optimiser's step."""
@@ -243,8 +292,11 @@ class RowPlan:
         if not self._pending or not self.bound:
             return
         for key, values in self._pending.items():
-            if len(values) == 2:
-                self._learn(self.norms.setdefault(key, Norm()), rho=values[0] / values[1] if values[1] > 0 else 0.0)
+            if len(values) == 4:
+                part, whole, concentration, times = values
+                norm = self.norms.setdefault(key, Norm())
+                self._learn(norm, rho=part / whole if whole > 0 else 0.0)
+                norm.concentration = concentration / times
             else:
                 leaf = self.leaves.setdefault(key, Leaf())
                 noise, terms, rounding, signal, sampled = values
@@ -256,19 +308,20 @@ class RowPlan:
         if self.passes < 3:
             return  # how the norms lie behind one another was read off before they were measured
         choices = []
-        for quiet in (False, True):
-            bound = self.bound * (_BACK if self.quiet and not quiet else 1.0)
-            ratios = self._within(bound, quiet)
-            error = self.predicted(quiet, ratios)
-            beyond = error > bound or (not quiet and self._path() > _PATH * bound)
-            choices.append((beyond, error if beyond else self._bytes(quiet, ratios), not quiet, ratios))
-        _, _, sampled, self.ratios = min(choices, key=lambda choice: choice[:3])  # fewest bytes, or least error
-        self.quiet = not sampled
+        levels = list(Level) if self._depth >= _DEEP else [Level.SAMPLED, Level.ALL]
+        for level in levels:
+            bound = self.bound * (_BACK if self.level is not None and level < self.level else 1.0)
+            ratios = self._within(bound, level)
+            error = self.predicted(level, ratios)
+            beyond = error > bound or (level is not levels[-1] and self._path(level) > _PATH * bound)
+            choices.append((beyond, error if beyond else self._bytes(level, ratios), -level, ratios))
+        _, _, level, self.ratios = min(choices, key=lambda choice: choice[:3])  # fewest bytes, or least error
+        self.level = Level(-level)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that is known, float64 tensors by the kind and name of what it is known of."""
-        quiet = -1.0 if self.quiet is None else float(self.quiet)
-        tables: dict[str, Iterable[float]] = {"plan": (quiet, float(self.passes))}
+        level = -1.0 if self.level is None else float(self.level)
+        tables: dict[str, Iterable[float]] = {"plan": (level, float(self.passes))}
         tables |= {f"leaf/{key}": map(float, asdict(leaf).values()) for key, leaf in self.leaves.items()}
         tables |= {f"norm/{key}": map(float, asdict(norm).values()) for key, norm in self.norms.items()}
         tables |= {f"ratio/{key}": (float(ratio),) for key, ratio in self.ratios.items()}
@@ -281,8 +334,8 @@ class RowPlan:
         for name, values in ((name, table.tolist()) for name, table in state.items()):
             kind, _, key = name.partition("/")
             if kind == "plan":
-                quiet, passes = values
-                self.quiet, self.passes = None if quiet < 0 else bool(quiet), int(passes)
+                level, passes = values
+                self.level, self.passes = None if level < 0 else Level(int(level)), int(passes)
             elif kind == "leaf":
                 self.leaves[key] = _filled(Leaf(), values)
             elif kind == "norm":
@@ -312,23 +365,23 @@ class RowPlan:
             old = getattr(what, name)
             setattr(what, name, old + share * (value - old))
 
-    def _within(self, bound: float, quiet: bool) -> dict[str, int]:
+    def _within(self, bound: float, level: int) -> dict[str, int]:
         """The ratios of least bytes whose error is within a bound, or as near to it as may be."""
         signal = self._signal
-        free = {key: leaf for key, leaf in self.leaves.items() if self._ratio(key, quiet, {}) > 1}
-        fixed = sum(leaf.error(1, quiet) for key, leaf in self.leaves.items() if key not in free)
+        free = {key: leaf for key, leaf in self.leaves.items() if self._ratio(key, level, {}) > 1}
+        fixed = sum(leaf.error(1, level) for key, leaf in self.leaves.items() if key not in free)
 
         def ratios(price: float) -> dict[str, int]:
             """Where a byte less would cost more error than `price`, the ratio is as small as that asks for."""
             chosen = {}
             for key, leaf in free.items():
-                slope = leaf.error(2, quiet) - leaf.error(1, quiet)
+                slope = leaf.error(2, level) - leaf.error(1, level)
                 best = math.sqrt(price * leaf.elements / slope) if slope > 0 else math.inf
                 chosen[key] = int(max(1, min(leaf.most, best)))
             return chosen
 
         def error(chosen: Mapping[str, int]) -> float:
-            return fixed + sum(leaf.error(chosen[key], quiet) for key, leaf in free.items())
+            return fixed + sum(leaf.error(chosen[key], level) for key, leaf in free.items())
 
         if error({key: leaf.most for key, leaf in free.items()}) <= bound * max(signal, 0.0):
             return {}
@@ -341,14 +394,20 @@ class RowPlan:
             low, high = (middle, high) if error(ratios(scale * math.exp(middle))) <= bound * signal else (low, middle)
         return ratios(scale * math.exp(low))
 
-    def _bytes(self, quiet: bool, ratios: Mapping[str, int]) -> float:
-        """Of what is kept, in elements."""
+    def _bytes(self, level: int, ratios: Mapping[str, int]) -> float:
+        """Of what is kept, in elements of 2 bits."""
         leaves = (
-            0.0 if quiet and leaf.served else leaf.elements / self._ratio(key, quiet, ratios)
+            0.0 if level and leaf.served else leaf.elements / self._ratio(key, level, ratios)
             for key, leaf in self.leaves.items()
         )
-        norms = (norm.elements / (1 if quiet else norm.ratio / (1 + norm.columns)) for norm in self.norms.values())
+        norms = (norm.elements * self._kept(norm, level) for norm in self.norms.values())
         return sum(leaves) + sum(norms)
+
+    def _kept(self, norm: Norm, level: int) -> float:
+        """Of a norm's elements, those of 2 bits that it keeps: over columns two draws of some rows, or one of all."""
+        if level == Level.SAMPLED:
+            return (1 + (norm.concentration > 0)) / norm.ratio
+        return 1.0 if self._bits(norm, level) is None else _FINE / 2
 
 
 def _filled(known: Any, values: list[float]) -> Any:

@@ -176,7 +176,7 @@ class Training:
         found = {"error": error.mean, "standard_error": error.error, "bytes": saved.total / self.x.shape[0]}
         state = state_of(trial)
         if config.noise is not None and state is not None:
-            found["predicted"] = state.scores.plan.predicted(bool(state.scores.plan.quiet))
+            found["predicted"] = state.scores.plan.predicted()
         return found
 
     def _steps_before(self, trial: nn.Module) -> None:

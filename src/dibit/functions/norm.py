@@ -161,7 +161,8 @@ def batch_norm_gradient(
     shared = outer is None
     dx = norm_gradient(g, total / count, inner if shared else outer, product / count, gain, shared)
     if meter is not None:
-        meter.norm((gain * product).square().sum() / count, dx, variance(inner if shared else outer))
+        kept = inner.packed.reduced() if isinstance(inner, Compressed) else inner.value().reshape(g.shape)
+        meter.norm((gain * product).square().sum() / count, dx, variance(inner if shared else outer), kept)
     return dx, product, total
 
 
