@@ -315,8 +315,8 @@ class RowPlan:
             error = self.predicted(level, ratios)
             beyond = error > bound or (level is not levels[-1] and self._path(level) > _PATH * bound)
             choices.append((beyond, error if beyond else self._bytes(level, ratios), -level, ratios))
-        _, _, level, self.ratios = min(choices, key=lambda choice: choice[:3])  # fewest bytes, or least error
-        self.level = Level(-level)
+        _, _, chosen, self.ratios = min(choices, key=lambda choice: choice[:3])  # fewest bytes, or least error
+        self.level = Level(-chosen)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that is known, float64 tensors by the kind and name of what it is known of."""
