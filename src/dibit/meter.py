@@ -10,7 +10,7 @@ from torch import Tensor
 from dibit.config import Project
 from dibit.lossless import outer
 from dibit.precision import at_least_single
-from dibit.residual import Aggregated, Compressed, Normed, Passed, Reseeded, Residual
+from dibit.residual import Aggregated, Compressed, Normed, Passed, Reseeded, Residual, parts
 from dibit.row_plan import RowPlan
 
 _ROWS = 1 << 13  # that are counted at once: no mask of the whole
@@ -31,27 +31,37 @@ class Meter:
             self.plan.measured(self.key, (0.0, s, 0.0, g, 1.0))
             return dw
         if isinstance(residual, Compressed):
-            dw = residual.outer(dy)
-            sample, x = residual.packed.sample(torch.float32), residual.packed.reduced()
-        else:  # formed once, for both
-            x = residual.value()
-            x = x.reshape(-1, x.shape[-1])
-            dw, sample = outer(x, dy), None
-        index, weight = sample or (None, None)
-        gradient = _squares(dy)
-        if index is not None:
-            gradient = gradient.index_select(0, index)
-        ratio = residual.packed.config.reduce.ratio if weight is not None else 1  # type: ignore[attr-defined]
-        terms = _squares(x) * gradient
-        rounding = _rounding(residual, x) * gradient
-        left_out = terms.new_zeros(())
-        if weight is not None:
-            left_out = (terms * weight * (weight - 1)).sum()
-            terms, rounding = terms * weight, rounding * weight * weight
-        s, v, r, g = torch.stack((terms.sum(), left_out, rounding.sum(), _square(dw))).tolist()
+            dw, sums, ratio = self._of_rows(residual, dy)
+        else:
+            (dw, sums), ratio = self._of_parts(residual, dy), 1
+        s, v, r, g = torch.stack((*sums, _square(dw))).tolist()
         noise = v / (ratio - 1) if ratio > 1 else s  # at most
         self.plan.measured(self.key, (noise, s, r / ratio, g - v - r, float(ratio > 1)))
         return dw
+
+    def _of_rows(self, residual: Compressed, dy: Tensor) -> tuple[Tensor, tuple[Tensor, ...], int]:
+        """dY^T X by the rows kept; S, what the others add to its variance and what rounding adds; the ratio."""
+        dw, packed = residual.outer(dy), residual.packed
+        x, gradient = packed.reduced(), _squares(dy)
+        sample = packed.sample(torch.float32)
+        if sample is None:
+            terms, rounding = _squares(x) * gradient, _rounding(residual, x) * gradient
+            return dw, (terms.sum(), terms.new_zeros(()), rounding.sum()), 1
+        gradient, weight = gradient.index_select(0, sample[0]), sample[1]
+        terms, rounding = _squares(x) * gradient * weight, _rounding(residual, x) * gradient * weight.square()
+        ratio: int = packed.config.reduce.ratio  # type: ignore[union-attr]
+        return dw, (terms.sum(), (terms * (weight - 1)).sum(), rounding.sum()), ratio
+
+    def _of_parts(self, residual: Residual, dy: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The same of a residual that keeps all rows, unpacked once for all."""
+        dw, (s, r) = None, dy.new_zeros((2,), dtype=torch.float32)
+        for rows, x in parts(residual):
+            own = dy[rows]
+            gradient = _squares(own)
+            dw = outer(x, own) if dw is None else dw.addmm_(own.T, x.to(own.dtype))
+            s, r = s + (_squares(x) * gradient).sum(), r + (_rounding(residual, x) * gradient).sum()
+        assert dw is not None
+        return dw, (s, s.new_zeros(()), r)
 
     def norm(self, along: Tensor, dx: Tensor, variance: float, normalised: Tensor | None = None) -> None:
         """Of a norm: the square of what it subtracts along x_hat, 0-d, and dX, to which so much of it was added.

@@ -7,7 +7,7 @@ the rest of it, its description, is an attribute of the context.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -275,7 +275,7 @@ class Normed:
         return y if self.bias is None else y.add_(self.bias)
 
     def outer(self, dy: Tensor) -> Tensor:
-        return outer(self.value(), dy)
+        return _outer_by_parts(self, dy)
 
 
 @dataclass(frozen=True)
@@ -305,12 +305,61 @@ class Passed:
         return y if self.scale == 1 else y.mul_(self.scale)
 
     @property
+    def _chain(self) -> tuple[Normed, Mask | None, Reseeded | None] | None:
+        """The norm, a ReLU and dropout, where there is nothing else and they come in this order."""
+        drop = self.mask if isinstance(self.mask, Reseeded) else None
+        relu = self.source if drop is not None else self
+        if isinstance(relu, Normed):
+            return relu, None, drop
+        if isinstance(relu.source, Normed) and isinstance(relu.mask, Mask) and relu.scale == self.scale == 1:
+            return relu.source, relu.mask, drop
+        return None
+
+    @property
     def plain(self) -> bool:
         """Whether the mask is a ReLU's."""
         return isinstance(self.mask, Mask) and self.mask.slope == 0 and self.scale == 1
 
     def outer(self, dy: Tensor) -> Tensor:
-        return outer(self.value(), dy)
+        return _outer_by_parts(self, dy)
+
+
+def parts(kept: Residual) -> Iterator[tuple[slice, Tensor]]:
+    """An estimate of what is kept, (..., D) as rows (N, D), part by part: on a CPU no tensor of full size is made."""
+    chain = (kept, None, None) if isinstance(kept, Normed) else kept._chain if isinstance(kept, Passed) else None
+    if chain is None or not chain[0].source.packed.plain_rows:
+        x = kept.value()
+        x = x.reshape(-1, x.shape[-1])
+        yield slice(0, x.shape[0]), x
+        return
+    norm, relu, drop = chain
+    packed, source = norm.source.packed, norm.source
+    if source.drawn is not None:
+        source.drawn.used()
+    width, dtype = packed.width, packed.dtype
+    weight, bias = (
+        packed.codes.new_full((width,), fill, dtype=dtype) if given is None else given.detach().to(dtype).reshape(-1)
+        for given, fill in ((norm.weight, 1.0), (norm.bias, 0.0))
+    )
+    bits, slope = (None, 0.0) if relu is None else (relu.bits, relu.slope)
+    seed, p = (None, 0.0) if drop is None else (drop.seed, drop.p)
+    for start, stop in packed.parts():
+        yield slice(start, stop), ops.passed_rows(
+            packed.codes, packed.ranges, packed.seed, weight, bias, bits, slope, seed, p, start, stop, packed.rows,
+            packed.config.bits, packed.block, packed.dither,
+        )  # fmt: skip
+
+
+def _outer_by_parts(kept: Residual, dy: Tensor) -> Tensor:
+    """dY^T X, (O, D), for dy (N, O)."""
+    grad: Tensor | None = None
+    for rows, x in parts(kept):
+        if grad is None:
+            grad = outer(x, dy[rows])
+        else:
+            grad.addmm_(dy[rows].T, x.to(dy.dtype))
+    assert grad is not None
+    return grad
 
 
 @dataclass(frozen=True)

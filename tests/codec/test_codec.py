@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dibit import Config, Project, Sample, decode, encode
-from dibit.codec import Affine, cpu, mix, ops, reference, seed_tensor
+from dibit.codec import Affine, mix, ops, reference, seed_tensor
 from dibit.codec.levels import expected_variance, normal_levels
 from dibit.residual import Compressed
 from tests.unbiased import bias_of
@@ -460,6 +460,11 @@ SAMPLES = {
         torch.randn(5, 9), torch.randn(9), torch.rand(9), torch.randn(9), seed_tensor(1), 0.5
     ),
     "relu_dropout_gradient": lambda: (torch.randn(5, 9), ops.pack_mask(torch.randn(5, 9)), seed_tensor(1), 0.5),
+    "passed_rows": lambda: (
+        *ops.quantize(torch.randn(60), seed_tensor(1), 2, 16, [], torch.bfloat16, 0)[:2], seed_tensor(1),
+        torch.randn(6), torch.randn(6), ops.pack_mask(torch.randn(10, 6)), 0.0, seed_tensor(2), 0.5, 0, 10, 10, 2, 16,
+        1.0,
+    ),
     "finite": lambda: (torch.randn(5, 9),),
 }  # fmt: skip
 
@@ -488,7 +493,7 @@ def test_in_parts_as_at_once(monkeypatch: pytest.MonkeyPatch, config: Config, af
     expected = whole.reduced()
     dy = torch.randn(1001, 5)
     gradient = Compressed(whole).outer(dy)
-    monkeypatch.setattr(cpu, "_PART", 96 * 3)
+    monkeypatch.setattr(reference, "PART", 96 * 3)
     own = encode(x, config, 3, function)
     assert torch.equal(own.codes, whole.codes)
     assert torch.equal(own.ranges, whole.ranges)
@@ -530,6 +535,32 @@ def test_norm_relu_and_dropout_in_one_pass(n: tuple[int, int], p: float) -> None
     grad = torch.randn(n)
     fast, plain = (f.relu_dropout_gradient(grad, fast[1], seed, p) for f in (ops, reference))
     assert torch.equal(fast, plain)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 3), (40, 33), (700, 16)])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("block", [16, 33 * 8, 10_000])
+@pytest.mark.parametrize(("slope", "masked", "dropped"), [(0.0, False, False), (0.2, True, False), (0.0, True, True)])
+def test_rows_that_pass_a_norm_relu_and_dropout(
+    monkeypatch: pytest.MonkeyPatch, rows: int, width: int, bits: int, block: int, slope: float, masked: bool,
+    dropped: bool,
+) -> None:  # fmt: skip
+    """Part by part as the definition has the whole, a block that is not finite among them."""
+    monkeypatch.setattr(reference, "PART", 500)
+    x = torch.randn(rows, width)
+    x[rows // 2, 0] = float("inf")
+    codes, ranges, _ = ops.quantize(x.reshape(-1), seed_tensor(4), bits, block, [], torch.bfloat16, 0)
+    mask = ops.pack_mask(torch.randn(rows, width)) if masked else None
+    drop = seed_tensor(7) if dropped else None
+    for dither, dtype in itertools.product((0.0, 1.0), (torch.float32, torch.float64)):
+        weight, bias = torch.randn(width, dtype=dtype), torch.randn(width, dtype=dtype)
+        args = codes, ranges.to(dtype), seed_tensor(4), weight, bias, mask, slope, drop, 0.3
+        rest = rows, bits, block, dither
+        parts = [ops.passed_rows(*args, start, stop, *rest) for start, stop in reference.parts(rows, width, block)]
+        found, expected = torch.cat(parts), reference.passed_rows(*args, 0, rows, *rest)
+        assert found.dtype == expected.dtype == dtype
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("number", [0, 48 * 5, 2**32 // 48 * 48 - 96, 2**40 // 48 * 48])

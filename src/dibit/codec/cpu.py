@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -17,7 +15,7 @@ from dibit.codec.rng import M1, M2
 from dibit.precision import HALF, at_least_single
 
 _MASK64 = 2**64 - 1
-_PART = 1 << 20  # elements of a matrix that are gathered or unpacked at once: what the caches hold
+_NOTHING = np.empty(0, np.uint8)
 
 
 def _keys(seed: Tensor) -> tuple[np.uint32, np.uint32]:
@@ -78,7 +76,7 @@ def quantize_rows(
     if index is None and shift is None and x.dtype not in HALF:
         return quantize(x.reshape(-1), seed, bits, block, levels, stats, rounding)
     found = []
-    for start, stop in _parts(rows, width, block):
+    for start, stop in reference.parts(rows, width, block):
         part = x[start:stop] if index is None else x.index_select(0, index[start:stop])
         if shift is not None and scale is not None:
             part = reference.moved(part, shift, scale)
@@ -88,14 +86,6 @@ def quantize_rows(
     return codes, ranges, widths
 
 
-def _parts(rows: int, width: int, block: int) -> Iterator[tuple[int, int]]:
-    """First row and end of parts that are whole blocks of whole rows (all but the last); one at least."""
-    least = math.lcm(block, max(1, width)) // max(1, width)
-    step = least * max(1, _PART // (least * max(1, width)))
-    for start in range(0, max(1, rows), step):
-        yield start, min(rows, start + step)
-
-
 def weight_gradient(
     codes: Tensor, ranges: Tensor, seed: Tensor, dy: Tensor, index: Tensor | None, weight: Tensor | None, rows: int,
     width: int, bits: int, block: int, levels: list[float], dither: float,
@@ -103,7 +93,7 @@ def weight_gradient(
     """In parts, so that no tensor of full size is made."""
     dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
     size, grad = reference.packed_bytes(block, bits), dy.new_zeros((dy.shape[1], width), dtype=dtype)
-    for start, stop in _parts(rows, width, block):
+    for start, stop in reference.parts(rows, width, block):
         first, count = start * width, (stop - start) * width
         begin, end = first // block, -(-(first + count) // block)
         x = dequantize(
@@ -241,6 +231,26 @@ def relu_dropout_gradient(grad: Tensor, mask: Tensor, seed: Tensor, p: float) ->
         kernels.relu_dropout_gradient(
             grad.numel(), array(grad).reshape(-1), array(mask), array(out).reshape(-1), *_keys(seed),
             np.float32(p), scale,
+        )  # fmt: skip
+    return out
+
+
+def passed_rows(
+    codes: Tensor, ranges: Tensor, seed: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None, slope: float,
+    drop: Tensor | None, p: float, start: int, stop: int, rows: int, bits: int, block: int, dither: float,
+) -> Tensor:  # fmt: skip
+    if weight.dtype != torch.float32:
+        return reference.passed_rows(
+            codes, ranges, seed, weight, bias, mask, slope, drop, p, start, stop, rows, bits, block, dither
+        )
+    out = empty((stop - start, weight.shape[0]), torch.float32)
+    if out.numel():
+        kernels.passed_rows(
+            out.numel(), array(codes), _ranges32(ranges), array(out).reshape(-1), array(weight.contiguous()),
+            array(bias.contiguous()), _NOTHING if mask is None else array(mask), np.float32(slope), *_keys(seed),
+            *((np.uint32(0), np.uint32(0)) if drop is None else _keys(drop)), drop is not None, np.float32(p),
+            np.float32(reference.dropout_scale(p, weight.dtype) if drop is not None else 1),
+            start * weight.shape[0], rows * weight.shape[0], bits, block, np.float32(dither),
         )  # fmt: skip
     return out
 

@@ -395,6 +395,58 @@ def relu_dropout_gradient(grad, mask, out, key0, key1, p, scale):  # type: ignor
 
 
 @Kernel
+def passed_rows(  # type: ignore[no-untyped-def]
+    codes, ranges, out, weight, bias, mask, slope, key0, key1, key2, key3, drops, p, scale, number, total, bits, block,
+    dither,
+):  # fmt: skip
+    n, width, slots, top = out.size, weight.size, 8 // bits, f32((1 << bits) - 1)
+    stride = (block + slots - 1) // slots
+    group = max(1, CHUNK // block)
+    blocks, first_block = (n + block - 1) // block, number // block
+    code_mask, centre = u32((1 << bits) - 1), f32(0.5 - UNIT / 2)
+    for task in nb.prange((blocks + group - 1) // group):
+        for b in range(task * group, min(blocks, (task + 1) * group)):
+            first = (first_block + b) * block  # in the whole
+            size = (min(block, total - first) + slots - 1) // slots
+            low, high = ranges[first_block + b, 0], ranges[first_block + b, 1]
+            zero, span, unit = _affine(low, high)
+            step = span / top
+            for slot in range(slots):
+                shift = u32(slot * bits)
+                at, stop = first + slot * size, min(first + min(block, number + n - first), first + (slot + 1) * size)
+                begin = first_block + b
+                while at < stop:  # row by row: a column is one element of a vector; and one bit of the mask
+                    column = at % width
+                    m = min(width - column, stop - at)
+                    bit, place = u32(0), 0
+                    if mask.size:
+                        bit, place = u32(at // mask.size), at % mask.size
+                        m = min(m, mask.size - place)
+                    at_code = begin * stride + at - first - slot * size
+                    bytes_, result = codes[at_code : at_code + m], out[at - number : at - number + m]
+                    w, a = weight[column : column + m], bias[column : column + m]
+                    c0, here, beyond = u32(at), _upper(at), _upper(at + m)
+                    for j in range(m):
+                        low32 = u32(c0 + u32(j))
+                        u = _uniform(low32, _chosen(low32, c0, here, beyond), key0, key1) - centre
+                        result[j] = _decoded(bytes_[j], shift, code_mask, u, dither, step, zero, unit) * w[j] + a[j]
+                    if mask.size:
+                        passes = mask[place : place + m]
+                        if slope != 0:
+                            for j in range(m):
+                                result[j] = result[j] if u32(passes[j]) >> bit & u32(1) else result[j] * slope
+                        else:
+                            for j in range(m):
+                                result[j] = result[j] if u32(passes[j]) >> bit & u32(1) else f32(0)
+                    if drops:
+                        for j in range(m):
+                            low32 = u32(c0 + u32(j))
+                            kept = _uniform(low32, _chosen(low32, c0, here, beyond), key2, key3) >= p
+                            result[j] *= scale if kept else f32(0)
+                    at += m
+
+
+@Kernel
 def finite(xbits):  # type: ignore[no-untyped-def]
     tasks = (xbits.size + CHUNK - 1) // CHUNK
     bad = np.zeros(tasks, np.int32)

@@ -233,6 +233,42 @@ def _(grad, mask, seed, p):  # type: ignore[no-untyped-def]
     return torch.empty_like(grad, memory_format=torch.contiguous_format)
 
 
+@custom_op("dibit::passed_rows", mutates_args=())
+def passed_rows(
+    codes: Tensor, ranges: Tensor, seed: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None, slope: float,
+    drop: Tensor | None, p: float, start: int, stop: int, rows: int, bits: int, block: int, dither: float,
+) -> Tensor:  # fmt: skip
+    """Rows start ... stop of dropout(relu(x_hat * weight + bias)), (stop - start, D), x_hat (N, D) as it was encoded.
+
+    Args:
+        codes, ranges, seed, bits, block, dither: as in `dequantize`, with uniform levels.
+        weight, bias: (D,), of the result's dtype.
+        mask: of the ReLU (`pack_mask`), with the `slope` of what it does not pass; `None`: no ReLU.
+        drop, p: seed and probability of dropout; `None`: none.
+        start, stop: start is 0 or begins a block.
+        rows: N.
+    """
+    return reference.passed_rows(
+        codes, ranges, seed, weight, bias, mask, slope, drop, p, start, stop, rows, bits, block, dither
+    )
+
+
+@passed_rows.register_fake
+def _(codes, ranges, seed, weight, bias, mask, slope, drop, p, start, stop, rows, bits, block, dither):  # type: ignore[no-untyped-def]
+    return weight.new_empty((stop - start, weight.shape[0]))
+
+
+@passed_rows.register_kernel("cuda")
+def _(codes, ranges, seed, weight, bias, mask, slope, drop, p, start, stop, rows, bits, block, dither):  # type: ignore[no-untyped-def]
+    width = weight.shape[0]
+    x = dequantize(codes, ranges, seed, rows * width, bits, block, [], dither, weight.dtype).view(rows, width)
+    x = x.mul_(weight).add_(bias)
+    if mask is not None and drop is not None and not slope:
+        return relu_dropout_gradient(x, mask, drop, p)[start:stop]
+    x = x if mask is None else apply_mask(x, mask, slope)
+    return (x if drop is None else dropout(x, drop, p))[start:stop]
+
+
 @custom_op("dibit::aggregate", mutates_args=())
 def aggregate(crow: Tensor, col: Tensor, values: Tensor, x: Tensor) -> Tensor:
     """A x for A in compressed rows (N, M) and a contiguous x (M, D): (N, D), in the dtype of x."""
@@ -302,7 +338,7 @@ def _(x):  # type: ignore[no-untyped-def]
 
 OPS = (
     quantize, quantize_rows, dequantize, weight_gradient, column_sums, norm_gradient, pack_mask, relu, apply_mask,
-    dropout, norm_relu_dropout, relu_dropout_gradient, signs, aggregate, row_scores, pick_rows, finite,
+    dropout, norm_relu_dropout, relu_dropout_gradient, passed_rows, signs, aggregate, row_scores, pick_rows, finite,
 )  # fmt: skip
 
 
@@ -328,5 +364,5 @@ def _kernel(name: str, *backend: str) -> Callable[..., Any]:
 
 for _op in OPS:
     _op.register_kernel("cpu")(_kernel(_op._name, "cpu", "numba", "the CPU"))
-    if _op is not aggregate:  # cuSPARSE's
+    if _op not in (aggregate, passed_rows):  # cuSPARSE's, and made of others
         _op.register_kernel("cuda")(_kernel(_op._name, "cuda", "triton", "the GPU"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -108,7 +109,7 @@ class Packed:
             self.config.bits,
             block,
             levels,
-            self._dither if dither is None else dither,
+            self.dither if dither is None else dither,
             dtype or self.dtype,
         ).view(rows, width)
 
@@ -123,12 +124,25 @@ class Packed:
         index, weight = sample or (None, None)
         return ops.weight_gradient(
             self.codes, self.ranges, self.seed, dy.contiguous(), index, weight, rows, width, self.config.bits, block,
-            levels, self._dither,
+            levels, self.dither,
         )  # fmt: skip
 
     @property
-    def _dither(self) -> float:
+    def dither(self) -> float:
+        """As `ops.dequantize` takes it."""
         return float(self.config.rounding == "dither")
+
+    @property
+    def plain_rows(self) -> bool:
+        """Whether all rows were kept whole, at uniform levels, in single or double precision."""
+        config = self.config
+        return config.reduce is None and config.levels == "uniform" and self.dtype in (torch.float32, torch.float64)
+
+    def parts(self) -> Iterator[tuple[int, int]]:
+        """First row and end of parts that can be unpacked one by one: on a CPU what its caches hold, else all."""
+        if self.codes.device.type != "cpu":
+            return iter([(0, self.rows)])
+        return reference.parts(self.rows, self.width, self.block)
 
     def variance(self) -> Tensor:
         r"""An unbiased estimate of each reduced element's rounding variance :math:`(h - a_{i-1})(a_i - h)`.

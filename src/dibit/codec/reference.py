@@ -6,6 +6,9 @@ elements byte j holds the codes of elements j, j + Q, j + 2Q, ... with Q = ceil(
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -14,6 +17,7 @@ from dibit.codec import rng
 from dibit.codec.chances import ONE, chances, start
 from dibit.precision import at_least_single
 
+PART = 1 << 20  # elements of a matrix that are gathered or unpacked at once: what a CPU's caches hold
 STOCHASTIC, NEAREST = 0, 1  # rounding modes as the operators take them
 
 
@@ -260,6 +264,27 @@ def norm_relu_dropout(
 def relu_dropout_gradient(grad: Tensor, mask: Tensor, seed: Tensor, p: float) -> Tensor:
     """The gradient of dropout, then that of the ReLU before it."""
     return apply_mask(dropout(grad, seed, p) if p > 0 else grad, mask, 0.0)
+
+
+def passed_rows(
+    codes: Tensor, ranges: Tensor, seed: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None, slope: float,
+    drop: Tensor | None, p: float, start: int, stop: int, rows: int, bits: int, block: int, dither: float,
+) -> Tensor:  # fmt: skip
+    """Rows of what a norm, a ReLU and dropout make of x_hat; see `ops.passed_rows`."""
+    width = weight.shape[0]
+    x = dequantize(codes, ranges, seed, rows * width, bits, block, [], dither, weight.dtype).view(rows, width)
+    y = x * weight + bias
+    if mask is not None:
+        y = apply_mask(y, mask, slope)
+    return (y if drop is None else dropout(y, drop, p))[start:stop].clone()
+
+
+def parts(rows: int, width: int, block: int) -> Iterator[tuple[int, int]]:
+    """First row and end of parts that are whole blocks of whole rows (all but the last); one at least."""
+    least = math.lcm(block, max(1, width)) // max(1, width)
+    step = least * max(1, PART // (least * max(1, width)))
+    for first in range(0, max(1, rows), step):
+        yield first, min(rows, first + step)
 
 
 def dropout_scale(p: float, dtype: torch.dtype) -> float:
