@@ -261,7 +261,7 @@ class Served(nn.Module):
                 h = F.leaky_relu(h, 0.2)
             case "changed":
                 h += 1
-        h = F.dropout(h, self.p, self.training)
+        h = F.dropout(h, self.p, self.training, inplace=self.then == "dropout_")
         return torch.cat((self.last(h), self.other(h)), 1)
 
 
@@ -282,7 +282,7 @@ def keeps_all_rows(model: nn.Module, config: Config) -> nn.Module:
 
 class TestServed:
     @pytest.mark.parametrize("p", [0.0, 0.5])
-    @pytest.mark.parametrize("then", ["", "relu", "relu_", "leaky", "changed"])
+    @pytest.mark.parametrize("then", ["", "relu", "relu_", "leaky", "dropout_", "changed"])
     @pytest.mark.parametrize("norm", ["batch", "layer", "plain"])
     def test_the_gradient_is_unbiased(self, norm: str, then: str, p: float) -> None:
         model = Served(norm, then, p)
@@ -306,7 +306,7 @@ class TestServed:
         with dibit.track(model) as ledger:
             run()
         kept = {row.module: row.how for row in ledger.rows if row.operation == "linear"}
-        assert ("codes of the norm" in kept["last"]) == (then not in ("changed", "relu_"))
+        assert ("codes of the norm" in kept["last"]) == (then != "changed" and (then, p) != ("dropout_", 0))
 
         def draw(i: int) -> Tensor:
             own.salt = i + 1  # type: ignore[union-attr]

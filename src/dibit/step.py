@@ -92,6 +92,7 @@ class Step:
         self._shared: dict[Any, Any] = {}
         self._derived: dict[Any, Residual] = {}  # tensors that can be had again from what others hold
         self._estimated: dict[Any, Normed | Passed] = {}  # tensors of which a norm has kept every row
+        self._changing: tuple[Any, Normed | Passed] | None = None  # what is known of one that is about to be written to
         self._aggregates: dict[Any, tuple[Graph, weakref.ref[Tensor], Any]] = {}
         self._content: dict[Any, list[Exact | Narrowed]] = {}
         self._leaves: dict[int, list[Exact]] = {}  # by storage: kept in the place of tensors computed from them
@@ -152,6 +153,7 @@ class Step:
         for seen in (self._made, self._exposed, self._changes, self._kept, self.owners.roles, self.origins):
             seen.clear()
         self._alive.clear()
+        self._changing = None
         self.deferred.clear()
         self.tape.clear()
 
@@ -506,6 +508,11 @@ class Step:
         """What is known of a norm's result, also after ReLU and dropout."""
         return self._estimated.get(self.key(x)) if self._estimated else None
 
+    def estimate_before_change(self, x: Tensor) -> Normed | Passed | None:
+        """The same of a tensor that the function that runs is about to write to."""
+        key, found = self._changing or (None, None)
+        return found if found is not None and key == self.key(x) else None
+
     def passed(self, source: Normed | Passed | None, y: Tensor, mask: Mask | Reseeded, scale: float = 1.0) -> None:
         """Remember that y is what a mask passes of what `estimate` gave, and scales."""
         if source is not None:
@@ -658,7 +665,9 @@ class Step:
             if storage not in self.owners.roles and not self._is_made(x):
                 self._alias_changes(x, storage)
             own(self._leaves.pop(storage, ()))
+            estimated = self.estimate(x)
             self._changes[storage] = self._changes.get(storage, 0) + 1
+            self._changing = None if estimated is None else (self.key(x), estimated)
             self.owners.changed(storage)
 
     def _alias_changes(self, x: Tensor, storage: int) -> None:

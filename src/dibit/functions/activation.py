@@ -87,7 +87,7 @@ def masked(plain: Callable[..., Tensor], slope_at: float, saves: str) -> Callabl
         mask = step.note(Mask(ops.pack_mask(input.detach().contiguous()), float(negative_slope)))
         if saves == "input" and not inplace:
             step.plain(input)
-        source = step.estimate(input)
+        source = step.estimate_before_change(input) if inplace else step.estimate(input)
         y = Elementwise.apply(input, lambda x: plain(x, negative_slope, inplace), mask, inplace)
         step.passed(source, y, mask)
         if saves == "output" or inplace:

@@ -51,8 +51,7 @@ class MaskedDropout(torch.autograd.Function):
     """The mask and the product are torch's own, draw for draw; one bit an element of the mask stays."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Step, p: float, inplace: bool) -> Tensor:
-        source = step.estimate(x)
+    def forward(ctx: Any, x: Tensor, step: Step, p: float, inplace: bool, made: list[Mask]) -> Tensor:
         if x.device.type == "cpu":
             noise = torch.empty_like(x).bernoulli_(1 - p)
             kept = noise.detach().contiguous()
@@ -65,12 +64,11 @@ class MaskedDropout(torch.autograd.Function):
             mask = Mask(ops.pack_mask(kept.to(torch.float32).contiguous()), 0.0)
             y = x.copy_(y) if inplace else y
             step.plain(kept.nbytes)
-        step.note(mask)
+        made.append(step.note(mask))
         save(ctx, mask)
         ctx.keep = 1 - p
         if inplace:
             ctx.mark_dirty(x)
-        step.passed(source, y, mask, 1 / (1 - p))
         return y
 
     @staticmethod
@@ -78,7 +76,7 @@ class MaskedDropout(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         (mask,) = load(ctx)
         scale = torch.ones((), dtype=dy.dtype, device=dy.device).div_(ctx.keep)
-        return mask.apply(dy) * scale, None, None, None
+        return mask.apply(dy) * scale, None, None, None, None
 
 
 def dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
@@ -103,13 +101,18 @@ def dropout(step: Step, input: Tensor, p: float = 0.5, training: bool = True, in
     config = step.config
     if config is None or not training or not drops(input, p):
         return NotImplemented
+    source = step.estimate_before_change(input) if inplace else step.estimate(input)
     if config.dropout == "mask":
-        return MaskedDropout.apply(input, step, p, inplace) if input.requires_grad else NotImplemented
+        if not input.requires_grad:
+            return NotImplemented
+        masks: list[Mask] = []
+        y = MaskedDropout.apply(input, step, p, inplace, masks)
+        step.passed(source, y, masks[0], 1 / (1 - p))
+        return y
     residual = Reseeded(dropout_seed(input.device), float(p))
     if input.requires_grad:
         step.plain(input.numel() * (input.element_size() if input.device.type == "cpu" else 1))
         step.note(residual)
-    source = step.estimate(input)
     y = SeededDropout.apply(input, residual, inplace)
     if not inplace:
         step.tape.made(dropped, (input, residual.seed, residual.p), y)
