@@ -238,6 +238,26 @@ def walked_again(layers: int, rho: float) -> dict[str, Leaf]:
     return plan.leaves
 
 
+def test_biases_are_a_part_of_the_signal() -> None:
+    """Where they are most of the gradient, weights may be the noisier."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 3))
+    x = torch.randn(600, D).sign()  # weights' gradients nearly cancel, the bias's does not
+    dibit.compress(model, Config(noise=0.5, reduce=Sample(4)))
+    state = state_of(model)
+    assert state is not None
+    for _ in range(2):
+        model(x).sum().backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0)
+    own = {name: p.grad for name, p in model.named_parameters()}
+    model(x)
+    leaf = next(leaf for key, leaf in state.scores.plan.leaves.items() if key.startswith("2:"))
+    assert own["2.bias"] is not None
+    assert leaf.signal > float(own["2.bias"].square().sum()) / 4 * 0.9  # of two steps that added up
+
+
 class Served(nn.Module):
     """A norm, what may follow it, and two layers that need its result."""
 

@@ -39,6 +39,10 @@ class Meter:
         self.plan.measured(self.key, (noise, s, r / ratio, g - v - r, float(ratio > 1)))
         return dw
 
+    def bias_gradient(self, db: Tensor) -> None:
+        """A bias's gradient: it has no noise but that of dY, and is a part of the whole gradient."""
+        self.plan.measured(self.key, (0.0, 0.0, 0.0, float(_square(db)), 0.0))
+
     def _of_rows(self, residual: Compressed, dy: Tensor) -> tuple[Tensor, tuple[Tensor, ...], int]:
         """dY^T X by the rows kept; S, what the others add to its variance and what rounding adds; the ratio."""
         dw, packed = residual.outer(dy), residual.packed

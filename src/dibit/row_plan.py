@@ -51,7 +51,7 @@ _SPREAD = 0.035  # the concentration as long as it is not known
 _DEEP = 8  # norms behind one another, of which those next to the loss may keep more bits
 _NEXT = 0.45  # share of the norms that are next to the loss
 _FINE = 4  # bits of these
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.LayerNorm)
 
 
 def norms_of(model: nn.Module) -> int:

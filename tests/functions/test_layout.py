@@ -71,6 +71,11 @@ def _scattered(x: Tensor) -> Tensor:
     return x.new_zeros(3, *x.shape[1:]).scatter_reduce_(0, index, x, "amax", include_self=False)
 
 
+def _three(x: Tensor) -> Tensor:
+    """x with at least three dimensions."""
+    return x if x.dim() > 2 else x.t().unsqueeze(0)
+
+
 def _sparse(n: int) -> Tensor:
     return torch.eye(n).roll(1, 0).to_sparse_csr()
 
@@ -125,6 +130,8 @@ OPERATIONS: list[tuple[list[Any], Callable[[Any, Tensor, Net], Any]]] = [
     ([Tensor.scatter_reduce_], lambda f, x, net: _scattered(x)),
     ([F.batch_norm], lambda f, x, net: net.batch(x) if x.dim() < 4 else f(x, None, None, training=True)),
     ([torch.batch_norm], lambda f, x, net: f(x, None, None, None, None, True, 0.1, 1e-5, False)),
+    ([F.instance_norm], lambda f, x, net: f(_three(x))),
+    ([torch.instance_norm], lambda f, x, net: f(_three(x), None, None, None, None, True, 0.1, 1e-5, False)),
     ([F.layer_norm, torch.layer_norm], lambda f, x, net: f(x, x.shape[-1:], net.gain, net.gain)),
     ([F.layer_norm], lambda f, x, net: f(x, x.shape[-2:])),
     ([norm_relu_dropout], lambda f, x, net: f(x, None, None, None, None, 0.0, True, 0.1, 1e-5)),

@@ -87,6 +87,8 @@ RULES: Mapping[Any, Rule] = {
     torch.dropout_: dropout.torch_dropout_,
     F.batch_norm: norm.batch_norm,
     torch.batch_norm: norm.torch_batch_norm,
+    F.instance_norm: norm.instance_norm,
+    torch.instance_norm: norm.torch_instance_norm,
     F.layer_norm: norm.layer_norm,
     torch.layer_norm: norm.layer_norm,
     norm_relu_dropout: fused.norm_relu_dropout,

@@ -39,7 +39,7 @@ class Linear(torch.autograd.Function):
         rows = flat(dy)
         dx = large.mm(dy, weight.to(dy.dtype)).to(x_dtype) if ctx.needs_input_grad[0] else None
         dw = weight_gradient(ctx, residual, rows).to(w_dtype) if ctx.needs_input_grad[1] else None
-        db = rows.sum(0).to(b_dtype) if ctx.needs_input_grad[2] else None
+        db = bias_gradient(ctx, rows).to(b_dtype) if ctx.needs_input_grad[2] else None
         return dx, dw, db, None, None, None
 
 
@@ -76,7 +76,7 @@ class AggregatedLinear(torch.autograd.Function):
             weight_gradient(ctx, residual, z).to(w_dtype) if ctx.needs_input_grad[1] else None
         )  # before dX is written over z
         dx = large.mm_over(z, weight.to(z.dtype)).to(x_dtype) if ctx.needs_input_grad[0] else None
-        db = dy.sum(0).to(b_dtype) if ctx.needs_input_grad[2] else None
+        db = bias_gradient(ctx, dy).to(b_dtype) if ctx.needs_input_grad[2] else None
         return dx, dw, db, None, None, None, None, None, None
 
 
@@ -114,6 +114,14 @@ def weight_gradient(ctx: Any, residual: Any, dy: Tensor) -> Tensor:
     """dY^T X (O, D), measured where this pass is to be."""
     dw: Tensor = residual.outer(dy) if ctx.meter is None else ctx.meter.weight_gradient(residual, dy)
     return dw
+
+
+def bias_gradient(ctx: Any, dy: Tensor) -> Tensor:
+    """The sum of dY (N, O) over its rows, which counts as signal where this pass is measured."""
+    db = dy.sum(0)
+    if ctx.meter is not None:
+        ctx.meter.bias_gradient(db)
+    return db
 
 
 def _measure(ctx: Any, meter: Meter | None) -> None:

@@ -290,6 +290,37 @@ def torch_batch_norm(
     return batch_norm(step, input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
+def instance_norm(
+    step: Step, input: Tensor, running_mean: Any = None, running_var: Any = None, weight: Any = None, bias: Any = None,
+    use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
+) -> Any:  # fmt: skip
+    """InstanceNorm of (B, C, ...): torch's own BatchNorm of (1, B C, ...), its running statistics the means over B."""
+    needs = any(t is not None and t.requires_grad for t in (input, weight, bias))
+    if not needs or not dense(input) or input.dim() < 3 or step.low is not None:
+        return NotImplemented
+    count, width = input.shape[:2]
+    if input[:1, :1].numel() < 2 or not count or (not use_input_stats and running_mean is None):
+        return NotImplemented
+    x = input.contiguous().view(1, count * width, *input.shape[2:])
+    given = running_mean, running_var
+    running = tuple(None if t is None else t.detach().repeat(count) for t in given)
+    weight, bias = (None if t is None else t.repeat(count) for t in (weight, bias))
+    step.plain(x, weight, *running)
+    y = BatchNorm.apply(x, weight, bias, running, use_input_stats, momentum, eps, step)
+    with torch.no_grad():
+        for own, repeated in zip(given, running, strict=True):
+            if own is not None and repeated is not None:
+                own.copy_(repeated.view(count, width).mean(0))
+    return y.view(input.shape)
+
+
+def torch_instance_norm(
+    step: Step, input: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, use_input_stats: bool,
+    momentum: float, eps: float, cudnn_enabled: bool,
+) -> Any:  # fmt: skip
+    return instance_norm(step, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
 @full(lambda x: F.layer_norm(x, (2,)))
 def layer_norm(
     step: Step, input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5,
