@@ -80,9 +80,9 @@ class TestFormulas:
 
     def test_state_is_whole(self) -> None:
         plan = plan_of(3, 2)
-        plan.norms["a/b:1"] = Norm(0.1, 0.2, 3, 640, 16)
+        plan.norms["a/b:1"] = Norm(0.1, 0.2, 0.5, 3, 640, 16)
         plan.ratios, plan.level, plan.passes = {"1": 3}, Level.FINE, 7
-        plan.measured("1", (1.0, 2.0, 3.0, 4.0, 1.0))
+        plan.measured("1", (1.0, 2.0, 3.0, 4.0, 1.0, 2.0))
         other = RowPlan(bound=0.5, ratios={"x": 2})
         other.load_state_dict(plan.state_dict())
         assert vars(other) == vars(plan)
@@ -90,7 +90,7 @@ class TestFormulas:
 
     def test_what_is_not_finite_is_not_learnt(self) -> None:
         plan = RowPlan(bound=0.5)
-        plan.measured("a", (math.nan, 1.0, 1.0, 1.0, 1.0))
+        plan.measured("a", (math.nan, 1.0, 1.0, 1.0, 1.0, 1.0))
         plan.decide()
         assert not plan.leaves
 
@@ -146,6 +146,116 @@ class TestWhatNormsAdd:
             assert leaves[f"layers.{i}:linear:1"].sampled == pytest.approx(4 * 0.03)
 
 
+class TestWhereGradientsMeet:
+    """h + f(h): squares add up, those of the noise too."""
+
+    def test_by_their_squares(self) -> None:
+        layers, ratio, rho, stream, branch = 4, 5, 0.03, 2.0, 0.5
+        model = Deep(layers, nn.LayerNorm, residual=True)
+        plan, _ = planned(model)
+        y = model(torch.randn(40, D))
+        for norm in plan.norms.values():
+            norm.rho, norm.ratio, norm.outgoing = rho, ratio, 1.0
+        for key, leaf in plan.leaves.items():
+            leaf.outgoing = stream if key.startswith("last") else branch
+        plan.walk([y], 0)
+        q, energy = 0.0, stream
+        for i in reversed(range(layers)):
+            own = q * (1 + (ratio - 1) * _ALIGNED) + (ratio - 1) * rho
+            assert plan.leaves[f"layers.{i}:linear:1"].sampled == pytest.approx(own)
+            q, energy = (q * energy + own * branch) / (energy + branch), energy + branch
+        assert q > 0
+
+    def test_a_stream_that_is_mostly_branches_is_noisy(self) -> None:
+        found = []
+        for branch in (0.01, 100.0):
+            model = Deep(6, nn.LayerNorm, residual=True)
+            plan, _ = planned(model)
+            y = model(torch.randn(40, D))
+            for norm in plan.norms.values():
+                norm.rho, norm.ratio = 0.1, 5
+            for leaf in plan.leaves.values():
+                leaf.outgoing = branch
+            plan.leaves["last:linear:1"].outgoing = 1.0
+            plan.walk([y], 0)
+            found.append(plan.leaves["layers.0:linear:1"].sampled)
+        assert found[1] > 3 * found[0]
+
+    @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm1d])
+    def test_the_squares_are_measured(self, norm: Any) -> None:
+        torch.manual_seed(0)
+        model, x = Deep(3, norm, residual=True), torch.randn(600, D)
+        sums: dict[str, float] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                module.register_full_backward_hook(
+                    lambda _, gi, __, name=name: sums.update({name: float(gi[0].square().sum())}) if gi[0] is not None
+                    else None
+                )  # fmt: skip
+        dibit.compress(model, "default")
+        state = state_of(model)
+        assert state is not None
+        model(x.requires_grad_()).square().sum().backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0)
+        model(x)
+        for key, leaf in state.scores.plan.leaves.items():
+            assert leaf.outgoing == pytest.approx(sums[key.partition(":")[0]], rel=1e-4)
+
+
+class TestUnevenRows:
+    """Rows of very different lengths are chosen by their length, too."""
+
+    @staticmethod
+    def trained(config: Config, spread: float) -> tuple[nn.Module, Tensor, Any]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(128, 128, bias=False), nn.Linear(128, 4, bias=False))  # a range a row
+        x = torch.randn(6000, 128) * torch.exp(spread * torch.randn(6000, 1))
+        readout = torch.sign(x @ torch.randn(128, 4)) / (1 + x.norm(dim=1, keepdim=True))  # less for longer rows
+        dibit.compress(model, config)
+
+        def step() -> None:
+            model.zero_grad()
+            (model(x.clone().requires_grad_() * 1) * readout).sum().backward()
+
+        for _ in range(3):
+            step()
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.add_(0)
+        return model, x, step
+
+    @pytest.mark.parametrize(("spread", "uneven"), [(0.0, False), (1.5, True)])
+    def test_where_they_are(self, spread: float, uneven: bool) -> None:
+        model, _, step = self.trained(replace(recipe("default"), noise=1e6), spread)
+        step()
+        state = state_of(model)
+        assert state is not None
+        assert {leaf.uneven for leaf in state.scores.plan.leaves.values()} == {uneven}
+
+    def test_it_is_unbiased_and_quieter(self) -> None:
+        spread, errors = 1.5, []
+        for noise in (None, 1e6):  # ratios alone: by gradients alone
+            model, _, step = self.trained(replace(recipe("default"), noise=noise), spread)
+            state = state_of(model)
+            assert state is not None
+            state.scores.plan.ratios = {}  # the same number of rows
+
+            def draw(i: int, step: Any = step, model: Any = model, state: Any = state) -> Tensor:
+                state.salt = i + 1
+                step()
+                return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+            truth_model, _, truth = self.trained(Config(bits=8, block=64), spread)
+            dibit.decompress(truth_model)
+            truth()
+            expected = torch.cat([p.grad.flatten() for p in truth_model.parameters() if p.grad is not None])
+            assert (bias := bias_of(draw, expected, 150)).unbiased, bias
+            errors.append(sum(float((draw(i) - expected).square().sum()) for i in range(20)))
+        assert errors[1] < errors[0] / 2
+
+
 class TestNextToTheLoss:
     """In deep models, where all rows at 2 bits are too noisy, the norms next to the loss keep 4 bits."""
 
@@ -187,7 +297,7 @@ class TestNextToTheLoss:
         plan = RowPlan(bound=0.5, passes=4)
         plan.norms = {f"{i}": Norm(0.01, above=i, elements=64, ratio=16) for i in range(_DEEP)}
         plan.leaves = {"x": Leaf(terms=terms, signal=1.0, sampled=50.0, all_rows=0.06, fine=0.01)}
-        plan.measured("x", (0.0, terms, 0.0, 1.0, 1.0))
+        plan.measured("x", (0.0, terms, 0.0, 1.0, 1.0, 0.0))
         plan.decide()
         assert plan.level is level
 
@@ -496,18 +606,18 @@ class TestWhatIsLearnt:
         return plan
 
     def test_what_is_not_coming_back_is_forgotten(self) -> None:
-        plan = self.plan(a=(1.0, 1.0, 0.1, 1.0, 1.0), b=(1.0, 1.0, 0.1, 100.0, 1.0))
+        plan = self.plan(a=(1.0, 1.0, 0.1, 1.0, 1.0, 0.0), b=(1.0, 1.0, 0.1, 100.0, 1.0, 0.0))
         plan.ratios = {"b": 2}
         for _ in range(6):
-            plan.measured("a", (1.0, 1.0, 0.1, 1.0, 1.0))
+            plan.measured("a", (1.0, 1.0, 0.1, 1.0, 1.0, 0.0))
             plan.decide()
         assert set(plan.leaves) == {"a"}
         assert "b" not in plan.ratios
 
     def test_a_leaf_with_all_rows_remembers_what_sampling_cost(self) -> None:
-        plan = self.plan(a=(0.1, 1.0, 0.1, 1.0, 1.0))
+        plan = self.plan(a=(0.1, 1.0, 0.1, 1.0, 1.0, 0.0))
         plan.decide()
-        plan.measured("a", (2.0, 2.0, 0.1, 1.0, 0.0))  # all rows: the noise is at most the terms
+        plan.measured("a", (2.0, 2.0, 0.1, 1.0, 0.0, 0.0))  # all rows: the noise is at most the terms
         plan.decide()
         assert plan.leaves["a"].noise / plan.leaves["a"].terms == pytest.approx(0.1)
 

@@ -8,9 +8,10 @@ Two kinds of noise meet in a weight gradient :math:`dW = \sum_n dY_n^T x_n`, who
   it adds q S. A norm whose residual has the variance v (one row of r: r - 1; 2 bits: 0.2) adds :math:`v \rho` to its
   dX, :math:`\rho` being the square of what it subtracts along :math:`\hat x` over that of dX, and multiplies what came
   by :math:`1 + v a`, a being the same share of the noise, of which more lies along :math:`\hat x` than of the gradient.
-  So :math:`q_{k-1} = (1 + v a) q_k + v \rho_k` down the norms from the loss, on the quietest way where there are
-  several. Norms over columns (BatchNorm) add noise in the columns' means besides, the same for all rows: the more of
-  it the fewer directions the rows of :math:`\hat x` spread over, as where neighbours have been averaged often.
+  So :math:`q_{k-1} = (1 + v a) q_k + v \rho_k` down the norms from the loss. Where gradients meet (h + f(h)), their
+  squares add up, and so do those of the noise. Norms over columns (BatchNorm) add noise in the columns' means
+  besides, the same for all rows: the more of it the fewer directions the rows of :math:`\hat x` spread over, as where
+  neighbours have been averaged often.
 
 docs/gradient-error.md derives this. Where the sum would exceed the bound, more rows are kept: all of them by norms,
 which then serve the linear layers behind them too, or more of those by linear layers, whichever takes fewer bytes.
@@ -45,6 +46,7 @@ _FIRST = 2  # ratio of linear inputs in a model of more, as long as nothing is k
 _BLOCK = 128  # elements a range, of a norm that keeps all rows
 _ROUNDED = 0.2  # variance of a normalised input at 2 bits with dither
 _ALIGNED = 0.15  # share of a norm's noise that lies along x_hat of the next one: W^T W x is near to x
+UNEVEN = 1.3  # of lengths, the mean square over the squared mean: so much noise rows by |dY| alone make too much
 _MOST = 1e12  # q beyond which all is lost
 _COLUMNS = 0.3  # of S: what noise in the columns' means adds, times the variance and the norm's concentration
 _SPREAD = 0.035  # the concentration as long as it is not known
@@ -85,6 +87,8 @@ class Leaf:
         elements: of the input; 0 where the rows kept do not depend on a ratio (features).
         most: the recipe's ratio.
         served: norms that keep all rows keep this input, too.
+        outgoing: the square of the gradient of the input, that goes on.
+        uneven: its rows are of so different lengths that they are chosen by |dY_n| |x_n|.
     """
 
     noise: float = 0.0
@@ -97,6 +101,8 @@ class Leaf:
     elements: int = 0
     most: int = 1
     served: bool = False
+    outgoing: float = 0.0
+    uneven: bool = False
     missed: int = 0  # steps in a row that were measured, but this was not there
 
     def q(self, level: int) -> float:
@@ -117,13 +123,15 @@ class Norm:
         rho: the square of what it subtracts along x_hat over that of its dX.
         concentration: of its x_hat, where its statistics are those of columns: the sum of the squared eigenvalues of
             x_hat^T x_hat over their sum's square, from 1 / D (every direction alike) to 1; else 0.
-        above: norms between it and the loss.
+        outgoing: the square of its dX.
+        above: norms between it and the loss, at least.
         elements: of its input.
         ratio: the recipe's, for so many rows.
     """
 
     rho: float = 0.0
     concentration: float = 0.0
+    outgoing: float = 0.0
     above: int = 0
     elements: int = 0
     ratio: int = 1
@@ -229,36 +237,44 @@ class RowPlan:
             began: sequence number of autograd's nodes from which on they are of this pass.
         """
         self._walks += 1
-        for level in Level:
-            reached: dict[str, float] = {}
-            best: dict[Any, float] = {x.grad_fn: 0.0 for x in outputs if x.grad_fn is not None}
-            heap = [(0.0, number, node, 0.0, 0) for number, node in enumerate(best)]
-            numbers = itertools.count(len(heap))
-            done: set[Any] = set()
-            while heap:
-                here, _, node, columns, above = heapq.heappop(heap)
-                if node in done:
-                    continue
-                done.add(node)
-                own = getattr(node, "measured", "")
-                key = own if isinstance(own, str) else ""  # an attribute of somebody else's
-                if key in self.leaves:
-                    reached[key] = max(reached.get(key, 0.0), here + columns)
-                elif (norm := self.norms.get(key)) is not None:
-                    if level is Level.ALL:
-                        norm.above = above
-                    above += 1
+        flows: dict[Any, _Flow] = {}
+        heap: list[tuple[int, int, Any]] = []
+        numbers = itertools.count()
+
+        def enter(node: Any, flow: _Flow) -> None:
+            """Add what comes to a node from one of its users; a node is looked at after all of them."""
+            if node in flows:
+                flows[node].join(flow)
+            else:
+                flows[node] = flow.copy()
+                heapq.heappush(heap, (-node._sequence_nr(), next(numbers), node))
+
+        for x in outputs:
+            if x.grad_fn is not None:
+                enter(x.grad_fn, _Flow())
+        reached: dict[str, list[float]] = {}
+        while heap:
+            node = heapq.heappop(heap)[2]
+            flow = flows[node]
+            own = getattr(node, "measured", "")
+            key = own if isinstance(own, str) else ""  # an attribute of somebody else's
+            if (leaf := self.leaves.get(key)) is not None:
+                q = [a + b for a, b in zip(flow.q, flow.columns, strict=True)]
+                reached[key] = [max(a, b) for a, b in zip(reached.get(key, q), q, strict=True)]
+                flow.energy = leaf.outgoing or flow.energy
+            elif (norm := self.norms.get(key)) is not None:
+                norm.above, flow.above = flow.above, flow.above + 1
+                for level in Level:
                     variance = self._variance(norm, level)
-                    here = min(here * (1 + variance * _ALIGNED) + variance * norm.rho, _MOST)
-                    columns += _COLUMNS * variance * norm.concentration
-                for following, _ in node.next_functions:
-                    if following is None or following._sequence_nr() < began:
-                        continue
-                    if here < best.get(following, math.inf):
-                        best[following] = here
-                        heapq.heappush(heap, (here, next(numbers), following, columns, above))
-            for key, q in reached.items():
-                setattr(self.leaves[key], level.name.lower().replace("all", "all_rows"), q)
+                    flow.q[level] = min(flow.q[level] * (1 + variance * _ALIGNED) + variance * norm.rho, _MOST)
+                    flow.columns[level] += _COLUMNS * variance * norm.concentration
+                flow.energy = norm.outgoing or flow.energy
+            for following, _ in node.next_functions:
+                if following is not None and following._sequence_nr() >= began:
+                    enter(following, flow)
+        for key, (sampled, all_rows, fine) in reached.items():
+            leaf = self.leaves[key]
+            leaf.sampled, leaf.all_rows, leaf.fine = sampled, all_rows, fine
 
     def predicted(self, level: int | None = None, ratios: Mapping[str, int] | None = None) -> float:
         """The squared error of the gradient over its square, at a level of the norms (by default the one chosen)."""
@@ -295,14 +311,14 @@ class RowPlan:
             if len(values) == 4:
                 part, whole, concentration, times = values
                 norm = self.norms.setdefault(key, Norm())
-                self._learn(norm, rho=part / whole if whole > 0 else 0.0)
+                self._learn(norm, rho=part / whole if whole > 0 else 0.0, outgoing=whole)
                 norm.concentration = concentration / times
             else:
                 leaf = self.leaves.setdefault(key, Leaf())
-                noise, terms, rounding, signal, sampled = values
+                noise, terms, rounding, signal, sampled, outgoing = values
                 if not sampled and leaf.terms > 0:  # rows by their gradients make less noise than any rows would
                     noise = terms * min(1.0, leaf.noise / leaf.terms)
-                self._learn(leaf, noise=noise, terms=terms, rounding=rounding, signal=signal)
+                self._learn(leaf, noise=noise, terms=terms, rounding=rounding, signal=signal, outgoing=outgoing)
         self._forget()
         self._pending.clear()
         if self.passes < 3:
@@ -408,6 +424,34 @@ class RowPlan:
         if level == Level.SAMPLED:
             return (1 + (norm.concentration > 0)) / norm.ratio
         return 1.0 if self._bits(norm, level) is None else _FINE / 2
+
+
+@dataclass
+class _Flow:
+    """The gradient on its way: noise over its square, and its square.
+
+    Attributes:
+        energy: its square as far as it is known, else 0.
+        q: at each level of the norms; of rows.
+        columns: the same of what is common to all rows.
+        above: norms that it has passed at least.
+    """
+
+    energy: float = 0.0
+    q: list[float] = field(default_factory=lambda: [0.0] * len(Level))
+    columns: list[float] = field(default_factory=lambda: [0.0] * len(Level))
+    above: int = 0
+
+    def copy(self) -> _Flow:
+        return _Flow(self.energy, [*self.q], [*self.columns], self.above)
+
+    def join(self, other: _Flow) -> None:
+        """The sum of two gradients: their squares add up, and so do those of their noise."""
+        whole = self.energy + other.energy
+        share = other.energy / whole if self.energy and other.energy else None
+        for own, more in ((self.q, other.q), (self.columns, other.columns)):
+            own[:] = (min(a, b) if share is None else a + share * (b - a) for a, b in zip(own, more, strict=True))
+        self.energy, self.above = whole, min(self.above, other.above)
 
 
 def _filled(known: Any, values: list[float]) -> Any:

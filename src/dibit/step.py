@@ -15,7 +15,7 @@ from dibit.averages import counts, division
 from dibit.batch import current
 from dibit.codec import Affine, encode, encoded_bytes, mix, norm_scores, seed_tensor
 from dibit.codec.fingerprint import fingerprint
-from dibit.codec.rows import LEFT_OUT
+from dibit.codec.rows import LEFT_OUT, by_length, unevenness
 from dibit.config import Config, Project, Sample
 from dibit.foreign import attributes as own_attributes
 from dibit.foreign import defines, is_a, items, mapped, static
@@ -37,6 +37,7 @@ from dibit.residual import (
     Reseeded,
     Residual,
 )
+from dibit.row_plan import UNEVEN, Leaf
 from dibit.score_table import Watch
 from dibit.state import State
 from dibit.stream import Key, capturing, replayed_key
@@ -466,7 +467,16 @@ class Step:
         scores = table.of(key, rows, ids)
         if scores is None and norms:
             scores = norm_scores(rows)
+        elif scores is not None and norms and (leaf := table.plan.leaves.get(key)) is not None:
+            scores = self._by_length(scores, rows, leaf)
         return scores, table.watch(key, ids)
+
+    def _by_length(self, scores: Tensor, rows: Tensor, leaf: Leaf) -> Tensor:
+        """Scores of |dY_n| |x_n| where the rows of a leaf are of uneven lengths, of |dY_n| elsewhere."""
+        lengths = norm_scores(rows) if self.measured or leaf.uneven else None
+        if lengths is not None and self.measured:
+            leaf.uneven = unevenness(lengths) > UNEVEN
+        return by_length(scores, lengths) if leaf.uneven and lengths is not None else scores
 
     def _reached(
         self, key: str, config: Config, rows: Tensor, scores: Tensor | None

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dibit import Config, Sample, decode, encode
 from dibit.codec import encoded_bytes, mix, norm_scores, ops, reference, seed_tensor
-from dibit.codec.rows import FLOOR, LEFT_OUT, ONE, chances, picked, row_scores, together
+from dibit.codec.rows import FLOOR, LEFT_OUT, ONE, by_length, chances, picked, row_scores, together, unevenness
 from tests.unbiased import bias_of
 
 
@@ -187,3 +187,28 @@ def test_of_few_rows_more_are_kept(by: str, rows: int, kept: int) -> None:
 def test_at_least_so_many_rows_is_checked() -> None:
     with pytest.raises(ValueError, match="least"):
         Sample(8, least=0)
+
+
+def test_the_score_of_a_product_of_lengths() -> None:
+    dy, x = torch.randn(500, 3) * torch.exp(torch.randn(500, 1)), torch.randn(500, 5) * torch.exp(torch.randn(500, 1))
+    dy[3], x[4] = 0, 0
+    a, b = row_scores(dy), norm_scores(x)
+    a[7] = LEFT_OUT
+    found = by_length(a, b)
+    assert found.dtype == torch.uint8
+    assert found[3] == found[4] == 0
+    assert found[7] == LEFT_OUT
+    exact = (dy.square().sum(1) * x.square().sum(1)).log2() + 127
+    rest = torch.tensor([i for i in range(500) if i not in (3, 4, 7)])
+    assert ((found[rest] - exact[rest]).abs() <= 2).all()
+    largest = by_length(torch.full((1,), 250, dtype=torch.uint8), torch.full((1,), 250, dtype=torch.uint8))
+    assert largest == LEFT_OUT - 1, "too large for a byte is no row that is left out"
+
+
+def test_unevenness_is_that_of_the_lengths() -> None:
+    x = torch.exp(torch.randn(20_000, 1)) * torch.nn.functional.normalize(torch.randn(20_000, 4))
+    lengths = x.norm(dim=1)
+    exact = float(lengths.square().mean() / lengths.mean() ** 2)
+    assert unevenness(norm_scores(x)) == pytest.approx(exact, rel=0.1)
+    assert unevenness(torch.full((9,), 131, dtype=torch.uint8)) == pytest.approx(1)
+    assert unevenness(torch.zeros(9, dtype=torch.uint8)) == 1

@@ -13,7 +13,7 @@ from torch import Tensor
 from dibit.codec import ops
 from dibit.codec.chances import FLOOR, LEFT_OUT, ONE, chances
 
-__all__ = ["FLOOR", "LEFT_OUT", "ONE", "chances", "picked", "row_scores", "together"]
+__all__ = ["FLOOR", "LEFT_OUT", "ONE", "by_length", "chances", "picked", "row_scores", "together", "unevenness"]
 
 
 def picked(scores: Tensor, count: int, seed: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,6 +34,23 @@ def picked(scores: Tensor, count: int, seed: Tensor) -> tuple[Tensor, Tensor]:
 def row_scores(x: Tensor) -> Tensor:
     """The binary exponent of the squared norm of each row of x (N, D): uint8 (N,), `LEFT_OUT` where not finite."""
     return ops.row_scores(x.reshape(x.shape[0], x.shape[1:].numel()).contiguous())
+
+
+def by_length(gradients: Tensor, lengths: Tensor) -> Tensor:
+    """The score of |dY_n| |x_n|, from those of both: uint8 (N,); `LEFT_OUT` where the gradient's is."""
+    product = (gradients.to(torch.int16) + lengths.to(torch.int16) - 127).clamp_(0, LEFT_OUT - 1).to(torch.uint8)
+    product = torch.where((gradients == 0) | (lengths == 0), 0, product)
+    return torch.where(gradients == LEFT_OUT, LEFT_OUT, product)
+
+
+def unevenness(scores: Tensor) -> float:
+    """The mean of |x_n|^2 over the square of the mean of |x_n|, from scores uint8 (N,): 1 where all are alike."""
+    rows = torch.bincount(scores, minlength=256).double()
+    code = torch.arange(256, device=scores.device, dtype=torch.float64)
+    value = torch.exp2((code - 127) / 2)
+    rows[LEFT_OUT] = value[0] = 0
+    first, second = torch.stack(((rows * value).sum(), (rows * value.square()).sum())).tolist()
+    return float(second * float(rows.sum()) / first**2) if first > 0 else 1.0
 
 
 def together(a: Tensor, b: Tensor) -> Tensor:

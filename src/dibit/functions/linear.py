@@ -37,7 +37,7 @@ class Linear(torch.autograd.Function):
         residual, weight = load(ctx)
         x_dtype, w_dtype, b_dtype = ctx.dtypes
         rows = flat(dy)
-        dx = large.mm(dy, weight.to(dy.dtype)).to(x_dtype) if ctx.needs_input_grad[0] else None
+        dx = input_gradient(ctx, large.mm(dy, weight.to(dy.dtype))).to(x_dtype) if ctx.needs_input_grad[0] else None
         dw = weight_gradient(ctx, residual, rows).to(w_dtype) if ctx.needs_input_grad[1] else None
         db = bias_gradient(ctx, rows).to(b_dtype) if ctx.needs_input_grad[2] else None
         return dx, dw, db, None, None, None
@@ -75,7 +75,7 @@ class AggregatedLinear(torch.autograd.Function):
         dw = (
             weight_gradient(ctx, residual, z).to(w_dtype) if ctx.needs_input_grad[1] else None
         )  # before dX is written over z
-        dx = large.mm_over(z, weight.to(z.dtype)).to(x_dtype) if ctx.needs_input_grad[0] else None
+        dx = input_gradient(ctx, large.mm_over(z, weight.to(z.dtype))).to(x_dtype) if ctx.needs_input_grad[0] else None
         db = bias_gradient(ctx, dy).to(b_dtype) if ctx.needs_input_grad[2] else None
         return dx, dw, db, None, None, None, None, None, None
 
@@ -102,7 +102,9 @@ class MatMul(torch.autograd.Function):
         beta, alpha = ctx.scale
         x_dtype, w_dtype, c_type = ctx.types
         scaled = dy if alpha == 1 else dy * alpha
-        dx = large.mm(scaled, weight.T.to(dy.dtype)).to(x_dtype) if ctx.needs_input_grad[0] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = input_gradient(ctx, large.mm(scaled, weight.T.to(dy.dtype))).to(x_dtype)
         dw = weight_gradient(ctx, residual, flat(scaled)).T.to(w_dtype) if ctx.needs_input_grad[1] else None
         dc = None
         if ctx.needs_input_grad[2]:
@@ -122,6 +124,13 @@ def bias_gradient(ctx: Any, dy: Tensor) -> Tensor:
     if ctx.meter is not None:
         ctx.meter.bias_gradient(db)
     return db
+
+
+def input_gradient(ctx: Any, dx: Tensor) -> Tensor:
+    """dX, whose square is noted where this pass is measured."""
+    if ctx.meter is not None:
+        ctx.meter.input_gradient(dx)
+    return dx
 
 
 def _measure(ctx: Any, meter: Meter | None) -> None:
