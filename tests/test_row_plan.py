@@ -88,6 +88,22 @@ class TestFormulas:
         assert vars(other) == vars(plan)
         assert RowPlan().state_dict() == {}
 
+    @pytest.mark.parametrize(
+        ("name", "values"),
+        [
+            ("plan", [1.0]), ("plan", [7.0, 1.0]), ("leaf/a", [1.0] * 3), ("norm/a", []), ("ratio/a", [1.0, 2.0]),
+            ("seen/a", [1.0] * 5), ("leaf/a", [math.nan] * len(vars(Leaf()))), ("plan", [math.inf, 2.0]), ("x", [1.0]),
+        ],
+    )  # fmt: skip
+    def test_a_state_that_does_not_fit_is_measured_anew(self, name: str, values: list[float]) -> None:
+        plan = plan_of(3, 2)
+        plan.level, plan.passes = Level.ALL, 9
+        state = {**plan.state_dict(), name: torch.tensor(values, dtype=torch.float64)}
+        other = RowPlan(bound=0.3)
+        with pytest.warns(UserWarning, match=rf"rows/{name} has {len(values)} numbers.*measured anew"):
+            other.load_state_dict(state)
+        assert vars(other) == vars(RowPlan(bound=0.3))
+
     def test_what_is_not_finite_is_not_learnt(self) -> None:
         plan = RowPlan(bound=0.5)
         plan.measured("a", (math.nan, 1.0, 1.0, 1.0, 1.0, 1.0))

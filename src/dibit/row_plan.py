@@ -24,6 +24,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
@@ -53,6 +54,7 @@ _SPREAD = 0.035  # the concentration as long as it is not known
 _DEEP = 8  # norms behind one another, of which those next to the loss may keep more bits
 _NEXT = 0.45  # share of the norms that are next to the loss
 _FINE = 4  # bits of these
+_OF_LEAF, _OF_NORM = 6, 4  # numbers of a measurement
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.LayerNorm)
 
 
@@ -308,7 +310,7 @@ class RowPlan:
         if not self._pending or not self.bound:
             return
         for key, values in self._pending.items():
-            if len(values) == 4:
+            if len(values) == _OF_NORM:
                 part, whole, concentration, times = values
                 norm = self.norms.setdefault(key, Norm())
                 self._learn(norm, rho=part / whole if whole > 0 else 0.0, outgoing=whole)
@@ -345,21 +347,45 @@ class RowPlan:
         return {key: torch.tensor(list(values), dtype=torch.float64) for key, values in tables.items()} if self else {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take what `state_dict` gave; the bound stays that of the configs."""
+        """Take what `state_dict` gave; the bound stays that of the configs.
+
+        What does not fit, as from another version, is forgotten, with a warning: it is measured anew.
+        """
         vars(self).update({**vars(RowPlan()), "bound": self.bound})
         for name, values in ((name, table.tolist()) for name, table in state.items()):
-            kind, _, key = name.partition("/")
-            if kind == "plan":
-                level, passes = values
-                self.level, self.passes = None if level < 0 else Level(int(level)), int(passes)
-            elif kind == "leaf":
-                self.leaves[key] = _filled(Leaf(), values)
-            elif kind == "norm":
-                self.norms[key] = _filled(Norm(), values)
-            elif kind == "ratio":
-                self.ratios[key] = int(values[0])
-            else:
-                self._pending[key] = tuple(values)
+            try:
+                self._take(*name.partition("/")[::2], values)
+            except (ValueError, OverflowError):
+                warnings.warn(
+                    f"dibit: the choice of rows in these scores is damaged or another version's (rows/{name} has "
+                    f"{len(values)} numbers); it is measured anew.",
+                    stacklevel=3,
+                )
+                vars(self).update({**vars(RowPlan()), "bound": self.bound})
+                return
+
+    def _take(self, kind: str, key: str, values: list[float]) -> None:
+        """One table of a state.
+
+        Raises:
+            ValueError, OverflowError: it does not fit.
+        """
+        if not all(map(math.isfinite, values)):
+            raise ValueError
+        if kind == "plan":
+            level, passes = values
+            self.level, self.passes = None if level < 0 else Level(int(level)), int(passes)
+        elif kind == "leaf":
+            self.leaves[key] = _filled(Leaf(), values)
+        elif kind == "norm":
+            self.norms[key] = _filled(Norm(), values)
+        elif kind == "ratio":
+            (ratio,) = values
+            self.ratios[key] = max(1, int(ratio))
+        elif len(values) in (_OF_LEAF, _OF_NORM):
+            self._pending[key] = tuple(values)
+        else:
+            raise ValueError
 
     def __bool__(self) -> bool:
         """Whether there is anything to know: some config asks for a bound."""
