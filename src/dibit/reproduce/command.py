@@ -9,7 +9,8 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -116,8 +117,8 @@ def _run(run: Reproduction, section: str) -> None:
     units = experiment.units(run)
     done: dict[str, Any] = {}
     total = 0.0
-    with Progress(section, len(units), run.quiet) as progress:
-        for name, value, seconds, computed in _results(run, units, progress):
+    with Progress(section, len(units), run.quiet) as progress, closing(_results(run, units, progress)) as results:
+        for name, value, seconds, computed in results:
             done[name] = value
             total += seconds
             progress.end(seconds, computed, name)
@@ -131,7 +132,9 @@ def _run(run: Reproduction, section: str) -> None:
         print(f"{section} is in {shlex.quote(str(page))}", file=sys.stderr, flush=True)
 
 
-def _results(run: Reproduction, units: list[Unit], progress: Progress) -> Iterator[tuple[str, Any, float, bool]]:
+def _results(
+    run: Reproduction, units: list[Unit], progress: Progress
+) -> Generator[tuple[str, Any, float, bool], None, None]:
     """The measurements as they come: name, value, seconds, and whether it was computed now."""
     separate = {}
     for unit in units:
@@ -139,6 +142,7 @@ def _results(run: Reproduction, units: list[Unit], progress: Progress) -> Iterat
             progress.begin(unit.name)
             yield unit.name, *run.store.unit(unit.key, partial(unit.compute, progress.note))
         elif (held := run.store.held(unit.key)) is not None:
+            _clear(run, unit)  # a kill may have come between the result and this
             yield unit.name, *held, False
         else:
             separate[unit.name] = unit
@@ -148,13 +152,19 @@ def _results(run: Reproduction, units: list[Unit], progress: Progress) -> Iterat
         run.store.manifest.add(*separate[name].files)
         progress.begin(name)
 
-    computed = parallel.run(
-        {name: unit.compute for name, unit in separate.items()}, run.plan.jobs, progress.note, begin
-    )
-    for name, value, seconds in computed if separate else ():
-        unit = separate[name]
-        yield name, run.store.keep(unit.key, value, seconds), seconds, True
-        run.store.manifest.remove(below=unit.files[0].parent)
+    jobs = {name: unit.compute for name, unit in separate.items()}
+    with closing(parallel.run(jobs, run.plan.jobs, progress.note, begin)) as computed:
+        for name, value, seconds in computed:
+            value = run.store.keep(separate[name].key, value, seconds)
+            _clear(run, separate[name])
+            yield name, value, seconds, True
+
+
+def _clear(run: Reproduction, unit: Unit) -> None:
+    """Remove what a measurement wrote while it ran."""
+    folder = unit.files[0].parent
+    if os.path.lexists(folder):
+        run.store.manifest.remove(below=folder)
 
 
 def _content(
