@@ -11,19 +11,16 @@ import sys
 import warnings
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dibit.reproduce import parallel, sections
+from dibit.reproduce import parallel, sections, tuned
 from dibit.reproduce.plan import Plan, Reproduction, Unit
 from dibit.reproduce.progress import Progress
 from dibit.reproduce.store import DAYS, SECTIONS, Store, write
-from dibit.reproduce.tuned import CELLS, FIRST, cells
 from dibit.train.errors import Interrupted, Parser, TrainingError, UserError, nearest, require
 from dibit.train.files import json_path, reason
-from dibit.train.settings import RECIPES
 
 _DESCRIPTION = """\
 Repeat what EXACT and i-EXACT measured, with their numbers beside ours: as tables here, as JSON and as one
@@ -49,15 +46,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, metavar="K", help="Trainings of each setting (default: 3, full: 5).")
     parser.add_argument("--epochs", type=int, metavar="N", help="Epochs of each training (default: 50, full: 150).")
     parser.add_argument("--rounds", type=int, metavar="N", help="Rounds of the timing (default: 4, full: 7).")
-    tuned = parser.add_argument_group(
+    group = parser.add_argument_group(
         "tuned", "Published settings and splits. --seeds K takes the seeds below K, --epochs N fewer epochs."
     )
-    names = f"{', '.join(CELLS)}, or all (default: {' and '.join(FIRST)})"
-    tuned.add_argument("--cell", nargs="+", metavar="CELL", default=[], help=f"Graphs and models: {names}.")
-    tuned.add_argument(
+    names = f"{', '.join(tuned.CELLS)}, or all (default: {' and '.join(tuned.FIRST)})"
+    group.add_argument("--cell", nargs="+", metavar="CELL", default=[], help=f"Graphs and models: {names}.")
+    group.add_argument(
         "--recipe", nargs="+", metavar="RECIPE", default=[], help="Only these (default: each cell's own)."
     )
-    tuned.add_argument(
+    group.add_argument(
         "--jobs", type=int, metavar="N", help="Trainings side by side, each on one thread (default: one a core)."
     )
     parser.add_argument("--json", metavar="FILE", help="Write all sections to this file, too.")
@@ -87,8 +84,10 @@ def reproduce(argv: Sequence[str]) -> int:
         # torch says that CSR is in beta whenever one is made.
         warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
         run = Reproduction(plan, store, args.quiet)
-        if args.section not in ("memory", "tuned"):
-            run.graphs()  # a data set that cannot be loaded is said now
+        if args.section == "tuned":  # a data set that cannot be loaded is said now
+            tuned.check_data(run)
+        elif args.section != "memory":
+            run.graphs()
         store.open()
         try:
             every = [section for section in SECTIONS if section not in DAYS]
@@ -172,23 +171,28 @@ def _content(
 ) -> dict[str, Any]:
     from dibit.train.report import describe_machine, versions
 
+    threads = {"threads": 1} if section == "tuned" else {}  # of each training
     return {
         "section": section,
-        "settings": asdict(run.plan),
+        "settings": run.plan.settings(section),
         "finished": finished,
         "seconds": seconds,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": describe_machine(),
+        "machine": describe_machine() | threads,
         "versions": versions(),
         "results": results,
     }
 
 
 def _plan(args: argparse.Namespace) -> Plan:
-    recipes = [recipe for recipe in args.recipe if recipe not in RECIPES]
-    if recipes:
-        raise UserError(f"--recipe is {recipes[0]!r}, expected {', '.join(RECIPES)}.{nearest(recipes[0], RECIPES)}")
-    cells(args.cell)
+    others = {"--dataset": args.dataset, "--full": args.full}
+    own = {"--cell": args.cell, "--recipe": args.recipe, "--jobs": args.jobs is not None}
+    if args.section == "tuned":
+        for flag in (flag for flag, given in others.items() if given):
+            raise UserError(f"{flag} does not apply to tuned, whose graphs --cell chooses; leave it out.")
+    else:
+        for flag in (flag for flag, given in own.items() if given):
+            raise UserError(f"{flag} does not apply to {args.section}, only to tuned; leave it out.")
     defaults = {"seeds": 5, "epochs": 150, "rounds": 7, "draws": 8} if args.full else {}
     given = {
         name: getattr(args, name) for name in ("seeds", "epochs", "rounds", "jobs") if getattr(args, name) is not None
@@ -196,7 +200,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     for name, value in given.items():
         if value < 1:
             raise UserError(f"--{name} is {value}, expected a whole number of at least 1.")
-    return Plan(
+    plan = Plan(
         full=args.full,
         datasets=tuple(args.dataset),
         root=args.root,
@@ -206,3 +210,5 @@ def _plan(args: argparse.Namespace) -> Plan:
         tuned_epochs=args.epochs,
         **{"jobs": os.cpu_count() or 1, **defaults, **given},
     )
+    tuned.check(plan)
+    return plan
