@@ -48,6 +48,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_sections_end_up_in_one_page_and_one_file(done: dict[str, Any]) -> None:
     assert list(done["json"]) == ["variance", "distribution", "accuracy"]
     assert all(section["finished"] for section in done["json"].values())
+    asked = {"full", "datasets", "root", "seeds", "epochs", "rounds", "draws"}
+    assert all(set(section["settings"]) == asked for section in done["json"].values())
     page = (done["folder"] / "report.html").read_text()
     assert all(f'id="{name}"' in page for name in done["json"])
     assert not (done["folder"] / "runs").exists() or not list((done["folder"] / "runs").iterdir())

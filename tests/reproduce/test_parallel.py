@@ -7,8 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -211,19 +211,32 @@ except KeyboardInterrupt:
 """
 
 
-def started(folder: Path, stubborn: int) -> subprocess.Popen[str]:
-    """A command of which two jobs run by now."""
+@contextmanager
+def in_a_group(*words: str) -> Iterator[subprocess.Popen[str]]:
+    """Python in a process group of its own, as a shell starts a command; nothing of it is left behind."""
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(folder), str(stubborn)],
+        [sys.executable, *words],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    wait_for(lambda: len(list(folder.glob("*.0"))) == 2 or process.poll() is not None)
-    assert process.poll() is None, process.communicate()[1]
-    return process
+    with process:
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextmanager
+def started(folder: Path, stubborn: int) -> Iterator[subprocess.Popen[str]]:
+    """A command of which two jobs run by now."""
+    with in_a_group("-c", PROGRAM, str(folder), str(stubborn)) as process:
+        wait_for(lambda: len(list(folder.glob("*.0"))) == 2 or process.poll() is not None)
+        assert process.poll() is None, process.communicate()[1]
+        yield process
 
 
 @pytest.mark.parametrize("whole_group", [True, False], ids=["terminal", "kill"])
