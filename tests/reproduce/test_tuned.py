@@ -29,7 +29,7 @@ from dibit.train.errors import UserError
 from dibit.train.report import paired_difference
 from dibit.train.settings import RECIPES
 from tests.reproduce import tiny
-from tests.reproduce.test_parallel import children, in_a_group, wait_for
+from tests.reproduce.test_parallel import ROOT, children, in_a_group, wait_for
 
 # ---- statistics ----
 
@@ -178,6 +178,11 @@ def test_published_settings() -> None:
     gat = tuned.CELLS["pubmed-gat"].train_settings("DATA")
     assert (gat.model.heads, gat.model.bias, gat.model.hidden, gat.model.norm) == (1, False, 512, "none")
     assert (gat.optimisation.lr, gat.optimisation.weight_decay, gat.optimisation.epochs) == (1e-2, 5e-4, 500)
+
+
+def test_every_cell_is_in_the_docs() -> None:
+    text = (ROOT / "docs" / "reproduce.md").read_text()
+    assert [name for name in tuned.CELLS if f"`{name}`" not in text] == []
 
 
 def test_cells_by_name() -> None:
