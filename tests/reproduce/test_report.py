@@ -23,13 +23,13 @@ from tests.reproduce.examples import all_sections, section
 pytestmark = pytest.mark.filterwarnings("error:.*layout not applied", "error:Glyph")
 
 FIGURES = {
-    *("memory-arxiv", "memory-flickr", "blocks", "variance", "variance-amazon-computers-sage", "accuracy"),
+    *("memory-arxiv", "memory-flickr", "blocks", "variance", "variance-amazon-computers-sage", "accuracy", "tuned"),
     *(f"distribution-amazon-computers-sage-{setting}" for setting in ("exact", "i-exact", "no-projection")),
 }
 TABLES = {
     *("memory-arxiv", "memory-flickr", "blocks-timing", "blocks-amazon-computers-sage", "blocks-cora-sage"),
     *("variance", "variance-amazon-computers-sage-60", "distribution-amazon-computers-sage-60"),
-    *("accuracy", "accuracy-paper", "runs", "versions"),
+    *("accuracy", "accuracy-paper", "tuned", "runs", "versions"),
 }
 FOLDED = {
     *("memory-arxiv-kinds", "memory-flickr-kinds", "variance-bits", "variance-amazon-computers-sage-60-draws"),
@@ -137,6 +137,7 @@ def test_empty_sections(tmp_path: Path) -> None:
         "variance": {"table": [], "measured": [{"graph": "cora", "model": "sage", "epoch": 0, "rows": []}]},
         "distribution": {"bins": 60, "graphs": [{"name": "cora", "model": "sage", "rows": []}], "verdicts": []},
         "accuracy": {"rows": [], "skipped": [], "paper": []},
+        "tuned": {"rows": [], "together": {}},
     }
     text = render(_write(tmp_path / "e", {n: section(n, r, finished=False) for n, r in empty.items()})).read_text()
     assert text.count("No results yet.") == len(SECTIONS)
@@ -168,9 +169,15 @@ def test_parts_of_sections(tmp_path: Path) -> None:
     accuracy["rows"] = accuracy["rows"][1:3]
     accuracy["rows"][0]["difference"] |= {"low": None, "high": None}
     accuracy["rows"][1] |= {"difference": None, "test": []}
+    tuned = sections["tuned"]["results"]
+    tuned["rows"] = tuned["rows"][1:5]
+    tuned["rows"][0]["difference"] |= {"low": None, "high": None, "values": None}
+    tuned["rows"][0] |= {"verdict": None, "epochs_ratio": None, "noise": None, "norm": None, "published": None}
+    tuned["rows"][3] |= {"difference": None, "verdict": None, "test": []}
+    tuned["together"] = None
     text = render(_write(tmp_path / "p", sections)).read_text()
     assert text.count("This run was cut or still goes on") == len(SECTIONS)
-    assert len(_ids(text, "fig")) == 7
+    assert len(_ids(text, "fig")) == 8
     assert "(model)" in text
 
 

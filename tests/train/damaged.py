@@ -66,7 +66,7 @@ def odd_arrays() -> Iterator[tuple[str, Arrays]]:
         for name in base:
             if kind == "sparse" and not name.startswith("x_"):
                 continue
-            for how, array in _variants(np.asarray(base[name])):
+            for how, array in variants(np.asarray(base[name])):
                 yield f"{kind}: {name} {how}", {**base, name: array}
             without = {other: array for other, array in base.items() if other != name}
             yield f"{kind}: {name} missing", without
@@ -106,7 +106,8 @@ def odd_arrays() -> Iterator[tuple[str, Arrays]]:
         yield f"{part} full", {**dense(), part: np.ones(24, bool)}
 
 
-def _variants(array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+def variants(array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """An array in other types and shapes, and with other values."""
     for code in DTYPES:
         try:
             yield f"as {code}", array.astype(code)

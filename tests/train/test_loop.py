@@ -77,6 +77,32 @@ def test_a_finished_run_is_not_trained_again(small: Path, tmp_path: Path, monkey
     assert train_one(task, "none", None, 0, tmp_path / "run", resume=True) == first
 
 
+def test_the_curve_is_every_evaluation(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[float] = []
+    evaluate = Task.evaluate
+
+    def noted(self: Task, *args: Any) -> tuple[float, float]:
+        told.append(evaluate(self, *args)[0])
+        return told[-1], 0.0
+
+    monkeypatch.setattr(Task, "evaluate", noted)
+    result = train_one(_task(small, epochs=8, eval_every=3), "default", dibit.recipe("default"), 0, tmp_path / "run")
+    assert result.curve == list(zip([3, 6, 8], told, strict=True))
+    assert (result.best_epoch, result.val) == max(result.curve, key=lambda point: (point[1], -point[0]))
+    train_one(_task(small, epochs=3, eval_every=3), "none", None, 0, tmp_path / "parts", resume=True)
+    parts = train_one(_task(small, epochs=8, eval_every=3), "none", None, 0, tmp_path / "parts", resume=True)
+    assert [epoch for epoch, _ in parts.curve] == [3, 6, 8]
+
+
+def test_without_a_log_the_same_is_trained(small: Path, tmp_path: Path) -> None:
+    results = [
+        train_one(_task(small, epochs=3), "none", None, 0, tmp_path / str(log), log=log) for log in (True, False)
+    ]
+    assert results[0].loss == results[1].loss
+    assert list((tmp_path / "True").glob("events.out.tfevents.*"))
+    assert sorted(path.name for path in (tmp_path / "False").iterdir()) == ["best.pt", "checkpoint.pt"]
+
+
 def test_measuring_changes_nothing(small: Path) -> None:
     task = _task(small)
     model = task.model(0)

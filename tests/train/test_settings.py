@@ -40,6 +40,11 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
             "bits": 4,
             "block": "row",
             "levels": "normal",
+            "self_loops": True,
+            "split_file": "a split: #1.npz",
+            "linear_skip": True,
+            "jk": "last",
+            "bias": False,
         }
     )
     path = tmp_path / "run.yaml"
@@ -169,7 +174,28 @@ def test_yaml_that_cannot_be_parsed(tmp_path: Path, text: str, sentence: str) ->
         ("--recipe none --levels normal", "--levels normal has no meaning with --recipe none"),
         ("--levels gaussian", "--levels is 'gaussian', expected one of uniform, normal."),
         ("--levels normla", "Did you mean 'normal'"),
-        ("--residual", "--residual does not apply to --model sage, only to gcn2; leave it out."),
+        (
+            "--residual",
+            "--residual does not apply to --model sage, only to gcn2; leave it out, or give --linear-skip.",
+        ),
+        ("--jk sum", "--jk is 'sum', expected one of last, cat, max, lstm."),
+        (
+            "--model gcn2 --jk last",
+            "--jk does not apply to --model gcn2, only to gcn, sage, gin and gat; leave it out.",
+        ),
+        (
+            "--model gcn2 --linear-skip",
+            "--linear-skip does not apply to --model gcn2, only to gcn, sage, gin and gat; leave it out.",
+        ),
+        ("--model gin --no-bias", "--no-bias does not apply to --model gin, only to gcn, sage and gat; leave it out."),
+        ("--model gcn2 --no-bias", "--no-bias does not apply to --model gcn2, only to gcn, sage and gat"),
+        ("--jk lstm --hidden 1 --layers 1", "--jk lstm is half as wide as --layers times --hidden, which are both 1"),
+        *(
+            (f"--jk {jk} --loader {loader}", f"--jk {jk} needs every layer's output at once")
+            for jk in ("cat", "max", "lstm")
+            for loader in ("neighbor", "cluster", "saint-rw", "saint-node", "shadow")
+        ),
+        ("--split-file=", "--split-file is empty; give the path of an .npz file, or leave it out."),
         ("--recipe none --compare", "--compare with --recipe none"),
         ("--resume", "--resume needs --out"),
         ("--resume --overwrite --out x", "leave one of them out"),
@@ -182,6 +208,23 @@ def test_values_that_cannot_be_meant(words: str, sentence: str) -> None:
         parse(words.split()).check()
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--jk last --loader neighbor",
+        "--jk last --loader cluster --linear-skip",
+        "--jk cat",
+        "--jk lstm --hidden 1 --layers 2",
+        "--model gat --no-bias --heads 1",
+        "--model gin --bias",
+        "--model gcn2 --bias --no-linear-skip",
+        "--jk null --split-file null",
+    ],
+)
+def test_values_that_can_be_meant(words: str) -> None:
+    parse(words.split()).check()
 
 
 def test_a_block_in_code_that_cannot_be_meant() -> None:

@@ -9,20 +9,18 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dibit.reproduce import parallel, sections
+from dibit.reproduce import parallel, sections, tuned
 from dibit.reproduce.plan import Plan, Reproduction, Unit
 from dibit.reproduce.progress import Progress
 from dibit.reproduce.store import DAYS, SECTIONS, Store, write
-from dibit.reproduce.tuned import CELLS, FIRST, cells
 from dibit.train.errors import Interrupted, Parser, TrainingError, UserError, nearest, require
 from dibit.train.files import json_path, reason
-from dibit.train.settings import RECIPES
 
 _DESCRIPTION = """\
 Repeat what EXACT and i-EXACT measured, with their numbers beside ours: as tables here, as JSON and as one
@@ -48,15 +46,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, metavar="K", help="Trainings of each setting (default: 3, full: 5).")
     parser.add_argument("--epochs", type=int, metavar="N", help="Epochs of each training (default: 50, full: 150).")
     parser.add_argument("--rounds", type=int, metavar="N", help="Rounds of the timing (default: 4, full: 7).")
-    tuned = parser.add_argument_group(
+    group = parser.add_argument_group(
         "tuned", "Published settings and splits. --seeds K takes the seeds below K, --epochs N fewer epochs."
     )
-    names = f"{', '.join(CELLS)}, or all (default: {' and '.join(FIRST)})"
-    tuned.add_argument("--cell", nargs="+", metavar="CELL", default=[], help=f"Graphs and models: {names}.")
-    tuned.add_argument(
+    names = f"{', '.join(tuned.CELLS)}, or all (default: {' and '.join(tuned.FIRST)})"
+    group.add_argument("--cell", nargs="+", metavar="CELL", default=[], help=f"Graphs and models: {names}.")
+    group.add_argument(
         "--recipe", nargs="+", metavar="RECIPE", default=[], help="Only these (default: each cell's own)."
     )
-    tuned.add_argument(
+    group.add_argument(
         "--jobs", type=int, metavar="N", help="Trainings side by side, each on one thread (default: one a core)."
     )
     parser.add_argument("--json", metavar="FILE", help="Write all sections to this file, too.")
@@ -86,8 +84,10 @@ def reproduce(argv: Sequence[str]) -> int:
         # torch says that CSR is in beta whenever one is made.
         warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
         run = Reproduction(plan, store, args.quiet)
-        if args.section not in ("memory", "tuned"):
-            run.graphs()  # a data set that cannot be loaded is said now
+        if args.section == "tuned":  # a data set that cannot be loaded is said now
+            tuned.check_data(run)
+        elif args.section != "memory":
+            run.graphs()
         store.open()
         try:
             every = [section for section in SECTIONS if section not in DAYS]
@@ -116,8 +116,8 @@ def _run(run: Reproduction, section: str) -> None:
     units = experiment.units(run)
     done: dict[str, Any] = {}
     total = 0.0
-    with Progress(section, len(units), run.quiet) as progress:
-        for name, value, seconds, computed in _results(run, units, progress):
+    with Progress(section, len(units), run.quiet) as progress, closing(_results(run, units, progress)) as results:
+        for name, value, seconds, computed in results:
             done[name] = value
             total += seconds
             progress.end(seconds, computed, name)
@@ -131,7 +131,9 @@ def _run(run: Reproduction, section: str) -> None:
         print(f"{section} is in {shlex.quote(str(page))}", file=sys.stderr, flush=True)
 
 
-def _results(run: Reproduction, units: list[Unit], progress: Progress) -> Iterator[tuple[str, Any, float, bool]]:
+def _results(
+    run: Reproduction, units: list[Unit], progress: Progress
+) -> Generator[tuple[str, Any, float, bool], None, None]:
     """The measurements as they come: name, value, seconds, and whether it was computed now."""
     separate = {}
     for unit in units:
@@ -139,6 +141,7 @@ def _results(run: Reproduction, units: list[Unit], progress: Progress) -> Iterat
             progress.begin(unit.name)
             yield unit.name, *run.store.unit(unit.key, partial(unit.compute, progress.note))
         elif (held := run.store.held(unit.key)) is not None:
+            _clear(run, unit)  # a kill may have come between the result and this
             yield unit.name, *held, False
         else:
             separate[unit.name] = unit
@@ -148,13 +151,19 @@ def _results(run: Reproduction, units: list[Unit], progress: Progress) -> Iterat
         run.store.manifest.add(*separate[name].files)
         progress.begin(name)
 
-    computed = parallel.run(
-        {name: unit.compute for name, unit in separate.items()}, run.plan.jobs, progress.note, begin
-    )
-    for name, value, seconds in computed if separate else ():
-        unit = separate[name]
-        yield name, run.store.keep(unit.key, value, seconds), seconds, True
-        run.store.manifest.remove(below=unit.files[0].parent)
+    jobs = {name: unit.compute for name, unit in separate.items()}
+    with closing(parallel.run(jobs, run.plan.jobs, progress.note, begin)) as computed:
+        for name, value, seconds in computed:
+            value = run.store.keep(separate[name].key, value, seconds)
+            _clear(run, separate[name])
+            yield name, value, seconds, True
+
+
+def _clear(run: Reproduction, unit: Unit) -> None:
+    """Remove what a measurement wrote while it ran."""
+    folder = unit.files[0].parent
+    if os.path.lexists(folder):
+        run.store.manifest.remove(below=folder)
 
 
 def _content(
@@ -162,23 +171,28 @@ def _content(
 ) -> dict[str, Any]:
     from dibit.train.report import describe_machine, versions
 
+    threads = {"threads": 1} if section == "tuned" else {}  # of each training
     return {
         "section": section,
-        "settings": asdict(run.plan),
+        "settings": run.plan.settings(section),
         "finished": finished,
         "seconds": seconds,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": describe_machine(),
+        "machine": describe_machine() | threads,
         "versions": versions(),
         "results": results,
     }
 
 
 def _plan(args: argparse.Namespace) -> Plan:
-    recipes = [recipe for recipe in args.recipe if recipe not in RECIPES]
-    if recipes:
-        raise UserError(f"--recipe is {recipes[0]!r}, expected {', '.join(RECIPES)}.{nearest(recipes[0], RECIPES)}")
-    cells(args.cell)
+    others = {"--dataset": args.dataset, "--full": args.full}
+    own = {"--cell": args.cell, "--recipe": args.recipe, "--jobs": args.jobs is not None}
+    if args.section == "tuned":
+        for flag in (flag for flag, given in others.items() if given):
+            raise UserError(f"{flag} does not apply to tuned, whose graphs --cell chooses; leave it out.")
+    else:
+        for flag in (flag for flag, given in own.items() if given):
+            raise UserError(f"{flag} does not apply to {args.section}, only to tuned; leave it out.")
     defaults = {"seeds": 5, "epochs": 150, "rounds": 7, "draws": 8} if args.full else {}
     given = {
         name: getattr(args, name) for name in ("seeds", "epochs", "rounds", "jobs") if getattr(args, name) is not None
@@ -186,7 +200,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     for name, value in given.items():
         if value < 1:
             raise UserError(f"--{name} is {value}, expected a whole number of at least 1.")
-    return Plan(
+    plan = Plan(
         full=args.full,
         datasets=tuple(args.dataset),
         root=args.root,
@@ -196,3 +210,5 @@ def _plan(args: argparse.Namespace) -> Plan:
         tuned_epochs=args.epochs,
         **{"jobs": os.cpu_count() or 1, **defaults, **given},
     )
+    tuned.check(plan)
+    return plan

@@ -21,6 +21,7 @@ RANK = 100
 SMALL = ("cora", "amazon-computers")
 FULL = ("cora", "citeseer", "pubmed", "coauthor-cs", "facebookpagepage", "amazon-computers")
 GENERATED = "planted"  # where no real graph can be had
+_TUNED = ("cells", "recipes", "tuned_seeds", "tuned_epochs", "jobs")  # what `tuned` alone follows
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,13 @@ class Plan:
     def stages(self) -> tuple[int, ...]:
         """Epochs at which a training is looked at."""
         return tuple(sorted({0, min(10, self.epochs), self.epochs}))
+
+    def settings(self, section: str) -> dict[str, Any]:
+        """The plan as plain values, as far as a section follows it."""
+        own = {"cells": self.cells, "recipes": self.recipes, "seeds": self.tuned_seeds, "epochs": self.tuned_epochs}
+        if section == "tuned":
+            return {"full": self.full, "root": self.root, **own, "jobs": self.jobs}
+        return {name: value for name, value in asdict(self).items() if name not in _TUNED}
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,17 @@ and Benchmarks, arXiv:2406.08993). A cell is a graph and a model with their publ
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dibit.reproduce.plan import Done, Reproduction, Unit
-from dibit.train.errors import UserError, nearest
+from dibit.reproduce.plan import Done, Plan, Reproduction, Unit
+from dibit.train.errors import UserError, nearest, shown
 from dibit.train.folder import BEST, CHECKPOINT
 from dibit.train.report import paired_difference
-from dibit.train.settings import Settings
+from dibit.train.settings import RECIPES, Settings
 
 MB = 2**20
 HARMLESS = -0.003  # a loss of accuracy below this, 0.3 points, is none that counts
@@ -101,29 +101,63 @@ FIRST = ("amazon-computers-sage", "amazon-computers-gcn")  # those of a call tha
 
 def units(run: Reproduction) -> list[Unit]:
     """One a cell, seed and recipe: the pairs of a seed come one after the other."""
+    return [unit for unit, _, _ in _planned(run)]
+
+
+def _planned(run: Reproduction) -> Iterator[tuple[Unit, Cell, Settings]]:
     plan = run.plan
-    found = []
     for cell in cells(plan.cells):
         settings = cell.train_settings(plan.root, plan.tuned_epochs)
         wanted = [recipe for recipe in cell.recipes if not plan.recipes or recipe in plan.recipes]
         for seed in sorted({seed for recipe in wanted for seed in cell.recipes[recipe]}):
             if plan.tuned_seeds is None or seed < plan.tuned_seeds:
-                own = [recipe for recipe in wanted if seed in cell.recipes[recipe]]
-                found += [_unit(run, cell, settings, recipe, seed) for recipe in own]
-    return found
+                for recipe in wanted:
+                    if seed in cell.recipes[recipe]:
+                        yield _unit(run, cell, settings, recipe, seed), cell, settings
 
 
 def cells(names: Sequence[str]) -> list[Cell]:
-    """The cells of these names ("all": every one); without any, those of `FIRST`.
+    """The cells of these names, each once ("all": every one); without any, those of `FIRST`.
 
     Raises:
         UserError: There is none of a name.
     """
-    names = tuple(CELLS) if "all" in names else names or FIRST
     for name in names:
-        if name not in CELLS:
+        if name not in (*CELLS, "all"):
             raise UserError(f"There is no cell {name!r}, expected {', '.join(CELLS)} or all.{nearest(name, CELLS)}")
-    return [CELLS[name] for name in names]
+    return [CELLS[name] for name in dict.fromkeys(CELLS if "all" in names else names or FIRST)]
+
+
+def check(plan: Plan) -> None:
+    """Raise `UserError` for cells and recipes that are not there."""
+    here = dict.fromkeys(recipe for cell in cells(plan.cells) for recipe in cell.recipes)
+    for recipe in plan.recipes:
+        if recipe not in RECIPES:
+            raise UserError(f"--recipe is {recipe!r}, expected {', '.join(RECIPES)}.{nearest(recipe, RECIPES)}")
+        if recipe not in here:
+            raise UserError(f"--recipe is {recipe}, which none of these cells has; expected {', '.join(here)}.")
+
+
+def check_data(run: Reproduction) -> None:
+    """Load what is still to be trained on, once: what cannot be loaded is said before hours of work, and what has to be
+    downloaded is there before several trainings ask for it.
+
+    Raises:
+        UserError: A graph or its split cannot be loaded.
+    """
+    from dibit.train.data.load import load_graph
+
+    seen = set()
+    for unit, cell, settings in _planned(run):
+        if settings.data not in seen and (run.store.overwrite or run.store.held(unit.key) is None):
+            seen.add(settings.data)
+            graph = load_graph(settings.data, 0)
+            if graph.masks is None:
+                raise UserError(
+                    f"{shown(cell.graph)} has no published split in --root {shown(run.plan.root)}, which {cell.name} "
+                    "is trained on; expected train_mask, val_mask and test_mask in its file."
+                )
+            graph.split(0)
 
 
 def _unit(run: Reproduction, cell: Cell, settings: Settings, recipe: str, seed: int) -> Unit:

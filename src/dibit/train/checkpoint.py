@@ -19,9 +19,9 @@ from dibit.train.settings import Settings
 FORMAT = 2  # of what a training's checkpoint holds; 1 had neither settings nor a digest
 
 # What may differ between a training and its continuation: where things are, how long it goes on, what is printed, and
-# the machine (on another device sums come in another order).
+# the machine (on another device sums come in another order). Of the graph and the split the content is compared.
 FREE = frozenset(
-    "root epochs json resume overwrite checkpoint_every quiet out device trust".split()  # noqa: SIM905
+    "root split_file epochs json resume overwrite checkpoint_every quiet out device trust".split()  # noqa: SIM905
 )
 # A checkpoint says these of itself: one command trains with several recipes and seeds.
 _OWN = frozenset(("recipe", "seed", "seeds", "compare"))
@@ -97,7 +97,9 @@ def of_this_training(path: Path, now: Mapping[str, Any]) -> dict[str, Any] | Non
         raise _unreadable(path, "it is no checkpoint of a training by this version of Dibit")
     found = difference(saved["settings"], now["settings"], FREE | _OWN)
     if saved["graph"] != now["graph"]:
-        why = f"{now['settings'].get('dataset')} has changed since" if found is None else f"{found[0]}, now {found[1]}"
+        found = found or difference(saved["settings"], now["settings"], (FREE | _OWN) - {"split_file"})
+        files = " or ".join(str(name) for name in map(now["settings"].get, ("dataset", "split_file")) if name)
+        why = f"{files} has changed since" if found is None else f"{found[0]}, now {found[1]}"
         raise UserError(
             f"The checkpoint {path} was made on another graph ({saved['graph']}, now {now['graph']}): {why}; start "
             "anew with another --out."

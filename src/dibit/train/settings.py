@@ -132,6 +132,11 @@ class ModelSettings:
             )
         if self.jk is not None:
             _one_of("jk", self.jk, JKS)
+            if self.jk == "lstm" and self.layers * self.hidden < 2:
+                raise UserError(
+                    "--jk lstm is half as wide as --layers times --hidden, which are both 1; expected more of one of "
+                    "them, or give --jk last."
+                )
         if self.model == "gcn2":
             for given, flag in ((self.linear_skip, "--linear-skip"), (self.jk is not None, "--jk")):
                 if given:

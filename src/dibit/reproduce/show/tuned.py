@@ -12,8 +12,8 @@ from dibit.train.errors import require
 TITLE = "Tuned baselines"
 CLAIM = (
     "Published hyper-parameters and splits (Luo, Shi and Wu, NeurIPS 2024 Datasets and Benchmarks, arXiv:2406.08993), "
-    "each recipe paired with plain FP32 by seed. A cell is harmless where the 95 % interval of its mean difference "
-    "ends above −0.3 points, harmful where it ends below 0, and else undecided."
+    "each recipe paired with plain FP32 by seed. A recipe is harmful in a cell where the whole 95 % interval of its "
+    "mean difference is below 0, harmless where the interval reaches 0 and is above −0.3 points, and else undecided."
 )
 
 
@@ -141,7 +141,7 @@ def _draw(rows: list[dict[str, Any]], layout: Layout) -> Any:
     ax.axvline(-0.3, color=SOFT, linewidth=1, linestyle=(0, (3, 3)))
     ax.set_yticks(range(len(rows)), [row["cell"] for row in rows])
     ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.set_title("Minus plain FP32, percentage points")
+    ax.set_title(layout.pick("Minus plain FP32, percentage points", "Minus FP32, points"))
     grid(ax, "x")
     recipes = list(dict.fromkeys(row["recipe"] for row in rows))
     handles = [

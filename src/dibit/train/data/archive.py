@@ -44,6 +44,8 @@ class Archive:
 
     Args:
         path: A regular file, or a link to one.
+        memory: Bytes that an array may take.
+        what: What the file should hold, for messages.
 
     Attributes:
         path: As given.
@@ -53,11 +55,11 @@ class Archive:
         UserError: It cannot be read as a zip file.
     """
 
-    def __init__(self, path: Path, memory: int) -> None:
+    def __init__(self, path: Path, memory: int, what: str = "graph") -> None:
         self.path = path
-        self._memory = memory
+        self._memory, self._what = memory, what
         with self._explained():
-            _check_kind(path)
+            _check_kind(path, what)
             if not zipfile.is_zipfile(path):
                 raise UserError(
                     f"The file {shown(path)} is not an .npz file, or is cut off; expected what numpy.savez writes."
@@ -99,7 +101,8 @@ class Archive:
             if header.nbytes > self._memory:
                 raise UserError(
                     f"In {shown(self.path)}, {name} of shape {header.shape} takes {header.nbytes / 2**30:,.1f} GB, "
-                    f"more than this machine's memory ({self._memory / 2**30:,.1f} GB); expected a smaller graph."
+                    f"more than this machine's memory ({self._memory / 2**30:,.1f} GB); expected a smaller "
+                    f"{self._what}."
                 )
             array = np.empty(math.prod(header.shape), header.dtype)
             _fill(file, array, name)
@@ -144,10 +147,11 @@ class Archive:
         except UserError:
             raise
         except FileNotFoundError as error:
-            raise UserError(missing(self.path, "does not exist")) from error
+            raise UserError(missing(self.path, "does not exist", self._what)) from error
         except MemoryError as error:
             raise UserError(
-                f"In {shown(self.path)}, {name or 'an array'} does not fit into memory; expected a smaller graph."
+                f"In {shown(self.path)}, {name or 'an array'} does not fit into memory; expected a smaller "
+                f"{self._what}."
             ) from error
         except Exception as error:  # the reading libraries' own errors are of two dozen types
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -158,18 +162,18 @@ class Archive:
             ) from error
 
 
-def missing(path: Path, kind: str) -> str:
+def missing(path: Path, kind: str, what: str) -> str:
     """Say that a path is not the file it should be, with the names beside it that are near."""
     beside = [p.name for p in path.parent.glob("*.npz")] if os.path.isdir(path.parent) else []
-    return f"The file {shown(path)} {kind}; expected a graph as .npz.{nearest(path.name, beside)}"
+    return f"The file {shown(path)} {kind}; expected a {what} as .npz.{nearest(path.name, beside)}"
 
 
-def _check_kind(path: Path) -> None:
+def _check_kind(path: Path, what: str) -> None:
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
-        raise UserError(missing(path, "is a folder"))
+        raise UserError(missing(path, "is a folder", what))
     if not stat.S_ISREG(mode):  # a pipe, for one, would be waited for
-        raise UserError(missing(path, "is a pipe, a socket or a device"))
+        raise UserError(missing(path, "is a pipe, a socket or a device", what))
 
 
 def _dtype(descr: str) -> np.dtype | None:
