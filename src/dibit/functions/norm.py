@@ -299,6 +299,8 @@ def instance_norm(
     if not needs or not dense(input) or input.dim() < 3 or step.low is not None:
         return NotImplemented
     count, width = input.shape[:2]
+    if weight is None and running_mean is not None and running_mean.dtype != input.dtype:
+        return NotImplemented  # torch's own result then is that of no running statistics
     if input[:1, :1].numel() < 2 or not count or (not use_input_stats and running_mean is None):
         return NotImplemented
     x = input.contiguous().view(1, count * width, *input.shape[2:])
