@@ -125,12 +125,17 @@ def pictures(results: dict[str, Any]) -> list[Picture]:
     ]
 
 
+def _color(recipe: str) -> str:
+    """Of a recipe: that of the papers' setting of this name."""
+    return COLORS.get({"exact": "EXACT", "iexact": "i-EXACT"}.get(recipe, recipe), SOFT)
+
+
 def _draw(rows: list[dict[str, Any]], layout: Layout) -> Any:
     lines = require("matplotlib.lines", "study")
     drawn = figure(layout, 90 + 26 * len(rows))
     ax = drawn.subplots()
     for y, row in enumerate(rows):
-        color, difference = COLORS.get(row["recipe"], SOFT), row["difference"]
+        color, difference = _color(row["recipe"]), row["difference"]
         values = [100 * value for value in difference.get("values") or []]
         ax.plot(values, [y] * len(values), "o", color=color, markersize=3.5, alpha=0.45, markeredgewidth=0)
         if difference.get("low") is not None and difference.get("high") is not None:
@@ -145,7 +150,7 @@ def _draw(rows: list[dict[str, Any]], layout: Layout) -> Any:
     grid(ax, "x")
     recipes = list(dict.fromkeys(row["recipe"] for row in rows))
     handles = [
-        lines.Line2D([], [], marker="o", linestyle="", color=COLORS.get(recipe, SOFT), label=recipe)
+        lines.Line2D([], [], marker="o", linestyle="", color=_color(recipe), label=recipe)
         for recipe in recipes
     ]
     legend_above(drawn, handles, layout.pick(6, 3))
