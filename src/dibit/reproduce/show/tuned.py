@@ -149,9 +149,6 @@ def _draw(rows: list[dict[str, Any]], layout: Layout) -> Any:
     ax.set_title(layout.pick("Minus plain FP32, percentage points", "Minus FP32, points"))
     grid(ax, "x")
     recipes = list(dict.fromkeys(row["recipe"] for row in rows))
-    handles = [
-        lines.Line2D([], [], marker="o", linestyle="", color=_color(recipe), label=recipe)
-        for recipe in recipes
-    ]
+    handles = [lines.Line2D([], [], marker="o", linestyle="", color=_color(recipe), label=recipe) for recipe in recipes]
     legend_above(drawn, handles, layout.pick(6, 3))
     return drawn
