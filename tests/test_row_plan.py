@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch_geometric.nn import InstanceNorm as PyGInstanceNorm
 from torch_geometric.utils import to_torch_csr_tensor
 
 import dibit
@@ -82,7 +83,7 @@ class TestFormulas:
         plan = plan_of(3, 2)
         plan.norms["a/b:1"] = Norm(0.1, 0.2, 0.5, 3, 640, 16)
         plan.ratios, plan.level, plan.passes = {"1": 3}, Level.FINE, 7
-        plan.measured("1", (1.0, 2.0, 3.0, 4.0, 1.0, 2.0))
+        plan.measured("1", (1.0, 2.0, 3.0, 4.0, 1.0, 2.0, 1.0))
         other = RowPlan(bound=0.5, ratios={"x": 2})
         other.load_state_dict(plan.state_dict())
         assert vars(other) == vars(plan)
@@ -106,7 +107,7 @@ class TestFormulas:
 
     def test_what_is_not_finite_is_not_learnt(self) -> None:
         plan = RowPlan(bound=0.5)
-        plan.measured("a", (math.nan, 1.0, 1.0, 1.0, 1.0, 1.0))
+        plan.measured("a", (math.nan, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0))
         plan.decide()
         assert not plan.leaves
 
@@ -313,7 +314,7 @@ class TestNextToTheLoss:
         plan = RowPlan(bound=0.5, passes=4)
         plan.norms = {f"{i}": Norm(0.01, above=i, elements=64, ratio=16) for i in range(_DEEP)}
         plan.leaves = {"x": Leaf(terms=terms, signal=1.0, sampled=50.0, all_rows=0.06, fine=0.01)}
-        plan.measured("x", (0.0, terms, 0.0, 1.0, 1.0, 0.0))
+        plan.measured("x", (0.0, terms, 0.0, 1.0, 1.0, 0.0, 0.0))
         plan.decide()
         assert plan.level is level
 
@@ -322,6 +323,10 @@ class TestNextToTheLoss:
         values = torch.linalg.eigvalsh(x.T @ x)
         assert float(concentration(x)) == pytest.approx(float(values.square().sum() / values.sum() ** 2), rel=1e-4)
         assert float(concentration(torch.zeros(5, 3))) == 0
+
+    def test_of_many_columns_some_are_compared(self) -> None:
+        x = torch.randn(200, 1) @ torch.randn(1, 20_000)
+        assert float(concentration(x)) == pytest.approx(1, rel=1e-3)
 
     def test_a_norm_over_columns_measures_it(self) -> None:
         torch.manual_seed(0)
@@ -384,13 +389,27 @@ def test_biases_are_a_part_of_the_signal() -> None:
     assert leaf.signal > float(own["2.bias"].square().sum()) / 4 * 0.9  # of two steps that added up
 
 
+def test_an_instance_norm_knows_its_nodes() -> None:
+    """Rows of a graph's InstanceNorm are nodes, whatever numbers they have; its table is no larger than these."""
+    model = nn.Sequential(nn.Linear(D, D), PyGInstanceNorm(D), nn.ReLU(), nn.Linear(D, 3))
+    dibit.compress(model, Config(norm=Config(reduce=Sample(4, by="gradient"), rounding="dither")))
+    for _ in range(2):
+        with dibit.batch(model, node_ids=torch.randint(20_000, (2000,))):
+            model(torch.randn(2000, D)).square().sum().backward()
+        with torch.no_grad():
+            model[0].weight.add_(0)
+    state = state_of(model)
+    assert state is not None
+    assert all(table.numel() <= 20_000 for table in state.scores.known.values())
+
+
 class Served(nn.Module):
     """A norm, what may follow it, and two layers that need its result."""
 
     def __init__(self, norm: str, then: str, p: float) -> None:
         super().__init__()
         self.first, self.last, self.other = nn.Linear(D, D), nn.Linear(D, 3), nn.Linear(D, 3, bias=False)
-        self.norm = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "plain": _plain}[norm](D)
+        self.norm = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "plain": _plain, "instance": _instance}[norm](D)
         self.then, self.p = then, p
         with torch.no_grad():
             for parameter in self.norm.parameters():
@@ -411,6 +430,10 @@ class Served(nn.Module):
         return torch.cat((self.last(h), self.other(h)), 1)
 
 
+def _instance(width: int) -> nn.Module:
+    return PyGInstanceNorm(width, affine=True)
+
+
 def _plain(width: int) -> nn.Module:
     return nn.LayerNorm(width, elementwise_affine=False)
 
@@ -429,7 +452,7 @@ def keeps_all_rows(model: nn.Module, config: Config) -> nn.Module:
 class TestServed:
     @pytest.mark.parametrize("p", [0.0, 0.5])
     @pytest.mark.parametrize("then", ["", "relu", "relu_", "leaky", "dropout_", "changed"])
-    @pytest.mark.parametrize("norm", ["batch", "layer", "plain"])
+    @pytest.mark.parametrize("norm", ["batch", "layer", "plain", "instance"])
     def test_the_gradient_is_unbiased(self, norm: str, then: str, p: float) -> None:
         model = Served(norm, then, p)
         x, readout = torch.randn(60, D), torch.randn(60, 6)
@@ -622,18 +645,18 @@ class TestWhatIsLearnt:
         return plan
 
     def test_what_is_not_coming_back_is_forgotten(self) -> None:
-        plan = self.plan(a=(1.0, 1.0, 0.1, 1.0, 1.0, 0.0), b=(1.0, 1.0, 0.1, 100.0, 1.0, 0.0))
+        plan = self.plan(a=(1.0, 1.0, 0.1, 1.0, 1.0, 0.0, 0.0), b=(1.0, 1.0, 0.1, 100.0, 1.0, 0.0, 0.0))
         plan.ratios = {"b": 2}
         for _ in range(6):
-            plan.measured("a", (1.0, 1.0, 0.1, 1.0, 1.0, 0.0))
+            plan.measured("a", (1.0, 1.0, 0.1, 1.0, 1.0, 0.0, 0.0))
             plan.decide()
         assert set(plan.leaves) == {"a"}
         assert "b" not in plan.ratios
 
     def test_a_leaf_with_all_rows_remembers_what_sampling_cost(self) -> None:
-        plan = self.plan(a=(0.1, 1.0, 0.1, 1.0, 1.0, 0.0))
+        plan = self.plan(a=(0.1, 1.0, 0.1, 1.0, 1.0, 0.0, 0.0))
         plan.decide()
-        plan.measured("a", (2.0, 2.0, 0.1, 1.0, 0.0, 0.0))  # all rows: the noise is at most the terms
+        plan.measured("a", (2.0, 2.0, 0.1, 1.0, 0.0, 0.0, 0.0))  # all rows: the noise is at most the terms
         plan.decide()
         assert plan.leaves["a"].noise / plan.leaves["a"].terms == pytest.approx(0.1)
 

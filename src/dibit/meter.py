@@ -13,6 +13,7 @@ from dibit.precision import at_least_single
 from dibit.residual import Aggregated, Compressed, Normed, Passed, Reseeded, Residual, parts
 from dibit.row_plan import RowPlan
 
+_COLUMNS = 512  # that are compared with one another at most
 _ROWS = 1 << 13  # that are counted at once: no mask of the whole
 
 
@@ -28,7 +29,7 @@ class Meter:
             dw = residual.outer(dy)
             terms = _squares(dy).sum() * _squares(residual.source.value()).mean()
             s, g = torch.stack((terms, _square(dw))).tolist()
-            self.plan.measured(self.key, (0.0, s, 0.0, g, 1.0, 0.0))
+            self.plan.measured(self.key, (0.0, s, 0.0, g, 1.0, 0.0, 0.0))
             return dw
         if isinstance(residual, Compressed):
             dw, sums, ratio = self._of_rows(residual, dy)
@@ -36,16 +37,16 @@ class Meter:
             (dw, sums), ratio = self._of_parts(residual, dy), 1
         s, v, r, g = torch.stack((*sums, _square(dw))).tolist()
         noise = v / (ratio - 1) if ratio > 1 else s  # at most
-        self.plan.measured(self.key, (noise, s, r / ratio, g - v - r, float(ratio > 1), 0.0))
+        self.plan.measured(self.key, (noise, s, r / ratio, g - v - r, float(ratio > 1), 0.0, 0.0))
         return dw
 
     def bias_gradient(self, db: Tensor) -> None:
         """A bias's gradient: it has no noise but that of dY, and is a part of the whole gradient."""
-        self.plan.measured(self.key, (0.0, 0.0, 0.0, float(_square(db)), 0.0, 0.0))
+        self.plan.measured(self.key, (0.0, 0.0, 0.0, float(_square(db)), 0.0, 0.0, 0.0))
 
     def input_gradient(self, dx: Tensor) -> None:
         """The gradient that goes on."""
-        self.plan.measured(self.key, (0.0, 0.0, 0.0, 0.0, 0.0, float(_square(dx))))
+        self.plan.measured(self.key, (0.0, 0.0, 0.0, 0.0, 0.0, float(_square(dx)), 1.0))
 
     def _of_rows(self, residual: Compressed, dy: Tensor) -> tuple[Tensor, tuple[Tensor, ...], int]:
         """dY^T X by the rows kept; S, what the others add to its variance and what rounding adds; the ratio."""
@@ -83,7 +84,8 @@ class Meter:
 
 
 def concentration(x: Tensor) -> Tensor:
-    """The sum of the squared eigenvalues of x^T x over the square of their sum, 0-d; x (rows, D)."""
+    """The sum of the squared eigenvalues of x^T x over their sum's square, 0-d; x (rows, D), of many columns some."""
+    x = x[:, :: -(-x.shape[1] // _COLUMNS)]
     gram = outer(x, x)
     return gram.square().sum() / gram.diagonal().sum().square().clamp(min=torch.finfo(gram.dtype).tiny)
 

@@ -54,7 +54,7 @@ _SPREAD = 0.035  # the concentration as long as it is not known
 _DEEP = 8  # norms behind one another, of which those next to the loss may keep more bits
 _NEXT = 0.45  # share of the norms that are next to the loss
 _FINE = 4  # bits of these
-_OF_LEAF, _OF_NORM = 6, 4  # numbers of a measurement
+_OF_LEAF, _OF_NORM = 7, 4  # numbers of a measurement
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.LayerNorm)
 
 
@@ -89,7 +89,7 @@ class Leaf:
         elements: of the input; 0 where the rows kept do not depend on a ratio (features).
         most: the recipe's ratio.
         served: norms that keep all rows keep this input, too.
-        outgoing: the square of the gradient of the input, that goes on.
+        outgoing: the square of the gradient of the input that one of its users passes on.
         uneven: its rows are of so different lengths that they are chosen by |dY_n| |x_n|.
     """
 
@@ -313,14 +313,16 @@ class RowPlan:
             if len(values) == _OF_NORM:
                 part, whole, concentration, times = values
                 norm = self.norms.setdefault(key, Norm())
-                self._learn(norm, rho=part / whole if whole > 0 else 0.0, outgoing=whole)
+                self._learn(norm, rho=part / whole if whole > 0 else 0.0, outgoing=whole / times)
                 norm.concentration = concentration / times
             else:
                 leaf = self.leaves.setdefault(key, Leaf())
-                noise, terms, rounding, signal, sampled, outgoing = values
+                noise, terms, rounding, signal, sampled, outgoing, users = values
                 if not sampled and leaf.terms > 0:  # rows by their gradients make less noise than any rows would
                     noise = terms * min(1.0, leaf.noise / leaf.terms)
-                self._learn(leaf, noise=noise, terms=terms, rounding=rounding, signal=signal, outgoing=outgoing)
+                self._learn(
+                    leaf, noise=noise, terms=terms, rounding=rounding, signal=signal, outgoing=outgoing / (users or 1)
+                )
         self._forget()
         self._pending.clear()
         if self.passes < 3:

@@ -72,8 +72,8 @@ def _scattered(x: Tensor) -> Tensor:
 
 
 def _three(x: Tensor) -> Tensor:
-    """x with at least three dimensions."""
-    return x if x.dim() > 2 else x.t().unsqueeze(0)
+    """x as one matrix (1, D, N)."""
+    return x.reshape(-1, x.shape[-1]).t().unsqueeze(0)
 
 
 def _sparse(n: int) -> Tensor:

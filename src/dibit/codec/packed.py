@@ -134,9 +134,9 @@ class Packed:
 
     @property
     def plain_rows(self) -> bool:
-        """Whether all rows were kept whole, at uniform levels, in single or double precision."""
+        """Whether all rows were kept whole, at uniform levels, in FP32: what `ops.passed_rows` is fast in."""
         config = self.config
-        return config.reduce is None and config.levels == "uniform" and self.dtype in (torch.float32, torch.float64)
+        return config.reduce is None and config.levels == "uniform" and self.dtype == torch.float32
 
     def parts(self) -> Iterator[tuple[int, int]]:
         """First row and end of parts that can be unpacked one by one: on a CPU what its caches hold, else all."""

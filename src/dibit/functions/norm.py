@@ -41,6 +41,9 @@ def norm_config(step: Step, shape: torch.Size, columns: bool, place: str) -> Con
     return own.settled(shape[:-1].numel())
 
 
+_FEW_POSITIONS = 8  # of an instance
+
+
 class BatchNorm(torch.autograd.Function):
     """Statistics over all dimensions but 1, of the batch (training) or given (evaluation)."""
 
@@ -56,6 +59,7 @@ class BatchNorm(torch.autograd.Function):
         place = ""
         if training or ctx.needs_input_grad[1]:
             rows = x.detach().movedim(1, -1)
+            rows = rows[0] if rows_of_one(x) else rows
             normalised = Affine(mean, inverse, watches=training)
             place = step.place("norm")
             outer, inner = keep_normalised(step, rows, normalised, training and ctx.needs_input_grad[0], place)
@@ -66,8 +70,8 @@ class BatchNorm(torch.autograd.Function):
         ctx.training, ctx.dtypes = training, (x.dtype, weight.dtype if weight is not None else None)
         ctx.format = _format(x)
         y = own(y)
-        if x.dim() == 2:  # of others the channels are moved to the end
-            step.normed(y, inner, weight, bias)
+        if x.dim() == 2 or rows_of_one(x):  # of others the channels are moved to the end
+            step.normed(y if x.dim() == 2 else y[0].t(), inner, weight, bias)
         return y
 
     @staticmethod
@@ -94,6 +98,11 @@ class BatchNorm(torch.autograd.Function):
         dw = None if product is None or not ctx.needs_input_grad[1] else product.to(ctx.dtypes[1])
         db = total.to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
         return dx, dw, db, None, None, None, None, None
+
+
+def rows_of_one(x: Tensor) -> bool:
+    """Whether x (1, D, N) holds the rows of one matrix, as InstanceNorm's and BatchNorm's users transpose them."""
+    return x.dim() == 3 and x.shape[0] == 1
 
 
 def _format(x: Tensor) -> torch.memory_format:
@@ -294,26 +303,28 @@ def instance_norm(
     step: Step, input: Tensor, running_mean: Any = None, running_var: Any = None, weight: Any = None, bias: Any = None,
     use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
 ) -> Any:  # fmt: skip
-    """InstanceNorm of (B, C, ...): torch's own BatchNorm of (1, B C, ...), its running statistics the means over B."""
+    """InstanceNorm of one matrix (1, D, N), as PyTorch Geometric gives a graph: torch's own BatchNorm of it.
+
+    Of several instances, or of few positions, whose x_hat is nearly the same whatever x is, it stays exact.
+    """
     needs = any(t is not None and t.requires_grad for t in (input, weight, bias))
-    if not needs or not dense(input) or input.dim() < 3 or step.low is not None:
+    if not needs or not dense(input) or not rows_of_one(input) or step.low is not None:
         return NotImplemented
-    count, width = input.shape[:2]
     if weight is None and running_mean is not None and running_mean.dtype != input.dtype:
         return NotImplemented  # torch's own result then is that of no running statistics
-    if input[:1, :1].numel() < 2 or not count or (not use_input_stats and running_mean is None):
+    if input.shape[2] < _FEW_POSITIONS or not input.numel() or (not use_input_stats and running_mean is None):
         return NotImplemented
-    x = input.contiguous().view(1, count * width, *input.shape[2:])
+    x = input.contiguous()
     given = running_mean, running_var
-    running = tuple(None if t is None else t.detach().repeat(count) for t in given)
-    weight, bias = (None if t is None else t.repeat(count) for t in (weight, bias))
+    running = tuple(None if t is None else t.detach().clone() for t in given)
+    weight, bias = (None if t is None else t.repeat(1) for t in (weight, bias))
     step.plain(x, weight, *running)
     y = BatchNorm.apply(x, weight, bias, running, use_input_stats, momentum, eps, step)
     with torch.no_grad():
         for own, repeated in zip(given, running, strict=True):
             if own is not None and repeated is not None:
-                own.copy_(repeated.view(count, width).mean(0))
-    return y.view(input.shape)
+                own.copy_(repeated)
+    return y
 
 
 def torch_instance_norm(
