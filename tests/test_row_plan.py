@@ -83,6 +83,7 @@ class TestFormulas:
         plan = plan_of(3, 2)
         plan.norms["a/b:1"] = Norm(0.1, 0.2, 0.5, 3, 640, 16)
         plan.ratios, plan.level, plan.passes = {"1": 3}, Level.FINE, 7
+        plan.due, plan.apart = 9, 16
         plan.measured("1", (1.0, 2.0, 3.0, 4.0, 1.0, 2.0, 1.0))
         other = RowPlan(bound=0.5, ratios={"x": 2})
         other.load_state_dict(plan.state_dict())
@@ -92,8 +93,9 @@ class TestFormulas:
     @pytest.mark.parametrize(
         ("name", "values"),
         [
-            ("plan", [1.0]), ("plan", [7.0, 1.0]), ("leaf/a", [1.0] * 3), ("norm/a", []), ("ratio/a", [1.0, 2.0]),
-            ("seen/a", [1.0] * 5), ("leaf/a", [math.nan] * len(vars(Leaf()))), ("plan", [math.inf, 2.0]), ("x", [1.0]),
+            ("plan", [1.0]), ("plan", [7.0, 1.0, 1.0, 4.0]), ("plan", [0.0, 1.0]), ("plan", [math.inf, 2.0, 2.0, 4.0]),
+            ("leaf/a", [1.0] * 3), ("leaf/a", [math.nan] * len(vars(Leaf()))), ("norm/a", []), ("ratio/a", [1.0, 2.0]),
+            ("seen/a", [1.0] * 5), ("x", [1.0]),
         ],
     )  # fmt: skip
     def test_a_state_that_does_not_fit_is_measured_anew(self, name: str, values: list[float]) -> None:
@@ -659,6 +661,56 @@ class TestWhatIsLearnt:
         plan.measured("a", (2.0, 2.0, 0.1, 1.0, 0.0, 0.0, 0.0))  # all rows: the noise is at most the terms
         plan.decide()
         assert plan.leaves["a"].noise / plan.leaves["a"].terms == pytest.approx(0.1)
+
+    @pytest.mark.parametrize("seed", range(10))
+    def test_it_does_not_depend_on_the_size_of_the_gradient(self, seed: int) -> None:
+        rng = random.Random(seed)
+        plans = RowPlan(bound=0.5), RowPlan(bound=0.5)
+        for _ in range(12):
+            size = 10.0 ** rng.uniform(-4, 4)
+            found = {key: [rng.uniform(0.1, 1) for _ in range(4)] for key in "abc"}
+            for plan, scale in zip(plans, (1.0, size), strict=True):
+                for key, (noise, rounding, signal, outgoing) in found.items():
+                    plan.leaves.setdefault(key, Leaf(elements=100, most=6))
+                    squares = (noise, 1.0, rounding, signal, 1.0, outgoing)
+                    taken = [scale * x if i != 4 else x for i, x in enumerate(squares)]
+                    plan.measured(key, (*taken, 1.0))
+                plan.measured("norm", (0.1 * scale, scale, 0.1, 1.0))
+                plan.decide()
+            assert plans[1].predicted() == pytest.approx(plans[0].predicted())
+            assert (plans[1].ratios, plans[1].level, plans[1].due) == (plans[0].ratios, plans[0].level, plans[0].due)
+
+    @pytest.mark.parametrize("seed", range(10))
+    def test_it_follows_a_gradient_that_shrinks(self, seed: int) -> None:
+        """Where S shrinks and the gradient's square shrinks faster, or turns, as in the first epochs of a training."""
+        rng = random.Random(seed)
+        a_pass, later, turn = rng.uniform(0.92, 1.0), rng.uniform(0.98, 1.02), rng.randrange(10, 60)
+        plan, terms, share, measured = RowPlan(bound=1e9), 1.0, 5.0, 0
+        plan.leaves["a"] = Leaf(elements=100, most=6)
+        for i in range(150):
+            terms, share = terms * rng.uniform(0.8, 1.0), share * (a_pass if i < turn else later)
+            if plan.measures:
+                measured += 1
+                plan.measured("a", (0.5 * terms, terms, 0.0, share * terms, 1.0, 0.0, 0.0))
+            plan.decide()
+            if plan.passes > 4:
+                assert 1 / 1.7 <= plan.predicted() / (2.5 / share) <= 1.7
+        assert measured <= 42
+
+    def test_what_is_at_rest_is_seldom_measured(self) -> None:
+        plan, due = RowPlan(bound=0.5), []
+        plan.leaves["a"] = Leaf(elements=100, most=6)
+        for i in range(300):
+            if plan.measures:
+                due.append(i)
+                plan.measured("a", (1.0, 1.0, 0.0, 20.0 if i < 200 else 9.0, 1.0, 0.0, 0.0))
+            plan.decide()
+        apart = [b - a for a, b in itertools.pairwise(due)]
+        assert apart[:5] == [1, 1, 1, 4, 4]
+        changed = next(k for k, i in enumerate(due) if i >= 200)
+        assert apart[:changed] == sorted(apart[:changed])
+        assert apart[changed - 1] == apart[-1] == 16
+        assert apart[changed] == 4
 
     def test_passes_without_a_step_are_measured_a_few_times(self) -> None:
         x = torch.randn(50, D)

@@ -36,8 +36,9 @@ from torch import Tensor, nn
 from dibit.config import Config, Sample
 
 _EACH = 4  # first passes that are measured
-_EVERY = 16  # of the later ones
-_NEW = 0.5  # share of a new measurement in what is known
+_SOON, _EVERY = 4, 16  # of the later ones, in the beginning and where what is measured has changed; in the end
+_CHANGED = 1.25  # factor in the error that is a change
+_NEW, _LATER = 0.5, 0.75  # share of a new measurement in what is known: of the first ones, and of later ones
 _BACK = 0.7  # norms are sampled again where less than so much of the bound would be reached
 _PATH = 0.25  # share of the bound for what comes by the way of dX: it is known up to a power of the depth only
 _MANY = 8  # passes before one step that are measured at most
@@ -55,6 +56,7 @@ _DEEP = 8  # norms behind one another, of which those next to the loss may keep 
 _NEXT = 0.45  # share of the norms that are next to the loss
 _FINE = 4  # bits of these
 _OF_LEAF, _OF_NORM = 7, 4  # numbers of a measurement
+_TERMS = 1  # place of S among a leaf's
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.LayerNorm)
 
 
@@ -150,6 +152,7 @@ class RowPlan:
         ratios: by residual, rows of which one is kept, where that is not the recipe's.
         level: what norms keep; `None`: not decided.
         passes: after which an optimiser has stepped.
+        due, apart: the pass that is measured next, and how many after the one before: fewer while the error changes.
     """
 
     bound: float = 0.0
@@ -158,6 +161,8 @@ class RowPlan:
     ratios: dict[str, int] = field(default_factory=dict)
     level: Level | None = None
     passes: int = 0
+    due: int = 0
+    apart: int = _SOON
     _count: int = 0  # norms among the model's modules, once they were counted
     _pending: dict[str, tuple[float, ...]] = field(default_factory=dict)
     _walks: int = 0  # since the last step
@@ -170,7 +175,7 @@ class RowPlan:
     @property
     def measures(self) -> bool:
         """Whether the pass that runs is to be measured; of many passes before one step, the first ones are."""
-        return self._walks < _MANY and (self.passes < _EACH or self.passes % _EVERY == 0)
+        return self._walks < _MANY and self.passes >= self.due
 
     def measured(self, key: str, values: tuple[float, ...]) -> None:
         """Take in a measurement; those before one step of an optimiser add up."""
@@ -305,10 +310,21 @@ class RowPlan:
 
     def decide(self) -> None:
         """Choose, after an optimiser's step."""
-        self.passes += 1
         self._walks = 0
-        if not self._pending or not self.bound:
-            return
+        was_due = self.passes >= self.due
+        self.passes += 1
+        measured = bool(self._pending and self.bound)
+        if measured:
+            self._take_in()
+        if was_due:
+            self.due = self.passes + (0 if self.passes < _EACH else self.apart - 1)
+        if measured and self.passes >= 3:  # before, how the norms lie behind one another was not measured
+            self._choose()
+
+    def _take_in(self) -> None:
+        """Learn what was measured since the last step, and whether it has changed."""
+        before = self.predicted()
+        self._rescale()
         for key, values in self._pending.items():
             if len(values) == _OF_NORM:
                 part, whole, concentration, times = values
@@ -325,8 +341,11 @@ class RowPlan:
                 )
         self._forget()
         self._pending.clear()
-        if self.passes < 3:
-            return  # how the norms lie behind one another was read off before they were measured
+        steady = before / _CHANGED <= self.predicted() <= before * _CHANGED
+        self.apart = min(_EVERY, max(_SOON, self.passes // 4)) if steady else _SOON
+
+    def _choose(self) -> None:
+        """Choose level and ratios: the fewest bytes within the bound or, if that is out of reach, the least error."""
         choices = []
         levels = list(Level) if self._depth >= _DEEP else [Level.SAMPLED, Level.ALL]
         for level in levels:
@@ -335,13 +354,13 @@ class RowPlan:
             error = self.predicted(level, ratios)
             beyond = error > bound or (level is not levels[-1] and self._path(level) > _PATH * bound)
             choices.append((beyond, error if beyond else self._bytes(level, ratios), -level, ratios))
-        _, _, chosen, self.ratios = min(choices, key=lambda choice: choice[:3])  # fewest bytes, or least error
+        _, _, chosen, self.ratios = min(choices, key=lambda choice: choice[:3])
         self.level = Level(-chosen)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that is known, float64 tensors by the kind and name of what it is known of."""
         level = -1.0 if self.level is None else float(self.level)
-        tables: dict[str, Iterable[float]] = {"plan": (level, float(self.passes))}
+        tables: dict[str, Iterable[float]] = {"plan": (level, float(self.passes), float(self.due), float(self.apart))}
         tables |= {f"leaf/{key}": map(float, asdict(leaf).values()) for key, leaf in self.leaves.items()}
         tables |= {f"norm/{key}": map(float, asdict(norm).values()) for key, norm in self.norms.items()}
         tables |= {f"ratio/{key}": (float(ratio),) for key, ratio in self.ratios.items()}
@@ -375,8 +394,9 @@ class RowPlan:
         if not all(map(math.isfinite, values)):
             raise ValueError
         if kind == "plan":
-            level, passes = values
-            self.level, self.passes = None if level < 0 else Level(int(level)), int(passes)
+            level, *counts = values
+            self.level = None if level < 0 else Level(int(level))
+            self.passes, self.due, self.apart = map(int, counts)
         elif kind == "leaf":
             self.leaves[key] = _filled(Leaf(), values)
         elif kind == "norm":
@@ -403,8 +423,23 @@ class RowPlan:
                     del table[key]
                     self.ratios.pop(key, None)
 
+    def _rescale(self) -> None:
+        """Bring what is known to the size of the gradient just measured: squares shrink by powers of ten in training,
+        and what counts is their ratios. S tells its size best: it is a sum of squares, without a difference."""
+        both = [key for key in self._pending if key in self.leaves]
+        old, new = sum(self.leaves[key].terms for key in both), sum(self._pending[key][_TERMS] for key in both)
+        if not (old > 0 and new > 0):
+            return
+        scale = new / old
+        for leaf in self.leaves.values():
+            for name in ("noise", "terms", "rounding", "signal", "outgoing"):
+                setattr(leaf, name, scale * getattr(leaf, name))
+        for norm in self.norms.values():
+            norm.outgoing *= scale
+
     def _learn(self, what: Leaf | Norm, **measured: float) -> None:
-        share = _NEW if (what.terms if isinstance(what, Leaf) else what.rho) else 1.0
+        new = _NEW if self.passes <= _EACH else _LATER
+        share = new if (what.terms if isinstance(what, Leaf) else what.rho) else 1.0
         for name, value in measured.items():
             old = getattr(what, name)
             setattr(what, name, old + share * (value - old))

@@ -18,7 +18,7 @@ from dibit.train.data import load_graph
 from dibit.train.files import write_atomically
 from dibit.train.loop import Result, train_one
 from dibit.train.settings import RECIPES
-from dibit.train.task import Task, compression_config, measure, pick_device
+from dibit.train.task import Measured, Task, compression_config, measure, pick_device
 from tests.train.conftest import small_arrays
 
 
@@ -114,6 +114,41 @@ def test_measuring_changes_nothing(small: Path) -> None:
     assert all(p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks for m in model.modules())
     assert 0 < measured.saved < measured.plain
+
+
+def test_a_model_in_training_is_measured_as_it_is() -> None:
+    """What its steps have taught it, how many rows to keep, counts."""
+    from dibit.state import states_in
+
+    task = _task(Path(), dataset="planted:6000", hidden=32, layers=3, out=None)
+    loose = replace(dibit.recipe("default"), noise=1e9)
+    model = dibit.compress(task.model(0), loose)
+    at_first = measure(task, task.model(0), loose, task.batches(0))
+    optimizer, batch = torch.optim.Adam(model.parameters()), next(iter(task.batches(0)))
+    for saved in (at_first.saved, 1.1 * at_first.saved):
+        for _ in range(5):
+            task.step(model, optimizer, batch)
+        assert measure(task, model, None, task.batches(0)).saved >= saved
+        (found,) = states_in(model)
+        found.state.scores.plan.bound = 1e-9  # as if its gradient had become small
+
+
+def test_the_most_that_a_training_keeps_is_reported(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter((Measured(5, 100, 9), Measured(7, 100, 8)))
+    configs = []
+
+    def measured(_task: Task, _model: object, config: object, _batches: object) -> Measured:
+        configs.append(config)
+        return next(found)
+
+    monkeypatch.setattr("dibit.train.loop.measure", measured)
+    config = dibit.recipe("default")
+    result = train_one(_task(small), "default", config, 0, tmp_path)
+    assert (result.saved_bytes, result.plain_bytes, result.peak_bytes) == (7, 100, 9)
+    assert configs == [config, None]
+    assert checkpoint.load(tmp_path / "checkpoint.pt")["measured"] == {"saved": 7, "plain": 100, "peak": 9}
 
 
 def test_plain_training_saves_what_it_saves(small: Path) -> None:

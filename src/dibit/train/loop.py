@@ -177,6 +177,7 @@ class _Training:
         self.trained = self.model if self.world.size == 1 else nn.parallel.DistributedDataParallel(self.model)
 
     def _measure(self, config: dibit.Config | None) -> Measured:
+        """Of the model as it is, compressed first if there is a config."""
         found = measure(self.task, self.model, config, self.batches) if self.world.first else None
         return self.world.shared(found)
 
@@ -202,6 +203,8 @@ class _Training:
                 if on_epoch is not None:
                     on_epoch(state.epoch, optimisation.epochs)
                 last = state.epoch == optimisation.epochs or self._out_of_patience()
+                if last and self.compressed:  # more rows may be kept by now
+                    self.measured = self.measured.largest(self._measure(None))
                 stopped = bool(self.world.sums(stop.is_set())[0])  # of one, of all
                 if last or stopped or state.epoch % every == 0:
                     self._save()

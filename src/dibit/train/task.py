@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -193,14 +193,18 @@ class Measured:
     plain: int
     peak: int
 
+    def largest(self, other: Measured) -> Measured:
+        """The larger of each."""
+        return Measured(*(max(pair) for pair in zip(astuple(self), astuple(other), strict=True)))
+
 
 def measure(task: Task, model: nn.Module, config: dibit.Config | None, batches: Batches) -> Measured:
-    """Measure on a copy of a plain model; the model and torch's random state are left as they were.
+    """Measure on a copy of a model; the model and torch's random state are left as they were.
 
     Args:
         task: Graph and settings.
-        model: Not compressed.
-        config: How to compress the copy; None leaves it plain.
+        model: Plain, or compressed and in training.
+        config: How to compress a plain one's copy; None leaves it as it is.
         batches: The first of them is measured.
     """
     cuda = [task.device] if task.device.type == "cuda" else []
