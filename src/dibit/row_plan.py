@@ -21,19 +21,17 @@ in deep models the norms next to the loss, whose noise passes through all others
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dibit.config import Config, Sample
+from dibit.noise_flow import Leaf, Level, Norm, pass_down
 
 _EACH = 4  # first passes that are measured
 _SOON, _EVERY = 4, 16  # of the later ones, in the beginning and where what is measured has changed; in the end
@@ -47,10 +45,7 @@ _FEW = 3  # norms of a model that are sampled as long as nothing is known
 _FIRST = 2  # ratio of linear inputs in a model of more, as long as nothing is known
 _BLOCK = 128  # elements a range, of a norm that keeps all rows
 _ROUNDED = 0.2  # variance of a normalised input at 2 bits with dither
-_ALIGNED = 0.15  # share of a norm's noise that lies along x_hat of the next one: W^T W x is near to x
 UNEVEN = 1.3  # of lengths, the mean square over the squared mean: so much noise rows by |dY| alone make too much
-_MOST = 1e12  # q beyond which all is lost
-_COLUMNS = 0.3  # of S: what noise in the columns' means adds, times the variance and the norm's concentration
 _SPREAD = 0.035  # the concentration as long as it is not known
 _DEEP = 8  # norms behind one another, of which those next to the loss may keep more bits
 _NEXT = 0.45  # share of the norms that are next to the loss
@@ -65,81 +60,9 @@ def norms_of(model: nn.Module) -> int:
     return sum(isinstance(module, _NORMS) for module in model.modules())
 
 
-class Level(IntEnum):
-    """What norms keep."""
-
-    SAMPLED = 0  # some rows
-    ALL = 1  # all rows
-    FINE = 2  # all rows, in deep models at more bits next to the loss
-
-
 def whole(config: Config, bits: int | None = None) -> Config:
     """The codec of a norm's input that keeps all rows."""
     return replace(config, reduce=None, block=_BLOCK, bits=bits or config.bits)
-
-
-@dataclass
-class Leaf:
-    """What is known of the gradients of weights that share an input.
-
-    Attributes:
-        noise: their variance by rows that are left out, at one row of two: it grows with (ratio - 1).
-        terms: S, the sum of the squares of their terms.
-        rounding: their variance by rounding where all rows are kept: it grows with the ratio.
-        signal: their square, without noise.
-        sampled, all_rows, fine: q of their dY at each level of the norms.
-        elements: of the input; 0 where the rows kept do not depend on a ratio (features).
-        most: the recipe's ratio.
-        served: norms that keep all rows keep this input, too.
-        outgoing: the square of the gradient of the input that one of its users passes on.
-        uneven: its rows are of so different lengths that they are chosen by |dY_n| |x_n|.
-    """
-
-    noise: float = 0.0
-    terms: float = 0.0
-    rounding: float = 0.0
-    signal: float = 0.0
-    sampled: float = 0.0
-    all_rows: float = 0.0
-    fine: float = 0.0
-    elements: int = 0
-    most: int = 1
-    served: bool = False
-    outgoing: float = 0.0
-    uneven: bool = False
-    missed: int = 0  # steps in a row that were measured, but this was not there
-
-    def q(self, level: int) -> float:
-        """Of the noise in dY that norms add."""
-        return (self.sampled, self.all_rows, self.fine)[level]
-
-    def error(self, ratio: float, level: int) -> float:
-        """The squared error of the gradients."""
-        q = self.q(level)
-        return q * self.terms + (1 + q) * (self.noise * (ratio - 1) + self.rounding * ratio)
-
-
-@dataclass
-class Norm:
-    """What is known of one norm.
-
-    Attributes:
-        rho: the square of what it subtracts along x_hat over that of its dX.
-        concentration: of its x_hat, where its statistics are those of columns: the sum of the squared eigenvalues of
-            x_hat^T x_hat over their sum's square, from 1 / D (every direction alike) to 1; else 0.
-        outgoing: the square of its dX.
-        above: norms between it and the loss, at least.
-        elements: of its input.
-        ratio: the recipe's, for so many rows.
-    """
-
-    rho: float = 0.0
-    concentration: float = 0.0
-    outgoing: float = 0.0
-    above: int = 0
-    elements: int = 0
-    ratio: int = 1
-    missed: int = 0
 
 
 @dataclass
@@ -238,50 +161,9 @@ class RowPlan:
         return replace(config, reduce=replace(config.reduce, ratio=ratio))
 
     def walk(self, outputs: Iterable[Tensor], began: int) -> None:
-        """Read off a finished forward pass how much noise norms add on the way to each leaf.
-
-        Args:
-            began: sequence number of autograd's nodes from which on they are of this pass.
-        """
+        """Read off a finished forward pass how noisy the gradient of each leaf is; see `pass_down`."""
         self._walks += 1
-        flows: dict[Any, _Flow] = {}
-        heap: list[tuple[int, int, Any]] = []
-        numbers = itertools.count()
-
-        def enter(node: Any, flow: _Flow) -> None:
-            """Add what comes to a node from one of its users; a node is looked at after all of them."""
-            if node in flows:
-                flows[node].join(flow)
-            else:
-                flows[node] = flow.copy()
-                heapq.heappush(heap, (-node._sequence_nr(), next(numbers), node))
-
-        for x in outputs:
-            if x.grad_fn is not None:
-                enter(x.grad_fn, _Flow())
-        reached: dict[str, list[float]] = {}
-        while heap:
-            node = heapq.heappop(heap)[2]
-            flow = flows[node]
-            own = getattr(node, "measured", "")
-            key = own if isinstance(own, str) else ""  # an attribute of somebody else's
-            if (leaf := self.leaves.get(key)) is not None:
-                q = [a + b for a, b in zip(flow.q, flow.columns, strict=True)]
-                reached[key] = [max(a, b) for a, b in zip(reached.get(key, q), q, strict=True)]
-                flow.energy = leaf.outgoing or flow.energy
-            elif (norm := self.norms.get(key)) is not None:
-                norm.above, flow.above = flow.above, flow.above + 1
-                for level in Level:
-                    variance = self._variance(norm, level)
-                    flow.q[level] = min(flow.q[level] * (1 + variance * _ALIGNED) + variance * norm.rho, _MOST)
-                    flow.columns[level] += _COLUMNS * variance * norm.concentration
-                flow.energy = norm.outgoing or flow.energy
-            for following, _ in node.next_functions:
-                if following is not None and following._sequence_nr() >= began:
-                    enter(following, flow)
-        for key, (sampled, all_rows, fine) in reached.items():
-            leaf = self.leaves[key]
-            leaf.sampled, leaf.all_rows, leaf.fine = sampled, all_rows, fine
+        pass_down(outputs, began, self.leaves, self.norms, self._variance)
 
     def predicted(self, level: int | None = None, ratios: Mapping[str, int] | None = None) -> float:
         """The squared error of the gradient over its square, at a level of the norms (by default the one chosen)."""
@@ -487,34 +369,6 @@ class RowPlan:
         if level == Level.SAMPLED:
             return (1 + (norm.concentration > 0)) / norm.ratio
         return 1.0 if self._bits(norm, level) is None else _FINE / 2
-
-
-@dataclass
-class _Flow:
-    """The gradient on its way: noise over its square, and its square.
-
-    Attributes:
-        energy: its square as far as it is known, else 0.
-        q: at each level of the norms; of rows.
-        columns: the same of what is common to all rows.
-        above: norms that it has passed at least.
-    """
-
-    energy: float = 0.0
-    q: list[float] = field(default_factory=lambda: [0.0] * len(Level))
-    columns: list[float] = field(default_factory=lambda: [0.0] * len(Level))
-    above: int = 0
-
-    def copy(self) -> _Flow:
-        return _Flow(self.energy, [*self.q], [*self.columns], self.above)
-
-    def join(self, other: _Flow) -> None:
-        """The sum of two gradients: their squares add up, and so do those of their noise."""
-        whole = self.energy + other.energy
-        share = other.energy / whole if self.energy and other.energy else None
-        for own, more in ((self.q, other.q), (self.columns, other.columns)):
-            own[:] = (min(a, b) if share is None else a + share * (b - a) for a, b in zip(own, more, strict=True))
-        self.energy, self.above = whole, min(self.above, other.above)
 
 
 def _filled(known: Any, values: list[float]) -> Any:

@@ -24,6 +24,7 @@ from dibit.identity import Alive, holders, storage_key, storages, strided, versi
 from dibit.ledger import Ledger, Row
 from dibit.lossless import Exact, Kept, Narrowed, Recomputed, exact, narrow, own
 from dibit.meter import Meter
+from dibit.noise_flow import Leaf
 from dibit.owners import Owners, is_whole
 from dibit.residual import (
     Aggregated,
@@ -37,7 +38,7 @@ from dibit.residual import (
     Reseeded,
     Residual,
 )
-from dibit.row_plan import UNEVEN, Leaf
+from dibit.row_plan import UNEVEN
 from dibit.score_table import Watch
 from dibit.state import State
 from dibit.stream import Key, capturing, replayed_key
