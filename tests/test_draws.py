@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch_geometric.nn as g
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -115,6 +116,35 @@ class TestSeeds:
         assert same(runs[0], runs[1])
         assert same(runs[0], runs[2])
         assert steps == 1 or not torch.equal(runs[0][0][0], runs[0][1][0]), "each step draws anew"
+
+    @pytest.mark.parametrize(
+        "layer",
+        [
+            nn.BatchNorm1d(D), nn.LayerNorm(D), nn.LayerNorm(D, elementwise_affine=False), g.GraphNorm(D),
+            g.LayerNorm(D), g.InstanceNorm(D, affine=True), g.PairNorm(), nn.GroupNorm(2, D), nn.RMSNorm(D), nn.GELU(),
+            nn.Sigmoid(), nn.Softmax(-1), nn.PReLU(), nn.Linear(D, D),
+        ],
+        ids=lambda layer: f"{type(layer).__module__.split('.')[0]}-{type(layer).__name__}",
+    )  # fmt: skip
+    @pytest.mark.parametrize("recipe", ["default", "iexact"])
+    def test_so_it_is_whatever_the_one_lossy_residual_is(self, layer: nn.Module, recipe: str) -> None:
+        x, w = torch.randn(3 * N, D), torch.randn(3 * N, D)
+        model = dibit.compress(nn.Sequential(copy.deepcopy(layer)), recipe)
+        runs = []
+        as_in_a_new_process()
+        for _ in range(3):
+            torch.manual_seed(5)
+            grads = []
+            for _ in range(2):
+                model.zero_grad()
+                own = x.clone().requires_grad_()
+                (model(own) * w).sum().backward()
+                grads.append([p.grad for p in (own, *model.parameters()) if p.grad is not None])
+                if recipe == "iexact":
+                    torch.rand(1)  # as dropout does; this recipe leaves the generator alone
+            runs.append(grads)
+        assert same(runs[0], runs[1])
+        assert same(runs[0], runs[2])
 
     @pytest.mark.parametrize(("dropout", "recipe"), [(0.5, "default"), (0.5, "iexact"), (0.0, "default")])
     def test_the_generators_state_is_enough_to_go_on(self, dropout: float, recipe: str) -> None:

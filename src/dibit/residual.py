@@ -402,12 +402,17 @@ def save(ctx: Any, *parts: Residual | Tensor | None) -> None:
 
 
 def load(ctx: Any) -> list[Any]:
-    """What `save` kept: residuals on the tensors that autograd held, tensors, `None`."""
+    """What `save` kept: residuals on the tensors that autograd held, tensors, `None`.
+
+    The backward pass has come to them: the pass's key is told.
+    """
     tensors = ctx.saved_tensors
     found: list[Any] = []
     at = 0
     for residual, count in released(ctx, "layout"):
         held, at = tensors[at : at + count], at + count
+        if isinstance(residual, Compressed) and residual.drawn is not None:
+            residual.drawn.used()
         found.append(residual.bind(held) if residual is not None else held[0] if count else None)
     return found
 
