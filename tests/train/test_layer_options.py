@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +172,14 @@ def test_gradient_with_linear_skips_is_unbiased(name: str, config: dibit.Config,
     bias = bias_of(draw, truth, 80)
     assert bias.unbiased, bias
     assert not bias.exact
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_with_linear_skips_can_be_pickled(name: str) -> None:
+    model, adjacency = built(model=name, linear_skip=True, norm="layer")
+    x = features()
+    model.eval()
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x, adjacency), model(x, adjacency))
 
 
 @pytest.mark.parametrize("linear_skip", [False, True])

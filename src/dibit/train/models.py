@@ -127,19 +127,36 @@ class LinearSkip(nn.Module):
         self.lin.reset_parameters()
 
 
-def _with_linear_skips(model: type[BasicGNN]) -> type[BasicGNN]:
-    """One of PyTorch Geometric's models, a linear layer beside each of its graph layers."""
+class _LinearSkips:
+    """Mixed into one of PyTorch Geometric's models: a linear layer beside each of its graph layers."""
 
-    class Model(model):  # type: ignore[misc, valid-type]
-        def init_conv(self, in_channels: int, out_channels: int, **kwargs: Any) -> nn.Module:
-            conv = super().init_conv(in_channels, out_channels, **kwargs)
-            return LinearSkip(conv, in_channels, out_channels)
-
-    Model.__name__ = Model.__qualname__ = f"{model.__name__}LinearSkip"
-    return Model
+    def init_conv(self, in_channels: int, out_channels: int, **kwargs: Any) -> nn.Module:
+        conv = super().init_conv(in_channels, out_channels, **kwargs)  # type: ignore[misc]
+        return LinearSkip(conv, in_channels, out_channels)
 
 
-_MODELS: dict[str, type[BasicGNN]] = {"gcn": GCN, "sage": GraphSAGE, "gin": GIN, "gat": GAT}
+class GCNLinearSkip(_LinearSkips, GCN):
+    """GCN with linear skips."""
+
+
+class GraphSAGELinearSkip(_LinearSkips, GraphSAGE):
+    """GraphSAGE with linear skips."""
+
+
+class GINLinearSkip(_LinearSkips, GIN):
+    """GIN with linear skips."""
+
+
+class GATLinearSkip(_LinearSkips, GAT):
+    """GAT with linear skips."""
+
+
+_MODELS: dict[str, tuple[type[BasicGNN], type[BasicGNN]]] = {  # without linear skips, and with them
+    "gcn": (GCN, GCNLinearSkip),
+    "sage": (GraphSAGE, GraphSAGELinearSkip),
+    "gin": (GIN, GINLinearSkip),
+    "gat": (GAT, GATLinearSkip),
+}
 
 
 def build_model(settings: ModelSettings, in_channels: int, out_channels: int) -> nn.Module:
@@ -171,8 +188,7 @@ def build_model(settings: ModelSettings, in_channels: int, out_channels: int) ->
         own["aggr"] = settings.aggr
     if not settings.bias:
         own["bias"] = False
-    kind = _MODELS[settings.model]
-    return (_with_linear_skips(kind) if settings.linear_skip else kind)(**common, jk=settings.jk, **own)
+    return _MODELS[settings.model][settings.linear_skip](**common, jk=settings.jk, **own)
 
 
 def build_adjacency(settings: ModelSettings, edge_index: Tensor, num_nodes: int, device: torch.device) -> Tensor:

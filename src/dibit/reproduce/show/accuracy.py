@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from dibit.reproduce.figures import COLORS, SOFT, Layout, Picture, figure, grid, legend_above, picture
+from dibit.reproduce.show.paired import accuracy, cost, difference, heading
 from dibit.reproduce.tables import Cell, Column, Fact, Table, table
-from dibit.reproduce.words import NONE, mean, number, points, short, spread
+from dibit.reproduce.words import NONE, mean, points, short, spread
 from dibit.train.errors import require
 
 TITLE = "Accuracy"
@@ -99,10 +100,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     ]
     groups = []
     for title, own in _groups(rows):
-        first = own[0]
-        more = [f"{first['layers']} × {first['hidden']}"] if first.get("layers") and first.get("hidden") else []
-        more += [f"{first['epochs']} epochs"] if first.get("epochs") else []
-        groups.append((", ".join([title, *more]), map(_cells, own)))
+        groups.append((heading(title, own[0]), map(_cells, own)))
     return table(
         "accuracy",
         "Test accuracy (mean ± standard deviation over seeds), the difference to plain FP32 paired by seed, memory "
@@ -113,18 +111,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _cells(row: dict[str, Any]) -> list[Cell | str]:
-    difference = row.get("difference") or {}
-    low, high = difference.get("low"), difference.get("high")
-    return [
-        row["recipe"],
-        Cell(spread(row["test"]), strong=True),
-        points(difference.get("mean")),
-        NONE if low is None or high is None else f"{points(low)} to {points(high)}",
-        number(row.get("saved_mb")),
-        number(row.get("peak_mb"), 1),
-        number(row.get("seconds"), 3),
-        number(len(row["test"]), 0),
-    ]
+    return [row["recipe"], accuracy(row), *difference(row), *cost(row)]
 
 
 def _paper_table(paper: list[dict[str, Any]]) -> Table:
@@ -195,15 +182,15 @@ def _reach(differences: Sequence[dict[str, Any]]) -> float:
 
 def _draw_row(change: Any, level: Any, row: dict[str, Any], y: float, reach: float) -> None:
     color = COLORS.get(row["recipe"], SOFT)
-    if difference := row.get("difference"):
-        low, high = difference.get("low"), difference.get("high")
+    if found := row.get("difference"):
+        low, high = found.get("low"), found.get("high")
         if low is not None and high is not None:
             ends = [max(100 * low, -reach), min(100 * high, reach)]
             change.plot(ends, [y, y], color=color, linewidth=1.8, solid_capstyle="butt")
             for end, cut, arrow in ((-reach, 100 * low < -reach, "<"), (reach, 100 * high > reach, ">")):
                 if cut:
                     change.plot(end, y, arrow, color=color, markersize=5, markeredgewidth=0)
-        change.plot(100 * difference["mean"], y, "o", color=color, markersize=5.5)
+        change.plot(100 * found["mean"], y, "o", color=color, markersize=5.5)
     values = [100 * t for t in row["test"]]
     if values:
         level.plot(values, [y] * len(values), "o", color=color, markersize=3.5, alpha=0.55, markeredgewidth=0)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from dibit.reproduce.figures import COLORS, SOFT, Layout, Picture, figure, grid, legend_above, picture
+from dibit.reproduce.show.paired import accuracy, cost, difference, heading
 from dibit.reproduce.tables import Cell, Column, Fact, Table, table
-from dibit.reproduce.words import NONE, mean, number, points, spread
+from dibit.reproduce.words import NONE, mean, number, points
 from dibit.train.errors import require
 
 TITLE = "Tuned baselines"
@@ -72,11 +73,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
     groups = []
     for cell in dict.fromkeys(row["cell"] for row in results["rows"]):
         own = [row for row in results["rows"] if row["cell"] == cell]
-        first = own[0]
-        more = [f"{first['layers']} × {first['hidden']}"] if first.get("layers") and first.get("hidden") else []
-        more += [f"norm {first['norm']}"] if first.get("norm") else []
-        more += [f"{first['epochs']} epochs"] if first.get("epochs") else []
-        groups.append((", ".join([cell, *more]), [_cells(row) for row in own]))
+        groups.append((heading(cell, own[0]), [_cells(row) for row in own]))
     return [
         table(
             "tuned",
@@ -90,22 +87,16 @@ def tables(results: dict[str, Any]) -> list[Table]:
 
 
 def _cells(row: dict[str, Any]) -> list[Cell | str]:
-    difference = row.get("difference") or {}
-    low, high = difference.get("low"), difference.get("high")
     published = row.get("published")
     return [
         row["recipe"],
-        Cell(spread(row["test"]), strong=True),
+        accuracy(row),
         Cell(NONE) if published is None or row["recipe"] != "none" else Cell(number(published), "paper"),
-        points(difference.get("mean")),
-        NONE if low is None or high is None else f"{points(low)} to {points(high)}",
+        *difference(row),
         row.get("verdict") or NONE,
         number(row.get("epochs_ratio")),
         number(row.get("noise"), 3),
-        number(row.get("saved_mb")),
-        number(row.get("peak_mb"), 1),
-        number(row.get("seconds"), 3),
-        number(len(row["test"]), 0),
+        *cost(row),
     ]
 
 
@@ -135,13 +126,13 @@ def _draw(rows: list[dict[str, Any]], layout: Layout) -> Any:
     drawn = figure(layout, 90 + 26 * len(rows))
     ax = drawn.subplots()
     for y, row in enumerate(rows):
-        color, difference = _color(row["recipe"]), row["difference"]
-        values = [100 * value for value in difference.get("values") or []]
+        color, change = _color(row["recipe"]), row["difference"]
+        values = [100 * value for value in change.get("values") or []]
         ax.plot(values, [y] * len(values), "o", color=color, markersize=3.5, alpha=0.45, markeredgewidth=0)
-        if difference.get("low") is not None and difference.get("high") is not None:
-            ends = [100 * difference["low"], 100 * difference["high"]]
+        if change.get("low") is not None and change.get("high") is not None:
+            ends = [100 * change["low"], 100 * change["high"]]
             ax.plot(ends, [y, y], color=color, linewidth=2.2, solid_capstyle="butt")
-        ax.plot(100 * difference["mean"], y, "o", color=color, markersize=6)
+        ax.plot(100 * change["mean"], y, "o", color=color, markersize=6)
     ax.axvline(0, color=COLORS["FP32"], linewidth=1)
     ax.axvline(-0.3, color=SOFT, linewidth=1, linestyle=(0, (3, 3)))
     ax.set_yticks(range(len(rows)), [row["cell"] for row in rows])
