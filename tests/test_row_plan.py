@@ -67,15 +67,34 @@ class TestFormulas:
         options = [range(1, plan.leaves[key].most + 1) for key in free]
         all_rows = plan.predicted(level, dict.fromkeys(free, 1))
         for bound in (1.05 * all_rows, 2 * all_rows, 5 * all_rows):
-            chosen = plan._within(bound, level)
+            chosen = plan._within(bound * plan._signal, level)
             assert plan.predicted(level, chosen) <= bound * (1 + 1e-9)
             within = [dict(zip(free, own, strict=True)) for own in itertools.product(*options)]
             fewest = min(plan._bytes(level, r) for r in within if plan.predicted(level, r) <= bound)
             assert plan._bytes(level, chosen) <= 1.6 * fewest
 
-    def test_out_of_reach_everything_is_kept(self) -> None:
-        plan = plan_of(3, 1)
-        assert set(plan._within(1e-6, level=Level.SAMPLED).values()) == {1}
+    @pytest.mark.parametrize("seed", range(20))
+    @pytest.mark.parametrize("level", [Level.SAMPLED, Level.ALL])
+    def test_out_of_reach_the_error_is_near_the_least(self, seed: int, level: Level) -> None:
+        """And no rows are kept of what adds nothing to it."""
+        plan = plan_of(4, seed)
+        plan.leaves["quiet"] = Leaf(noise=1e-5, terms=1e-5, rounding=1e-6, signal=0.0, elements=512, most=6)
+        least = plan._error(level, dict.fromkeys(plan.leaves, 1))
+        for bound in (0.0, 0.9 * least):
+            chosen = plan._within(bound, level)
+            assert plan._error(level, chosen) <= 1.1 * least
+            assert chosen["quiet"] == 6
+
+    @pytest.mark.parametrize("signal", [-1.0, 0.0])
+    def test_where_nothing_but_noise_was_seen_what_makes_it_is_kept(self, signal: float) -> None:
+        plan = RowPlan(bound=0.5, passes=5, due=5)
+        plan.leaves = {key: Leaf(elements=100, most=6) for key in ("loud", "quiet")}
+        plan.norms["norm"] = Norm(elements=100, ratio=16, above=20)
+        plan.measured("loud", (1.0, 1.0, 0.1, signal, 1.0, 0.0, 0.0))
+        plan.measured("quiet", (1e-4, 1e-4, 1e-5, 0.0, 1.0, 0.0, 0.0))
+        plan.decide()
+        assert plan.ratios == {"loud": 1, "quiet": 6}
+        assert plan.level is Level.SAMPLED, "its noise does not come from norms"
 
     def test_nothing_is_changed_within_the_bound(self) -> None:
         assert plan_of(3, 1)._within(1e6, level=Level.SAMPLED) == {}
@@ -780,3 +799,31 @@ class TestWhatIsLearnt:
         (leaf,) = [leaf for key, leaf in own.scores.plan.leaves.items() if key.startswith("last")]
         passes = 8  # measured, and added up; half of the terms are the other layer's
         assert leaf.rounding / passes / 2 == pytest.approx(float(spread), rel=0.5)
+
+    @pytest.mark.parametrize(("width", "block"), [(16, 16), (16, 128), (32, 64), (64, 128), (64, 16)])
+    @pytest.mark.parametrize("power", [0.0, -1.0, 1.0])
+    def test_the_rounding_of_rows_of_uneven_lengths_is_the_error_that_comes(
+        self, width: int, block: int, power: float
+    ) -> None:
+        """Whether long rows have small gradients, or large ones."""
+        torch.manual_seed(0)
+        length = torch.randn(3000, 1).exp()
+        length = length.repeat_interleave(max(1, block // width), 0)[:3000]  # the rows of a block are alike
+        x, readout = length * torch.rand(3000, width), length**power * torch.randn(3000, 3)
+        config = Config(bits=2, block=block, reduce=Sample(1, by="gradient"), noise=0.5)
+        model = dibit.compress(nn.Sequential(nn.Linear(width, width), nn.Linear(width, 3)), {"1": config})
+        nn.init.eye_(model[0].weight)
+        nn.init.zeros_(model[0].bias)
+        own = state_of(model)
+        assert own is not None
+        drawn = []
+        for i in range(30):
+            own.salt = i
+            model.zero_grad()
+            (model(x) * readout).sum().backward()
+            assert model[1].weight.grad is not None
+            drawn.append(model[1].weight.grad.clone())
+        passes = 8
+        own.scores.plan.decide()
+        (leaf,) = own.scores.plan.leaves.values()
+        assert leaf.rounding / passes == pytest.approx(float(torch.stack(drawn).var(0).sum()), rel=0.25)

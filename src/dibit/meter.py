@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dibit.config import Project
@@ -103,10 +104,18 @@ def _rounding(residual: Residual, x: Tensor) -> Tensor:
     if not isinstance(residual, Compressed) or isinstance(residual.packed.config.reduce, Project):
         return x.new_zeros(())
     config, ranges = residual.packed.config, residual.packed.ranges
-    bin_ = ((ranges[:, 1].float() - ranges[:, 0].float()) / (2**config.bits - 1)).square().mean()
+    bins = ((ranges[:, 1].float() - ranges[:, 0].float()) / (2**config.bits - 1)).square()
     share = gain / (12 if config.rounding == "dither" else 6)
     filled = torch.cat([torch.count_nonzero(part, dim=1) for part in x.split(_ROWS)])
-    return filled * (bin_ * share)  # zeros stay zeros, nearly
+    return filled * _of_rows(bins, x.shape[0], x.shape[1], residual.packed.block) * share  # zeros stay zeros, nearly
+
+
+def _of_rows(blocks: Tensor, rows: int, width: int, block: int) -> Tensor:
+    """The mean over the blocks that each row lies in, (rows,), of what blocks of elements have."""
+    start = torch.arange(rows, device=blocks.device) * width
+    first, last = start // block, (start + width - 1) // block
+    sums = F.pad(blocks.double().cumsum(0), (1, 0))
+    return ((sums[last + 1] - sums[first]) / (last + 1 - first)).float()
 
 
 def _squares(x: Tensor) -> Tensor:

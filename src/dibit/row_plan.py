@@ -38,6 +38,7 @@ _SOON, _EVERY = 4, 16  # of the later ones, in the beginning and where what is m
 _CHANGED = 1.25  # factor in the error that is a change
 _NEW, _LATER = 0.5, 0.75  # share of a new measurement in what is known: of the first ones, and of later ones
 _BACK = 0.7  # norms are sampled again where less than so much of the bound would be reached
+_NEAR = 1.1  # times the least error is near it
 _PATH = 0.25  # share of the bound for what comes by the way of dX: it is known up to a power of the depth only
 _MANY = 8  # passes before one step that are measured at most
 _GONE = 4  # what so many measured steps have not had is forgotten
@@ -168,23 +169,21 @@ class RowPlan:
     def predicted(self, level: int | None = None, ratios: Mapping[str, int] | None = None) -> float:
         """The squared error of the gradient over its square, at a level of the norms (by default the one chosen)."""
         level = self.level or Level.SAMPLED if level is None else level
-        ratios = self.ratios if ratios is None else ratios
-        return self._relative(
-            sum(leaf.error(self._ratio(key, level, ratios), level) for key, leaf in self.leaves.items())
-        )
+        error, signal = self._error(level, self.ratios if ratios is None else ratios), self._signal
+        return error / signal if signal > 0 else math.inf if error > 0 else 0.0
+
+    def _error(self, level: int, ratios: Mapping[str, int]) -> float:
+        """The squared error of the gradient."""
+        return sum(leaf.error(self._ratio(key, level, ratios), level) for key, leaf in self.leaves.items())
 
     def _path(self, level: int) -> float:
-        """The part of the error that comes by the way of dX."""
-        return self._relative(sum(leaf.q(level) * leaf.terms for leaf in self.leaves.values()))
+        """The part of it that comes by the way of dX."""
+        return sum(leaf.q(level) * leaf.terms for leaf in self.leaves.values())
 
     @property
     def _signal(self) -> float:
-        """The square of the gradient."""
+        """The square of the gradient; below zero where nothing but noise was seen."""
         return sum(leaf.signal for leaf in self.leaves.values())
-
-    def _relative(self, error: float) -> float:
-        signal = self._signal
-        return error / signal if signal > 0 else math.inf if error > 0 else 0.0
 
     def _ratio(self, key: str, level: int, ratios: Mapping[str, int]) -> int:
         leaf = self.leaves[key]
@@ -227,16 +226,22 @@ class RowPlan:
         self.apart = min(_EVERY, max(_SOON, self.passes // 4)) if steady else _SOON
 
     def _choose(self) -> None:
-        """Choose level and ratios: the fewest bytes within the bound or, if that is out of reach, the least error."""
-        choices = []
+        """Choose level and ratios: the fewest bytes within the bound or, out of reach, near the least error."""
+        whole = self.bound * max(0.0, self._signal)
         levels = list(Level) if self._depth >= _DEEP else [Level.SAMPLED, Level.ALL]
+        within, beyond = [], []
         for level in levels:
-            bound = self.bound * (_BACK if self.level is not None and level < self.level else 1.0)
+            bound = whole * (_BACK if self.level is not None and level < self.level else 1.0)
             ratios = self._within(bound, level)
-            error = self.predicted(level, ratios)
-            beyond = error > bound or (level is not levels[-1] and self._path(level) > _PATH * bound)
-            choices.append((beyond, error if beyond else self._bytes(level, ratios), -level, ratios))
-        _, _, chosen, self.ratios = min(choices, key=lambda choice: choice[:3])
+            error, path = self._error(level, ratios), self._path(level)
+            choice = self._bytes(level, ratios), -level, ratios
+            if error <= bound and (level is levels[-1] or path <= _PATH * bound):
+                within.append(choice)
+            beyond.append((max(error, path / _PATH), choice))
+        if not within:
+            least = min(error for error, _ in beyond)
+            within = [choice for error, choice in beyond if error <= _NEAR * least]
+        _, chosen, self.ratios = min(within, key=lambda choice: choice[:2])
         self.level = Level(-chosen)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -327,8 +332,7 @@ class RowPlan:
             setattr(what, name, old + share * (value - old))
 
     def _within(self, bound: float, level: int) -> dict[str, int]:
-        """The ratios of least bytes whose error is within a bound, or as near to it as may be."""
-        signal = self._signal
+        """The ratios of least bytes whose error is within a bound or, if that is out of reach, near the least error."""
         free = {key: leaf for key, leaf in self.leaves.items() if self._ratio(key, level, {}) > 1}
         fixed = sum(leaf.error(1, level) for key, leaf in self.leaves.items() if key not in free)
 
@@ -344,15 +348,14 @@ class RowPlan:
         def error(chosen: Mapping[str, int]) -> float:
             return fixed + sum(leaf.error(chosen[key], level) for key, leaf in free.items())
 
-        if error({key: leaf.most for key, leaf in free.items()}) <= bound * max(signal, 0.0):
+        if error({key: leaf.most for key, leaf in free.items()}) <= bound:
             return {}
-        if signal <= 0:
-            return dict.fromkeys(free, 1)  # nothing but noise was seen
+        bound = max(bound, _NEAR * error(dict.fromkeys(free, 1)))
         low, high = -60.0, 60.0  # powers of e around error per element
         scale = sum(leaf.terms for leaf in free.values()) / max(1, sum(leaf.elements for leaf in free.values()))
         for _ in range(50):
             middle = (low + high) / 2
-            low, high = (middle, high) if error(ratios(scale * math.exp(middle))) <= bound * signal else (low, middle)
+            low, high = (middle, high) if error(ratios(scale * math.exp(middle))) <= bound else (low, middle)
         return ratios(scale * math.exp(low))
 
     def _bytes(self, level: int, ratios: Mapping[str, int]) -> float:
