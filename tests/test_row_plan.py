@@ -18,10 +18,11 @@ from torch_geometric.utils import to_torch_csr_tensor
 
 import dibit
 from dibit import Config, Sample
+from dibit.codec import decode, encode, seed_tensor
 from dibit.compiled.spec import NORM, setting_of, settings
 from dibit.config import recipe
-from dibit.meter import concentration
-from dibit.noise_flow import _ALIGNED, _COLUMNS, Leaf, Level, Norm
+from dibit.meter import concentration, rounding_of
+from dibit.noise_flow import _ALIGNED, _COLUMNS, Factor, Leaf, Level, Norm
 from dibit.row_plan import _DEEP, _FINE, _NEXT, _SPREAD, RowPlan
 from dibit.state import state_of
 from dibit.study import gradient_error
@@ -103,7 +104,9 @@ class TestFormulas:
         plan = plan_of(3, 2)
         plan.norms["a/b:1"] = Norm(0.1, 0.2, 0.5, 3, 640, 16)
         plan.ratios, plan.level, plan.passes = {"1": 3}, Level.FINE, 7
-        plan.due, plan.apart = 9, 16
+        plan.due, plan.apart, plan.finer = 9, 16, 4
+        plan.factors["a:gelu:1/factor"] = Factor(0.07, 320, 2, True)
+        plan.measured("a:gelu:1/factor", (1.0, 14.0))
         plan.measured("1", (1.0, 2.0, 3.0, 4.0, 1.0, 2.0, 1.0))
         other = RowPlan(bound=0.5, ratios={"x": 2})
         other.load_state_dict(plan.state_dict())
@@ -113,7 +116,8 @@ class TestFormulas:
     @pytest.mark.parametrize(
         ("name", "values"),
         [
-            ("plan", [1.0]), ("plan", [7.0, 1.0, 1.0, 4.0]), ("plan", [0.0, 1.0]), ("plan", [math.inf, 2.0, 2.0, 4.0]),
+            ("plan", [1.0]), ("plan", [7.0, 0.0, 1.0, 1.0, 4.0]), ("plan", [0.0, 1.0]), ("factor/a", [1.0]),
+            ("plan", [math.inf, 0.0, 2.0, 2.0, 4.0]),
             ("leaf/a", [1.0] * 3), ("leaf/a", [math.nan] * len(vars(Leaf()))), ("norm/a", []), ("ratio/a", [1.0, 2.0]),
             ("seen/a", [1.0] * 5), ("x", [1.0]),
         ],
@@ -183,6 +187,57 @@ class TestWhatNormsAdd:
         leaves = walked(Deep(5, nn.LayerNorm, residual=True), 5, rho=0.03)
         for i in range(5):  # one norm between a layer and the sum
             assert leaves[f"layers.{i}:linear:1"].sampled == pytest.approx(4 * 0.03)
+
+
+class TestFactors:
+    def walked(self, fixed: bool, ratio: int = 16) -> Leaf:
+        """Of a linear layer below GELU, LayerNorm and GELU: two factors, of which the upper one passes the norm."""
+        model = nn.Sequential(
+            nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D), nn.GELU(), nn.LayerNorm(D), nn.GELU(), nn.Linear(D, 3)
+        )
+        dibit.compress(model)
+        state = state_of(model)
+        assert state is not None
+        plan = state.scores.plan
+        y = model(torch.randn(100, D))
+        for factor in plan.factors.values():
+            factor.variance, factor.fixed = 0.07, fixed
+        for norm in plan.norms.values():
+            norm.rho, norm.ratio = 0.03, ratio
+        plan.walk([y], 0)
+        return plan.leaves["2:linear:1"]
+
+    def test_their_variance_adds_up_and_is_multiplied_by_norms(self) -> None:
+        leaf = self.walked(fixed=False)
+        assert leaf.sampled == pytest.approx(15 * 0.03)
+        assert leaf.sampled_factors == pytest.approx(0.07 * (1 + 15 * _ALIGNED) + 0.07)
+        assert leaf.all_rows_factors == pytest.approx(0.07 * (1 + 0.2 * _ALIGNED) + 0.07)
+        assert leaf.q(Level.ALL, 1 / 16) == pytest.approx(0.2 * 0.03 + leaf.all_rows_factors / 16)
+
+    def test_those_of_fixed_bits_are_part_of_the_rest(self) -> None:
+        leaf = self.walked(fixed=True)
+        assert leaf.sampled == pytest.approx(0.07 * (1 + 15 * _ALIGNED) + 15 * 0.03 + 0.07)
+        assert leaf.sampled_factors == 0
+
+    @pytest.mark.parametrize(("terms", "finer"), [(0.5, 0), (8.0, 4), (50.0, 8)])
+    def test_more_bits_are_kept_where_they_make_too_much_noise(self, terms: float, finer: int) -> None:
+        plan = RowPlan(bound=0.5, passes=9, due=9)
+        plan.leaves["x"] = Leaf(terms=terms, signal=1.0, sampled_factors=0.2, all_rows_factors=0.2, fine_factors=0.2)
+        plan.factors["f"] = Factor(0.07, 1000, 2)
+        plan.measured("f", (0.07, 1.0))
+        plan.decide()
+        assert plan.finer == finer
+        config = plan.factor_config("f", Config(bits=2, levels="normal"), 1000, False)
+        assert (config.bits, config.levels) == ((finer, "uniform") if finer else (2, "normal"))
+        assert plan.factor_config("g", Config(bits=2), 1000, True).bits == 2
+
+    @pytest.mark.parametrize("config", [Config(bits=2, block=128), Config(bits=4, block=16), Config(bits=1, block=64)])
+    def test_their_variance_is_that_of_the_codec(self, config: Config) -> None:
+        torch.manual_seed(0)
+        x = torch.rand(20_000, D) ** 3
+        noise, square = rounding_of(x, config)
+        kept = decode(encode(x, config, seed_tensor(7, x.device)))
+        assert noise / square == pytest.approx(float((kept - x).square().sum() / x.square().sum()), rel=0.05)
 
 
 class TestWhereGradientsMeet:

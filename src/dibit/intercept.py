@@ -200,12 +200,21 @@ def run_rule(step: Step, func: Any, rule: Rule, args: Any, kwargs: Any) -> Any:
         if is_a(x, Tensor) and (not (parts := storages(x)) or (parts[0] is x and not x.numel())):
             return NotImplemented  # of nothing there is nothing to win, and no rows of a width can be told
     step.open(func)
-    step.inside = True
+    step.inside, step.factor = True, ""
     try:
         result = rule(step, *args, **kwargs)
     finally:
         step.inside = False
         row, step.row = step.row, None
+    if step.factor:
+        _name_node(result, step.factor)
     if result is NotImplemented and step.ledger is not None and row is not None:
         step.ledger.rows.remove(row)
     return result
+
+
+def _name_node(result: Any, name: str) -> None:
+    """Let the walk through autograd's graph know what multiplies the gradient here."""
+    node = getattr(result, "grad_fn", None)
+    if isinstance(node, torch.autograd.function.BackwardCFunction) and not getattr(node, "measured", ""):
+        node.measured = name  # type: ignore[attr-defined]

@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dibit.config import Project
+from dibit.codec import decode, encode, seed_tensor
+from dibit.config import Config, Project
 from dibit.lossless import outer
 from dibit.precision import at_least_single
 from dibit.residual import Aggregated, Compressed, Normed, Passed, Reseeded, Residual, parts
 from dibit.row_plan import RowPlan
 
 _COLUMNS = 512  # that are compared with one another at most
+_SOME = 1 << 11  # rows that tell how large rounding is
 _ROWS = 1 << 13  # that are counted at once: no mask of the whole
 
 
@@ -82,6 +84,14 @@ class Meter:
         spread = along.new_zeros(()) if normalised is None else concentration(normalised)
         part, whole, share = torch.stack((along.float(), _square(dx), spread.float())).tolist()
         self.plan.measured(self.key, (part, max(whole - variance * part, 1e-3 * whole), share, 1.0))
+
+
+def rounding_of(x: Tensor, config: Config) -> tuple[float, float]:
+    """The squared error that a codec makes of x (..., D), and the square of x, of some rows."""
+    rows = x.reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1)
+    rows = rows[:: -(-rows.shape[0] // _SOME)].contiguous()
+    kept = decode(encode(rows, config, seed_tensor(rows.shape[0], rows.device)))
+    return float((kept - rows).double().square().sum()), float(rows.double().square().sum())
 
 
 def concentration(x: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ class Leaf:
         terms: S, the sum of the squares of their terms.
         rounding: their variance by rounding where all rows are kept: it grows with the ratio.
         signal: their square, without noise.
-        sampled, all_rows, fine: q of their dY at each level of the norms.
+        sampled, all_rows, fine: q of their dY at each level of the norms, but for that of factors of the recipe's bits:
+        sampled_factors, all_rows_factors, fine_factors: that.
         elements: of the input; 0 where the rows kept do not depend on a ratio (features).
         most: the recipe's ratio.
         served: norms that keep all rows keep this input, too.
@@ -51,6 +52,9 @@ class Leaf:
     sampled: float = 0.0
     all_rows: float = 0.0
     fine: float = 0.0
+    sampled_factors: float = 0.0
+    all_rows_factors: float = 0.0
+    fine_factors: float = 0.0
     elements: int = 0
     most: int = 1
     served: bool = False
@@ -58,13 +62,14 @@ class Leaf:
     uneven: bool = False
     missed: int = 0  # steps in a row that were measured, but this was not there
 
-    def q(self, level: int) -> float:
-        """Of the noise in dY that norms add."""
-        return (self.sampled, self.all_rows, self.fine)[level]
+    def q(self, level: int, share: float = 1.0) -> float:
+        """Of the noise in dY, with so much of the factors' variance as their bits leave."""
+        factors = (self.sampled_factors, self.all_rows_factors, self.fine_factors)[level]
+        return (self.sampled, self.all_rows, self.fine)[level] + share * factors
 
-    def error(self, ratio: float, level: int) -> float:
+    def error(self, ratio: float, level: int, share: float = 1.0) -> float:
         """The squared error of the gradients."""
-        q = self.q(level)
+        q = self.q(level, share)
         return q * self.terms + (1 + q) * (self.noise * (ratio - 1) + self.rounding * ratio)
 
 
@@ -92,31 +97,56 @@ class Norm:
 
 
 @dataclass
+class Factor:
+    """What is known of a residual that multiplies the gradient element by element, such as a derivative.
+
+    Attributes:
+        variance: of it over its square, at the bits of its config.
+        elements: of it.
+        bits: of its config.
+        fixed: it keeps these, whatever the error is.
+    """
+
+    variance: float = 0.0
+    elements: int = 0
+    bits: int = 2
+    fixed: bool = False
+    missed: int = 0
+
+
+@dataclass
 class _Flow:
     """The gradient on its way: noise over its square, and its square.
 
     Attributes:
         energy: its square as far as it is known, else 0.
         q: at each level of the norms; of rows.
+        factors: the same of what factors of the recipe's bits have added.
         columns: the same of what is common to all rows.
         above: norms that it has passed at least.
     """
 
     energy: float = 0.0
     q: list[float] = field(default_factory=lambda: [0.0] * len(Level))
+    factors: list[float] = field(default_factory=lambda: [0.0] * len(Level))
     columns: list[float] = field(default_factory=lambda: [0.0] * len(Level))
     above: int = 0
 
     def copy(self) -> _Flow:
-        return _Flow(self.energy, [*self.q], [*self.columns], self.above)
+        return _Flow(self.energy, [*self.q], [*self.factors], [*self.columns], self.above)
 
     def join(self, other: _Flow) -> None:
         """The sum of two gradients: their squares add up, and so do those of their noise."""
         whole = self.energy + other.energy
         share = other.energy / whole if self.energy and other.energy else None
-        for own, more in ((self.q, other.q), (self.columns, other.columns)):
+        for own, more in ((self.q, other.q), (self.factors, other.factors), (self.columns, other.columns)):
             own[:] = (min(a, b) if share is None else a + share * (b - a) for a, b in zip(own, more, strict=True))
         self.energy, self.above = whole, min(self.above, other.above)
+
+    def times(self, factor: Factor) -> None:
+        """Be multiplied by a factor: where its errors are independent, their variance adds up."""
+        noise = self.q if factor.fixed else self.factors
+        noise[:] = (min(q + factor.variance, _MOST) for q in noise)
 
     def through(self, norm: Norm, variance: Callable[[Norm, Level], float]) -> None:
         """Pass a norm, which multiplies the noise and adds its own."""
@@ -124,6 +154,7 @@ class _Flow:
         for level in Level:
             v = variance(norm, level)
             self.q[level] = min(self.q[level] * (1 + v * _ALIGNED) + v * norm.rho, _MOST)
+            self.factors[level] = min(self.factors[level] * (1 + v * _ALIGNED), _MOST)
             self.columns[level] += _COLUMNS * v * norm.concentration
         self.energy = norm.outgoing or self.energy
 
@@ -133,6 +164,7 @@ def pass_down(
     began: int,
     leaves: Mapping[str, Leaf],
     norms: Mapping[str, Norm],
+    factors: Mapping[str, Factor],
     variance: Callable[[Norm, Level], float],
 ) -> None:
     """Set the noise on the way to each leaf, and how many norms lie above each norm, after a forward pass.
@@ -140,7 +172,7 @@ def pass_down(
     Args:
         outputs: of the model.
         began: sequence number of autograd's nodes from which on they are of this pass.
-        leaves, norms: by the names that the nodes have.
+        leaves, norms, factors: by the names that the nodes have.
         variance: of what a norm keeps of x_hat, over its square.
     """
     flows: dict[Any, _Flow] = {}
@@ -165,15 +197,17 @@ def pass_down(
         own = getattr(node, "measured", "")
         key = own if isinstance(own, str) else ""  # an attribute of somebody else's
         if (leaf := leaves.get(key)) is not None:
-            q = [a + b for a, b in zip(flow.q, flow.columns, strict=True)]
+            q = [*(a + b for a, b in zip(flow.q, flow.columns, strict=True)), *flow.factors]
             reached[key] = [max(a, b) for a, b in zip(reached.get(key, q), q, strict=True)]
             flow.energy = leaf.outgoing or flow.energy
         elif (norm := norms.get(key)) is not None:
             norm.above = flow.above
             flow.through(norm, variance)
+        elif (factor := factors.get(key)) is not None:
+            flow.times(factor)
         for following, _ in node.next_functions:
             if following is not None and following._sequence_nr() >= began:
                 enter(following, flow)
-    for key, (sampled, all_rows, fine) in reached.items():
+    for key, q in reached.items():
         leaf = leaves[key]
-        leaf.sampled, leaf.all_rows, leaf.fine = sampled, all_rows, fine
+        leaf.sampled, leaf.all_rows, leaf.fine, leaf.sampled_factors, leaf.all_rows_factors, leaf.fine_factors = q

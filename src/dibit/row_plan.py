@@ -21,6 +21,7 @@ in deep models the norms next to the loss, whose noise passes through all others
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterable, Mapping
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from dibit.config import Config, Sample
-from dibit.noise_flow import Leaf, Level, Norm, pass_down
+from dibit.noise_flow import Factor, Leaf, Level, Norm, pass_down
 
 _EACH = 4  # first passes that are measured
 _SOON, _EVERY = 4, 16  # of the later ones, in the beginning and where what is measured has changed; in the end
@@ -51,7 +52,8 @@ _SPREAD = 0.035  # the concentration as long as it is not known
 _DEEP = 8  # norms behind one another, of which those next to the loss may keep more bits
 _NEXT = 0.45  # share of the norms that are next to the loss
 _FINE = 4  # bits of these
-_OF_LEAF, _OF_NORM = 7, 4  # numbers of a measurement
+_FINER = (4, 8)  # bits of factors, where the recipe's make too much noise
+_OF_LEAF, _OF_NORM, _OF_FACTOR = 7, 4, 2  # numbers of a measurement
 _TERMS = 1  # place of S among a leaf's
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.LayerNorm)
 
@@ -72,9 +74,10 @@ class RowPlan:
 
     Attributes:
         bound: on the squared error of the gradient over its square; 0: nothing is measured.
-        leaves, norms: by residual and by norm.
+        leaves, norms, factors: by residual and by norm.
         ratios: by residual, rows of which one is kept, where that is not the recipe's.
         level: what norms keep; `None`: not decided.
+        finer: bits of factors at least; 0: the recipe's.
         passes: after which an optimiser has stepped.
         due, apart: the pass that is measured next, and how many after the one before: fewer while the error changes.
     """
@@ -82,8 +85,10 @@ class RowPlan:
     bound: float = 0.0
     leaves: dict[str, Leaf] = field(default_factory=dict)
     norms: dict[str, Norm] = field(default_factory=dict)
+    factors: dict[str, Factor] = field(default_factory=dict)
     ratios: dict[str, int] = field(default_factory=dict)
     level: Level | None = None
+    finer: int = 0
     passes: int = 0
     due: int = 0
     apart: int = _SOON
@@ -150,6 +155,14 @@ class RowPlan:
             return config
         return replace(config, norm=whole(config.norm))
 
+    def factor_config(self, key: str, config: Config, elements: int, fixed: bool) -> Config:
+        """The codec of what multiplies the gradient element by element."""
+        factor = self.factors.setdefault(key, Factor())
+        factor.elements, factor.bits, factor.fixed = elements, config.bits, fixed
+        if fixed or self.finer <= config.bits:
+            return config
+        return replace(config, bits=self.finer, levels="uniform")
+
     def leaf_config(self, key: str, config: Config, shape: torch.Size, served: bool, model: nn.Module) -> Config:
         """The codec of a linear layer's input (..., D) in a model."""
         if not isinstance(config.reduce, Sample):
@@ -164,21 +177,26 @@ class RowPlan:
     def walk(self, outputs: Iterable[Tensor], began: int) -> None:
         """Read off a finished forward pass how noisy the gradient of each leaf is; see `pass_down`."""
         self._walks += 1
-        pass_down(outputs, began, self.leaves, self.norms, self._variance)
+        pass_down(outputs, began, self.leaves, self.norms, self.factors, self._variance)
 
     def predicted(self, level: int | None = None, ratios: Mapping[str, int] | None = None) -> float:
         """The squared error of the gradient over its square, at a level of the norms (by default the one chosen)."""
         level = self.level or Level.SAMPLED if level is None else level
-        error, signal = self._error(level, self.ratios if ratios is None else ratios), self._signal
-        return error / signal if signal > 0 else math.inf if error > 0 else 0.0
+        error = self._error(level, self.ratios if ratios is None else ratios, self._share(self.finer))
+        return error / self._signal if self._signal > 0 else math.inf if error > 0 else 0.0
 
-    def _error(self, level: int, ratios: Mapping[str, int]) -> float:
+    def _error(self, level: int, ratios: Mapping[str, int], share: float = 1.0) -> float:
         """The squared error of the gradient."""
-        return sum(leaf.error(self._ratio(key, level, ratios), level) for key, leaf in self.leaves.items())
+        return sum(leaf.error(self._ratio(key, level, ratios), level, share) for key, leaf in self.leaves.items())
 
     def _path(self, level: int) -> float:
-        """The part of it that comes by the way of dX."""
-        return sum(leaf.q(level) * leaf.terms for leaf in self.leaves.values())
+        """The part of it that norms make."""
+        return sum(leaf.q(level, share=0.0) * leaf.terms for leaf in self.leaves.values())
+
+    def _share(self, finer: int) -> float:
+        """Of the factors' variance, what is left at so many bits."""
+        given = min((factor.bits for factor in self.factors.values() if not factor.fixed), default=finer)
+        return 4.0 ** min(0, given - finer) if finer else 1.0
 
     @property
     def _signal(self) -> float:
@@ -207,7 +225,10 @@ class RowPlan:
         before = self.predicted()
         self._rescale()
         for key, values in self._pending.items():
-            if len(values) == _OF_NORM:
+            if len(values) == _OF_FACTOR:
+                noise, square = values
+                self._learn(self.factors.setdefault(key, Factor()), variance=noise / square if square > 0 else 0.0)
+            elif len(values) == _OF_NORM:
                 part, whole, concentration, times = values
                 norm = self.norms.setdefault(key, Norm())
                 self._learn(norm, rho=part / whole if whole > 0 else 0.0, outgoing=whole / times)
@@ -229,27 +250,32 @@ class RowPlan:
         """Choose level and ratios: the fewest bytes within the bound or, out of reach, near the least error."""
         whole = self.bound * max(0.0, self._signal)
         levels = list(Level) if self._depth >= _DEEP else [Level.SAMPLED, Level.ALL]
+        bits = [0, *_FINER] if any(factor.variance for factor in self.factors.values() if not factor.fixed) else [0]
         within, beyond = [], []
-        for level in levels:
-            bound = whole * (_BACK if self.level is not None and level < self.level else 1.0)
-            ratios = self._within(bound, level)
-            error, path = self._error(level, ratios), self._path(level)
-            choice = self._bytes(level, ratios), -level, ratios
-            if error <= bound and (level is levels[-1] or path <= _PATH * bound):
+        for level, finer in itertools.product(levels, bits):
+            less = (self.level is not None and level < self.level) or finer < self.finer
+            bound, share = whole * (_BACK if less else 1.0), self._share(finer)
+            ratios = self._within(bound, level, share)
+            error, path = self._error(level, ratios, share), self._path(level)
+            choice = self._bytes(level, ratios, finer), -level, finer, ratios
+            if error <= bound and ((level, finer) == (levels[-1], bits[-1]) or path <= _PATH * bound):
                 within.append(choice)
             beyond.append((max(error, path / _PATH), choice))
         if not within:
             least = min(error for error, _ in beyond)
             within = [choice for error, choice in beyond if error <= _NEAR * least]
-        _, chosen, self.ratios = min(within, key=lambda choice: choice[:2])
+        _, chosen, self.finer, self.ratios = min(within, key=lambda choice: choice[:3])
         self.level = Level(-chosen)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that is known, float64 tensors by the kind and name of what it is known of."""
         level = -1.0 if self.level is None else float(self.level)
-        tables: dict[str, Iterable[float]] = {"plan": (level, float(self.passes), float(self.due), float(self.apart))}
+        tables: dict[str, Iterable[float]] = {
+            "plan": (level, *map(float, (self.finer, self.passes, self.due, self.apart)))
+        }
         tables |= {f"leaf/{key}": map(float, asdict(leaf).values()) for key, leaf in self.leaves.items()}
         tables |= {f"norm/{key}": map(float, asdict(norm).values()) for key, norm in self.norms.items()}
+        tables |= {f"factor/{key}": map(float, asdict(factor).values()) for key, factor in self.factors.items()}
         tables |= {f"ratio/{key}": (float(ratio),) for key, ratio in self.ratios.items()}
         tables |= {f"seen/{key}": values for key, values in self._pending.items()}
         return {key: torch.tensor(list(values), dtype=torch.float64) for key, values in tables.items()} if self else {}
@@ -283,15 +309,17 @@ class RowPlan:
         if kind == "plan":
             level, *counts = values
             self.level = None if level < 0 else Level(int(level))
-            self.passes, self.due, self.apart = map(int, counts)
+            self.finer, self.passes, self.due, self.apart = map(int, counts)
         elif kind == "leaf":
             self.leaves[key] = _filled(Leaf(), values)
         elif kind == "norm":
             self.norms[key] = _filled(Norm(), values)
+        elif kind == "factor":
+            self.factors[key] = _filled(Factor(), values)
         elif kind == "ratio":
             (ratio,) = values
             self.ratios[key] = max(1, int(ratio))
-        elif len(values) in (_OF_LEAF, _OF_NORM):
+        elif len(values) in (_OF_LEAF, _OF_NORM, _OF_FACTOR):
             self._pending[key] = tuple(values)
         else:
             raise ValueError
@@ -302,7 +330,7 @@ class RowPlan:
 
     def _forget(self) -> None:
         """Drop what is not coming back: a part that is no longer used, a weight that was frozen."""
-        tables: tuple[dict[str, Any], ...] = (self.leaves, self.norms)
+        tables: tuple[dict[str, Any], ...] = (self.leaves, self.norms, self.factors)
         for table in tables:
             for key, known in list(table.items()):
                 known.missed = 0 if key in self._pending else known.missed + 1
@@ -324,29 +352,30 @@ class RowPlan:
         for norm in self.norms.values():
             norm.outgoing *= scale
 
-    def _learn(self, what: Leaf | Norm, **measured: float) -> None:
+    def _learn(self, what: Leaf | Norm | Factor, **measured: float) -> None:
         new = _NEW if self.passes <= _EACH else _LATER
-        share = new if (what.terms if isinstance(what, Leaf) else what.rho) else 1.0
+        known = what.terms if isinstance(what, Leaf) else what.rho if isinstance(what, Norm) else what.variance
+        share = new if known else 1.0
         for name, value in measured.items():
             old = getattr(what, name)
             setattr(what, name, old + share * (value - old))
 
-    def _within(self, bound: float, level: int) -> dict[str, int]:
+    def _within(self, bound: float, level: int, share: float = 1.0) -> dict[str, int]:
         """The ratios of least bytes whose error is within a bound or, if that is out of reach, near the least error."""
         free = {key: leaf for key, leaf in self.leaves.items() if self._ratio(key, level, {}) > 1}
-        fixed = sum(leaf.error(1, level) for key, leaf in self.leaves.items() if key not in free)
+        fixed = sum(leaf.error(1, level, share) for key, leaf in self.leaves.items() if key not in free)
 
         def ratios(price: float) -> dict[str, int]:
             """Where a byte less would cost more error than `price`, the ratio is as small as that asks for."""
             chosen = {}
             for key, leaf in free.items():
-                slope = leaf.error(2, level) - leaf.error(1, level)
+                slope = leaf.error(2, level, share) - leaf.error(1, level, share)
                 best = math.sqrt(price * leaf.elements / slope) if slope > 0 else math.inf
                 chosen[key] = int(max(1, min(leaf.most, best)))
             return chosen
 
         def error(chosen: Mapping[str, int]) -> float:
-            return fixed + sum(leaf.error(chosen[key], level) for key, leaf in free.items())
+            return fixed + sum(leaf.error(chosen[key], level, share) for key, leaf in free.items())
 
         if error({key: leaf.most for key, leaf in free.items()}) <= bound:
             return {}
@@ -358,14 +387,15 @@ class RowPlan:
             low, high = (middle, high) if error(ratios(scale * math.exp(middle))) <= bound else (low, middle)
         return ratios(scale * math.exp(low))
 
-    def _bytes(self, level: int, ratios: Mapping[str, int]) -> float:
+    def _bytes(self, level: int, ratios: Mapping[str, int], finer: int = 0) -> float:
         """Of what is kept, in elements of 2 bits."""
         leaves = (
             0.0 if level and leaf.served else leaf.elements / self._ratio(key, level, ratios)
             for key, leaf in self.leaves.items()
         )
         norms = (norm.elements * self._kept(norm, level) for norm in self.norms.values())
-        return sum(leaves) + sum(norms)
+        factors = (f.elements * (f.bits if f.fixed else max(f.bits, finer)) / 2 for f in self.factors.values())
+        return sum(leaves) + sum(norms) + sum(factors)
 
     def _kept(self, norm: Norm, level: int) -> float:
         """Of a norm's elements, those of 2 bits that it keeps: over columns two draws of some rows, or one of all."""

@@ -23,7 +23,7 @@ from dibit.graph import Graph
 from dibit.identity import Alive, holders, storage_key, storages, strided, version
 from dibit.ledger import Ledger, Row
 from dibit.lossless import Exact, Kept, Narrowed, Recomputed, exact, narrow, own
-from dibit.meter import Meter
+from dibit.meter import Meter, rounding_of
 from dibit.noise_flow import Leaf
 from dibit.owners import Owners, is_whole
 from dibit.residual import (
@@ -68,6 +68,7 @@ class Step:
         self.function: Any = None  # the function now running, for the ledger
         self.row: Row | None = None
         self.inside = False  # a rule is saving tensors of its own
+        self.factor = ""  # the name of what it keeps to multiply the gradient by
         self.low: torch.dtype | None = None  # autocast's, while a rule runs for a function that takes it
         self.low_cached = True  # it copies each parameter once
         self.origins: dict[Any, Tensor] = {}  # by the key of a copy that autocast makes: what it is a copy of
@@ -315,6 +316,22 @@ class Step:
         if found is None:
             found = self._shared[key] = self._leaf_residual(x, origin, config)
         return self.note(found)
+
+    def keep_factor(self, x: Tensor, config: Config, fixed: bool = False) -> Residual:
+        """A path residual (..., D) that multiplies the gradient element by element.
+
+        Args:
+            x: the factor.
+            config: its codec; more bits are kept where the noise of the whole gradient asks for it.
+            fixed: but not of this one.
+        """
+        if config.noise is None or not x.numel():
+            return self.keep(x, leaf=False, config=config)
+        self.factor, plan = self.place("factor"), self.state.scores.plan
+        if self.measured:
+            self._metered = True
+            plan.measured(self.factor, rounding_of(x.detach(), config))
+        return self.keep(x, leaf=False, config=plan.factor_config(self.factor, config, x.numel(), fixed))
 
     def _leaf_residual(self, x: Tensor, origin: Tensor, config: Config) -> Residual:
         if config.noise is None:

@@ -145,7 +145,7 @@ def smooth(plain: Callable[..., Tensor], derivative: Callable[..., Tensor], save
         config = step.config
         if config is None or not dense(input) or not input.requires_grad or input.numel() < FEW:
             return NotImplemented
-        kept = step.keep(derivative(input.detach(), *args), leaf=False, config=unreduced(config))
+        kept = step.keep_factor(derivative(input.detach(), *args), unreduced(config))
         if saves == "input":
             step.plain(input)
         elif saves == "copy in place":
@@ -180,10 +180,10 @@ def saturating_rule(
         slope = None if of_input is None else of_input(x, *args)  # before x is overwritten
         if slope is not None and not inplace:  # the caller may change the result
             step.plain(input)
-            kept = step.keep(slope, leaf=False, config=codec)
+            kept = step.keep_factor(slope, codec)
             return Elementwise.apply(input, lambda x: plain(x, False, *args), kept, False)
         y = plain(x, False, *args)
-        kept = step.keep(of_result(y, *args) if slope is None else slope, leaf=False, config=codec)
+        kept = step.keep_factor(of_result(y, *args) if slope is None else slope, codec)
         cell = Slope(step, kept, lambda y: of_result(y, *args))
         y = Elementwise.apply(input, (lambda x: plain(x, True, *args)) if inplace else (lambda _: y), cell, inplace)
         cell.watch(y)

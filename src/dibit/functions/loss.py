@@ -159,7 +159,7 @@ class BinaryCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, target: Tensor, weight: Any, reduction: str, step: Step) -> Tensor:
         loss = F.binary_cross_entropy_with_logits(x, target, weight, reduction=reduction)
-        kept = step.keep(torch.sigmoid(x.detach()) - target, leaf=False, config=probability_config(step))
+        kept = step.keep_factor(torch.sigmoid(x.detach()) - target, probability_config(step), fixed=True)
         save(ctx, kept, weight)
         ctx.scale = 1 / x.numel() if reduction == "mean" else 1
         return loss
@@ -248,7 +248,7 @@ def mse_loss(
     if not dense(input, target) or not (input.requires_grad or target.requires_grad):
         return NotImplemented
     step.plain(input, target)
-    kept = step.keep(input.detach() - target.detach(), leaf=False, config=replace(config, reduce=None))
+    kept = step.keep_factor(input.detach() - target.detach(), replace(config, reduce=None))
     return SquaredError.apply(input, target, reduction, kept)
 
 

@@ -131,7 +131,7 @@ def keep_relative(step: Step, x: Tensor) -> Signed | None:
         return None  # one pole would spoil the block it lies in
     config = relative(step.config, geometric(octaves_of(math.log2(largest) - math.log2(least) if largest else 0.0)))
     if low >= 0 or high <= 0:
-        return Signed(step.keep(magnitude, leaf=False, config=config), None, 1.0 if low >= 0 else -1.0)
+        return Signed(step.keep_factor(magnitude, config, fixed=True), None, 1.0 if low >= 0 else -1.0)
     return _with_signs(step, x, magnitude, config)
 
 
@@ -145,4 +145,4 @@ def _with_signs(step: Step, x: Tensor, magnitude: Tensor, config: Config) -> Sig
     signs = ops.pack_mask(x.contiguous())
     if step.ledger is not None and step.row is not None:
         step.ledger.kept_tensor(step.row, signs)
-    return Signed(step.keep(magnitude, leaf=False, config=config), signs)
+    return Signed(step.keep_factor(magnitude, config, fixed=True), signs)
