@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -32,48 +33,55 @@ class Meter:
             dw = residual.outer(dy)
             terms = _squares(dy).sum() * _squares(residual.source.value()).mean()
             s, g = torch.stack((terms, _square(dw))).tolist()
-            self.plan.measured(self.key, (0.0, s, 0.0, g, 1.0, 0.0, 0.0))
+            self.plan.measured(self.key, (0.0, s, 0.0, g, 1.0, 0.0, 0.0, s))
             return dw
         if isinstance(residual, Compressed):
             dw, sums, ratio = self._of_rows(residual, dy)
         else:
             (dw, sums), ratio = self._of_parts(residual, dy), 1
-        s, v, r, g = torch.stack((*sums, _square(dw))).tolist()
+        s, v, r, fourth, second, g, dy2 = torch.stack((*sums, _square(dw), _square(dy))).tolist()
         noise = v / (ratio - 1) if ratio > 1 else s  # at most
-        self.plan.measured(self.key, (noise, s, r / ratio, g - v - r, float(ratio > 1), 0.0, 0.0))
+        along = math.sqrt(s * max(s, dy2 * fourth / second)) if second > 0 else s
+        self.plan.measured(self.key, (noise, s, r / ratio, g - v - r, float(ratio > 1), 0.0, 0.0, along))
         return dw
 
     def bias_gradient(self, db: Tensor) -> None:
         """A bias's gradient: it has no noise but that of dY, and is a part of the whole gradient."""
-        self.plan.measured(self.key, (0.0, 0.0, 0.0, float(_square(db)), 0.0, 0.0, 0.0))
+        self.plan.measured(self.key, (0.0, 0.0, 0.0, float(_square(db)), 0.0, 0.0, 0.0, 0.0))
 
     def input_gradient(self, dx: Tensor) -> None:
         """The gradient that goes on."""
-        self.plan.measured(self.key, (0.0, 0.0, 0.0, 0.0, 0.0, float(_square(dx)), 1.0))
+        self.plan.measured(self.key, (0.0, 0.0, 0.0, 0.0, 0.0, float(_square(dx)), 1.0, 0.0))
 
     def _of_rows(self, residual: Compressed, dy: Tensor) -> tuple[Tensor, tuple[Tensor, ...], int]:
-        """dY^T X by the rows kept; S, what the others add to its variance and what rounding adds; the ratio."""
+        """dY^T X by the rows kept; S, what the others and what rounding add to its variance, and the sums of rows'
+        lengths to the fourth and to the second power; the ratio."""
         dw, packed = residual.outer(dy), residual.packed
         x, gradient = packed.reduced(), _squares(dy)
         sample = packed.sample(torch.float32)
         if sample is None:
-            terms, rounding = _squares(x) * gradient, _rounding(residual, x) * gradient
-            return dw, (terms.sum(), terms.new_zeros(()), rounding.sum()), 1
+            squares, rounding = _squares(x), _rounding(residual, x) * gradient
+            terms = squares * gradient
+            return dw, (terms.sum(), terms.new_zeros(()), rounding.sum(), *_powers(squares)), 1
         gradient, weight = gradient.index_select(0, sample[0]), sample[1]
-        terms, rounding = _squares(x) * gradient * weight, _rounding(residual, x) * gradient * weight.square()
+        squares, rounding = _squares(x), _rounding(residual, x) * gradient * weight.square()
+        terms = squares * gradient * weight
         ratio: int = packed.config.reduce.ratio  # type: ignore[union-attr]
-        return dw, (terms.sum(), (terms * (weight - 1)).sum(), rounding.sum()), ratio
+        return dw, (terms.sum(), (terms * (weight - 1)).sum(), rounding.sum(), *_powers(squares, weight)), ratio
 
     def _of_parts(self, residual: Residual, dy: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The same of a residual that keeps all rows, unpacked once for all."""
-        dw, (s, r) = None, dy.new_zeros((2,), dtype=torch.float32)
+        dw, (s, r, fourth, second) = None, dy.new_zeros((4,), dtype=torch.float32)
         for rows, x in parts(residual):
             own = dy[rows]
             gradient = _squares(own)
             dw = outer(x, own) if dw is None else dw.addmm_(own.T, x.to(own.dtype))
-            s, r = s + (_squares(x) * gradient).sum(), r + (_rounding(residual, x) * gradient).sum()
+            squares = _squares(x)
+            s, r = s + (squares * gradient).sum(), r + (_rounding(residual, x) * gradient).sum()
+            powers = _powers(squares)
+            fourth, second = fourth + powers[0], second + powers[1]
         assert dw is not None
-        return dw, (s, s.new_zeros(()), r)
+        return dw, (s, s.new_zeros(()), r, fourth, second)
 
     def norm(self, along: Tensor, dx: Tensor, variance: float, normalised: Tensor | None = None) -> None:
         """Of a norm: the square of what it subtracts along x_hat, 0-d, and dX, to which so much of it was added.
@@ -126,6 +134,11 @@ def _of_rows(blocks: Tensor, rows: int, width: int, block: int) -> Tensor:
     first, last = start // block, (start + width - 1) // block
     sums = F.pad(blocks.double().cumsum(0), (1, 0))
     return ((sums[last + 1] - sums[first]) / (last + 1 - first)).float()
+
+
+def _powers(squares: Tensor, weight: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """The sums of squared squares and of squares, of rows with these weights."""
+    return (squares.square() * weight).sum(), (squares * weight).sum()
 
 
 def _squares(x: Tensor) -> Tensor:

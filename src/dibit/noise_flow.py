@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-_ALIGNED = 0.15  # share of a norm's noise that lies along x_hat of the next one: W^T W x is near to x
+# Share of a norm's noise that lies along x_hat of the next one (W^T W x is near to x): of rows, and over columns.
+_ALIGNED, _ALIGNED_COLUMNS = 0.4, 0.15
 _MOST = 1e12  # q beyond which all is lost
 _COLUMNS = 0.3  # of S: what noise in the columns' means adds, times the variance and the norm's concentration
 
@@ -34,6 +35,7 @@ class Leaf:
     Attributes:
         noise: their variance by rows that are left out, at one row of two: it grows with (ratio - 1).
         terms: S, the sum of the squares of their terms.
+        along: the same for noise that is large in the rows where x is, as that of norms over columns tends to be.
         rounding: their variance by rounding where all rows are kept: it grows with the ratio.
         signal: their square, without noise.
         sampled, all_rows, fine: q of their dY at each level of the norms, but for that of factors of the recipe's bits:
@@ -42,11 +44,13 @@ class Leaf:
         most: the recipe's ratio.
         served: norms that keep all rows keep this input, too.
         outgoing: the square of the gradient of the input that one of its users passes on.
+        by_columns: some norm on the way to it is over columns.
         uneven: its rows are of so different lengths that they are chosen by |dY_n| |x_n|.
     """
 
     noise: float = 0.0
     terms: float = 0.0
+    along: float = 0.0
     rounding: float = 0.0
     signal: float = 0.0
     sampled: float = 0.0
@@ -59,6 +63,7 @@ class Leaf:
     most: int = 1
     served: bool = False
     outgoing: float = 0.0
+    by_columns: bool = False
     uneven: bool = False
     missed: int = 0  # steps in a row that were measured, but this was not there
 
@@ -69,8 +74,13 @@ class Leaf:
 
     def error(self, ratio: float, level: int, share: float = 1.0) -> float:
         """The squared error of the gradients."""
-        q = self.q(level, share)
-        return q * self.terms + (1 + q) * (self.noise * (ratio - 1) + self.rounding * ratio)
+        own = self.noise * (ratio - 1) + self.rounding * ratio
+        factors = self.q(level, share) - self.q(level, 0.0)
+        return self.path_error(level) + factors * self.terms + (1 + self.q(level, share)) * own
+
+    def path_error(self, level: int) -> float:
+        """The part of it that norms make."""
+        return self.q(level, 0.0) * max(self.terms, self.along * self.by_columns)
 
 
 @dataclass
@@ -136,12 +146,22 @@ class _Flow:
         return _Flow(self.energy, [*self.q], [*self.factors], [*self.columns], self.above)
 
     def join(self, other: _Flow) -> None:
-        """The sum of two gradients: their squares add up, and so do those of their noise."""
+        """The sum of two gradients: their squares add up, and so do those of their noise.
+
+        One whose square is not known, as of an output that the loss may not use, counts for nothing beside one whose
+        is; of two such the noisier one counts.
+        """
+        both = bool(self.energy) == bool(other.energy)
+        if not both and self.energy:
+            return
         whole = self.energy + other.energy
-        share = other.energy / whole if self.energy and other.energy else None
         for own, more in ((self.q, other.q), (self.factors, other.factors), (self.columns, other.columns)):
-            own[:] = (min(a, b) if share is None else a + share * (b - a) for a, b in zip(own, more, strict=True))
-        self.energy, self.above = whole, min(self.above, other.above)
+            if whole:
+                share = other.energy / whole
+                own[:] = (a + share * (b - a) for a, b in zip(own, more, strict=True))
+            else:
+                own[:] = map(max, own, more)
+        self.energy, self.above = whole, min(self.above, other.above) if both else other.above
 
     def times(self, factor: Factor) -> None:
         """Be multiplied by a factor: where its errors are independent, their variance adds up."""
@@ -153,8 +173,9 @@ class _Flow:
         self.above += 1
         for level in Level:
             v = variance(norm, level)
-            self.q[level] = min(self.q[level] * (1 + v * _ALIGNED) + v * norm.rho, _MOST)
-            self.factors[level] = min(self.factors[level] * (1 + v * _ALIGNED), _MOST)
+            growth = 1 + v * (_ALIGNED_COLUMNS if norm.concentration else _ALIGNED)
+            self.q[level] = min(self.q[level] * growth + v * norm.rho, _MOST)
+            self.factors[level] = min(self.factors[level] * growth, _MOST)
             self.columns[level] += _COLUMNS * v * norm.concentration
         self.energy = norm.outgoing or self.energy
 
@@ -171,7 +192,7 @@ def pass_down(
 
     Args:
         outputs: of the model.
-        began: sequence number of autograd's nodes from which on they are of this pass.
+        began: sequence number of autograd's nodes from which on they are looked at.
         leaves, norms, factors: by the names that the nodes have.
         variance: of what a norm keeps of x_hat, over its square.
     """
@@ -191,6 +212,7 @@ def pass_down(
         if x.grad_fn is not None:
             enter(x.grad_fn, _Flow())
     reached: dict[str, list[float]] = {}
+    by_columns: dict[str, bool] = {}
     while heap:
         node = heapq.heappop(heap)[2]
         flow = flows[node]
@@ -199,6 +221,7 @@ def pass_down(
         if (leaf := leaves.get(key)) is not None:
             q = [*(a + b for a, b in zip(flow.q, flow.columns, strict=True)), *flow.factors]
             reached[key] = [max(a, b) for a, b in zip(reached.get(key, q), q, strict=True)]
+            by_columns[key] = by_columns.get(key, False) or flow.columns[Level.ALL] > 0
             flow.energy = leaf.outgoing or flow.energy
         elif (norm := norms.get(key)) is not None:
             norm.above = flow.above
@@ -210,4 +233,5 @@ def pass_down(
                 enter(following, flow)
     for key, q in reached.items():
         leaf = leaves[key]
+        leaf.by_columns = by_columns[key]
         leaf.sampled, leaf.all_rows, leaf.fine, leaf.sampled_factors, leaf.all_rows_factors, leaf.fine_factors = q

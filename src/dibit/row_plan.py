@@ -41,7 +41,7 @@ _NEW, _LATER = 0.5, 0.75  # share of a new measurement in what is known: of the 
 _BACK = 0.7  # norms are sampled again where less than so much of the bound would be reached
 _NEAR = 1.1  # times the least error is near it
 _PATH = 0.25  # share of the bound for what comes by the way of dX: it is known up to a power of the depth only
-_MANY = 8  # passes before one step that are measured at most
+_MANY = 64  # passes before one step that are measured at most
 _GONE = 4  # what so many measured steps have not had is forgotten
 _FEW = 3  # norms of a model that are sampled as long as nothing is known
 _FIRST = 2  # ratio of linear inputs in a model of more, as long as nothing is known
@@ -53,14 +53,14 @@ _DEEP = 8  # norms behind one another, of which those next to the loss may keep 
 _NEXT = 0.45  # share of the norms that are next to the loss
 _FINE = 4  # bits of these
 _FINER = (4, 8)  # bits of factors, where the recipe's make too much noise
-_OF_LEAF, _OF_NORM, _OF_FACTOR = 7, 4, 2  # numbers of a measurement
+_OF_LEAF, _OF_NORM, _OF_FACTOR = 8, 4, 2  # numbers of a measurement
 _TERMS = 1  # place of S among a leaf's
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.LayerNorm)
 
 
 def norms_of(model: nn.Module) -> int:
     """How many norms are among the modules of a model."""
-    return sum(isinstance(module, _NORMS) for module in model.modules())
+    return sum(isinstance(module, _NORMS) or type(module).__name__ == "LayerNorm" for module in model.modules())
 
 
 def whole(config: Config, bits: int | None = None) -> Config:
@@ -95,6 +95,7 @@ class RowPlan:
     _count: int = 0  # norms among the model's modules, once they were counted
     _pending: dict[str, tuple[float, ...]] = field(default_factory=dict)
     _walks: int = 0  # since the last step
+    _since: int | None = None  # the first of autograd's nodes since then
 
     def expect(self, config: Config | None) -> None:
         """A module has this config: the least bound of all counts."""
@@ -175,9 +176,13 @@ class RowPlan:
         return replace(config, reduce=replace(config.reduce, ratio=ratio))
 
     def walk(self, outputs: Iterable[Tensor], began: int) -> None:
-        """Read off a finished forward pass how noisy the gradient of each leaf is; see `pass_down`."""
+        """Read off a finished forward pass how noisy the gradient of each leaf is; see `pass_down`.
+
+        Where parts of a model are called one after the other, the pass of the last one goes down through all.
+        """
         self._walks += 1
-        pass_down(outputs, began, self.leaves, self.norms, self.factors, self._variance)
+        self._since = began if self._since is None else min(began, self._since)
+        pass_down(outputs, self._since, self.leaves, self.norms, self.factors, self._variance)
 
     def predicted(self, level: int | None = None, ratios: Mapping[str, int] | None = None) -> float:
         """The squared error of the gradient over its square, at a level of the norms (by default the one chosen)."""
@@ -191,7 +196,7 @@ class RowPlan:
 
     def _path(self, level: int) -> float:
         """The part of it that norms make."""
-        return sum(leaf.q(level, share=0.0) * leaf.terms for leaf in self.leaves.values())
+        return sum(leaf.path_error(level) for leaf in self.leaves.values())
 
     def _share(self, finer: int) -> float:
         """Of the factors' variance, what is left at so many bits."""
@@ -209,7 +214,7 @@ class RowPlan:
 
     def decide(self) -> None:
         """Choose, after an optimiser's step."""
-        self._walks = 0
+        self._walks, self._since = 0, None
         was_due = self.passes >= self.due
         self.passes += 1
         measured = bool(self._pending and self.bound)
@@ -235,11 +240,12 @@ class RowPlan:
                 norm.concentration = concentration / times
             else:
                 leaf = self.leaves.setdefault(key, Leaf())
-                noise, terms, rounding, signal, sampled, outgoing, users = values
+                noise, terms, rounding, signal, sampled, outgoing, users, along = values
                 if not sampled and leaf.terms > 0:  # rows by their gradients make less noise than any rows would
                     noise = terms * min(1.0, leaf.noise / leaf.terms)
+                outgoing /= users or 1
                 self._learn(
-                    leaf, noise=noise, terms=terms, rounding=rounding, signal=signal, outgoing=outgoing / (users or 1)
+                    leaf, noise=noise, terms=terms, along=along, rounding=rounding, signal=signal, outgoing=outgoing
                 )
         self._forget()
         self._pending.clear()
@@ -347,7 +353,7 @@ class RowPlan:
             return
         scale = new / old
         for leaf in self.leaves.values():
-            for name in ("noise", "terms", "rounding", "signal", "outgoing"):
+            for name in ("noise", "terms", "along", "rounding", "signal", "outgoing"):
                 setattr(leaf, name, scale * getattr(leaf, name))
         for norm in self.norms.values():
             norm.outgoing *= scale
