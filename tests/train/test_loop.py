@@ -58,6 +58,35 @@ def test_learns_and_keeps_the_best(small: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
 
 
+@pytest.mark.parametrize(("flags", "bound"), [({}, 0.5), ({"recipe": "small"}, 1.0), ({"noise": 0.02}, 0.02)])
+def test_the_bound_of_the_noise(flags: dict[str, Any], bound: float) -> None:
+    config = compression_config(Settings.from_flat(flags).compression)
+    assert config is not None
+    assert config.noise == bound
+
+
+@pytest.mark.parametrize(
+    ("flags", "advice"),
+    [
+        ({"recipe": "default"}, "--noise 0.1 keeps more rows"),
+        ({"recipe": "default", "noise": 0.25}, "--noise 0.05 keeps more rows"),
+        ({"recipe": "iexact"}, "--recipe default bounds it"),
+    ],
+)
+def test_much_noise_is_said_once(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    flags: dict[str, Any], advice: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(Task, "noise", lambda *_: 7.0)
+    task = _task(small, quiet=False, epochs=30, **flags)
+    config = compression_config(task.settings.compression)
+    result = train_one(task, flags["recipe"], config, 0, tmp_path)
+    said = capsys.readouterr().err
+    assert said.count("the gradient's noise is 7.0 times its own square") == 1
+    assert advice in said
+    assert [epoch for epoch, _ in result.noise] == [1, 5, 9, 13, 19, 28]
+
+
 @pytest.mark.parametrize("recipe", ["none", "default", "iexact"])
 def test_going_on_gives_the_same_as_never_stopping(small: Path, tmp_path: Path, recipe: str) -> None:
     config = None if recipe == "none" else dibit.recipe(recipe)

@@ -172,6 +172,9 @@ def test_yaml_that_cannot_be_parsed(tmp_path: Path, text: str, sentence: str) ->
         ("--recipe none --bits 2", "--bits 2 has no meaning with --recipe none"),
         ("--recipe none --block row", "--block row has no meaning with --recipe none"),
         ("--recipe none --levels normal", "--levels normal has no meaning with --recipe none"),
+        ("--recipe none --noise 0.1", "--noise 0.1 has no meaning with --recipe none"),
+        ("--recipe iexact --noise 0.1", "--noise 0.1 has no meaning with --recipe iexact"),
+        ("--noise 0", "--noise is 0.0, expected a positive number"),
         ("--levels gaussian", "--levels is 'gaussian', expected one of uniform, normal."),
         ("--levels normla", "Did you mean 'normal'"),
         (

@@ -224,7 +224,8 @@ def measure(
         skip: rows of an earlier run, which are taken as they are.
 
     Returns:
-        {"epochs", "draws", "rows"}: a row a graph, network, epoch and setting, with `Training.error`'s numbers.
+        {"epochs", "draws", "rows"}: a row a graph, network, epoch and setting, with the draws that it was measured with
+        and `Training.error`'s numbers.
     """
     from dibit.reproduce.plan import load_prepared
 
@@ -242,7 +243,7 @@ def measure(
                 training.until(epoch)
                 note(f"{graph.name}: {cell}, epoch {epoch}, {setting}")
                 found = training.error(setting, draws)
-                row = {"graph": graph.name, **asdict(cell), "epoch": epoch, "setting": setting, **found}
+                row = {"graph": graph.name, **asdict(cell), "epoch": epoch, "setting": setting, "draws": draws, **found}
                 rows.append(row)
                 done(row)
     return {"epochs": sorted(epochs), "draws": draws, "rows": rows}

@@ -182,6 +182,7 @@ def train(settings: Settings, recipe: str, seed: int, folder: Path, note: Callab
     import warnings
     from dataclasses import replace
 
+    import dibit
     from dibit.train.data.load import load_graph
     from dibit.train.loop import train_one
     from dibit.train.task import Task, compression_config
@@ -206,6 +207,8 @@ def train(settings: Settings, recipe: str, seed: int, folder: Path, note: Callab
             best = value
             improvements.append([epoch, round(value, 6)])
     return {
+        "config": repr(compression_config(replace(settings.compression, recipe=recipe))),
+        "dibit": dibit.__version__,
         "graph": graph.fingerprint(),
         "test": result.test,
         "val": result.val,

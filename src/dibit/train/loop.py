@@ -79,11 +79,13 @@ class State:
     seconds: list[float] = field(default_factory=list)
     noise: list[tuple[int, float]] = field(default_factory=list)
     curve: list[tuple[int, float]] = field(default_factory=list)
+    steps: int = 0
     unmeasured: int = 0  # steps since noise was measured last
     warned: bool = False
 
 
-_NOISE_EVERY = 40  # steps, at least, between two measurements of noise: each costs two
+# Steps, at least, between two measurements of noise, each of which costs two: in the beginning, and later.
+_NOISE_SOON, _NOISE_EVERY = 4, 40
 _NOISY = 3.0  # above this, training is slowed down
 
 
@@ -198,7 +200,7 @@ class _Training:
             while self.state.epoch < optimisation.epochs and not self._out_of_patience():
                 self._epoch(log, progress)
                 state = self.state
-                noise = state.noise[-1][1] if state.noise else None
+                noise = state.noise[-1][1] if state.noise and state.noise[-1][0] == state.epoch else None
                 progress.epoch(state.epoch, state.loss[-1], state.last_val, state.seconds[-1], noise)
                 if on_epoch is not None:
                     on_epoch(state.epoch, optimisation.epochs)
@@ -225,7 +227,7 @@ class _Training:
         for number, batch in enumerate(self.batches, 1):
             mean, own = self.task.step(self.trained, self.optimizer, batch, self.scaler)
             total, rows = total + float(mean) * own, rows + own  # float: waits for a GPU
-            state.unmeasured += 1
+            state.steps, state.unmeasured = state.steps + 1, state.unmeasured + 1
             progress.within("batch", number, len(self.batches))
         if self.task.device.type == "cuda":
             torch.cuda.synchronize(self.task.device)
@@ -265,7 +267,8 @@ class _Training:
     def _noise(self, batch: MiniBatch, log: Any, progress: Progress) -> None:
         """Measure how much noise compression adds to the gradient, once in a while, and say so where it is much."""
         state = self.state
-        if not (self.compressed and self.world.first) or (state.noise and state.unmeasured < _NOISE_EVERY):
+        apart = min(_NOISE_EVERY, max(_NOISE_SOON, state.steps // 2))
+        if not (self.compressed and self.world.first) or (state.noise and state.unmeasured < apart):
             return
         state.unmeasured = 0
         found = self.task.noise(self.model, batch, self.scaler)
@@ -277,9 +280,17 @@ class _Training:
             state.warned = True
             progress.say(
                 f"{self.name}, epoch {state.epoch}: the gradient's noise is {found:.1f} times its own square, which "
-                "may slow training down; --recipe default keeps more rows where that helps, --bits 8 rounds less, and "
-                "--recipe none shows what compression costs."
+                f"may slow training down; {self._quieter()}, --bits 8 rounds less, and --recipe none shows what "
+                "compression costs."
             )
+
+    def _quieter(self) -> str:
+        """What to try first against noise."""
+        compression = self.settings.compression
+        if compression.recipe in ("exact", "iexact"):
+            return "--recipe default bounds it"
+        bound = 0.5 if compression.noise is None else compression.noise
+        return f"--noise {bound / 5:g} keeps more rows"
 
     def _out_of_patience(self) -> bool:
         patience = self.settings.optimisation.patience

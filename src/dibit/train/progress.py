@@ -55,7 +55,7 @@ class Progress:
             loss: Of the training nodes.
             val: Last validation result, 0 to 1.
             seconds: Of the training step.
-            noise: Squared error of the gradient over its square, as measured last.
+            noise: Squared error of the gradient over its square, where it was measured after this epoch.
         """
         shown = "-" if val is None else f"{100 * val:.2f} %"
         noisy = "" if noise is None else f"noise {noise:.2g}  "

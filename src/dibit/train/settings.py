@@ -253,12 +253,15 @@ class CompressionSettings:
         levels: 'uniform', or 'normal' (i-EXACT's levels of least variance for a clipped normal), instead of the
             recipe's own; what the recipe rounds with a dither, which needs uniform levels, is then rounded
             stochastically.
+        noise: Bound on the squared error of the gradient over its square, beyond which more rows are kept, instead of
+            the recipe's own: 0.5 of 'default', 1 of 'small'.
     """
 
     recipe: str = "default"
     bits: int | None = None
     block: int | Literal["row"] | None = None
     levels: str | None = None
+    noise: float | None = None
 
     def check(self) -> None:
         """Raise `UserError` for a value that cannot be meant."""
@@ -273,7 +276,14 @@ class CompressionSettings:
             raise UserError(f"--block is {shown(self.block)}, expected a whole number of at least 1, or 'row'.")
         if self.levels is not None:
             _one_of("levels", self.levels, LEVELS)
-        for name in ("bits", "block", "levels"):
+        if self.noise is not None:
+            _positive("noise", self.noise)
+            if self.recipe in ("exact", "iexact"):
+                raise UserError(
+                    f"--noise {self.noise} has no meaning with --recipe {self.recipe}, which keeps parts of all rows; "
+                    "take --recipe default or small, or leave it out."
+                )
+        for name in ("bits", "block", "levels", "noise"):
             if self.recipe == "none" and getattr(self, name) is not None:
                 raise UserError(
                     f"--{name} {getattr(self, name)} has no meaning with --recipe none, which keeps "

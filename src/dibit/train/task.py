@@ -232,7 +232,7 @@ def compressed(model: nn.Module, config: dibit.Config | None) -> nn.Module:
 
 
 def compression_config(settings: CompressionSettings) -> dibit.Config | None:
-    """Return the recipe's config with the settings' bits, block and levels, also for norm layers; None for "none".
+    """Return the recipe's config with the settings' changes (all but the noise also for norm layers); None for "none".
 
     Raises:
         UserError: The combination is not possible.
@@ -244,7 +244,8 @@ def compression_config(settings: CompressionSettings) -> dibit.Config | None:
     try:
         config = dibit.recipe(settings.recipe)
         norm = None if config.norm is None else _changed(config.norm, changes)
-        return replace(_changed(config, changes), norm=norm)
+        noise = config.noise if settings.noise is None else settings.noise
+        return replace(_changed(config, changes), norm=norm, noise=noise)
     except (TypeError, ValueError) as error:
         raise UserError(f"--recipe {settings.recipe} cannot be changed so: {error}") from error
 
