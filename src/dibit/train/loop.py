@@ -166,6 +166,8 @@ class _Training:
         self.batches = task.batches(seed)
         loaded = checkpoint.of_this_training(folder / CHECKPOINT, self.identity) if resume else None
         self.measured = Measured(**loaded["measured"]) if loaded else self._measure(config)
+        # of the trained model, once the training has come to its end
+        self.measured_last = Measured(**loaded.get("measured_last", loaded["measured"])) if loaded else self.measured
         self.compressed = config is not None
         compressed(self.model, config)  # in place
         self.optimizer = adam(self.model, self.settings.optimisation)
@@ -182,6 +184,14 @@ class _Training:
         """Of the model as it is, compressed first if there is a config."""
         found = measure(self.task, self.model, config, self.batches) if self.world.first else None
         return self.world.shared(found)
+
+    def _measure_again(self) -> Measured:
+        """Of the trained model; no draw of any generator is lost, should the training go on."""
+        state, given = generators.state(self.task.device), stream.given()
+        found = self._measure(None)
+        generators.restore(state, self.task.device)
+        stream.go_on(**given)
+        return found
 
     def run(self, on_epoch: Callable[[int, int], None] | None, nothing_follows: bool) -> Result:
         """Train to the end."""
@@ -206,7 +216,7 @@ class _Training:
                     on_epoch(state.epoch, optimisation.epochs)
                 last = state.epoch == optimisation.epochs or self._out_of_patience()
                 if last and self.compressed:  # more rows may be kept by now
-                    self.measured = self.measured.largest(self._measure(None))
+                    self.measured_last = self._measure_again()
                 stopped = bool(self.world.sums(stop.is_set())[0])  # of one, of all
                 if last or stopped or state.epoch % every == 0:
                     self._save()
@@ -327,6 +337,7 @@ class _Training:
                 **self.identity,
                 "state": asdict(self.state),
                 "measured": asdict(self.measured),
+                "measured_last": asdict(self.measured_last),
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "best": self.best,
@@ -370,7 +381,7 @@ class _Training:
         )
 
     def _result(self) -> Result:
-        state = self.state
+        state, measured = self.state, self.measured.largest(self.measured_last)
         return Result(
             recipe=self.name,
             seed=self.seed,
@@ -378,9 +389,9 @@ class _Training:
             val=state.val,
             best_epoch=state.best_epoch,
             epochs=state.epoch,
-            saved_bytes=self.measured.saved,
-            plain_bytes=self.measured.plain,
-            peak_bytes=self.measured.peak,
+            saved_bytes=measured.saved,
+            plain_bytes=measured.plain,
+            peak_bytes=measured.peak,
             seconds_per_epoch=statistics.median(state.seconds),
             loss=state.loss,
             noise=[(epoch, value) for epoch, value in state.noise],
