@@ -46,6 +46,7 @@ class Leaf:
         outgoing: the square of the gradient of the input that one of its users passes on.
         by_columns: some norm on the way to it is over columns.
         uneven: its rows are of so different lengths that they are chosen by |dY_n| |x_n|.
+        missed: steps in a row that were measured, but this was not there.
     """
 
     noise: float = 0.0
@@ -65,7 +66,7 @@ class Leaf:
     outgoing: float = 0.0
     by_columns: bool = False
     uneven: bool = False
-    missed: int = 0  # steps in a row that were measured, but this was not there
+    missed: int = 0
 
     def q(self, level: int, share: float = 1.0) -> float:
         """Of the noise in dY, with so much of the factors' variance as their bits leave."""
@@ -95,6 +96,7 @@ class Norm:
         above: norms between it and the loss, at least.
         elements: of its input.
         ratio: the recipe's, for so many rows.
+        missed: as of a leaf.
     """
 
     rho: float = 0.0
@@ -115,6 +117,7 @@ class Factor:
         elements: of it.
         bits: of its config.
         fixed: it keeps these, whatever the error is.
+        missed: as of a leaf.
     """
 
     variance: float = 0.0
