@@ -48,8 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, metavar="N", help="Rounds of the timing (default: 4, full: 7).")
     group = parser.add_argument_group(
         "tuned",
-        "Published settings, splits and numbers of seeds and epochs; --seeds K takes the seeds below K, --epochs N fewer "
-        "epochs.",
+        "Published settings, splits, seeds and epochs; --seeds K takes the seeds below K, --epochs N fewer epochs.",
     )
     names = f"{', '.join(tuned.CELLS)}, or all (default: {' and '.join(tuned.FIRST)})"
     group.add_argument("--cell", nargs="+", metavar="CELL", default=[], help=f"Graphs and models: {names}.")
