@@ -287,6 +287,15 @@ class TestFactors:
         assert (config.bits, config.levels) == ((finer, "uniform") if finer else (2, "normal"))
         assert plan.factor_config("g", Config(bits=2), 1000, True).bits == 2
 
+    def test_no_bits_are_spent_where_norms_have_done_all_they_can(self) -> None:
+        """Their share of the bound is exceeded at their last level, the bound is not: finer factors would not help."""
+        plan = RowPlan(bound=0.5, passes=9, due=9)
+        plan.leaves["x"] = Leaf(terms=1.0, signal=1.0, sampled=9.0, all_rows=0.3, fine=0.3, all_rows_factors=0.01)
+        plan.factors["f"] = Factor(0.01, 1000, 2)
+        plan.measured("f", (0.01, 1.0))
+        plan.decide()
+        assert (plan.level, plan.finer) == (Level.ALL, 0)
+
     @pytest.mark.parametrize("config", [Config(bits=2, block=128), Config(bits=4, block=16), Config(bits=1, block=64)])
     def test_their_variance_is_that_of_the_codec(self, config: Config) -> None:
         torch.manual_seed(0)
@@ -931,6 +940,27 @@ class TestWhatIsLearnt:
         (leaf,) = [leaf for key, leaf in own.scores.plan.leaves.items() if key.startswith("last")]
         passes = len(drawn)  # added up; half of the terms are the other layer's
         assert leaf.rounding / passes / 2 == pytest.approx(float(spread), rel=0.5)
+
+    @pytest.mark.parametrize("norm", ["batch", "layer"])
+    def test_what_is_measured_part_by_part_is_what_is_measured_at_once(
+        self, norm: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        torch.manual_seed(0)
+        model = Served(norm, "relu", 0.5)
+        length = torch.linspace(-3, 3, 4000)[:, None].exp()  # the parts differ
+        x, readout = length * torch.randn(4000, D), torch.randn(4000, 6) / length
+        found = []
+        for part in (1 << 20, 1 << 12):
+            monkeypatch.setattr("dibit.codec.reference.PART", part)
+            own = keeps_all_rows(copy.deepcopy(model), QUIET)
+            torch.manual_seed(1)
+            (own(x) * readout).sum().backward()
+            state = state_of(own)
+            assert state is not None
+            found.append(state.scores.plan._pending)
+        assert found[0].keys() == found[1].keys()
+        for key, values in found[0].items():
+            assert values == pytest.approx(found[1][key], rel=1e-3), key
 
     @pytest.mark.parametrize(("width", "block"), [(16, 16), (16, 128), (32, 64), (64, 128), (64, 16)])
     @pytest.mark.parametrize("power", [0.0, -1.0, 1.0])

@@ -77,7 +77,7 @@ class Meter:
             gradient = _squares(own)
             dw = outer(x, own) if dw is None else dw.addmm_(own.T, x.to(own.dtype))
             squares = _squares(x)
-            s, r = s + (squares * gradient).sum(), r + (_rounding(residual, x) * gradient).sum()
+            s, r = s + (squares * gradient).sum(), r + (_rounding(residual, x, rows.start) * gradient).sum()
             powers = _powers(squares)
             fourth, second = fourth + powers[0], second + powers[1]
         assert dw is not None
@@ -109,8 +109,12 @@ def concentration(x: Tensor) -> Tensor:
     return gram.square().sum() / gram.diagonal().sum().square().clamp(min=torch.finfo(gram.dtype).tiny)
 
 
-def _rounding(residual: Residual, x: Tensor) -> Tensor:
-    """The variance by rounding of each row of what is kept (rows, D), summed over its elements, about."""
+def _rounding(residual: Residual, x: Tensor, start: int = 0) -> Tensor:
+    """The variance by rounding of each row of what is kept (rows, D), summed over its elements, about.
+
+    Args:
+        start: which of all rows the first of these is.
+    """
     norm: Any = residual
     gain: Any = 1.0
     while isinstance(norm, Passed):
@@ -125,13 +129,14 @@ def _rounding(residual: Residual, x: Tensor) -> Tensor:
     bins = ((ranges[:, 1].float() - ranges[:, 0].float()) / (2**config.bits - 1)).square()
     share = gain / (12 if config.rounding == "dither" else 6)
     filled = torch.cat([torch.count_nonzero(part, dim=1) for part in x.split(_ROWS)])
-    return filled * _of_rows(bins, x.shape[0], x.shape[1], residual.packed.block) * share  # zeros stay zeros, nearly
+    own = _mean_of_blocks(bins, start, x.shape[0], x.shape[1], residual.packed.block)
+    return filled * own * share  # zeros stay zeros, nearly
 
 
-def _of_rows(blocks: Tensor, rows: int, width: int, block: int) -> Tensor:
-    """The mean over the blocks that each row lies in, (rows,), of what blocks of elements have."""
-    start = torch.arange(rows, device=blocks.device) * width
-    first, last = start // block, (start + width - 1) // block
+def _mean_of_blocks(blocks: Tensor, start: int, rows: int, width: int, block: int) -> Tensor:
+    """The mean over the blocks that a row lies in, of what blocks of elements have; of `rows` rows from `start` on."""
+    begin = torch.arange(start, start + rows, device=blocks.device) * width
+    first, last = begin // block, (begin + width - 1) // block
     sums = F.pad(blocks.double().cumsum(0), (1, 0))
     return ((sums[last + 1] - sums[first]) / (last + 1 - first)).float()
 

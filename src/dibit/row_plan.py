@@ -1,17 +1,19 @@
 r"""How many rows each residual keeps, chosen by the error that earlier passes have measured (`Config.noise`).
 
-Two kinds of noise meet in a weight gradient :math:`dW = \sum_n dY_n^T x_n`, whose terms have the sum of squares
+Three kinds of noise meet in a weight gradient :math:`dW = \sum_n dY_n^T x_n`, whose terms have the sum of squares
 :math:`S = \sum_n |dY_n|^2 |x_n|^2`:
 
 - of a *leaf*, the input x, which enters no other gradient: rows that are not kept, and rounding. Both are measured.
-- of *path* residuals: what norms nearer to the loss have added to dY. If its square is q times that of dY, row by row,
-  it adds q S. A norm whose residual has the variance v (one row of r: r - 1; 2 bits: 0.2) adds :math:`v \rho` to its
-  dX, :math:`\rho` being the square of what it subtracts along :math:`\hat x` over that of dX, and multiplies what came
-  by :math:`1 + v a`, a being the same share of the noise, of which more lies along :math:`\hat x` than of the gradient.
-  So :math:`q_{k-1} = (1 + v a) q_k + v \rho_k` down the norms from the loss. Where gradients meet (h + f(h)), their
-  squares add up, and so do those of the noise. Norms over columns (BatchNorm) add noise in the columns' means
-  besides, the same for all rows: the more of it the fewer directions the rows of :math:`\hat x` spread over, as where
-  neighbours have been averaged often.
+- of norms, *path* residuals: what those nearer to the loss have added to dY. If its square is q times that of dY,
+  row by row, it adds q S. A norm whose residual has the variance v (one row of r: r - 1; 2 bits: 0.2) adds
+  :math:`v \rho` to its dX, :math:`\rho` being the square of what it subtracts along :math:`\hat x` over that of dX. It
+  multiplies what came by :math:`1 + v a`, a being the same share of the noise, of which more lies along
+  :math:`\hat x` than of the gradient. So :math:`q_{k-1} = (1 + v a) q_k + v \rho_k` down the norms from the loss. Where
+  gradients meet (h + f(h)), their squares add up, and so do those of the noise. Norms over columns (BatchNorm) add
+  noise in the columns' means besides, the same for all rows: the more of it the fewer directions the rows of
+  :math:`\hat x` spread over, as where neighbours have been averaged often.
+- of *factors*, which multiply the gradient element by element, such as derivatives of smooth activations: their
+  variance over their square adds to q.
 
 docs/gradient-error.md derives this. Where the sum would exceed the bound, more rows are kept: all of them by norms,
 which then serve the linear layers behind them too, or more of those by linear layers, whichever takes fewer bytes.
@@ -74,7 +76,7 @@ class RowPlan:
 
     Attributes:
         bound: on the squared error of the gradient over its square; 0: nothing is measured.
-        leaves, norms, factors: by residual and by norm.
+        leaves, norms, factors: by the name of the residual or norm.
         ratios: by residual, rows of which one is kept, where that is not the recipe's.
         level: what norms keep; `None`: not decided.
         finer: bits of factors at least; 0: the recipe's.
@@ -264,7 +266,7 @@ class RowPlan:
             ratios = self._within(bound, level, share)
             error, path = self._error(level, ratios, share), self._path(level)
             choice = self._bytes(level, ratios, finer), -level, finer, ratios
-            if error <= bound and ((level, finer) == (levels[-1], bits[-1]) or path <= _PATH * bound):
+            if error <= bound and (level is levels[-1] or path <= _PATH * bound):
                 within.append(choice)
             beyond.append((max(error, path / _PATH), choice))
         if not within:
@@ -369,26 +371,27 @@ class RowPlan:
     def _within(self, bound: float, level: int, share: float = 1.0) -> dict[str, int]:
         """The ratios of least bytes whose error is within a bound or, if that is out of reach, near the least error."""
         free = {key: leaf for key, leaf in self.leaves.items() if self._ratio(key, level, {}) > 1}
-        fixed = sum(leaf.error(1, level, share) for key, leaf in self.leaves.items() if key not in free)
+        least = sum(leaf.error(1, level, share) for leaf in self.leaves.values())
+        # an error grows with its ratio in a straight line
+        slopes = {key: leaf.error(2, level, share) - leaf.error(1, level, share) for key, leaf in free.items()}
 
         def ratios(price: float) -> dict[str, int]:
             """Where a byte less would cost more error than `price`, the ratio is as small as that asks for."""
             chosen = {}
             for key, leaf in free.items():
-                slope = leaf.error(2, level, share) - leaf.error(1, level, share)
-                best = math.sqrt(price * leaf.elements / slope) if slope > 0 else math.inf
+                best = math.sqrt(price * leaf.elements / slopes[key]) if slopes[key] > 0 else math.inf
                 chosen[key] = int(max(1, min(leaf.most, best)))
             return chosen
 
         def error(chosen: Mapping[str, int]) -> float:
-            return fixed + sum(leaf.error(chosen[key], level, share) for key, leaf in free.items())
+            return least + sum(slopes[key] * (ratio - 1) for key, ratio in chosen.items())
 
         if error({key: leaf.most for key, leaf in free.items()}) <= bound:
             return {}
-        bound = max(bound, _NEAR * error(dict.fromkeys(free, 1)))
+        bound = max(bound, _NEAR * least)
         low, high = -60.0, 60.0  # powers of e around error per element
         scale = sum(leaf.terms for leaf in free.values()) / max(1, sum(leaf.elements for leaf in free.values()))
-        for _ in range(50):
+        for _ in range(40):
             middle = (low + high) / 2
             low, high = (middle, high) if error(ratios(scale * math.exp(middle))) <= bound else (low, middle)
         return ratios(scale * math.exp(low))
