@@ -213,3 +213,39 @@ def test_another_matrix_on_the_same_row_pointers() -> None:
     dibit.compress(net, Config(reduce=Sample(2)))
     for _ in range(3):
         assert set(kept_rows(net, x, a, rows).values()) == {N}
+
+
+class Signed(torch.autograd.Function):
+    """A user's own row-by-row operation, which says how far its gradient goes."""
+
+    hops: int | None = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.hops = Signed.hops
+        ctx.save_for_backward(x.sign())
+        return x.abs()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return dy * ctx.saved_tensors[0]
+
+
+class SignedNorm(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.erfc(x)
+
+
+@pytest.mark.parametrize(("hops", "expected"), [(0, {8, 6, 4}), (None, {N, 4}), (1, {N, 4})])
+def test_a_rule_of_the_users_own_says_how_far_its_gradient_goes(
+    hops: int | None, expected: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Signed, "hops", hops)  # 1 without a matrix: along edges that nobody knows
+    x, a, rows = inputs()
+    net = Net(SignedNorm)
+    dibit.compress(net, Config(reduce=Sample(2)), rules={torch.erfc: lambda step, x: Signed.apply(x)})
+    kept_rows(net, x, a, rows)
+    assert set(kept_rows(net, x, a, rows).values()) == expected

@@ -105,8 +105,8 @@ def distances(outputs: Iterable[Tensor], matrix: tuple[Any, ...] | None) -> dict
         there = None if here is None or own is None else here + own
         for residual, _ in getattr(node, "layout", ()):
             if key := getattr(residual, "key", ""):
-                # a fused aggregation has gone back over the edges before its residual is used
-                used = here if not _fused(node) else there
+                # a fused aggregation has gone back over the edges before its residual is used: `ctx.residual_hops`
+                used = there if getattr(node, "residual_hops", 0) else here
                 found[key] = _further(found[key], used) if key in found else used
         for following, _ in node.next_functions:
             if following is not None:
@@ -135,32 +135,18 @@ def _in_order(starts: Iterable[Any]) -> Iterator[Any]:
     return reversed(order)
 
 
-def _fused(node: Any) -> bool:
-    from dibit.functions.linear import AggregatedLinear
-
-    return _is(node, AggregatedLinear)
-
-
-def _is(node: Any, *functions: Any) -> bool:
-    """Whether a node of the graph belongs to one of these `autograd.Function`s."""
-    return isinstance(node, tuple(function._backward_cls for function in functions))
-
-
 def _aggregations(node: Any, matrix: tuple[Any, ...] | None) -> int | None:
-    """Steps along the edges that a gradient takes in this node; `None` where it may reach any row."""
-    from dibit.functions import activation, add, aggregate, dropout, linear, norm
+    """Steps along the edges that a gradient takes in this node; `None` where it may reach any row.
 
+    An `autograd.Function` says it itself, in its forward pass: `ctx.hops`, 0 or 1; of 1, also along whose edges, by
+    `ctx.matrix`, a matrix's pattern.
+    """
+    hops: int | None = getattr(node, "hops", None)
+    if hops is not None:
+        return hops if hops == 0 or (matrix is not None and getattr(node, "matrix", None) == matrix) else None
     name = type(node).__name__
-    if _is(node, aggregate.Aggregate, linear.AggregatedLinear):
-        return 1 if node.matrix == matrix else None
-    if _is(node, linear.Linear, activation.Elementwise, dropout.SeededDropout, dropout.MaskedDropout, add.Add):
-        return 0
-    if _is(node, norm.LayerNorm):
-        return 0 if len(node.shape) == 1 else None
-    if _is(node, norm.BatchNorm):
-        return None if node.training else 0
     if name in _ROW_BY_ROW or name == "AccumulateGrad":
         return 0
     if name in _LAST_DIMENSION:
-        return 0 if node._saved_dim in (1, 2**64 - 1, -1) else None
+        return 0 if getattr(node, "_saved_dim", None) in (1, 2**64 - 1, -1) else None
     return None

@@ -20,7 +20,6 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 
 from dibit import inner_gradient
-from dibit.foreign import is_a
 from dibit.identity import storage_key, storages, strided
 from dibit.masks import DROPOUTS, Calls, hooks_free, run_away, transformed
 from dibit.replay import functions
@@ -153,7 +152,7 @@ class Intercept(TorchFunctionMode):
         tell_of_writes(step, func, args, kwargs)
         result = NotImplemented
         if rule is not None and keeps and not (func in DROPOUTS and self.calls.torchs(step.config, func)):
-            result = run_rule(step, func, rule, args, kwargs)
+            result = step.run_rule(func, rule, args, kwargs)
             step.seen += result is not NotImplemented
         if result is NotImplemented and func in DROPOUTS:
             result = self.calls.masked(step.configs[-1], func, args, kwargs)
@@ -192,29 +191,3 @@ class Intercept(TorchFunctionMode):
             return run_away(self, func, args, kwargs)
         finally:
             step.exact_within = before
-
-
-def run_rule(step: Step, func: Any, rule: Rule, args: Any, kwargs: Any) -> Any:
-    """Call a rule; an entry in the ledger is opened for it and dropped where it declines."""
-    for x in (*args, *kwargs.values()):
-        if is_a(x, Tensor) and (not (parts := storages(x)) or (parts[0] is x and not x.numel())):
-            return NotImplemented  # of nothing there is nothing to win, and no rows of a width can be told
-    step.open(func)
-    step.inside, step.factor = True, ""
-    try:
-        result = rule(step, *args, **kwargs)
-    finally:
-        step.inside = False
-        row, step.row = step.row, None
-    if step.factor:
-        _name_node(result, step.factor)
-    if result is NotImplemented and step.ledger is not None and row is not None:
-        step.ledger.rows.remove(row)
-    return result
-
-
-def _name_node(result: Any, name: str) -> None:
-    """Let the walk through autograd's graph know what multiplies the gradient here."""
-    node = getattr(result, "grad_fn", None)
-    if isinstance(node, torch.autograd.function.BackwardCFunction) and not getattr(node, "measured", ""):
-        node.measured = name  # type: ignore[attr-defined]

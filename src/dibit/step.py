@@ -40,7 +40,7 @@ from dibit.residual import (
 )
 from dibit.row_plan import UNEVEN
 from dibit.score_table import Watch
-from dibit.state import State
+from dibit.state import Rule, State
 from dibit.stream import Key, capturing, replayed_key
 from dibit.tape import SMALL, Node, Tape, nbytes
 
@@ -106,6 +106,26 @@ class Step:
                 self._hold(x, f"tensor {number} among the arguments of {name or type(state.root).__name__!r}")
         for attribute, x in state.constants():
             self._hold(x, f"{attribute!r} of the model")
+
+    # -- rules ------------------------------------------------------------------------------------------------------
+
+    def run_rule(self, func: Any, rule: Rule, args: Any, kwargs: Any) -> Any:
+        """Call a rule; an entry in the ledger is opened for it and dropped where it declines."""
+        for x in (*args, *kwargs.values()):
+            if is_a(x, Tensor) and (not (parts := storages(x)) or (parts[0] is x and not x.numel())):
+                return NotImplemented  # of nothing there is nothing to win, and no rows of a width can be told
+        self.open(func)
+        self.inside, self.factor = True, ""
+        try:
+            result = rule(self, *args, **kwargs)
+        finally:
+            self.inside = False
+            row, self.row = self.row, None
+        if self.factor:
+            _name_node(result, self.factor)
+        if result is NotImplemented and self.ledger is not None and row is not None:
+            self.ledger.rows.remove(row)
+        return result
 
     # -- randomness -------------------------------------------------------------------------------------------------
 
@@ -769,6 +789,13 @@ class Step:
             kept.x = kept.x.detach()  # a tensor of its own, to be told from those of others
             self._leaves.setdefault(storage_key(kept.x), []).append(kept)
         return kept
+
+
+def _name_node(result: Any, name: str) -> None:
+    """Let the walk through autograd's graph know what multiplies the gradient here."""
+    node = getattr(result, "grad_fn", None)
+    if isinstance(node, torch.autograd.function.BackwardCFunction) and not getattr(node, "measured", ""):
+        node.measured = name  # type: ignore[attr-defined]
 
 
 def _by_gradient(config: Config) -> bool:

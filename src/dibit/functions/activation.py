@@ -36,6 +36,7 @@ class Elementwise(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, plain: Callable[[Tensor], Tensor], slope: Mask | Residual | Slope, inplace: bool
     ) -> Tensor:
+        ctx.hops = 0
         ctx.cell = None
         if isinstance(slope, Slope):
             ctx.cell = slope

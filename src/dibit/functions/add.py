@@ -15,11 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dibit.buffers import empty_like, large
-from dibit.functions.aggregate import Aggregate
 from dibit.functions.common import dense, first_order
-from dibit.functions.linear import AggregatedLinear, Linear, MatMul
-from dibit.functions.norm import BatchNorm
-from dibit.intercept import run_rule
 from dibit.step import Step
 
 
@@ -28,6 +24,7 @@ class Add(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, over: bool) -> Tensor:
+        ctx.hops, ctx.fresh_result = 0, True
         if over:
             ctx.mark_dirty(b)
             return b.add_(a)  # the bits of a + b
@@ -37,12 +34,6 @@ class Add(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         return dy, dy, None
-
-
-# Functions that return a fresh tensor and keep nothing of it.
-_MADE_HERE = tuple(
-    function._backward_cls for function in (Linear, AggregatedLinear, MatMul, Aggregate, BatchNorm, Add)
-)  # fmt: skip
 
 
 def add(step: Step, input: Any, other: Any, *, alpha: Any = 1, out: Any = None) -> Any:
@@ -63,7 +54,7 @@ def add(step: Step, input: Any, other: Any, *, alpha: Any = 1, out: Any = None) 
 
 def _nobody_keeps(x: Tensor) -> bool:
     """Whether x is Dibit's own result, and neither autograd nor a hook nor another tensor holds its memory."""
-    if not isinstance(x.grad_fn, _MADE_HERE) or x._backward_hooks or x.retains_grad:
+    if not getattr(x.grad_fn, "fresh_result", False) or x._backward_hooks or x.retains_grad:
         return False
     storage = x.untyped_storage()  # itself the second reference
     return x._use_count() == 1 and torch._C._storage_Use_Count(storage._cdata) == 2  # type: ignore[attr-defined]
@@ -95,7 +86,9 @@ class _Probe(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        return run_rule(self, func, self.count, args, kwargs) if func is Tensor.add else func(*args, **kwargs)  # type: ignore[arg-type]
+        if func is not Tensor.add:
+            return func(*args, **kwargs)
+        return Step.run_rule(self, func, self.count, args, kwargs)  # type: ignore[arg-type]
 
     def open(self, function: Any) -> None:
         pass

@@ -64,6 +64,7 @@ class Aggregate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrix: Tensor, reduce: str | None, graph: Graph) -> Tensor:
+        ctx.hops, ctx.fresh_result = 1, True
         save(ctx, *graph.parts)
         ctx.graph, ctx.matrix = graph.bind(()), graph.pattern
         return product(matrix, x, reduce)

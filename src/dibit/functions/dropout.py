@@ -19,6 +19,7 @@ class SeededDropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Reseeded, inplace: bool) -> Tensor:
+        ctx.hops = 0
         save(ctx, residual)
         if inplace:
             ctx.mark_dirty(x)
@@ -65,6 +66,7 @@ class MaskedDropout(torch.autograd.Function):
             y = x.copy_(y) if inplace else y
             step.plain(kept.nbytes)
         made.append(step.note(mask))
+        ctx.hops = 0
         save(ctx, mask)
         ctx.keep = 1 - p
         if inplace:

@@ -26,6 +26,7 @@ class Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Any, low: torch.dtype | None,
         meter: Meter | None,
     ) -> Tensor:  # fmt: skip
+        ctx.hops, ctx.fresh_result = 0, True
         save(ctx, residual, weight if ctx.needs_input_grad[0] else None)
         _measure(ctx, meter)
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
@@ -54,6 +55,8 @@ class AggregatedLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, aggregate: Tensor, watched: Any, residual: Any,
         graph: Graph, low: torch.dtype | None, meter: Meter | None,
     ) -> Tensor:  # fmt: skip
+        ctx.hops = ctx.residual_hops = 1
+        ctx.fresh_result = True
         _measure(ctx, meter)
         save(ctx, residual, weight, *graph.parts)
         ctx.graph, ctx.aggregate, ctx.matrix = graph.bind(()), watched, graph.pattern
@@ -88,6 +91,7 @@ class MatMul(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, c: Tensor | None, beta: float, alpha: float, residual: Any,
         low: torch.dtype | None, meter: Meter | None,
     ) -> Tensor:  # fmt: skip
+        ctx.fresh_result = True
         save(ctx, residual, weight if ctx.needs_input_grad[0] else None)
         _measure(ctx, meter)
         ctx.scale = beta, alpha

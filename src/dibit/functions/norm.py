@@ -69,6 +69,7 @@ class BatchNorm(torch.autograd.Function):
         save(ctx, None if ctx.shared else outer, inner, inverse, weight)
         ctx.training, ctx.dtypes = training, (x.dtype, weight.dtype if weight is not None else None)
         ctx.format = _format(x)
+        ctx.hops, ctx.fresh_result = None if training else 0, True
         y = own(y)
         if x.dim() == 2 or rows_of_one(x):  # of others the channels are moved to the end
             step.normed(y if x.dim() == 2 else y[0].t(), inner, weight, bias)
@@ -143,6 +144,7 @@ class LayerNorm(torch.autograd.Function):
         ctx.meter = step.meter(place)
         ctx.measured = ctx.meter.key if ctx.meter else ""
         ctx.shape, ctx.dtypes = shape, (x.dtype, y.dtype if weight is None else weight.dtype)
+        ctx.hops = 0 if len(shape) == 1 else None
         step.normed(y, outer, weight, bias)
         return y
 
