@@ -66,6 +66,4 @@ class Portable:
 
 def revive(nothing: Any, kind: str) -> Portable:
     """An empty object of this kind, for a pickle to fill."""
-    import dibit.compress  # noqa: F401 - all kinds are known then
-
     return object.__new__(Portable.kinds[kind])

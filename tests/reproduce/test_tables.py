@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from dibit.reproduce.tables import Cell, Column, print_section, table
+from dibit.reproduce.tables import Cell, Column, table
+from dibit.reproduce.terminal import print_section
 from dibit.train.errors import UserError
 from tests.reproduce.examples import all_sections, section
 
@@ -107,7 +108,7 @@ def test_columns_that_hold_nothing_are_left_out() -> None:
 
 def test_importing_dibit_stays_light() -> None:
     program = (
-        "import sys, dibit.reproduce.report, dibit.reproduce.tables\n"
+        "import sys, dibit.reproduce.report, dibit.reproduce.terminal\n"
         "print([name for name in ('matplotlib', 'rich') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -111,7 +111,7 @@ def reproduce(argv: Sequence[str]) -> int:
 def _run(run: Reproduction, section: str) -> None:
     """Measure one section, and write it after every measurement."""
     from dibit.reproduce.report import render
-    from dibit.reproduce.tables import print_section
+    from dibit.reproduce.terminal import print_section
 
     experiment = importlib.import_module(f"dibit.reproduce.{section}")
     units = experiment.units(run)
