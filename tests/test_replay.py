@@ -13,7 +13,7 @@ from torch_geometric.nn import GCN, GATConv, GATv2Conv, GraphSAGE, TransformerCo
 
 import dibit
 from dibit import Config
-from dibit.identity import storage_key
+from dibit._torch.storage_identity import storage_key
 from dibit.tape import PURE, Tape
 
 N, DEGREE = 1500, 14

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from dibit.identity import storages
+from dibit._torch.storage_identity import storages
 from dibit.state import Found, State, states_in
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)  # return what is returned inside

@@ -16,11 +16,11 @@ from torch import nn
 from torch.fx import _symbolic_trace
 
 from dibit import outside, passes, unseen
-from dibit.around import around, check
+from dibit._torch.module_call import around, check
+from dibit._torch.user_objects import is_a, static
 from dibit.compiled import mode as traced
 from dibit.compiled.spec import setting_of
 from dibit.config import Config, Sample, nearest, recipe
-from dibit.foreign import is_a, static
 from dibit.inner_gradient import asks
 from dibit.ledger import Ledger, Row
 from dibit.masks import transformed

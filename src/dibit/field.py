@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dibit._torch.storage_identity import Alive, version
 from dibit.graph import pattern
-from dibit.identity import Alive, version
 
 # Operations of torch whose gradient stays in its row, whatever their settings.
 _ROW_BY_ROW = {

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dibit.identity import strided
+from dibit._torch.storage_identity import strided
 from dibit.score_table import Scores
 from dibit.state import State, states_in
 

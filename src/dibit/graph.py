@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dibit._torch.autocast import at_least_single
+from dibit._torch.storage_identity import storage_key
 from dibit.codec import ops
 from dibit.codec.memory import array
-from dibit.identity import storage_key
-from dibit.precision import at_least_single
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dibit.foreign import is_a, static
+from dibit._torch.user_objects import is_a, static
 
 _FUNCTIONS = (torch.autograd.grad, torch.autograd.backward)
 _DEEPEST = 4  # calls from a module's forward to the function that asks

@@ -20,7 +20,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 
 from dibit import inner_gradient
-from dibit.identity import storage_key, storages, strided
+from dibit._torch.storage_identity import storage_key, storages, strided
 from dibit.masks import DROPOUTS, Calls, hooks_free, run_away, transformed
 from dibit.replay import functions
 from dibit.state import Rule

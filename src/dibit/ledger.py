@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from dibit.identity import Alive, storage_key, storages
+from dibit._torch.storage_identity import Alive, storage_key, storages
 
 MB = 2**20
 

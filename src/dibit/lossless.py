@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dibit._torch.storage_identity import storages, version
 from dibit.codec import ops, reference
-from dibit.identity import storages, version
 from dibit.replay import Program, Shared
 
 _INT32 = torch.iinfo(torch.int32)

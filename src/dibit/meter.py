@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dibit._torch.autocast import at_least_single
 from dibit.codec import decode, encode, seed_tensor
 from dibit.config import Config, Project
 from dibit.lossless import outer
-from dibit.precision import at_least_single
 from dibit.residual import Aggregated, Compressed, Normed, Passed, Reseeded, Residual, parts
 from dibit.row_plan import RowPlan
 

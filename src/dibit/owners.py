@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dibit._torch.storage_identity import Weak
 from dibit.codec.fingerprint import fingerprint
-from dibit.identity import Weak
 from dibit.stream import capturing
 
 SMALL = 1 << 15  # bytes; of less, copies are kept: nothing to speak of beside the activations

@@ -12,10 +12,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from dibit import unseen
+from dibit._torch.storage_identity import strided
 from dibit.batch import told_of
 from dibit.compiled import mode as traced
 from dibit.functions import RULES
-from dibit.identity import strided
 from dibit.intercept import Intercept
 from dibit.masks import Exactly, Masks, hooks_free, top_hooks, transformed
 from dibit.scripting import scripted

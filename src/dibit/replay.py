@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dibit.precision import exact_dtypes
+from dibit._torch.autocast import exact_dtypes
 
 _IN_PLACE = (
     "add_ sub_ mul_ div_ pow_ neg_ exp_ relu_ clamp_ masked_fill_ fill_ zero_ scatter_add_ scatter_reduce_ index_add_ "

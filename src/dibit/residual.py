@@ -14,11 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dibit._torch.autocast import HALF
 from dibit.codec import Packed, decode, ops
 from dibit.config import Sample
 from dibit.graph import Graph
 from dibit.lossless import Exact, Narrowed, bind, outer
-from dibit.precision import HALF
 from dibit.replay import Program, Shared
 from dibit.score_table import Watch
 from dibit.stream import Key

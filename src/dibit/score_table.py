@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from dibit._torch.storage_identity import strided, version
 from dibit.codec.rows import LEFT_OUT, row_scores, together
 from dibit.field import Field
-from dibit.identity import strided, version
 from dibit.owners import History
 from dibit.row_plan import RowPlan
 from dibit.stream import capturing, given, go_on

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dibit.foreign import is_a
+from dibit._torch.user_objects import is_a
 from dibit.portable import Portable
 
 _HOOKS = "_forward_pre_hooks", "_forward_hooks"

@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from dibit._torch.storage_identity import storages
+from dibit._torch.user_objects import attributes, defines, is_a, items, static
 from dibit.codec import Packed
 from dibit.field import Field
-from dibit.foreign import attributes, defines, is_a, items, static
-from dibit.identity import storages
 from dibit.ledger import Ledger, Row
 from dibit.owners import History
 from dibit.portable import Portable

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torch.overrides import resolve_name
 
+from dibit._torch.storage_identity import Alive, holders, storage_key, storages, strided, version
+from dibit._torch.user_objects import attributes as own_attributes
+from dibit._torch.user_objects import defines, is_a, items, mapped, static
 from dibit.averages import counts, division
 from dibit.batch import current
 from dibit.codec import Affine, encode, encoded_bytes, mix, norm_scores, seed_tensor
 from dibit.codec.fingerprint import fingerprint
 from dibit.codec.rows import LEFT_OUT, by_length, unevenness
 from dibit.config import Config, Project, Sample
-from dibit.foreign import attributes as own_attributes
-from dibit.foreign import defines, is_a, items, mapped, static
 from dibit.graph import Graph
-from dibit.identity import Alive, holders, storage_key, storages, strided, version
 from dibit.ledger import Ledger, Row
 from dibit.lossless import Exact, Kept, Narrowed, Recomputed, exact, narrow, own
 from dibit.meter import Meter, rounding_of

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from dibit.foreign import is_a
-from dibit.identity import storage_key, strided, version
+from dibit._torch.storage_identity import storage_key, strided, version
+from dibit._torch.user_objects import is_a
 from dibit.replay import IN_PLACE, Program, Shared, Slot, functions
 
 _DEEPEST = 24  # operations between a tensor and what it is computed from

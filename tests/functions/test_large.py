@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dibit
-from dibit import Config, buffers
+from dibit import Config
+from dibit._torch import huge_pages as buffers
 from dibit.bench.memory import peak_bytes
 from dibit.functions import aggregate, large
 from tests.unbiased import bias_of, gradient

@@ -11,11 +11,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from dibit._torch.autocast import HALF
 from dibit.codec import cuda, reference, seed_tensor
 from dibit.codec.cuda import launch
 from dibit.codec.packed import blocks
 from dibit.config import RECIPES, Config, Sample
-from dibit.precision import HALF
 
 _TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8", torch.int16: "*i16",

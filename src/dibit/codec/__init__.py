@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dibit._torch.autocast import HALF, at_least_single, exact_dtypes
 from dibit.codec import ops, reference
 from dibit.codec.packed import Packed, blocks, reduced_shape
 from dibit.codec.reduce import projection, sampled_rows
 from dibit.codec.rng import mix, seed_tensor
 from dibit.codec.rows import LEFT_OUT, picked, row_scores
 from dibit.config import Config, Project, Sample
-from dibit.precision import HALF, at_least_single, exact_dtypes
 
 __all__ = ["Affine", "Packed", "decode", "encode", "encoded_bytes", "mix", "norm_scores", "reduced", "seed_tensor"]
 

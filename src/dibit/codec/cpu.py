@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dibit.buffers import empty, empty_like
+from dibit._torch.autocast import HALF, at_least_single
+from dibit._torch.huge_pages import empty, empty_like
 from dibit.codec import chances, kernels, reference
 from dibit.codec.memory import array
 from dibit.codec.rng import M1, M2
-from dibit.precision import HALF, at_least_single
 
 _MASK64 = 2**64 - 1
 _NOTHING = np.empty(0, np.uint8)

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dibit.buffers import empty
+from dibit._torch.autocast import at_least_single
+from dibit._torch.huge_pages import empty
 from dibit.codec import rng
 from dibit.codec.chances import ONE, chances, start
-from dibit.precision import at_least_single
 
 PART = 1 << 20  # elements of a matrix that are gathered or unpacked at once: what a CPU's caches hold
 STOCHASTIC, NEAREST = 0, 1  # rounding modes as the operators take them

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch._C._dynamo import eval_frame
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
+from dibit._torch.user_objects import is_a, static
 from dibit.compiled import ops
 from dibit.compiled.rules import RULES
 from dibit.compiled.spec import Setting
-from dibit.foreign import is_a, static
 
 set_callback = eval_frame.set_eval_frame
 

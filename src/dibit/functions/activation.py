@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dibit._torch.autocast import at_least_single, copies, lower
 from dibit.codec import ops
 from dibit.config import Config
 from dibit.functions.common import FEW, dense, first_order, unreduced
 from dibit.functions.relative import relative, saturating, whole
 from dibit.functions.returned import Slope
-from dibit.precision import at_least_single, copies, lower
 from dibit.residual import Mask, Residual, load, save
 from dibit.step import Step
 

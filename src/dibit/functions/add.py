@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from dibit.buffers import empty_like, large
+from dibit._torch.huge_pages import empty_like, large
 from dibit.functions.common import dense, first_order
 from dibit.step import Step
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dibit.buffers import large
+from dibit._torch.huge_pages import large
 from dibit.codec import ops
 from dibit.functions.common import dense, first_order
 from dibit.functions.linear import addmm as dense_addmm

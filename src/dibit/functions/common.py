@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dibit._torch.autocast import exact_dtypes
+from dibit._torch.storage_identity import strided
 from dibit.config import Config
-from dibit.identity import strided
-from dibit.precision import exact_dtypes
 
 if TYPE_CHECKING:
     from dibit.step import Step

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dibit._torch.autocast import at_least_single
 from dibit.codec import Affine, ops, seed_tensor
 from dibit.functions.common import dense, first_order
 from dibit.functions.dropout import dropout
 from dibit.functions.norm import batch_norm_gradient, keep_normalised
-from dibit.precision import at_least_single
 from dibit.residual import Mask, Reseeded, load, save
 from dibit.step import Step
 from dibit.stream import dropout_seed

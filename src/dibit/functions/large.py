@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dibit.buffers import LEAST, empty, empty_like, large
+from dibit._torch.huge_pages import LEAST, empty, empty_like, large
 
 _ROWS = 1 << 13  # of a product in parts: enough for its full speed, little enough for the caches
 

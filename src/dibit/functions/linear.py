@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dibit._torch.autocast import copies, lower
 from dibit.functions import large
 from dibit.functions.common import dense, first_order, flat, own
 from dibit.functions.product import bmm
 from dibit.graph import Graph
 from dibit.meter import Meter
-from dibit.precision import copies, lower
 from dibit.residual import Reference, load, save
 from dibit.step import Step
 

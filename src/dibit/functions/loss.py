@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dibit._torch.autocast import HALF, at_least_single, full
+from dibit._torch.storage_identity import storage_key
 from dibit.config import Config
 from dibit.functions.common import dense, first_order
 from dibit.functions.returned import Cell
-from dibit.identity import storage_key
 from dibit.lossless import Exact, exact
-from dibit.precision import HALF, at_least_single, full
 from dibit.residual import Residual, load, save
 from dibit.step import Step
 

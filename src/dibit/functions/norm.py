@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dibit.buffers import empty_like
+from dibit._torch.autocast import at_least_single, full
+from dibit._torch.huge_pages import empty_like
 from dibit.codec import Affine, ops
 from dibit.config import Config, Project, Sample
 from dibit.functions import large
 from dibit.functions.common import dense, first_order, own, unreduced
 from dibit.meter import Meter
-from dibit.precision import at_least_single, full
 from dibit.residual import Compressed, load, save
 from dibit.step import Step
 

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dibit._torch.autocast import at_least_single, full
 from dibit.functions.activation import Elementwise
 from dibit.functions.common import FEW, dense, fine
 from dibit.functions.relative import keep_relative
 from dibit.functions.returned import Slope
-from dibit.precision import at_least_single, full
 from dibit.step import Step
 
 

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dibit._torch.autocast import at_least_single, copies, lower
 from dibit.averages import made_by_reciprocal
 from dibit.config import Config, Sample
 from dibit.functions import positive
 from dibit.functions.common import FEW, dense, fine, first_order, flat, unreduced
 from dibit.functions.relative import keep_relative, keep_signed
-from dibit.precision import at_least_single, copies, lower
 from dibit.residual import load, save
 from dibit.step import Step
 from dibit.tape import nbytes

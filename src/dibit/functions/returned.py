@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from dibit.identity import storage_key, version
+from dibit._torch.storage_identity import storage_key, version
 from dibit.lossless import Exact
 from dibit.residual import keeps_graph
 from dibit.step import Step

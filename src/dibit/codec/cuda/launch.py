@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from dibit.precision import HALF
+from dibit._torch.autocast import HALF
 from dibit.stream import capturing
 
 SINGLE = (torch.float32, *HALF)  # what kernels compute in, or convert; for others the definition runs

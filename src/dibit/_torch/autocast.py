@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dibit.identity import strided
+from dibit._torch.storage_identity import strided
 
 HALF = (torch.bfloat16, torch.float16)
 
