@@ -22,10 +22,10 @@ from torch.overrides import TorchFunctionMode
 from dibit import inner_gradient
 from dibit._torch.storage_identity import storage_key, storages, strided
 from dibit.masks import DROPOUTS, Calls, hooks_free, run_away, transformed
-from dibit.replay import functions
+from dibit.recompute.program import functions
+from dibit.recompute.recorder import PURE
 from dibit.state import Rule
 from dibit.step import Step, tensors_in
-from dibit.tape import PURE
 
 _EXPOSES = functions("numpy data_ptr __array__ __dlpack__ untyped_storage storage share_memory_")
 _FROM_OUTSIDE = functions("as_tensor asarray from_numpy frombuffer from_dlpack")  # may share somebody else's memory

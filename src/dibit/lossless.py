@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dibit._torch.storage_identity import storages, version
 from dibit.codec import ops, reference
-from dibit.replay import Program, Shared
+from dibit.recompute.program import Program, Shared
 
 _INT32 = torch.iinfo(torch.int32)
 

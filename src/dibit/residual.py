@@ -19,7 +19,7 @@ from dibit.codec import Packed, decode, ops
 from dibit.config import Sample
 from dibit.graph import Graph
 from dibit.lossless import Exact, Narrowed, bind, outer
-from dibit.replay import Program, Shared
+from dibit.recompute.program import Program, Shared
 from dibit.score_table import Watch
 from dibit.stream import Key
 

@@ -14,7 +14,6 @@ from torch.overrides import resolve_name
 from dibit._torch.storage_identity import Alive, holders, storage_key, storages, strided, version
 from dibit._torch.user_objects import attributes as own_attributes
 from dibit._torch.user_objects import defines, is_a, items, mapped, static
-from dibit.averages import counts, division
 from dibit.batch import current
 from dibit.codec import Affine, encode, encoded_bytes, mix, norm_scores, seed_tensor
 from dibit.codec.fingerprint import fingerprint
@@ -26,6 +25,8 @@ from dibit.lossless import Exact, Kept, Narrowed, Recomputed, exact, narrow, own
 from dibit.meter import Meter, rounding_of
 from dibit.noise_flow import Leaf
 from dibit.owners import Owners, is_whole
+from dibit.recompute.mean_pattern import counts, division
+from dibit.recompute.recorder import SMALL, Node, Tape, nbytes
 from dibit.residual import (
     Aggregated,
     Compressed,
@@ -42,7 +43,6 @@ from dibit.row_plan import UNEVEN
 from dibit.score_table import Watch
 from dibit.state import Rule, State
 from dibit.stream import Key, capturing, replayed_key
-from dibit.tape import SMALL, Node, Tape, nbytes
 
 _DEEPEST = 6  # nested containers that are searched for the caller's tensors
 

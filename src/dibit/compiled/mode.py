@@ -136,7 +136,7 @@ def end(mode: Traced) -> None:
 def weighs_edges(module: torch.nn.Module) -> bool:
     """Whether a layer of PyTorch Geometric makes numbers for each edge (attention, normalised weights).
 
-    A graph would keep them all; an uncompiled pass computes them again from the nodes' (`dibit.tape`).
+    A graph would keep them all; an uncompiled pass computes them again from the nodes' (`dibit.recompute.recorder`).
     """
     kinds: dict[int, Any] = {id(type(layer)): type(layer) for layer in module.modules()}
     return any(map(_message_has_more, kinds.values()))

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from dibit.config import Config
 from dibit.functions.relative import geometric, octaves_of, relative, whole
-from dibit.replay import functions
+from dibit.recompute.program import functions
+from dibit.recompute.recorder import Node, Tape
 from dibit.step import Step
-from dibit.tape import Node, Tape
 
 _MADE = functions("exp exp_ sigmoid sigmoid_")
 _SELECTED = functions(

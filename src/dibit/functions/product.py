@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from dibit._torch.autocast import at_least_single, copies, lower
-from dibit.averages import made_by_reciprocal
 from dibit.config import Config, Sample
 from dibit.functions import positive
 from dibit.functions.common import FEW, dense, fine, first_order, flat, unreduced
 from dibit.functions.relative import keep_relative, keep_signed
+from dibit.recompute.mean_pattern import made_by_reciprocal
+from dibit.recompute.recorder import nbytes
 from dibit.residual import load, save
 from dibit.step import Step
-from dibit.tape import nbytes
 
 _BROADCAST = 4  # a factor that is at least so many times smaller than the product stays exact
 _ROW = 16  # elements for which a range of their own pays

@@ -16,7 +16,7 @@ from torch.utils.weak import TensorWeakRef
 
 from dibit._torch.storage_identity import storage_key, strided, version
 from dibit._torch.user_objects import is_a
-from dibit.replay import IN_PLACE, Program, Shared, Slot, functions
+from dibit.recompute.program import IN_PLACE, Program, Shared, Slot, functions
 
 _DEEPEST = 24  # operations between a tensor and what it is computed from
 SMALL = 2048  # bytes below which a tensor is simply kept

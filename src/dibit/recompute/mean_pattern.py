@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dibit.replay import functions
-from dibit.tape import Node, Tape
+from dibit.recompute.program import functions
+from dibit.recompute.recorder import Node, Tape
 
 _DIVISIONS = functions("div true_divide __truediv__")
 _AT_LEAST = functions("clamp clamp_ clamp_min clamp_min_")
