@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dibit._torch.storage_identity import Alive, version
-from dibit.graph import pattern
+from dibit.residuals.constant_csr import pattern
 
 # Operations of torch whose gradient stays in its row, whatever their settings.
 _ROW_BY_ROW = {

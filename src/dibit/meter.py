@@ -12,8 +12,8 @@ from torch import Tensor
 from dibit._torch.autocast import at_least_single
 from dibit.codec import decode, encode, seed_tensor
 from dibit.config import Config, Project
-from dibit.lossless import outer
-from dibit.residual import Aggregated, Compressed, Normed, Passed, Reseeded, Residual, parts
+from dibit.residuals.base import Aggregated, Compressed, Normed, Passed, Reseeded, Residual, parts
+from dibit.residuals.exact import outer
 from dibit.row_plan import RowPlan
 
 _COLUMNS = 512  # that are compared with one another at most

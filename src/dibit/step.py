@@ -19,15 +19,13 @@ from dibit.codec import Affine, encode, encoded_bytes, mix, norm_scores, seed_te
 from dibit.codec.fingerprint import fingerprint
 from dibit.codec.rows import LEFT_OUT, by_length, unevenness
 from dibit.config import Config, Project, Sample
-from dibit.graph import Graph
 from dibit.ledger import Ledger, Row
-from dibit.lossless import Exact, Kept, Narrowed, Recomputed, exact, narrow, own
 from dibit.meter import Meter, rounding_of
 from dibit.noise_flow import Leaf
 from dibit.owners import Owners, is_whole
 from dibit.recompute.mean_pattern import counts, division
 from dibit.recompute.recorder import SMALL, Node, Tape, nbytes
-from dibit.residual import (
+from dibit.residuals.base import (
     Aggregated,
     Compressed,
     Gathered,
@@ -39,6 +37,8 @@ from dibit.residual import (
     Reseeded,
     Residual,
 )
+from dibit.residuals.constant_csr import Graph
+from dibit.residuals.exact import Exact, Kept, Narrowed, Recomputed, exact, narrow, own
 from dibit.row_plan import UNEVEN
 from dibit.score_table import Watch
 from dibit.state import Rule, State

@@ -15,7 +15,7 @@ from torch import Tensor
 from dibit import Config, Project, Sample, decode, encode
 from dibit.codec import Affine, mix, ops, reference, seed_tensor
 from dibit.codec.levels import expected_variance, normal_levels
-from dibit.residual import Compressed
+from dibit.residuals.base import Compressed
 from tests.unbiased import bias_of
 
 BITS = (1, 2, 4, 8)

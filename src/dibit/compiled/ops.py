@@ -16,7 +16,7 @@ from dibit.codec.packed import reduced_shape
 from dibit.compiled.spec import LEAF, NORM, settings
 from dibit.config import Config, Sample
 from dibit.functions.norm import batch_norm_gradient, layer_norm_gradient
-from dibit.residual import Compressed
+from dibit.residuals.base import Compressed
 from dibit.stream import Key, capturing, draw, replayed_key
 
 _GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's step: seeds of one pass are the numbers of its stream

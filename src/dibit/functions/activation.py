@@ -23,7 +23,7 @@ from dibit.config import Config
 from dibit.functions.common import FEW, dense, first_order, unreduced
 from dibit.functions.relative import relative, saturating, whole
 from dibit.functions.returned import Slope
-from dibit.residual import Mask, Residual, load, save
+from dibit.residuals.base import Mask, Residual, load, save
 from dibit.step import Step
 
 aten = torch.ops.aten

@@ -13,8 +13,8 @@ from dibit.codec import ops
 from dibit.functions.common import dense, first_order
 from dibit.functions.linear import addmm as dense_addmm
 from dibit.functions.linear import matmul as dense_matmul
-from dibit.graph import Graph
-from dibit.residual import Aggregated, Reference, load, save
+from dibit.residuals.base import Aggregated, Reference, load, save
+from dibit.residuals.constant_csr import Graph
 from dibit.step import Step
 
 _ARG = {"max": "amax", "min": "amin", "amax": "amax", "amin": "amin"}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dibit.codec import ops
 from dibit.functions.common import dense, first_order, write
-from dibit.residual import Mask, Reseeded, load, save
+from dibit.residuals.base import Mask, Reseeded, load, save
 from dibit.step import Step
 from dibit.stream import dropout_seed
 

@@ -12,7 +12,7 @@ from dibit.codec import Affine, ops, seed_tensor
 from dibit.functions.common import dense, first_order
 from dibit.functions.dropout import dropout
 from dibit.functions.norm import batch_norm_gradient, keep_normalised
-from dibit.residual import Mask, Reseeded, load, save
+from dibit.residuals.base import Mask, Reseeded, load, save
 from dibit.step import Step
 from dibit.stream import dropout_seed
 

@@ -12,9 +12,9 @@ from dibit._torch.autocast import copies, lower
 from dibit.functions import large
 from dibit.functions.common import dense, first_order, flat, own
 from dibit.functions.product import bmm
-from dibit.graph import Graph
 from dibit.meter import Meter
-from dibit.residual import Reference, load, save
+from dibit.residuals.base import Reference, load, save
+from dibit.residuals.constant_csr import Graph
 from dibit.step import Step
 
 

@@ -18,8 +18,8 @@ from dibit._torch.storage_identity import storage_key
 from dibit.config import Config
 from dibit.functions.common import dense, first_order
 from dibit.functions.returned import Cell
-from dibit.lossless import Exact, exact
-from dibit.residual import Residual, load, save
+from dibit.residuals.base import Residual, load, save
+from dibit.residuals.exact import Exact, exact
 from dibit.step import Step
 
 

@@ -23,7 +23,7 @@ from dibit.config import Config, Project, Sample
 from dibit.functions import large
 from dibit.functions.common import dense, first_order, own, unreduced
 from dibit.meter import Meter
-from dibit.residual import Compressed, load, save
+from dibit.residuals.base import Compressed, load, save
 from dibit.step import Step
 
 

@@ -24,7 +24,7 @@ from dibit.functions.common import FEW, dense, fine, first_order, flat, unreduce
 from dibit.functions.relative import keep_relative, keep_signed
 from dibit.recompute.mean_pattern import made_by_reciprocal
 from dibit.recompute.recorder import nbytes
-from dibit.residual import load, save
+from dibit.residuals.base import load, save
 from dibit.step import Step
 
 _BROADCAST = 4  # a factor that is at least so many times smaller than the product stays exact

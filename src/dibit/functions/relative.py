@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dibit.codec import ops
 from dibit.config import Config
-from dibit.residual import Residual
+from dibit.residuals.base import Residual
 from dibit.step import Step
 
 _FINE, _ALL = 40, 124  # octaves below the largest element: a sigmoid's at +-28, and all that float32 has

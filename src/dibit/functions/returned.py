@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from dibit._torch.storage_identity import storage_key, version
-from dibit.lossless import Exact
-from dibit.residual import keeps_graph
+from dibit.residuals.base import keeps_graph
+from dibit.residuals.exact import Exact
 from dibit.step import Step
 
 

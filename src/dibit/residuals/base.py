@@ -17,9 +17,9 @@ from torch import Tensor
 from dibit._torch.autocast import HALF
 from dibit.codec import Packed, decode, ops
 from dibit.config import Sample
-from dibit.graph import Graph
-from dibit.lossless import Exact, Narrowed, bind, outer
 from dibit.recompute.program import Program, Shared
+from dibit.residuals.constant_csr import Graph
+from dibit.residuals.exact import Exact, Narrowed, bind, outer
 from dibit.score_table import Watch
 from dibit.stream import Key
 
