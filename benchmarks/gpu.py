@@ -42,7 +42,8 @@ from torch import Tensor, nn  # noqa: E402
 import dibit  # noqa: E402
 from dibit.bench.speed import reason  # noqa: E402
 from dibit.bench.workload import Batch, Step, Workload  # noqa: E402
-from dibit.codec import cuda, ops, seed_tensor  # noqa: E402
+from dibit.codec import ops, seed_tensor  # noqa: E402
+from dibit.codec.backends import triton as cuda  # noqa: E402
 
 SETTINGS = ("plain", "compile", "checkpoint", "bf16", "exact", "iexact", "small", "default")
 PARTS = ("check", "graph", "kernels", "train", "profile")

@@ -32,7 +32,7 @@ from torch_geometric.utils import to_torch_csr_tensor
 
 from dibit import Config, encode
 from dibit.codec import mix, seed_tensor
-from dibit.codec.rows import picked, row_scores
+from dibit.codec.row_sampling import picked, row_scores
 
 warnings.filterwarnings("ignore")
 Estimate = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # x (N, D), dY (N, O), scores, draw -> dW (O, D)

@@ -9,8 +9,9 @@ from torch_geometric.nn import GraphSAGE
 from torch_geometric.utils import erdos_renyi_graph, to_torch_csr_tensor
 
 import dibit
-from dibit import score_table, step, stream
-from dibit.codec.rows import LEFT_OUT
+from dibit import score_table, step
+from dibit.codec import seed_stream as stream
+from dibit.codec.row_sampling import LEFT_OUT
 from tests.test_scores import N, readout, trained
 from tests.unbiased import bias_of, gradient
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import dibit
-from dibit import stream
+from dibit.codec import seed_stream as stream
+from dibit.codec.seed_stream import Key, dropout_seed
 from dibit.nn import NormReLUDropout
-from dibit.stream import Key, dropout_seed
 from tests.test_masks import Reversible
 
 N, D = 40, 16

@@ -14,7 +14,7 @@ from torch_geometric.utils import to_torch_csr_tensor
 
 import dibit
 from dibit import Config, Sample
-from dibit.codec.rows import LEFT_OUT
+from dibit.codec.row_sampling import LEFT_OUT
 from dibit.compress import state_of
 from tests.unbiased import bias_of
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dibit
 from dibit import Config, Sample
-from dibit.codec.rows import row_scores, together
+from dibit.codec.row_sampling import row_scores, together
 from dibit.score_table import _folded
 from tests.unbiased import bias_of
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dibit._torch.storage_identity import Weak
 from dibit.codec.fingerprint import fingerprint
-from dibit.stream import capturing
+from dibit.codec.seed_stream import capturing
 
 SMALL = 1 << 15  # bytes; of less, copies are kept: nothing to speak of beside the activations
 LARGE = 1 << 20  # bytes; numbers that may change are not copied whole beyond this, so they need no fingerprint

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dibit._torch.storage_identity import strided, version
-from dibit.codec.rows import LEFT_OUT, row_scores, together
+from dibit.codec.row_sampling import LEFT_OUT, row_scores, together
+from dibit.codec.seed_stream import capturing, given, go_on
 from dibit.field import Field
 from dibit.owners import History
 from dibit.row_plan import RowPlan
-from dibit.stream import capturing, given, go_on
 
 _PARAMETERS, _ELEMENTS = 16, 16  # whose values are compared, and how many of each
 _HISTORY = "steady/"  # before the roles of `History`

@@ -17,7 +17,8 @@ from dibit._torch.user_objects import defines, is_a, items, mapped, static
 from dibit.batch import current
 from dibit.codec import Affine, encode, encoded_bytes, mix, norm_scores, seed_tensor
 from dibit.codec.fingerprint import fingerprint
-from dibit.codec.rows import LEFT_OUT, by_length, unevenness
+from dibit.codec.row_sampling import LEFT_OUT, by_length, unevenness
+from dibit.codec.seed_stream import Key, capturing, replayed_key
 from dibit.config import Config, Project, Sample
 from dibit.ledger import Ledger, Row
 from dibit.meter import Meter, rounding_of
@@ -42,7 +43,6 @@ from dibit.residuals.exact import Exact, Kept, Narrowed, Recomputed, exact, narr
 from dibit.row_plan import UNEVEN
 from dibit.score_table import Watch
 from dibit.state import Rule, State
-from dibit.stream import Key, capturing, replayed_key
 
 _DEEPEST = 6  # nested containers that are searched for the caller's tensors
 

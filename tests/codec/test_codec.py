@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from dibit import Config, Project, Sample, decode, encode
-from dibit.codec import Affine, mix, ops, reference, seed_tensor
-from dibit.codec.levels import expected_variance, normal_levels
+from dibit.codec import Affine, mix, ops, seed_tensor
+from dibit.codec.backends import reference
+from dibit.codec.normal_levels import expected_variance, normal_levels
 from dibit.residuals.base import Compressed
 from tests.unbiased import bias_of
 
@@ -358,7 +359,7 @@ def test_threads_may_use_the_parallel_kernels_at_once() -> None:
 def test_as_many_threads_as_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     import numba
 
-    from dibit.codec import kernels
+    from dibit.codec.backends.cpu import kernels
 
     before = torch.get_num_threads()
     used: list[int] = []
@@ -384,7 +385,7 @@ def test_as_many_threads_as_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ctrl_c_while_a_kernel_is_loaded_comes_afterwards() -> None:
     """LLVM calls back into Python then, where an exception is dropped: the handler must not be the usual one."""
-    from dibit.codec import jit
+    from dibit.codec.backends.cpu import jit
 
     during: list[object] = []
 
@@ -409,7 +410,7 @@ def test_ctrl_c_while_a_kernel_is_loaded_comes_afterwards() -> None:
 
 
 def kernels_stats() -> object:
-    from dibit.codec import kernels
+    from dibit.codec.backends.cpu import kernels
 
     return kernels.relu.serial.stats
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dibit.codec import fingerprint as module
 from dibit.codec.fingerprint import fingerprint, of_bytes
-from dibit.codec.memory import array
+from dibit.codec.numpy_views import array
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
 

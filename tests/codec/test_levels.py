@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from dibit.codec.levels import expected_variance, normal_levels, sigma
+from dibit.codec.normal_levels import expected_variance, normal_levels, sigma
 
 # PAPER, section 1.4: D or G, sigma, expected variance of uniform levels, optimal alpha, its variance, reduction in %
 TABLE = [

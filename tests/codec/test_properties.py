@@ -10,7 +10,8 @@ from hypothesis import assume, given, settings
 from torch import Tensor
 
 from dibit import Config, Project, Rows, Sample, decode, encode
-from dibit.codec import encoded_bytes, mix, ops, reference, seed_tensor
+from dibit.codec import encoded_bytes, mix, ops, seed_tensor
+from dibit.codec.backends import reference
 from tests.unbiased import bias_of
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -104,7 +105,7 @@ def test_an_element_comes_back_within_a_bin_and_inside_its_blocks_range(x: Tenso
 
 
 def reference_levels(block: int, config: Config) -> list[float]:
-    from dibit.codec.levels import normal_levels
+    from dibit.codec.normal_levels import normal_levels
 
     if config.levels == "normal" and config.bits > 1 and block > 2:
         return list(normal_levels(config.bits, block))
@@ -138,7 +139,7 @@ def test_what_is_no_number_is_never_a_finite_lie_and_spoils_no_other_block(
 def test_backends_agree_code_for_code(
     x: Tensor, bits: int, block: int, normal: bool, stats: torch.dtype, rounding: int, seed: int
 ) -> None:
-    from dibit.codec.levels import normal_levels
+    from dibit.codec.normal_levels import normal_levels
 
     x, key = x.reshape(-1), seed_tensor(seed)
     stats = torch.float64 if x.dtype == torch.float64 else stats

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dibit.codec import mix, seed_tensor
-from dibit.codec.reduce import projection, sampled_rows
+from dibit.codec.projection import projection, sampled_rows
 from dibit.codec.rng import hash32, uniform_range
 
 PINNED = [1473459185, 415563400, 4238459426, 583803937, 2040640526]

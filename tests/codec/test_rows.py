@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from dibit import Config, Sample, decode, encode
-from dibit.codec import encoded_bytes, mix, norm_scores, ops, reference, seed_tensor
-from dibit.codec.rows import FLOOR, LEFT_OUT, ONE, by_length, chances, picked, row_scores, together, unevenness
+from dibit.codec import encoded_bytes, mix, norm_scores, ops, seed_tensor
+from dibit.codec.backends import reference
+from dibit.codec.row_sampling import FLOOR, LEFT_OUT, ONE, by_length, chances, picked, row_scores, together, unevenness
 from tests.unbiased import bias_of
 
 

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dibit.codec import reference, seed_tensor
-from dibit.codec.chances import LEFT_OUT
+from dibit.codec import seed_tensor
+from dibit.codec.backends import reference
+from dibit.codec.keep_probabilities import LEFT_OUT
 
 BITS = (1, 2, 4, 8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from dibit._torch.autocast import HALF
-from dibit.codec import cuda, reference, seed_tensor
-from dibit.codec.cuda import launch
+from dibit.codec import seed_tensor
+from dibit.codec.backends import reference
+from dibit.codec.backends import triton as cuda
+from dibit.codec.backends.triton import launch
 from dibit.codec.packed import blocks
 from dibit.config import RECIPES, Config, Sample
 
@@ -31,7 +33,7 @@ class Configuration:
         signature: type of each argument, "constexpr" for constants.
         constants: their values.
         aligned: numbers of the arguments that are multiples of 16, or of addresses that are.
-        warps, registers: see `dibit.codec.cuda.launch`.
+        warps, registers: see `dibit.codec.backends.triton.launch`.
     """
 
     kernel: Any

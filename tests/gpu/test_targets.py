@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from dibit.codec.cuda.launch import options  # noqa: E402
+from dibit.codec.backends.triton.launch import options  # noqa: E402
 from tests.gpu.recorded import Configuration, configurations  # noqa: E402
 
 SHARED = {"sm_80": 163, "sm_90": 227, "gfx942": 64}  # KiB that a program may have
@@ -39,7 +39,7 @@ def known() -> dict[str, list[Configuration]]:
 
 
 def test_every_kernel_is_launched(known: dict[str, list[Configuration]]) -> None:
-    from dibit.codec.cuda.kernels import blocks, elementwise, products, sampling
+    from dibit.codec.backends.triton.kernels import blocks, elementwise, products, sampling
 
     written = {
         name

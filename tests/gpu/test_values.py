@@ -22,8 +22,10 @@ from torch_geometric.utils import erdos_renyi_graph, to_torch_csr_tensor
 import dibit
 import tests.gpu.interpreter  # noqa: F401
 from dibit import Config, Project, Rows, Sample, decode, encode
-from dibit.codec import Affine, cuda, ops, reference
-from dibit.codec.chances import LEFT_OUT
+from dibit.codec import Affine, ops
+from dibit.codec.backends import reference
+from dibit.codec.backends import triton as cuda
+from dibit.codec.keep_probabilities import LEFT_OUT
 from dibit.config import RECIPES
 from tests.gpu.cases import BITS, Case, apart, codes, elementwise, expected, rows, sampling
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import norm
 
-from dibit.codec.levels import expected_variance, normal_levels, sigma
+from dibit.codec.normal_levels import expected_variance, normal_levels, sigma
 from dibit.reproduce.paper import CLAIMS, LOG_MB, VARIANCE, remembered
 
 BLOCKS = [f"G/R = {2**i}" for i in range(1, 7)]

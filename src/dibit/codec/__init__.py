@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from dibit._torch.autocast import HALF, at_least_single, exact_dtypes
-from dibit.codec import ops, reference
+from dibit.codec import ops
+from dibit.codec.backends import reference
 from dibit.codec.packed import Packed, blocks, reduced_shape
-from dibit.codec.reduce import projection, sampled_rows
+from dibit.codec.projection import projection, sampled_rows
 from dibit.codec.rng import mix, seed_tensor
-from dibit.codec.rows import LEFT_OUT, picked, row_scores
+from dibit.codec.row_sampling import LEFT_OUT, picked, row_scores
 from dibit.config import Config, Project, Sample
 
 __all__ = ["Affine", "Packed", "decode", "encode", "encoded_bytes", "mix", "norm_scores", "reduced", "seed_tensor"]
@@ -58,8 +59,8 @@ def encode(
             left out at ratio 1.
         seed: 0-d int64 tensor on the device of x, or an int.
         affine: encode this function of the rows instead.
-        scores: uint8 (N,), by which `Sample` takes rows (`dibit.codec.rows`). Without them `by="norm"` takes the norms
-            of the rows, and `by="gradient"` takes rows uniformly.
+        scores: uint8 (N,), by which `Sample` takes rows (`dibit.codec.row_sampling`). Without them `by="norm"`
+            takes the norms of the rows, and `by="gradient"` takes rows uniformly.
         candidates: how many of the scores are not `LEFT_OUT`; default N.
 
     Returns:

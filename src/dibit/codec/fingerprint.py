@@ -13,7 +13,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from dibit.codec.memory import array
+from dibit.codec.numpy_views import array
 from dibit.codec.rng import M1, M2
 
 GOLDEN = 0x9E3779B97F4A7C15
@@ -36,7 +36,7 @@ def fingerprint(x: Tensor) -> int | Tensor:
         return hash(raw.tobytes())
     if not _compiled():
         return int(of_bytes(flat))
-    from dibit.codec import kernels
+    from dibit.codec.backends.cpu import kernels
 
     if raw.ctypes.data % 8:  # a view that begins between two words
         raw = raw.copy()

@@ -1,7 +1,7 @@
 """Every operator of the codec: schema, fake and dispatch by device.
 
-`torch.library.custom_op` ties the backends together. The definition (`reference.py`) serves any device; the CPU has
-Numba kernels (`cpu.py`), GPUs have Triton's (`cuda/`). All take contiguous tensors and 0-d int64 seeds.
+`torch.library.custom_op` ties the backends together. The definition (`backends/reference.py`) serves any
+device; the CPU has Numba kernels (`backends/cpu/`), GPUs have Triton's (`backends/triton/`). All take contiguous tensors and 0-d int64 seeds.
 """
 
 import functools
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from dibit.codec import reference
+from dibit.codec.backends import reference
 
 
 @custom_op("dibit::quantize", mutates_args=())
@@ -307,7 +307,7 @@ def _(x):  # type: ignore[no-untyped-def]
 
 @custom_op("dibit::pick_rows", mutates_args=())
 def pick_rows(scores: Tensor, seed: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Systematic sampling with the probabilities `dibit.codec.chances`: see `dibit.codec.rows.picked`.
+    """Systematic sampling with the probabilities of `keep_probabilities`: `row_sampling.picked`.
 
     Args:
         scores: uint8 (N,).
@@ -352,7 +352,7 @@ def _backend(module: str, package: str, consequence: str) -> ModuleType:
             stacklevel=4,
         )
         return reference
-    return importlib.import_module(f"dibit.codec.{module}")
+    return importlib.import_module(f"dibit.codec.backends.{module}")
 
 
 def _kernel(name: str, *backend: str) -> Callable[..., Any]:
@@ -363,6 +363,6 @@ def _kernel(name: str, *backend: str) -> Callable[..., Any]:
 
 
 for _op in OPS:
-    _op.register_kernel("cpu")(_kernel(_op._name, "cpu", "numba", "the CPU"))
+    _op.register_kernel("cpu")(_kernel(_op._name, "cpu.ops", "numba", "the CPU"))
     if _op not in (aggregate, passed_rows):  # cuSPARSE's, and made of others
-        _op.register_kernel("cuda")(_kernel(_op._name, "cuda", "triton", "the GPU"))
+        _op.register_kernel("cuda")(_kernel(_op._name, "triton", "triton", "the GPU"))

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dibit.codec import ops, reference
-from dibit.codec.levels import normal_levels
-from dibit.codec.reduce import projection, sampled_rows
+from dibit.codec import ops
+from dibit.codec.backends import reference
+from dibit.codec.normal_levels import normal_levels
+from dibit.codec.projection import projection, sampled_rows
 from dibit.codec.rng import UNIT, uniform_range
-from dibit.codec.rows import picked
+from dibit.codec.row_sampling import picked
 from dibit.config import Config, Project, Sample
 
 

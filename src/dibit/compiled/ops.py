@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from dibit.codec import Affine, Packed, encode, mix, ops, reference, seed_tensor
+from dibit.codec import Affine, Packed, encode, mix, ops, seed_tensor
+from dibit.codec.backends import reference
 from dibit.codec.packed import reduced_shape
+from dibit.codec.seed_stream import Key, capturing, draw, replayed_key
 from dibit.compiled.spec import LEAF, NORM, settings
 from dibit.config import Config, Sample
 from dibit.functions.norm import batch_norm_gradient, layer_norm_gradient
 from dibit.residuals.base import Compressed
-from dibit.stream import Key, capturing, draw, replayed_key
 
 _GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's step: seeds of one pass are the numbers of its stream
 

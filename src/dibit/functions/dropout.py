@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from dibit.codec import ops
+from dibit.codec.seed_stream import dropout_seed
 from dibit.functions.common import dense, first_order, write
 from dibit.residuals.base import Mask, Reseeded, load, save
 from dibit.step import Step
-from dibit.stream import dropout_seed
 
 
 class SeededDropout(torch.autograd.Function):

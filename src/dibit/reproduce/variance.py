@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dibit.codec.levels import expected_variance, normal_levels, sigma
+from dibit.codec.normal_levels import expected_variance, normal_levels, sigma
 from dibit.reproduce.paper import VARIANCE
 from dibit.reproduce.plan import Done, Reproduction, Unit, key
 from dibit.reproduce.stages import stages

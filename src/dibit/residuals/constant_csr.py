@@ -12,7 +12,7 @@ from torch import Tensor
 from dibit._torch.autocast import at_least_single
 from dibit._torch.storage_identity import storage_key
 from dibit.codec import ops
-from dibit.codec.memory import array
+from dibit.codec.numpy_views import array
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dibit._torch.storage_identity import storages, version
-from dibit.codec import ops, reference
+from dibit.codec import ops
+from dibit.codec.backends import reference
 from dibit.recompute.program import Program, Shared
 
 _INT32 = torch.iinfo(torch.int32)

@@ -7,7 +7,7 @@ Example:
     ...     print(a.module, measured_variance(h, a.levels), measured_variance(h, optimal_levels(h, a.bits)))
 """
 
-from dibit.codec.levels import expected_variance, normal_levels
+from dibit.codec.normal_levels import expected_variance, normal_levels
 from dibit.study.capture import Activation, capture
 from dibit.study.distribution import ClippedNormal, divergence, fit, histogram, uniform
 from dibit.study.gradient import gradient_error

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dibit.codec import levels
+from dibit.codec import normal_levels as levels
 
 
 @dataclass(frozen=True)

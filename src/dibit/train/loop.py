@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 import dibit
-from dibit import stream
+from dibit.codec import seed_stream as stream
 from dibit.train import checkpoint, events, generators
 from dibit.train.batches import MiniBatch
 from dibit.train.errors import Interrupted, TrainingError, UserError

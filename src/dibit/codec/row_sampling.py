@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dibit.codec import ops
-from dibit.codec.chances import FLOOR, LEFT_OUT, ONE, chances
+from dibit.codec.keep_probabilities import FLOOR, LEFT_OUT, ONE, chances
 
 __all__ = ["FLOOR", "LEFT_OUT", "ONE", "by_length", "chances", "picked", "row_scores", "together", "unevenness"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dibit.codec import reference
-from dibit.codec.chances import FLOOR, START
-from dibit.codec.cuda.kernels import sampling as kernels
-from dibit.codec.cuda.launch import SINGLE, launch, parts, power
+from dibit.codec.backends import reference
+from dibit.codec.backends.triton.kernels import sampling as kernels
+from dibit.codec.backends.triton.launch import SINGLE, launch, parts, power
+from dibit.codec.keep_probabilities import FLOOR, START
 
 _TILE = 2048  # elements that a program adds up at once
 _RUN = 1024  # rows that a program takes

@@ -4,8 +4,8 @@ Nothing here waits for the device, and seeds are read on it: what is called can 
 kernel, as for float64, the definition runs.
 """
 
-from dibit.codec.cuda.blocks import dequantize, quantize, quantize_rows
-from dibit.codec.cuda.elementwise import (
+from dibit.codec.backends.triton.blocks import dequantize, quantize, quantize_rows
+from dibit.codec.backends.triton.elementwise import (
     apply_mask,
     dropout,
     finite,
@@ -15,8 +15,8 @@ from dibit.codec.cuda.elementwise import (
     relu_dropout_gradient,
     signs,
 )
-from dibit.codec.cuda.products import column_sums, norm_gradient, weight_gradient
-from dibit.codec.cuda.sampling import pick_rows, row_scores
+from dibit.codec.backends.triton.products import column_sums, norm_gradient, weight_gradient
+from dibit.codec.backends.triton.sampling import pick_rows, row_scores
 
 __all__ = [
     "apply_mask", "column_sums", "dequantize", "dropout", "finite", "norm_gradient", "norm_relu_dropout", "pack_mask",

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numba as nb
 import numpy as np
 
-from dibit.codec.chances import ONE
-from dibit.codec.jit import Kernel, inlined
+from dibit.codec.backends.cpu.jit import Kernel, inlined
+from dibit.codec.keep_probabilities import ONE
 from dibit.codec.rng import C1, C2, C3, UNIT
 
 u32, u64, i32, f32 = np.uint32, np.uint64, np.int32, np.float32

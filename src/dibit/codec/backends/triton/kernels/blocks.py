@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dibit.codec.cuda.kernels.numbers import (
+from dibit.codec.backends.triton.kernels.numbers import (
     INFINITE,
     MAGNITUDE,
     NOT_A_NUMBER,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dibit.codec.cuda.kernels.numbers import decoded, keys, stored_range, uniform
+from dibit.codec.backends.triton.kernels.numbers import decoded, keys, stored_range, uniform
 
 
 @triton.jit

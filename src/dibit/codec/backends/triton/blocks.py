@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dibit.codec import reference
-from dibit.codec.cuda.kernels import blocks as kernels
-from dibit.codec.cuda.launch import SINGLE, as_bits, constant, launch, on_device, parts, power
+from dibit.codec.backends import reference
+from dibit.codec.backends.triton.kernels import blocks as kernels
+from dibit.codec.backends.triton.launch import SINGLE, as_bits, constant, launch, on_device, parts, power
 
 _MOST = 2048  # bytes of a block that one program takes whole
 _TILE = 1024  # bytes that a program takes of blocks that several share

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dibit.codec.cuda.kernels.numbers import INFINITE, MAGNITUDE, hashed, keys, uniform
+from dibit.codec.backends.triton.kernels.numbers import INFINITE, MAGNITUDE, hashed, keys, uniform
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from torch import Tensor
 from dibit._torch.autocast import at_least_single
 from dibit._torch.huge_pages import empty
 from dibit.codec import rng
-from dibit.codec.chances import ONE, chances, start
+from dibit.codec.keep_probabilities import ONE, chances, start
 
 PART = 1 << 20  # elements of a matrix that are gathered or unpacked at once: what a CPU's caches hold
 STOCHASTIC, NEAREST = 0, 1  # rounding modes as the operators take them

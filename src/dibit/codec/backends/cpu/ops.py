@@ -1,4 +1,4 @@
-"""The codec's operators on the CPU: tensors in, tensors out, Numba kernels (`dibit.codec.kernels`) between."""
+"""The codec's operators on the CPU: tensors in, tensors out, Numba kernels between."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from dibit._torch.autocast import HALF, at_least_single
 from dibit._torch.huge_pages import empty, empty_like
-from dibit.codec import chances, kernels, reference
-from dibit.codec.memory import array
+from dibit.codec import keep_probabilities as chances
+from dibit.codec.backends import reference
+from dibit.codec.backends.cpu import kernels
+from dibit.codec.numpy_views import array
 from dibit.codec.rng import M1, M2
 
 _MASK64 = 2**64 - 1

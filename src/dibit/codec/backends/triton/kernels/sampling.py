@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dibit.codec.chances import ONE
-from dibit.codec.cuda.kernels.numbers import hashed, keys
+from dibit.codec.backends.triton.kernels.numbers import hashed, keys
+from dibit.codec.keep_probabilities import ONE
 
 _ONE = tl.constexpr(ONE)
 

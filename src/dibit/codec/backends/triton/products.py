@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dibit.codec import reference
-from dibit.codec.cuda.kernels import products as kernels
-from dibit.codec.cuda.launch import SINGLE, as_bits, constant, launch, on_device, parts, power
+from dibit.codec.backends import reference
+from dibit.codec.backends.triton.kernels import products as kernels
+from dibit.codec.backends.triton.launch import SINGLE, as_bits, constant, launch, on_device, parts, power
 
 _LARGEST = 8192  # elements of a block; larger ones are unpacked before they are multiplied
 _TILE = 1024  # elements that a program holds at once

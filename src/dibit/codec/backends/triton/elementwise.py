@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dibit.codec import reference
-from dibit.codec.cuda.kernels import elementwise as kernels
-from dibit.codec.cuda.launch import SINGLE, launch, parts
+from dibit.codec.backends import reference
+from dibit.codec.backends.triton.kernels import elementwise as kernels
+from dibit.codec.backends.triton.launch import SINGLE, launch, parts
 
 _MASK = 512  # bytes of a mask that a program takes: four a thread, and four elements of each slot
 _RUN = 1024  # elements that a program takes

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from dibit._torch.autocast import HALF
-from dibit.stream import capturing
+from dibit.codec.seed_stream import capturing
 
 SINGLE = (torch.float32, *HALF)  # what kernels compute in, or convert; for others the definition runs
 
