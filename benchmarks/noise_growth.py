@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import dibit
 from dibit.bench.noise import NORMS, Cell, Training
+from dibit.engine.model_state import state_of
 from dibit.reproduce.plan import load_prepared
-from dibit.state import state_of
 
 RATIO = 5
 

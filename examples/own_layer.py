@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 
 import dibit
-from dibit.functions.activation import smooth
+from dibit.rules.activation import smooth
 from dibit.train import DataSettings
 from dibit.train.data import load_graph
 

@@ -9,9 +9,10 @@ from torch_geometric.nn import GraphSAGE
 from torch_geometric.utils import erdos_renyi_graph, to_torch_csr_tensor
 
 import dibit
-from dibit import score_table, step
 from dibit.codec import seed_stream as stream
 from dibit.codec.row_sampling import LEFT_OUT
+from dibit.engine import forward_pass as step
+from dibit.engine import row_scores as score_table
 from tests.test_scores import N, readout, trained
 from tests.unbiased import bias_of, gradient
 

@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch_geometric.nn import GATConv, SAGEConv
 
 import dibit
-from dibit.state import state_of
+from dibit.engine.model_state import state_of
 
 
 class Net(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import GAT, GCN, GraphSAGE
 
 import dibit
-from dibit.functions.relative import relative
+from dibit.rules.relative import relative
 
 N, D, STEPS, WARM = 500, 64, 200, 40
 MODELS: dict[str, Callable[[], nn.Module]] = {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch_geometric.utils import to_torch_csr_tensor
 
 import dibit
-from dibit.state import state_of
+from dibit.engine.model_state import state_of
 
 N, CLASSES = 3000, 5
 NORMS: dict[str, Callable[[int], nn.Module]] = {

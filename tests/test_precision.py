@@ -16,6 +16,7 @@ from torch_geometric.utils import to_torch_csr_tensor
 import dibit
 from dibit import Config, Sample
 from dibit.codec import ops
+from dibit.engine.ledger import Ledger
 from tests.functions.test_operations import EXACT, LOSSY, Net
 from tests.functions.test_operations import D as WIDTH
 from tests.functions.test_operations import N as ROWS
@@ -126,7 +127,7 @@ def test_gradient_is_unbiased(kind: str, way: str) -> None:
     assert not bias.exact
 
 
-def run(make: Callable[[], Net], way: str, setting: Config | str | None) -> tuple[Tensor, dibit.ledger.Ledger, dict]:
+def run(make: Callable[[], Net], way: str, setting: Config | str | None) -> tuple[Tensor, Ledger, dict]:
     torch.manual_seed(0)
     model, x = make().train(), torch.randn(ROWS, WIDTH)
     if way == "model bf16":

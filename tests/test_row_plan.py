@@ -19,12 +19,12 @@ from torch_geometric.utils import to_torch_csr_tensor
 import dibit
 from dibit import Config, Sample
 from dibit.codec import decode, encode, seed_tensor
-from dibit.compiled.spec import NORM, setting_of, settings
+from dibit.compile.spec import NORM, setting_of, settings
 from dibit.config import recipe
-from dibit.meter import concentration, rounding_of
-from dibit.noise_flow import _ALIGNED, _ALIGNED_COLUMNS, _COLUMNS, Factor, Leaf, Level, Norm
-from dibit.row_plan import _DEEP, _FINE, _MANY, _NEXT, _SPREAD, RowPlan
-from dibit.state import state_of
+from dibit.engine.model_state import state_of
+from dibit.engine.noise.meter import concentration, rounding_of
+from dibit.engine.noise.noise_flow import _ALIGNED, _ALIGNED_COLUMNS, _COLUMNS, Factor, Leaf, Level, Norm
+from dibit.engine.noise.row_plan import _DEEP, _FINE, _MANY, _NEXT, _SPREAD, RowPlan
 from dibit.study import gradient_error
 from tests.unbiased import bias_of
 
@@ -888,7 +888,7 @@ class TestWhatIsLearnt:
             x = x * 1
         nodes = []
         monkeypatch.setattr(
-            "dibit.noise_flow.heapq.heappush", lambda heap, item: nodes.append(item) or heap.append(item)
+            "dibit.engine.noise.noise_flow.heapq.heappush", lambda heap, item: nodes.append(item) or heap.append(item)
         )
         model = dibit.compress(nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 3)))
         model(x).sum().backward()

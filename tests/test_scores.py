@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import dibit
 from dibit import Config, Sample
 from dibit.codec.row_sampling import row_scores, together
-from dibit.score_table import _folded
+from dibit.engine.row_scores import _folded
 from tests.unbiased import bias_of
 
 _SAMPLE = Sample(4, by="gradient")

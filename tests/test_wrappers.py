@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import dibit
-from dibit.state import state_of, states_in
+from dibit.engine.model_state import state_of, states_in
 
 N = 300
 CONFIG = dibit.Config(bits=2, block=16, reduce=dibit.Sample(4, by="gradient"))

@@ -2,10 +2,10 @@
 
 from types import ModuleType
 
-from dibit.batch import batch
 from dibit.codec import Packed, decode, encode
 from dibit.compress import compress, decompress, scores, track
 from dibit.config import Config, Project, Rows, Sample, recipe
+from dibit.engine.batch_info import batch
 from dibit.gradient_noise import Noise, noise
 
 __version__ = "0.1.0"
@@ -31,9 +31,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """`dibit.study` without an import of its own; loaded when it is first asked for."""
-    if name == "study":
+    """`dibit.study`, and `dibit.functions`, the former name of `dibit.rules`: loaded when they are first asked for."""
+    if name in ("functions", "study"):
         import importlib
 
-        return importlib.import_module("dibit.study")
+        return importlib.import_module(f"dibit.{name}")
     raise AttributeError(f"module 'dibit' has no attribute {name!r}")

@@ -18,17 +18,17 @@ from torch.fx import _symbolic_trace
 from dibit import outside, passes, unseen
 from dibit._torch.module_call import around, check
 from dibit._torch.user_objects import is_a, static
-from dibit.compiled import mode as traced
-from dibit.compiled.spec import setting_of
+from dibit.compile import mode as traced
+from dibit.compile.spec import setting_of
 from dibit.config import Config, Sample, nearest, recipe
+from dibit.engine.ledger import Ledger, Row
+from dibit.engine.model_state import Found, Hook, Rule, State, state_of, states_in
+from dibit.engine.row_scores import Scores
 from dibit.inner_gradient import asks
-from dibit.ledger import Ledger, Row
 from dibit.masks import transformed
 from dibit.portable import Portable
-from dibit.score_table import Scores
 from dibit.scripting import prepare as prepare_scripting
 from dibit.scripting import scripted
-from dibit.state import Found, Hook, Rule, State, state_of, states_in
 
 __all__ = ["compress", "decompress", "scores", "state_of", "track"]
 
@@ -129,7 +129,7 @@ def compress(
         noise: a bound on the squared error of the gradient over its square, in the place of the recipe's
             (`Config.noise`); for configs that leave out rows.
         rules: more entries for the table, or others for its functions: function -> `rule(step, *args, **kwargs)`, see
-            `dibit.functions`.
+            `dibit.rules`.
 
     Returns:
         The same model.

@@ -117,7 +117,7 @@ class Config:
             `"compress"`: they are treated like any other activation, as the papers do.
         noise: a bound on the squared error of the gradient over its square. The ratios of `Sample` above are then the
             most that is left out: after the first steps, more rows are kept where the error that was measured asks for
-            it (`dibit.row_plan`). `None`: the ratios hold whatever the error is.
+            it (`dibit.engine.noise.row_plan`). `None`: the ratios hold whatever the error is.
     """
 
     bits: int = 2

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dibit._torch.storage_identity import strided
-from dibit.score_table import Scores
-from dibit.state import State, states_in
+from dibit.engine.model_state import State, states_in
+from dibit.engine.row_scores import Scores
 
 
 @dataclass(frozen=True)

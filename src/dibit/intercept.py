@@ -1,6 +1,6 @@
 """The mode that sees every operation of a compressed model's forward pass, looked up in a table.
 
-A `TorchFunctionMode` looks each function up in a table (`dibit.functions.RULES`). A rule computes the plain forward and
+A `TorchFunctionMode` looks each function up in a table (`dibit.rules.RULES`). A rule computes the plain forward and
 keeps a residual; everything else runs as it is under `saved_tensors_hooks`, which keep floats exactly and pack bools
 and integers losslessly: a hook sees a tensor, not the operation, so it cannot know what rounding would do.
 """
@@ -21,11 +21,11 @@ from torch.overrides import TorchFunctionMode
 
 from dibit import inner_gradient
 from dibit._torch.storage_identity import storage_key, storages, strided
+from dibit.engine.forward_pass import Step, tensors_in
+from dibit.engine.model_state import Rule
 from dibit.masks import DROPOUTS, Calls, hooks_free, run_away, transformed
 from dibit.recompute.program import functions
 from dibit.recompute.recorder import PURE
-from dibit.state import Rule
-from dibit.step import Step, tensors_in
 
 _EXPOSES = functions("numpy data_ptr __array__ __dlpack__ untyped_storage storage share_memory_")
 _FROM_OUTSIDE = functions("as_tensor asarray from_numpy frombuffer from_dlpack")  # may share somebody else's memory

@@ -9,7 +9,7 @@ from torch import nn
 
 from dibit.compress import compress, decompress, scores, track
 from dibit.config import Config
-from dibit.ledger import Ledger
+from dibit.engine.ledger import Ledger
 
 try:
     from lightning.pytorch.callbacks import Callback

@@ -26,10 +26,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from dibit.config import Config
-from dibit.functions.dropout import seeded
+from dibit.engine.model_state import State
 from dibit.inner_gradient import ASKING
 from dibit.nn import norm_relu_dropout
-from dibit.state import State
+from dibit.rules.dropout import seeded
 
 _interpreters = torch._C._functorch.peek_interpreter_stack
 # Frames below which a function is run that may be run again elsewhere: checkpoints, reversible layers.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.utils.dlpack
 
+from dibit.engine.forward_pass import Step
 from dibit.passes import running
-from dibit.step import Step
 
 
 def watch() -> None:

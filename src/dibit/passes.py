@@ -13,13 +13,13 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 
 from dibit import unseen
 from dibit._torch.storage_identity import strided
-from dibit.batch import told_of
-from dibit.compiled import mode as traced
-from dibit.functions import RULES
+from dibit.compile import mode as traced
+from dibit.engine.batch_info import told_of
+from dibit.engine.forward_pass import Step, tensors_in
 from dibit.intercept import Intercept
 from dibit.masks import Exactly, Masks, hooks_free, top_hooks, transformed
+from dibit.rules import RULES
 from dibit.scripting import scripted
-from dibit.step import Step, tensors_in
 
 _TRACED = (torch.Tensor, nn.Parameter)
 _FEW = 1 << 14  # numbers in the largest argument: of a smaller graph there is little to save

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from dibit.compiled import mode as traced
-from dibit.state import State, state_of
+from dibit.compile import mode as traced
+from dibit.engine.model_state import State, state_of
 
 _waiting: dict[int, tuple[weakref.ref[State], bool]] = {}  # nothing of them was compressed yet; without gradients then
 _handle: Any = None

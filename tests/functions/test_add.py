@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dibit
 from dibit.bench.memory import peak_bytes
-from dibit.functions import add
+from dibit.rules import add
 
 N, D = 9000, 128
 tells = pytest.mark.skipif(sys.version_info >= (3, 14), reason="operands may be borrowed there")

@@ -11,7 +11,7 @@ import dibit
 from dibit import Config
 from dibit._torch import huge_pages as buffers
 from dibit.bench.memory import peak_bytes
-from dibit.functions import aggregate, large
+from dibit.rules import aggregate, large
 from tests.unbiased import bias_of, gradient
 
 N, D = 9000, 128

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dibit
-from dibit.functions import RULES, large
 from dibit.nn import norm_relu_dropout
+from dibit.rules import RULES, large
 from tests.unbiased import bias_of
 
 RECIPES: dict[str, Any] = {

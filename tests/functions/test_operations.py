@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import dibit
 from dibit import Config, Project, Sample
-from dibit.functions import RULES
 from dibit.nn import norm_relu_dropout
+from dibit.rules import RULES
 from tests.unbiased import bias_of, gradient
 
 N, D = 64, 16

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dibit
-from dibit.functions import positive
+from dibit.rules import positive
 from tests.unbiased import bias_of
 
 N, D, EPS = 300, 16, 1e-12

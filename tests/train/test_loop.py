@@ -147,7 +147,7 @@ def test_measuring_changes_nothing(small: Path) -> None:
 
 def test_a_model_in_training_is_measured_as_it_is() -> None:
     """What its steps have taught it, how many rows to keep, counts."""
-    from dibit.state import states_in
+    from dibit.engine.model_state import states_in
 
     task = _task(Path(), dataset="planted:6000", hidden=32, layers=3, out=None)
     loose = replace(dibit.recipe("default"), noise=1e9)

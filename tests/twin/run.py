@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import dibit
 from dibit import Config, Sample
-from dibit.compiled import mode as traced
+from dibit.compile import mode as traced
 from dibit.compress import state_of
 from dibit.config import recipe
 from tests.twin.grammar import Op, Program

@@ -14,8 +14,8 @@ from torch_geometric.nn import aggr, conv, models, norm
 
 import dibit
 from dibit import Config, Project, Sample
-from dibit.functions.activation import relu
-from dibit.step import Step
+from dibit.engine.forward_pass import Step
+from dibit.rules.activation import relu
 from tests.zoo import aggrs, convs, norms
 from tests.zoo import models as built
 from tests.zoo.case import Case, D, edges, x

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import dibit
 from dibit import Config, Sample
-from dibit.state import state_of
+from dibit.engine.model_state import state_of
 from dibit.study import gradient_error
 from dibit.train.data import Graph
 

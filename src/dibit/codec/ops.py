@@ -1,7 +1,8 @@
 """Every operator of the codec: schema, fake and dispatch by device.
 
-`torch.library.custom_op` ties the backends together. The definition (`backends/reference.py`) serves any
-device; the CPU has Numba kernels (`backends/cpu/`), GPUs have Triton's (`backends/triton/`). All take contiguous tensors and 0-d int64 seeds.
+`torch.library.custom_op` ties the backends together. The definition (`backends/reference.py`) serves any device; the
+CPU has Numba kernels (`backends/cpu/`), GPUs have Triton's (`backends/triton/`). All take contiguous tensors and 0-d
+int64 seeds.
 """
 
 import functools

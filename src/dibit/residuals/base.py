@@ -18,10 +18,10 @@ from dibit._torch.autocast import HALF
 from dibit.codec import Packed, decode, ops
 from dibit.codec.seed_stream import Key
 from dibit.config import Sample
+from dibit.engine.row_scores import Watch
 from dibit.recompute.program import Program, Shared
 from dibit.residuals.constant_csr import Graph
 from dibit.residuals.exact import Exact, Narrowed, bind, outer
-from dibit.score_table import Watch
 
 # Whether the backward pass that runs leaves what was saved for another one.
 keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)

@@ -16,11 +16,11 @@ from torch import Tensor
 from dibit._torch.autocast import HALF, at_least_single, full
 from dibit._torch.storage_identity import storage_key
 from dibit.config import Config
-from dibit.functions.common import dense, first_order
-from dibit.functions.returned import Cell
+from dibit.engine.forward_pass import Step
 from dibit.residuals.base import Residual, load, save
 from dibit.residuals.exact import Exact, exact
-from dibit.step import Step
+from dibit.rules.common import dense, first_order
+from dibit.rules.returned import Cell
 
 
 def probability_config(step: Step) -> Config:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from dibit.config import Config, Sample
-from dibit.noise_flow import Factor, Leaf, Level, Norm, pass_down
+from dibit.engine.noise.noise_flow import Factor, Leaf, Level, Norm, pass_down
 
 _EACH = 4  # first passes that are measured
 _SOON, _EVERY = 4, 16  # of the later ones, in the beginning and where what is measured has changed; in the end

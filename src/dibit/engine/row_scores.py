@@ -18,9 +18,9 @@ from torch.nn.parameter import is_lazy
 from dibit._torch.storage_identity import strided, version
 from dibit.codec.row_sampling import LEFT_OUT, row_scores, together
 from dibit.codec.seed_stream import capturing, given, go_on
-from dibit.field import Field
-from dibit.owners import History
-from dibit.row_plan import RowPlan
+from dibit.engine.loss_reach import Field
+from dibit.engine.noise.row_plan import RowPlan
+from dibit.engine.owners import History
 
 _PARAMETERS, _ELEMENTS = 16, 16  # whose values are compared, and how many of each
 _HISTORY = "steady/"  # before the roles of `History`

@@ -16,7 +16,7 @@ from dibit._torch.storage_identity import strided
 from dibit.config import Config
 
 if TYPE_CHECKING:
-    from dibit.step import Step
+    from dibit.engine.forward_pass import Step
 
 
 FEW = 64  # elements; of a smaller tensor the codes, with a seed and a range, win nothing

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 
 from dibit.config import Config, Project, Rows, Sample
-from dibit.functions.relative import relative, saturating
+from dibit.rules.relative import relative, saturating
 
 LEAF, PATH, NORM = "leaf", "path", "norm"  # what a residual is for; see `Step.keep`
-RELATIVE, SATURATING = "relative", "saturating"  # of sigmoid; tanh, ELU; see `dibit.functions.relative`
+RELATIVE, SATURATING = "relative", "saturating"  # of sigmoid; tanh, ELU; see `dibit.rules.relative`
 _REDUCE = {"Project": Project, "Sample": Sample}
 
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from dibit._torch.autocast import at_least_single
 from dibit.codec import Affine, ops, seed_tensor
 from dibit.codec.seed_stream import dropout_seed
-from dibit.functions.common import dense, first_order
-from dibit.functions.dropout import dropout
-from dibit.functions.norm import batch_norm_gradient, keep_normalised
+from dibit.engine.forward_pass import Step
 from dibit.residuals.base import Mask, Reseeded, load, save
-from dibit.step import Step
+from dibit.rules.common import dense, first_order
+from dibit.rules.dropout import dropout
+from dibit.rules.norm import batch_norm_gradient, keep_normalised
 
 
 class NormReLUDropout(torch.autograd.Function):

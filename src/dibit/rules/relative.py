@@ -18,8 +18,8 @@ from torch import Tensor
 
 from dibit.codec import ops
 from dibit.config import Config
+from dibit.engine.forward_pass import Step
 from dibit.residuals.base import Residual
-from dibit.step import Step
 
 _FINE, _ALL = 40, 124  # octaves below the largest element: a sigmoid's at +-28, and all that float32 has
 _MOST, _STEP = 128, 8  # of float32 there are no more; few different tables

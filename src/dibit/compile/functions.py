@@ -1,4 +1,4 @@
-"""The `autograd.Function`s of compiled code: plain forward, codes kept by `dibit.compiled.ops`, traceable throughout.
+"""The `autograd.Function`s of compiled code: plain forward, codes kept by `dibit.compile.ops`, traceable throughout.
 
 Where a tensor that is kept comes from is told by `key`, `draw` and `text`: the pass, the number of the residual in it,
 and the config.
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dibit.codec import ops as codec
-from dibit.compiled import ops
-from dibit.compiled.spec import LEAF, NORM
-from dibit.functions.common import flat
+from dibit.compile import ops
+from dibit.compile.spec import LEAF, NORM
+from dibit.rules.common import flat
 
 
 class Linear(torch.autograd.Function):

@@ -15,10 +15,10 @@ from dibit.codec import Affine, Packed, encode, mix, ops, seed_tensor
 from dibit.codec.backends import reference
 from dibit.codec.packed import reduced_shape
 from dibit.codec.seed_stream import Key, capturing, draw, replayed_key
-from dibit.compiled.spec import LEAF, NORM, settings
+from dibit.compile.spec import LEAF, NORM, settings
 from dibit.config import Config, Sample
-from dibit.functions.norm import batch_norm_gradient, layer_norm_gradient
 from dibit.residuals.base import Compressed
+from dibit.rules.norm import batch_norm_gradient, layer_norm_gradient
 
 _GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's step: seeds of one pass are the numbers of its stream
 
@@ -64,7 +64,7 @@ def keep(
         shift, scale: (D,), statistics of x.
         key: of the pass, int64 0-d.
         draw: the number of this residual within the pass.
-        text, use: see `dibit.compiled.spec`.
+        text, use: see `dibit.compile.spec`.
     """
     affine = None if shift is None or scale is None else Affine(shift, scale, watches=True)
     packed = encode(x, settings(text, use), seed(key, draw), affine)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from dibit.codec import ops
 from dibit.codec.seed_stream import dropout_seed
-from dibit.functions.common import dense, first_order, write
+from dibit.engine.forward_pass import Step
 from dibit.residuals.base import Mask, Reseeded, load, save
-from dibit.step import Step
+from dibit.rules.common import dense, first_order, write
 
 
 class SeededDropout(torch.autograd.Function):

@@ -16,11 +16,11 @@ from torch.nn.parameter import is_lazy
 from dibit._torch.storage_identity import storages
 from dibit._torch.user_objects import attributes, defines, is_a, items, static
 from dibit.codec import Packed
-from dibit.field import Field
-from dibit.ledger import Ledger, Row
-from dibit.owners import History
+from dibit.engine.ledger import Ledger, Row
+from dibit.engine.loss_reach import Field
+from dibit.engine.owners import History
+from dibit.engine.row_scores import Scores
 from dibit.portable import Portable
-from dibit.score_table import Scores
 
 Rule = Callable[..., Any]
 # Sees what is compressed: module, operation, the tensor before its reduction, what is kept of it.

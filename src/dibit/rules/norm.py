@@ -20,11 +20,11 @@ from dibit._torch.autocast import at_least_single, full
 from dibit._torch.huge_pages import empty_like
 from dibit.codec import Affine, ops
 from dibit.config import Config, Project, Sample
-from dibit.functions import large
-from dibit.functions.common import dense, first_order, own, unreduced
-from dibit.meter import Meter
+from dibit.engine.forward_pass import Step
+from dibit.engine.noise.meter import Meter
 from dibit.residuals.base import Compressed, load, save
-from dibit.step import Step
+from dibit.rules import large
+from dibit.rules.common import dense, first_order, own, unreduced
 
 
 def norm_config(step: Step, shape: torch.Size, columns: bool, place: str) -> Config:

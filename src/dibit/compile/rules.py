@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dibit.compiled import functions, ops
-from dibit.compiled.spec import PATH, RELATIVE, SATURATING
-from dibit.functions import activation
+from dibit.compile import functions, ops
+from dibit.compile.spec import PATH, RELATIVE, SATURATING
+from dibit.rules import activation
 
 
 def dense(x: Any) -> bool:

@@ -14,16 +14,19 @@ from torch.overrides import resolve_name
 from dibit._torch.storage_identity import Alive, holders, storage_key, storages, strided, version
 from dibit._torch.user_objects import attributes as own_attributes
 from dibit._torch.user_objects import defines, is_a, items, mapped, static
-from dibit.batch import current
 from dibit.codec import Affine, encode, encoded_bytes, mix, norm_scores, seed_tensor
 from dibit.codec.fingerprint import fingerprint
 from dibit.codec.row_sampling import LEFT_OUT, by_length, unevenness
 from dibit.codec.seed_stream import Key, capturing, replayed_key
 from dibit.config import Config, Project, Sample
-from dibit.ledger import Ledger, Row
-from dibit.meter import Meter, rounding_of
-from dibit.noise_flow import Leaf
-from dibit.owners import Owners, is_whole
+from dibit.engine.batch_info import current
+from dibit.engine.ledger import Ledger, Row
+from dibit.engine.model_state import Rule, State
+from dibit.engine.noise.meter import Meter, rounding_of
+from dibit.engine.noise.noise_flow import Leaf
+from dibit.engine.noise.row_plan import UNEVEN
+from dibit.engine.owners import Owners, is_whole
+from dibit.engine.row_scores import Watch
 from dibit.recompute.mean_pattern import counts, division
 from dibit.recompute.recorder import SMALL, Node, Tape, nbytes
 from dibit.residuals.base import (
@@ -40,9 +43,6 @@ from dibit.residuals.base import (
 )
 from dibit.residuals.constant_csr import Graph
 from dibit.residuals.exact import Exact, Kept, Narrowed, Recomputed, exact, narrow, own
-from dibit.row_plan import UNEVEN
-from dibit.score_table import Watch
-from dibit.state import Rule, State
 
 _DEEPEST = 6  # nested containers that are searched for the caller's tensors
 
@@ -245,7 +245,7 @@ class Step:
     def steady(self, x: Tensor) -> bool:
         """Whether what is kept may rest on the content that x has now, a tensor that somebody else holds.
 
-        Of one that may change between the passes this is learnt from earlier ones: `dibit.owners`.
+        Of one that may change between the passes this is learnt from earlier ones: `dibit.engine.owners`.
         """
         parts = storages(x)
         nodes = [self.tape.node(part) for part in parts]  # remembers the content

@@ -6,7 +6,7 @@ once an edge; one that can be computed again for less than its codes is kept exa
 
 Squares, dot products and what is scaled by a reciprocal end in norms: there dy is largest where a factor is smallest,
 in a row of zeros above all. Such factors are kept with an error that is a part of the element, or of its row. So are
-positive ones of a wide range (`dibit.functions.positive`).
+positive ones of a wide range (`dibit.rules.positive`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor
 
 from dibit._torch.autocast import at_least_single, copies, lower
 from dibit.config import Config, Sample
-from dibit.functions import positive
-from dibit.functions.common import FEW, dense, fine, first_order, flat, unreduced
-from dibit.functions.relative import keep_relative, keep_signed
+from dibit.engine.forward_pass import Step
 from dibit.recompute.mean_pattern import made_by_reciprocal
 from dibit.recompute.recorder import nbytes
 from dibit.residuals.base import load, save
-from dibit.step import Step
+from dibit.rules import positive
+from dibit.rules.common import FEW, dense, fine, first_order, flat, unreduced
+from dibit.rules.relative import keep_relative, keep_signed
 
 _BROADCAST = 4  # a factor that is at least so many times smaller than the product stays exact
 _ROW = 16  # elements for which a range of their own pays

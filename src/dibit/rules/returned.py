@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from dibit._torch.storage_identity import storage_key, version
+from dibit.engine.forward_pass import Step
 from dibit.residuals.base import keeps_graph
 from dibit.residuals.exact import Exact
-from dibit.step import Step
 
 
 class Cell:

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dibit._torch.autocast import at_least_single, full
-from dibit.functions.activation import Elementwise
-from dibit.functions.common import FEW, dense, fine
-from dibit.functions.relative import keep_relative
-from dibit.functions.returned import Slope
-from dibit.step import Step
+from dibit.engine.forward_pass import Step
+from dibit.rules.activation import Elementwise
+from dibit.rules.common import FEW, dense, fine
+from dibit.rules.relative import keep_relative
+from dibit.rules.returned import Slope
 
 
 def rule(

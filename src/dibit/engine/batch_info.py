@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from dibit._torch.storage_identity import storages
-from dibit.state import Found, State, states_in
+from dibit.engine.model_state import Found, State, states_in
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)  # return what is returned inside
 

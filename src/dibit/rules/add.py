@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dibit._torch.huge_pages import empty_like, large
-from dibit.functions.common import dense, first_order
-from dibit.step import Step
+from dibit.engine.forward_pass import Step
+from dibit.rules.common import dense, first_order
 
 
 class Add(torch.autograd.Function):

@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from dibit.config import Config
-from dibit.functions.relative import geometric, octaves_of, relative, whole
+from dibit.engine.forward_pass import Step
 from dibit.recompute.program import functions
 from dibit.recompute.recorder import Node, Tape
-from dibit.step import Step
+from dibit.rules.relative import geometric, octaves_of, relative, whole
 
 _MADE = functions("exp exp_ sigmoid sigmoid_")
 _SELECTED = functions(

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from dibit._torch.huge_pages import large
 from dibit.codec import ops
-from dibit.functions.common import dense, first_order
-from dibit.functions.linear import addmm as dense_addmm
-from dibit.functions.linear import matmul as dense_matmul
+from dibit.engine.forward_pass import Step
 from dibit.residuals.base import Aggregated, Reference, load, save
 from dibit.residuals.constant_csr import Graph
-from dibit.step import Step
+from dibit.rules.common import dense, first_order
+from dibit.rules.linear import addmm as dense_addmm
+from dibit.rules.linear import matmul as dense_matmul
 
 _ARG = {"max": "amax", "min": "amin", "amax": "amax", "amin": "amin"}
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from dibit._torch.autocast import copies, lower
-from dibit.functions import large
-from dibit.functions.common import dense, first_order, flat, own
-from dibit.functions.product import bmm
-from dibit.meter import Meter
+from dibit.engine.forward_pass import Step
+from dibit.engine.noise.meter import Meter
 from dibit.residuals.base import Reference, load, save
 from dibit.residuals.constant_csr import Graph
-from dibit.step import Step
+from dibit.rules import large
+from dibit.rules.common import dense, first_order, flat, own
+from dibit.rules.product import bmm
 
 
 class Linear(torch.autograd.Function):

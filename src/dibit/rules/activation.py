@@ -4,7 +4,7 @@ Piecewise linear ones keep one exact bit an element. Smooth ones keep their *der
 forward pass: its estimate enters dX once, so dX is unbiased; from a quantised input it would not be.
 
 The derivatives of sigmoid, tanh and ELU fall towards 0 where these saturate, and that is where a logarithm that follows
-has a large one: they are kept with an error that is a part of each element (`dibit.functions.relative`), or by
+has a large one: they are kept with an error that is a part of each element (`dibit.rules.relative`), or by
 reference to the result where plain torch keeps it too and the model returns it.
 """
 
@@ -20,11 +20,11 @@ from torch import Tensor
 from dibit._torch.autocast import at_least_single, copies, lower
 from dibit.codec import ops
 from dibit.config import Config
-from dibit.functions.common import FEW, dense, first_order, unreduced
-from dibit.functions.relative import relative, saturating, whole
-from dibit.functions.returned import Slope
+from dibit.engine.forward_pass import Step
 from dibit.residuals.base import Mask, Residual, load, save
-from dibit.step import Step
+from dibit.rules.common import FEW, dense, first_order, unreduced
+from dibit.rules.relative import relative, saturating, whole
+from dibit.rules.returned import Slope
 
 aten = torch.ops.aten
 

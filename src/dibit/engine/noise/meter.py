@@ -1,4 +1,4 @@
-"""Measures, in the backward pass, what `dibit.row_plan` decides by."""
+"""Measures, in the backward pass, what `dibit.engine.noise.row_plan` decides by."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from dibit._torch.autocast import at_least_single
 from dibit.codec import decode, encode, seed_tensor
 from dibit.config import Config, Project
+from dibit.engine.noise.row_plan import RowPlan
 from dibit.residuals.base import Aggregated, Compressed, Normed, Passed, Reseeded, Residual, parts
 from dibit.residuals.exact import outer
-from dibit.row_plan import RowPlan
 
 _COLUMNS = 512  # that are compared with one another at most
 _SOME = 1 << 11  # rows that tell how large rounding is

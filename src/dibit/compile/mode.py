@@ -1,4 +1,4 @@
-"""The mode of a compiled pass: small enough that Dynamo traces it, with a table of its own (`dibit.compiled.rules`).
+"""The mode of a compiled pass: small enough that Dynamo traces it, with a table of its own (`dibit.compile.rules`).
 
 There is one object a thread, always the same one: where Dynamo has to break a graph in the middle of a model, it can
 put back a mode only if it knows where to find it. Between the parts of a broken graph the mode is on the stack and
@@ -19,9 +19,9 @@ from torch._C._dynamo import eval_frame
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from dibit._torch.user_objects import is_a, static
-from dibit.compiled import ops
-from dibit.compiled.rules import RULES
-from dibit.compiled.spec import Setting
+from dibit.compile import ops
+from dibit.compile.rules import RULES
+from dibit.compile.spec import Setting
 
 set_callback = eval_frame.set_eval_frame
 
