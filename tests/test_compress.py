@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import dibit
 from dibit import Config, Sample
-from dibit.compress import state_of
+from dibit.api import state_of
 from tests.unbiased import gradient
 
 

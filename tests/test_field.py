@@ -14,8 +14,8 @@ from torch_geometric.utils import to_torch_csr_tensor
 
 import dibit
 from dibit import Config, Sample
+from dibit.api import state_of
 from dibit.codec.row_sampling import LEFT_OUT
-from dibit.compress import state_of
 from tests.unbiased import bias_of
 
 N, D = 300, 16

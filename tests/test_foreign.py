@@ -200,7 +200,7 @@ def test_their_tensors_are_found_all_the_same(name: str) -> None:
 def test_a_request_for_a_gradient_is_found_behind_wrappers(kind: str) -> None:
     import functools
 
-    from dibit.inner_gradient import asks
+    from dibit.hooks.inner_gradients import asks
 
     def force(self: Any, x: Tensor) -> Tensor:
         return torch.autograd.grad(x.sum(), x)[0]

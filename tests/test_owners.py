@@ -22,7 +22,7 @@ from torch_geometric.nn import GCN, GraphSAGE
 
 import dibit
 from dibit import Config
-from dibit.compress import state_of
+from dibit.api import state_of
 
 N, D = 300, 16  # 19 kB: large enough to be computed again rather than kept
 READ: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -19,7 +19,7 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode
 
 import dibit
-from dibit import passes
+from dibit.hooks import passes
 
 ERRORS = ValueError, RuntimeError, StopIteration, KeyboardInterrupt, SystemExit, GeneratorExit
 

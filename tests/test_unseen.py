@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 import dibit
-from dibit import unseen
+from dibit.hooks import nothing_compressed as unseen
 
 
 class Model(nn.Module):

@@ -2,8 +2,8 @@
 
 from types import ModuleType
 
+from dibit.api import compress, decompress, scores, track
 from dibit.codec import Packed, decode, encode
-from dibit.compress import compress, decompress, scores, track
 from dibit.config import Config, Project, Rows, Sample, recipe
 from dibit.engine.batch_info import batch
 from dibit.gradient_noise import Noise, noise

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from dibit.compress import compress, decompress, scores, track
+from dibit.api import compress, decompress, scores, track
 from dibit.config import Config
 from dibit.engine.ledger import Ledger
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import dibit
-from dibit.compress import state_of
+from dibit.api import state_of
 from dibit.config import recipe
 from tests.unbiased import Bias, bias_of
 

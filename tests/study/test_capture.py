@@ -101,6 +101,6 @@ def test_the_observer_is_removed_when_the_step_fails(setting) -> None:  # type: 
 
     with pytest.raises(RuntimeError, match="mine"):
         capture(model, step)
-    from dibit.compress import state_of
+    from dibit.api import state_of
 
     assert state_of(model).observer is None

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import dibit
 from dibit import Config, Sample
+from dibit.api import state_of
 from dibit.compile import mode as traced
-from dibit.compress import state_of
 from dibit.config import recipe
 from tests.twin.grammar import Op, Program
 from tests.twin.pieces import ENDS_COMPRESSION

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import dibit
 from dibit import Config
-from dibit.compress import state_of
+from dibit.api import state_of
 from dibit.engine.ledger import Ledger
 from tests.unbiased import Bias, bias_of
 from tests.zoo.case import Case

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dibit.api import Setting, compress, decompress, state_of
 from dibit.codec import Packed, reduced
 from dibit.codec.normal_levels import normal_levels
-from dibit.compress import Setting, compress, decompress, state_of
 from dibit.config import Config
 from dibit.study.levels import uniform_levels
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dibit.compress import Setting, compress, decompress, state_of
+from dibit.api import Setting, compress, decompress, state_of
 from dibit.config import Config, recipe
 from dibit.gradient_noise import as_before
 from dibit.study.variance import Estimate

@@ -1,4 +1,4 @@
-"""`compress`, `decompress`, `track`: hooks on an unmodified model that begin compressed passes (`dibit.passes`)."""
+"""`compress`, `decompress`, `track`: hooks on an unmodified model that begin compressed passes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch.fx import _symbolic_trace
 
-from dibit import outside, passes, unseen
 from dibit._torch.module_call import around, check
 from dibit._torch.user_objects import is_a, static
 from dibit.compile import mode as traced
@@ -24,11 +23,14 @@ from dibit.config import Config, Sample, nearest, recipe
 from dibit.engine.ledger import Ledger, Row
 from dibit.engine.model_state import Found, Hook, Rule, State, state_of, states_in
 from dibit.engine.row_scores import Scores
-from dibit.inner_gradient import asks
-from dibit.masks import transformed
+from dibit.hooks import dlpack as outside
+from dibit.hooks import nothing_compressed as unseen
+from dibit.hooks import passes
+from dibit.hooks.dropout_masks import transformed
+from dibit.hooks.inner_gradients import asks
+from dibit.hooks.scripting import prepare as prepare_scripting
+from dibit.hooks.scripting import scripted
 from dibit.portable import Portable
-from dibit.scripting import prepare as prepare_scripting
-from dibit.scripting import scripted
 
 __all__ = ["compress", "decompress", "scores", "state_of", "track"]
 

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 
-from dibit import inner_gradient
 from dibit._torch.storage_identity import storage_key, storages, strided
 from dibit.engine.forward_pass import Step, tensors_in
 from dibit.engine.model_state import Rule
-from dibit.masks import DROPOUTS, Calls, hooks_free, run_away, transformed
+from dibit.hooks import inner_gradients as inner_gradient
+from dibit.hooks.dropout_masks import DROPOUTS, Calls, hooks_free, run_away, transformed
 from dibit.recompute.program import functions
 from dibit.recompute.recorder import PURE
 

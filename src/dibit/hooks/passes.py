@@ -11,15 +11,15 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from dibit import unseen
 from dibit._torch.storage_identity import strided
 from dibit.compile import mode as traced
 from dibit.engine.batch_info import told_of
 from dibit.engine.forward_pass import Step, tensors_in
-from dibit.intercept import Intercept
-from dibit.masks import Exactly, Masks, hooks_free, top_hooks, transformed
+from dibit.hooks import nothing_compressed as unseen
+from dibit.hooks.dropout_masks import Exactly, Masks, hooks_free, top_hooks, transformed
+from dibit.hooks.function_mode import Intercept
+from dibit.hooks.scripting import scripted
 from dibit.rules import RULES
-from dibit.scripting import scripted
 
 _TRACED = (torch.Tensor, nn.Parameter)
 _FEW = 1 << 14  # numbers in the largest argument: of a smaller graph there is little to save

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dibit.config import Config
 from dibit.engine.model_state import State
-from dibit.inner_gradient import ASKING
+from dibit.hooks.inner_gradients import ASKING
 from dibit.nn import norm_relu_dropout
 from dibit.rules.dropout import seeded
 

@@ -9,7 +9,7 @@ import torch
 import torch.utils.dlpack
 
 from dibit.engine.forward_pass import Step
-from dibit.passes import running
+from dibit.hooks.passes import running
 
 
 def watch() -> None:
