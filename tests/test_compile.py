@@ -22,7 +22,7 @@ from torch_geometric.nn.models import GAT, GCN, GIN, GraphSAGE
 
 import dibit
 from dibit.compile.spec import config_of, text_of
-from dibit.config import RECIPES
+from dibit.recipes import RECIPES
 from tests.unbiased import bias_of, gradient
 
 N, D = 2000, 64

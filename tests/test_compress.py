@@ -262,7 +262,7 @@ class TestAutograd:
     def test_nan_in_features_reaches_every_weight(self) -> None:
         net, x = make()
         x[5, 3] = float("nan")
-        for recipe in dibit.config.RECIPES:
+        for recipe in dibit.recipes.RECIPES:
             dibit.compress(net, recipe)
             assert all(g.isnan().any() for g in one_step(net, x))
 

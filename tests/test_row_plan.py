@@ -20,11 +20,11 @@ import dibit
 from dibit import Config, Sample
 from dibit.codec import decode, encode, seed_tensor
 from dibit.compile.spec import NORM, setting_of, settings
-from dibit.config import recipe
 from dibit.engine.model_state import state_of
 from dibit.engine.noise.meter import concentration, rounding_of
 from dibit.engine.noise.noise_flow import _ALIGNED, _ALIGNED_COLUMNS, _COLUMNS, Factor, Leaf, Level, Norm
 from dibit.engine.noise.row_plan import _DEEP, _FINE, _MANY, _NEXT, _SPREAD, RowPlan
+from dibit.recipes import recipe
 from dibit.study import gradient_error
 from tests.unbiased import bias_of
 

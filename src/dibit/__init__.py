@@ -4,9 +4,10 @@ from types import ModuleType
 
 from dibit.api import compress, decompress, scores, track
 from dibit.codec import Packed, decode, encode
-from dibit.config import Config, Project, Rows, Sample, recipe
+from dibit.config import Config, Project, Rows, Sample
 from dibit.engine.batch_info import batch
 from dibit.gradient_noise import Noise, noise
+from dibit.recipes import recipe
 
 __version__ = "0.1.0"
 

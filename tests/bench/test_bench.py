@@ -160,7 +160,7 @@ def test_bad_input(words: list[str], sentence: str, capsys: pytest.CaptureFixtur
 
 
 def test_recipes_are_settings() -> None:
-    assert set(dibit.config.RECIPES) <= set(SETTINGS)
+    assert set(dibit.recipes.RECIPES) <= set(SETTINGS)
 
 
 def test_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import dibit
 from dibit import Config, Sample
-from dibit.config import RECIPES
 from dibit.nn import NormReLUDropout, norm_relu_dropout
+from dibit.recipes import RECIPES
 from tests.unbiased import bias_of
 
 N, D = 400, 16

@@ -17,7 +17,8 @@ from dibit.codec.backends import reference
 from dibit.codec.backends import triton as cuda
 from dibit.codec.backends.triton import launch
 from dibit.codec.packed import blocks
-from dibit.config import RECIPES, Config, Sample
+from dibit.config import Config, Sample
+from dibit.recipes import RECIPES
 
 _TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8", torch.int16: "*i16",

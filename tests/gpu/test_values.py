@@ -26,7 +26,7 @@ from dibit.codec import Affine, ops
 from dibit.codec.backends import reference
 from dibit.codec.backends import triton as cuda
 from dibit.codec.keep_probabilities import LEFT_OUT
-from dibit.config import RECIPES
+from dibit.recipes import RECIPES
 from tests.gpu.cases import BITS, Case, apart, codes, elementwise, expected, rows, sampling
 
 

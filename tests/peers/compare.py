@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import dibit
 from dibit.api import state_of
-from dibit.config import recipe
+from dibit.recipes import recipe
 from tests.unbiased import Bias, bias_of
 
 DRAWS = int(os.environ.get("PEERS_DRAWS", "64"))  # in each of the two sets

@@ -122,7 +122,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--peers") == "compressed":
-        recipe = dibit.config.recipe("default")
+        recipe = dibit.recipes.recipe("default")
         mask = config.getoption("--peers-dropout") == "mask"
         compress_what_is_built(replace(recipe, dropout="mask") if mask else "default")
     if path := config.getoption("--peers-log"):

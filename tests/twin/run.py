@@ -22,7 +22,7 @@ import dibit
 from dibit import Config, Sample
 from dibit.api import state_of
 from dibit.compile import mode as traced
-from dibit.config import recipe
+from dibit.recipes import recipe
 from tests.twin.grammar import Op, Program
 from tests.twin.pieces import ENDS_COMPRESSION
 

@@ -75,7 +75,7 @@ def kept(step: Step, setting: str) -> tuple[float | None, float | None]:
     held = allocated_bytes()
     saved = None if start is None or held is None else (held - start - logits.nbytes + targets) / MB
     del logits
-    if setting != "plain" and setting not in dibit.config.RECIPES:
+    if setting != "plain" and setting not in dibit.recipes.RECIPES:
         return saved, None
     with dibit.track(step.model) as tracked:
         step.logits()

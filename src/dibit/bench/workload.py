@@ -130,7 +130,7 @@ class Step:
 
 def prepare(model: nn.Module, setting: str) -> Callable[[Tensor, Tensor], Tensor]:
     """The forward pass of the model under a setting."""
-    if setting in dibit.config.RECIPES:
+    if setting in dibit.recipes.RECIPES:
         return dibit.compress(model, setting)
     if setting == "compile":
         return torch.compile(model)

@@ -60,9 +60,9 @@ def _papers(run: Reproduction) -> list[Case]:
     """The papers' hyper-parameters on their own data sets, as far as those can be loaded."""
     from dibit.train.data.load import load_graph
     from dibit.train.parser import read_yaml
-    from dibit.train.recipes import recipe_files
+    from dibit.train.presets import preset_files
 
-    files: dict[str, Path] = recipe_files()
+    files: dict[str, Path] = preset_files()
     found = []
     for name in PAPERS:
         settings = Settings.from_flat(read_yaml(files[name])).updated(root=run.plan.root)

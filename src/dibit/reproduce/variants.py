@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dibit.config import Config, Rows, recipe
+from dibit.config import Config, Rows
+from dibit.recipes import recipe
 
 RATIOS = (2, 4, 8, 16, 32, 64)
 LARGEST_BLOCK = 1024  # i-EXACT's own limit: G/R = 64 means 1,024 elements at R = 16 and at 128

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dibit.api import Setting, compress, decompress, state_of
-from dibit.config import Config, recipe
+from dibit.config import Config
 from dibit.gradient_noise import as_before
+from dibit.recipes import recipe
 from dibit.study.variance import Estimate
 
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch_geometric.typing
 
-from dibit.train import UserError, recipes
+from dibit.train import UserError, presets
 from dibit.train.data import Raw
 from dibit.train.data.graph import prepare
 from dibit.train.parser import parse, read_yaml
-from dibit.train.recipes import recipe_files, settings_file
+from dibit.train.presets import preset_files, settings_file
 from dibit.train.task import Task, adam, compressed, compression_config, measure
 
 # By hand, what the papers state: the lines of a file that are marked neither "code" nor "ours".
@@ -58,12 +58,12 @@ SHAPES["ogbn-products"] = (100, 47)
 
 
 def test_the_files_are_there() -> None:
-    assert list(recipe_files()) == list(PAPERS)
+    assert list(preset_files()) == list(PAPERS)
 
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_unmarked_lines_are_the_papers(name: str) -> None:
-    path = recipe_files()[name]
+    path = preset_files()[name]
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# ")
     assert "EXACT" in lines[0]
@@ -115,7 +115,7 @@ def test_each_file_trains_a_step_plain_and_compressed(name: str) -> None:
 def test_a_name_is_a_file_and_flags_win() -> None:
     settings = parse(["--config", "arxiv-gcn2", "--layers", "4"])
     assert (settings.data.dataset, settings.model.layers, settings.model.residual) == ("ogbn-arxiv", 4, True)
-    assert settings == parse(["--config", str(recipe_files()["arxiv-gcn2"]), "--layers", "4"])
+    assert settings == parse(["--config", str(preset_files()["arxiv-gcn2"]), "--layers", "4"])
 
 
 def test_a_path_that_exists_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,22 +142,15 @@ def test_names_that_are_not_known(given: str, sentence: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_the_packages_own_folder_is_looked_in_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "site-packages" / "dibit"
-    (package / "recipes").mkdir(parents=True)
-    (package / "recipes" / "mine.yaml").write_text("layers: 3\n")
-    (tmp_path / "recipes").mkdir()  # above the package, what looks like a checkout
-    (tmp_path / "pyproject.toml").write_text("")
-    monkeypatch.setattr(recipes, "_PACKAGE", package)
-    assert recipe_files() == {"mine": package / "recipes" / "mine.yaml"}
-    assert settings_file("mine") == package / "recipes" / "mine.yaml"
+def test_a_file_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.yaml").write_text("layers: 3\n")
+    monkeypatch.setattr(presets, "_FOLDER", tmp_path)
+    assert preset_files() == {"mine": tmp_path / "mine.yaml"}
+    assert settings_file("mine") == tmp_path / "mine.yaml"
 
 
 def test_without_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside an installed package there may be a folder of that name which is not ours."""
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "soup.yaml").write_text("leek: 3\n")
-    monkeypatch.setattr(recipes, "_PACKAGE", tmp_path / "site-packages" / "dibit")
-    assert recipe_files() == {}
+    monkeypatch.setattr(presets, "_FOLDER", tmp_path)
+    assert preset_files() == {}
     with pytest.raises(UserError, match=r"--config is 'soup', expected the path of a YAML file\.$"):
         settings_file("soup")

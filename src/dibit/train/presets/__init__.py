@@ -7,23 +7,16 @@ from pathlib import Path
 
 from dibit.train.errors import UserError, nearest, shown
 
-_PACKAGE = Path(__file__).parents[1]
+_FOLDER = Path(__file__).parent
 
 
-def recipe_files() -> dict[str, Path]:
-    """Return the papers' settings, files for ``dibit train --config``, by name (arxiv-sage, ...).
-
-    They are in the package's own folder ``recipes`` or, in a checkout, in the repository's.
-    """
-    folder = _PACKAGE / "recipes"
-    repository = _PACKAGE.parents[1]
-    if not folder.is_dir() and (repository / "pyproject.toml").is_file():
-        folder = repository / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+def preset_files() -> dict[str, Path]:
+    """Return the papers' settings, files for ``dibit train --config``, by name (arxiv-sage, ...)."""
+    return {path.stem: path for path in sorted(_FOLDER.glob("*.yaml"))}
 
 
 def settings_file(given: str) -> Path:
-    """Return the file that ``--config`` means: a path that exists, else one of `recipe_files` by its name.
+    """Return the file that ``--config`` means: a path that exists, else one of `preset_files` by its name.
 
     Raises:
         UserError: It is neither, and does not look like the path of a file either.
@@ -31,7 +24,7 @@ def settings_file(given: str) -> Path:
     path = Path(given)
     if given and (os.path.exists(given) or path.name != given or path.suffix):
         return path  # reading it says what is wrong with it
-    files = recipe_files()
+    files = preset_files()
     if given not in files:
         known = f", or one of {', '.join(files)}" if files else ""
         raise UserError(
