@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from dibit.train.errors import Interrupted, TrainingError, UserError, nearest, printable, shown
-from dibit.train.files import reason
+from dibit.tools.errors import Interrupted, TrainingError, UserError, nearest, printable, shown
+from dibit.tools.files import reason
 
 _USAGE = """\
 usage: dibit [--help] [--version] COMMAND ...

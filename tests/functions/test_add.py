@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dibit
-from dibit.bench.memory import peak_bytes
 from dibit.rules import add
+from dibit.tools.memory import peak_bytes
 
 N, D = 9000, 128
 tells = pytest.mark.skipif(sys.version_info >= (3, 14), reason="operands may be borrowed there")

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import dibit
 from dibit import Config
 from dibit._torch import huge_pages as buffers
-from dibit.bench.memory import peak_bytes
 from dibit.rules import aggregate, large
+from dibit.tools.memory import peak_bytes
 from tests.unbiased import bias_of, gradient
 
 N, D = 9000, 128

@@ -203,7 +203,7 @@ def test_graphs_that_cannot_be_loaded_are_named(tmp_path: Path, monkeypatch: pyt
     from dibit.reproduce import plan as module
     from dibit.reproduce.plan import Plan, Reproduction
     from dibit.reproduce.store import Store
-    from dibit.train.errors import UserError
+    from dibit.tools.errors import UserError
 
     def refuse(settings: Any, seed: int) -> Any:
         if settings.dataset.startswith("planted"):

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from dibit.reproduce import parallel
-from dibit.train.errors import TrainingError, UserError
+from dibit.tools.errors import TrainingError, UserError
 
 ROOT = Path(__file__).parents[2]
 Note = Callable[[str], None]

@@ -17,7 +17,7 @@ import pytest
 from dibit.reproduce.report import render
 from dibit.reproduce.sections import SECTIONS
 from dibit.reproduce.show.accuracy import _reach
-from dibit.train.errors import UserError
+from dibit.tools.errors import UserError
 from tests.reproduce.examples import all_sections, section
 
 pytestmark = pytest.mark.filterwarnings("error:.*layout not applied", "error:Glyph")

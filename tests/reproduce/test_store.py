@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dibit.reproduce.store import Store, read
-from dibit.train.errors import UserError
+from dibit.tools.errors import UserError
 
 
 def test_a_measurement_is_made_once(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from dibit.reproduce.tables import Cell, Column, table
 from dibit.reproduce.terminal import print_section
-from dibit.train.errors import UserError
+from dibit.tools.errors import UserError
 from tests.reproduce.examples import all_sections, section
 
 NUMBERS = {

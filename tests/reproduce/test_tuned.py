@@ -25,7 +25,7 @@ from dibit.reproduce import parallel, tuned
 from dibit.reproduce.plan import Plan, Reproduction
 from dibit.reproduce.store import Store
 from dibit.reproduce.tuned import _epochs_ratio, _together, cells, table, verdict
-from dibit.train.errors import UserError
+from dibit.tools.errors import UserError
 from dibit.train.report import paired_difference
 from dibit.train.settings import RECIPES
 from tests.reproduce import tiny

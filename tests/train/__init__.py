@@ -1,1 +1,1 @@
-"""Tests of dibit.train, dibit.bench.memory and the command."""
+"""Tests of dibit.train, dibit.tools.memory and the command."""

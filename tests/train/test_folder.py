@@ -19,11 +19,11 @@ import pytest
 
 from dibit.cli import main
 from dibit.reproduce.store import Store
+from dibit.tools.files import part
+from dibit.tools.lock import NAME, Lock
+from dibit.tools.manifest import Manifest
 from dibit.train import Settings, UserError
-from dibit.train.files import part
 from dibit.train.folder import MANIFEST, SETTINGS, RunFolder
-from dibit.train.lock import NAME, Lock
-from dibit.train.manifest import Manifest
 
 FAST = ("--hidden", "8", "--layers", "2", "--device", "cpu", "--recipe", "default", "--quiet")
 MADE = ("checkpoint.pt", "best.pt", "events.out.tfevents.0000000001.0")
@@ -238,7 +238,7 @@ def test_both_have_looked_before_one_of_them_writes(tmp_path: Path) -> None:
 _HOLDS = """
 import sys, time
 from pathlib import Path
-from dibit.train.lock import Lock
+from dibit.tools.lock import Lock
 lock = Lock(Path(sys.argv[1]))
 lock.acquire()
 print("locked", flush=True)

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import dibit
+from dibit.tools.files import write_atomically
 from dibit.train import Interrupted, Settings, TrainingError, UserError, checkpoint
 from dibit.train.data import load_graph
-from dibit.train.files import write_atomically
 from dibit.train.loop import Result, train_one
 from dibit.train.settings import RECIPES
 from dibit.train.task import Measured, Task, compression_config, measure, pick_device

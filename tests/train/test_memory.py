@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dibit.bench.memory import peak_bytes
+from dibit.tools.memory import peak_bytes
 
 
 def _temporary() -> torch.Tensor:

@@ -11,9 +11,9 @@ import pytest
 
 from dibit.bench.show import show
 from dibit.cli import main
-from dibit.reproduce import progress as reproducing
+from dibit.tools import progress as reproducing
+from dibit.tools.errors import printable, shown
 from dibit.train import progress as training
-from dibit.train.errors import printable, shown
 from tests.train.conftest import small_arrays
 
 NAMES = (

@@ -17,9 +17,9 @@ import pytest
 
 from dibit.cli import main
 from dibit.reproduce.store import Store
+from dibit.tools.files import json_path
+from dibit.tools.lock import NAME, Lock
 from dibit.train import UserError, loop
-from dibit.train.files import json_path
-from dibit.train.lock import NAME, Lock
 from tests.train.test_folder import FAST, folder_of, snapshot
 
 WHERE = ("default", "default/seed0", "none", "none/seed1")

@@ -18,8 +18,8 @@ import torch
 from dibit.bench import command as bench
 from dibit.cli import main
 from dibit.reproduce.store import Store
+from dibit.tools.files import write_atomically
 from dibit.train import checkpoint
-from dibit.train.files import write_atomically
 
 FAST = (
     "--hidden",

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dibit.reproduce.progress import Progress
-from dibit.train.errors import Parser, UserError, nearest, require
-from dibit.train.files import json_path, write_atomically
+from dibit.tools.errors import Parser, UserError, nearest, require
+from dibit.tools.files import json_path, write_atomically
+from dibit.tools.progress import Progress
 
 _DESCRIPTION = """\
 Measure what Dibit costs and saves on this machine, beside plain PyTorch Geometric, torch.compile, bf16 and activation

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dibit.bench.gradient import FAMILIES
-from dibit.reproduce.figures import INK, SOFT, WIDE, Layout, drawn, figure, grid, legend_above, plain_log
+from dibit.tools.figures import INK, SOFT, WIDE, Layout, drawn, figure, grid, legend_above, plain_log
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

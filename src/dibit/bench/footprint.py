@@ -44,7 +44,7 @@ def measure(
 
 def one(workload: Workload, setting: str) -> dict[str, float | None]:
     """Measure in this process."""
-    from dibit.bench.memory import peak_bytes, release
+    from dibit.tools.memory import peak_bytes, release
 
     step = Step(*workload.build(), setting)
     step()  # compiles kernels, makes the optimiser's state
@@ -66,7 +66,7 @@ def one(workload: Workload, setting: str) -> dict[str, float | None]:
 def kept(step: Step, setting: str) -> tuple[float | None, float | None]:
     """MB that the model's forward pass keeps: by the C allocator, and by `dibit.track`; a warm step."""
     import dibit
-    from dibit.bench.memory import allocated_bytes
+    from dibit.tools.memory import allocated_bytes
 
     gc.collect()
     targets = step.batch.y.nbytes

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from dibit.train.errors import printable, require
+from dibit.tools.errors import printable, require
 
 
 def show(content: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from dibit.reproduce.paper import remembered
 from dibit.reproduce.plan import Done, Reproduction, Unit
 from dibit.reproduce.training import MODELS, Case, case, training
 from dibit.reproduce.variants import ACCURACY
-from dibit.train.errors import UserError
+from dibit.tools.errors import UserError
 from dibit.train.report import paired_difference
 from dibit.train.settings import Settings
 

@@ -17,10 +17,10 @@ from typing import Any
 
 from dibit.reproduce import parallel, sections, tuned
 from dibit.reproduce.plan import Plan, Reproduction, Unit
-from dibit.reproduce.progress import Progress
 from dibit.reproduce.store import DAYS, SECTIONS, Store, write
-from dibit.train.errors import Interrupted, Parser, TrainingError, UserError, nearest, require
-from dibit.train.files import json_path, reason
+from dibit.tools.errors import Interrupted, Parser, TrainingError, UserError, nearest, require
+from dibit.tools.files import json_path, reason
+from dibit.tools.progress import Progress
 
 _DESCRIPTION = """\
 Repeat what EXACT and i-EXACT measured, with their numbers beside ours: as tables here, as JSON and as one

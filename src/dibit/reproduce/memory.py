@@ -89,7 +89,7 @@ def table(run: Reproduction, done: Done) -> dict[str, Any]:
 
 def measure(shape: Shape, config: Config | None) -> dict[str, Any]:
     """Saved MB of one forward pass by the ledger and by the C allocator (`None` where it does not tell), by kind."""
-    from dibit.bench.memory import allocated_bytes
+    from dibit.tools.memory import allocated_bytes
 
     small = replace(shape, nodes=8192, edges=8192)  # large enough for the kernels' parallel variants
     dibit.compress(sage(small), config)(*random_graph(small))  # what is allocated once in a process is no activation

@@ -12,8 +12,8 @@ from typing import Any
 
 from dibit.config import Config
 from dibit.reproduce.store import Store
+from dibit.tools.errors import UserError
 from dibit.train.data import Graph
-from dibit.train.errors import UserError
 from dibit.train.settings import DataSettings
 
 WIDE = 500  # features; wider ones are reduced by truncated SVD

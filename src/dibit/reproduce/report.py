@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dibit.reproduce import words
-from dibit.reproduce.figures import Picture
 from dibit.reproduce.sections import COMMAND, SECTIONS, read
 from dibit.reproduce.show import SHOW
 from dibit.reproduce.store import PAGE
 from dibit.reproduce.tables import Column, Fact, Table, table
-from dibit.train.errors import require
-from dibit.train.files import write_atomically
+from dibit.tools import number_format as words
+from dibit.tools.errors import require
+from dibit.tools.figures import Picture
+from dibit.tools.files import write_atomically
 
 TEMPLATES = Path(__file__).parent / "templates"
 

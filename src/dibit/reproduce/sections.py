@@ -7,7 +7,7 @@ from typing import Any
 
 from dibit.reproduce import store
 from dibit.reproduce.store import SECTIONS
-from dibit.train.errors import UserError
+from dibit.tools.errors import UserError
 
 COMMAND = "dibit reproduce {section} --out DIR"
 

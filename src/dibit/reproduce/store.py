@@ -10,11 +10,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dibit.train import lock
-from dibit.train.errors import UserError
-from dibit.train.files import check_out, refused, write_atomically
-from dibit.train.lock import Lock
-from dibit.train.manifest import Manifest
+from dibit.tools import lock
+from dibit.tools.errors import UserError
+from dibit.tools.files import check_out, refused, write_atomically
+from dibit.tools.lock import Lock
+from dibit.tools.manifest import Manifest
 
 MARKER = "reproduce.json"
 PAGE = "report.html"

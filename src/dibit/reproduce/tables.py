@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dibit.reproduce.words import NONE
+from dibit.tools.number_format import NONE
 
 REMEMBERED = "† Remembered, not confirmed: this number could not be checked against its source; do not quote it."
 

@@ -9,8 +9,8 @@ from typing import Any
 from dibit.reproduce.sections import check
 from dibit.reproduce.show import SHOW
 from dibit.reproduce.tables import Cell, Table
-from dibit.reproduce.words import duration
-from dibit.train.errors import UserError, require
+from dibit.tools.errors import UserError, require
+from dibit.tools.number_format import duration
 
 
 def print_section(section: dict[str, Any]) -> None:

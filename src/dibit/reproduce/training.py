@@ -9,8 +9,8 @@ from typing import Any
 
 from dibit.reproduce.plan import Plan, Reproduction, Unit, key
 from dibit.reproduce.variants import variants
+from dibit.tools.errors import Interrupted
 from dibit.train.data import Graph
-from dibit.train.errors import Interrupted
 from dibit.train.loop import train_one
 from dibit.train.settings import Settings
 from dibit.train.task import Task

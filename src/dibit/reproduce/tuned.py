@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dibit.reproduce.plan import Done, Plan, Reproduction, Unit
-from dibit.train.errors import UserError, nearest, shown
+from dibit.tools.errors import UserError, nearest, shown
 from dibit.train.folder import BEST, CHECKPOINT
 from dibit.train.report import paired_difference
 from dibit.train.settings import RECIPES, Settings

@@ -3,7 +3,7 @@
 Importing this package loads neither PyTorch Geometric nor what the extra ``train`` brings.
 """
 
-from dibit.train.errors import Interrupted, TrainingError, UserError
+from dibit.tools.errors import Interrupted, TrainingError, UserError
 from dibit.train.settings import (
     CompressionSettings,
     DataSettings,

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
+from dibit.tools.errors import UserError, require
 from dibit.train.data import Graph, Split
 from dibit.train.distributed import World
-from dibit.train.errors import UserError, require
 from dibit.train.models import adjacency_arguments
 from dibit.train.settings import Settings
 

@@ -12,8 +12,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from dibit.train.errors import UserError
-from dibit.train.files import reason, write_atomically
+from dibit.tools.errors import UserError
+from dibit.tools.files import reason, write_atomically
 from dibit.train.settings import Settings
 
 FORMAT = 2  # of what a training's checkpoint holds; 1 had neither settings nor a digest

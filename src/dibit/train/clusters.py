@@ -10,7 +10,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.loader import ClusterData, ClusterLoader
 
-from dibit.train.errors import require
+from dibit.tools.errors import require
 
 
 class Clusters(ClusterData):

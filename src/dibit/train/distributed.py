@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dibit.train.errors import TrainingError, UserError
+from dibit.tools.errors import TrainingError, UserError
 
 # What gloo and nccl say of a process that is gone.
 _LOST = ("closed by peer", "reset by peer", "broken pipe", "connection closed", "remote process exited", "was aborted")

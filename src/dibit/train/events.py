@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dibit.train.errors import require
+from dibit.tools.errors import require
 
 
 class Events:

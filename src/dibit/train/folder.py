@@ -7,11 +7,12 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from dibit.train import checkpoint, lock
-from dibit.train.errors import UserError
-from dibit.train.files import check_out, refused, write_atomically
-from dibit.train.lock import Lock
-from dibit.train.manifest import Manifest
+from dibit.tools import lock
+from dibit.tools.errors import UserError
+from dibit.tools.files import check_out, refused, write_atomically
+from dibit.tools.lock import Lock
+from dibit.tools.manifest import Manifest
+from dibit.train import checkpoint
 from dibit.train.parser import read_yaml, to_yaml
 from dibit.train.settings import Settings
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from dibit.train.errors import require
+from dibit.tools.errors import require
 
 TITLES = {"accuracy": "accuracy", "f1": "micro-F1", "rocauc": "ROC-AUC"}
 

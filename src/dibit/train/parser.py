@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from dibit.train.errors import UserError, nearest, require, shown
+from dibit.tools.errors import UserError, nearest, require, shown
 from dibit.train.presets import settings_file
 from dibit.train.settings import Settings, group_fields, groups
 from dibit.train.yaml_file import Value, read_flat

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-from dibit.train.errors import require
+from dibit.tools.errors import require
 
 _SILENCE = 10.0  # seconds
 

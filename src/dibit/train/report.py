@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dibit.train.errors import require, shown
+from dibit.tools.errors import require, shown
 from dibit.train.loop import Result
 from dibit.train.metrics import TITLES
 from dibit.train.task import Task

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, Literal
 
-from dibit.train.errors import UserError, nearest, shown
+from dibit.tools.errors import UserError, nearest, shown
 
 MODELS = ("gcn", "sage", "gin", "gat", "gcn2")
 NORMS = ("none", "batch", "layer", "graph", "pair")

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import dibit
-from dibit.bench.memory import peak_bytes
+from dibit.tools.errors import UserError, shown
+from dibit.tools.memory import peak_bytes
 from dibit.train import metrics
 from dibit.train.batches import Batches, MiniBatch, Whole, sampled
 from dibit.train.data import Graph, Split
 from dibit.train.distributed import World
-from dibit.train.errors import UserError, shown
 from dibit.train.inference import layerwise
 from dibit.train.models import adjacency_arguments, build_adjacency, build_model
 from dibit.train.settings import CompressionSettings, OptimisationSettings, Settings

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from dibit.train.errors import UserError, require, shown
+from dibit.tools.errors import UserError, require, shown
 
 _LARGEST = 1_000_000  # bytes
 _DEEPEST = 50  # lists in lists: looked through for errors, not built; PyYAML's time grows with the square

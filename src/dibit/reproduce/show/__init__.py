@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from dibit.reproduce.figures import Picture
 from dibit.reproduce.show import accuracy, blocks, distribution, memory, tuned, variance
 from dibit.reproduce.tables import Fact, Table
+from dibit.tools.figures import Picture
 
 
 class Show(Protocol):

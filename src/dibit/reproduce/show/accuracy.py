@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dibit.reproduce.figures import COLORS, SOFT, Layout, Picture, figure, grid, legend_above, picture
 from dibit.reproduce.show.paired import accuracy, cost, difference, heading
 from dibit.reproduce.tables import Cell, Column, Fact, Table, table
-from dibit.reproduce.words import NONE, mean, points, short, spread
-from dibit.train.errors import require
+from dibit.tools.errors import require
+from dibit.tools.figures import COLORS, SOFT, Layout, Picture, figure, grid, legend_above, picture
+from dibit.tools.number_format import NONE, mean, points, short, spread
 
 TITLE = "Accuracy"
 CLAIM = (

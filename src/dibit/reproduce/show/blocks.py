@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from dibit.reproduce.figures import COLORS, INK, SOFT, Layout, Picture, figure, grid, legend_above, picture, plain_log
 from dibit.reproduce.tables import Cell, Column, Fact, Table, table, theirs
-from dibit.reproduce.words import (
+from dibit.tools.errors import require
+from dibit.tools.figures import COLORS, INK, SOFT, Layout, Picture, figure, grid, legend_above, picture, plain_log
+from dibit.tools.number_format import (
     NONE,
     between,
     deviation,
@@ -19,7 +20,6 @@ from dibit.reproduce.words import (
     slug,
     spread,
 )
-from dibit.train.errors import require
 
 TITLE = "Blocks"
 CLAIM = (

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from dibit.reproduce.figures import COLORS, SOFT, Layout, Picture, figure, legend_above, picture
 from dibit.reproduce.tables import Cell, Column, Fact, Table, table
-from dibit.reproduce.words import MODEL, by_setting, module_labels, number, percent, short, slug
-from dibit.train.errors import require
+from dibit.tools.errors import require
+from dibit.tools.figures import COLORS, SOFT, Layout, Picture, figure, legend_above, picture
+from dibit.tools.number_format import MODEL, by_setting, module_labels, number, percent, short, slug
 
 TITLE = "Distribution"
 CLAIM = (

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from dibit.reproduce.figures import INK, KINDS, Layout, Picture, figure, grid, legend_above, picture
 from dibit.reproduce.tables import Cell, Column, Fact, Table, table, theirs
-from dibit.reproduce.words import NONE, deviation, listed, mb, number, percent, slug
-from dibit.train.errors import require
+from dibit.tools.errors import require
+from dibit.tools.figures import INK, KINDS, Layout, Picture, figure, grid, legend_above, picture
+from dibit.tools.number_format import NONE, deviation, listed, mb, number, percent, slug
 
 TITLE = "Memory"
 CLAIM = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dibit.reproduce.tables import Cell
-from dibit.reproduce.words import NONE, number, points, spread
+from dibit.tools.number_format import NONE, number, points, spread
 
 
 def heading(title: str, row: dict[str, Any]) -> str:

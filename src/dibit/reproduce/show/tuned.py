@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from dibit.reproduce.figures import COLORS, SOFT, Layout, Picture, figure, grid, legend_above, picture
 from dibit.reproduce.show.paired import accuracy, cost, difference, heading
 from dibit.reproduce.tables import Cell, Column, Fact, Table, table
-from dibit.reproduce.words import NONE, mean, number, points
-from dibit.train.errors import require
+from dibit.tools.errors import require
+from dibit.tools.figures import COLORS, SOFT, Layout, Picture, figure, grid, legend_above, picture
+from dibit.tools.number_format import NONE, mean, number, points
 
 TITLE = "Tuned baselines"
 CLAIM = (

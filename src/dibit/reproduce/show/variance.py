@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from dibit.reproduce.figures import COLORS, INK, SOFT, Layout, Picture, figure, grid, legend_above, picture
 from dibit.reproduce.tables import Cell, Column, Fact, Table, table, theirs
-from dibit.reproduce.words import MODEL, by_setting, deviation, module_labels, number, percent, short, slug
-from dibit.train.errors import require
+from dibit.tools.errors import require
+from dibit.tools.figures import COLORS, INK, SOFT, Layout, Picture, figure, grid, legend_above, picture
+from dibit.tools.number_format import MODEL, by_setting, deviation, module_labels, number, percent, short, slug
 
 TITLE = "Variance"
 CLAIM = (

@@ -15,7 +15,7 @@ from typing import IO
 
 import numpy as np
 
-from dibit.train.errors import UserError, nearest, shown
+from dibit.tools.errors import UserError, nearest, shown
 
 _MAGIC = b"\x93NUMPY"
 _LONGEST_HEADER = 10_000  # bytes; numpy's own limit, and a plain array's header has about a hundred

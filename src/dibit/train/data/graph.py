@@ -13,8 +13,8 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
+from dibit.tools.errors import UserError, shown
 from dibit.train.data.splits import Masks, chosen
-from dibit.train.errors import UserError, shown
 from dibit.train.settings import DataSettings
 
 Features: TypeAlias = Any  # np.ndarray or scipy.sparse.csr_matrix; SciPy carries no types

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from dibit.tools.errors import UserError, nearest, shown
 from dibit.train.data.generated import planted
 from dibit.train.data.graph import Graph, Raw, memory_bytes, prepare
 from dibit.train.data.named import NAMES, canonical, load_named
 from dibit.train.data.npz import load_npz
 from dibit.train.data.split_file import load_split
-from dibit.train.errors import UserError, nearest, shown
 from dibit.train.settings import DataSettings
 
 _PLANTED_BYTES = 2_000  # a node: its 128 features twice, and 28 ends of edges in 64 bits several times

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 
+from dibit.tools.errors import UserError, require, shown
 from dibit.train.data import guard
 from dibit.train.data.graph import Features, Raw
 from dibit.train.data.splits import Masks, oriented
-from dibit.train.errors import UserError, require, shown
 
 
 @dataclass(frozen=True)

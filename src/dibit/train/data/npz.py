@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse
 
+from dibit.tools.errors import UserError, nearest, shown
 from dibit.train.data.archive import Archive
 from dibit.train.data.graph import Features, Raw, memory_bytes
 from dibit.train.data.splits import NAMES as MASKS
 from dibit.train.data.splits import Masks, oriented, overlap
-from dibit.train.errors import UserError, nearest, shown
 
 _CSR = ("x_indptr", "x_indices", "x_values", "x_shape")
 _KNOWN = ("edge_index", "x", *_CSR, "y", *MASKS, "num_classes")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from dibit.tools.errors import UserError, shown
 from dibit.train.data.archive import Archive
 from dibit.train.data.graph import memory_bytes
 from dibit.train.data.splits import NAMES as MASKS
 from dibit.train.data.splits import Masks, oriented, overlap
-from dibit.train.errors import UserError, shown
 
 _PARTS = (("train",), ("val", "valid"), ("test",))  # names that node numbers of a part go by
 

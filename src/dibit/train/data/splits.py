@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from dibit.train.errors import UserError, shown
+from dibit.tools.errors import UserError, shown
 
 Masks: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray]
 NAMES = ("train_mask", "val_mask", "test_mask")

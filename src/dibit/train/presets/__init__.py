@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from dibit.train.errors import UserError, nearest, shown
+from dibit.tools.errors import UserError, nearest, shown
 
 _FOLDER = Path(__file__).parent
 

@@ -10,8 +10,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from dibit.train.errors import UserError, shown
-from dibit.train.files import part, reason, write_atomically
+from dibit.tools.errors import UserError, shown
+from dibit.tools.files import part, reason, write_atomically
 
 
 class Manifest:

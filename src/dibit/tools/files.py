@@ -8,7 +8,7 @@ import secrets
 import stat
 from pathlib import Path
 
-from dibit.train.errors import UserError, shown
+from dibit.tools.errors import UserError, shown
 
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dibit.train.errors import require
+from dibit.tools.errors import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,8 +9,8 @@ import socket
 import weakref
 from pathlib import Path
 
-from dibit.train.errors import UserError, shown
-from dibit.train.files import reason
+from dibit.tools.errors import UserError, shown
+from dibit.tools.files import reason
 
 NAME = ".lock"
 _held: set[int] = set()
