@@ -22,7 +22,7 @@ def main() -> None:
     import matplotlib.pyplot as plt
 
     import dibit
-    from dibit.bench.shapes import ARXIV
+    from dibit.experiments.shapes import ARXIV
     from dibit.reproduce.memory import KINDS, measure
 
     recipes = {"none": None, **{name: dibit.recipe(name) for name in ("exact", "iexact", "default")}}

@@ -12,9 +12,9 @@ import torch
 
 import dibit
 from dibit.bench import codec, footprint, speed
-from dibit.bench.shapes import MODELS
 from dibit.bench.workload import SETTINGS, Step, Workload
 from dibit.cli import main
+from dibit.experiments.shapes import MODELS
 
 TINY = ["--shape", "arxiv", "--scale", "0.002", "--hidden", "16"]
 

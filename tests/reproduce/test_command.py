@@ -123,7 +123,7 @@ def test_blocks_without_the_timing(small: Path, tmp_path: Path) -> None:
 
 
 def test_timing_is_interleaved_and_paired(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dibit.bench.shapes import Shape
+    from dibit.experiments.shapes import Shape
     from dibit.reproduce import blocks
 
     shape = Shape("tiny", 300, 2000, 32, 32, 5, 2, 0.5, 100)

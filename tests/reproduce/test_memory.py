@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dibit.bench.shapes import ARXIV, FLICKR, SHAPES
+from dibit.experiments.shapes import ARXIV, FLICKR, SHAPES
 from dibit.reproduce import memory
 from dibit.reproduce.paper import LOG_MB
 from dibit.reproduce.plan import Plan, Reproduction

@@ -174,7 +174,7 @@ def _measure(args: argparse.Namespace, progress: Progress, path: Path | None) ->
         return codec.measure(args.elements, args.block, args.rounds, progress.note)
     if args.kind == "gradient":
         from dibit.bench import gradient
-        from dibit.reproduce.training import MODELS
+        from dibit.experiments.training import MODELS
 
         for epoch in args.epochs:
             _at_least("epochs", epoch, 0)
@@ -184,9 +184,9 @@ def _measure(args: argparse.Namespace, progress: Progress, path: Path | None) ->
         epochs = sorted(set(args.epochs))
         return gradient.measure(args.graphs, args.root, model, epochs, args.draws, settings, progress.note)
     from dibit.bench import footprint, speed
-    from dibit.bench.shapes import MODELS as BUILDERS
-    from dibit.bench.shapes import NAMED
     from dibit.bench.workload import FORMS, SETTINGS, Workload
+    from dibit.experiments.shapes import MODELS as BUILDERS
+    from dibit.experiments.shapes import NAMED
 
     _known("shape", [args.shape], NAMED)
     _known("model", [args.model], BUILDERS)

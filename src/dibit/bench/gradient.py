@@ -72,7 +72,7 @@ def measure(
     Args:
         graphs: names or files, as `dibit train --dataset` takes them.
         root: folder of data sets.
-        model: of `dibit.reproduce.training.MODELS`.
+        model: of `dibit.experiments.training.MODELS`.
         epochs: steps taken before each measurement, 0 first.
         draws: of the codec, at each.
         settings: names of `CONFIGS`.
@@ -82,9 +82,9 @@ def measure(
         {"model", "epochs", "draws", "graphs"}: by graph rows of setting, bytes a node (all that the step keeps, by
         `dibit.track`), and by epoch the mean of :math:`|g - g_{plain}|^2 / |g_{plain}|^2` with its standard error.
     """
+    from dibit.experiments.stages import stages
+    from dibit.experiments.training import case
     from dibit.reproduce.plan import Plan, load_prepared
-    from dibit.reproduce.stages import stages
-    from dibit.reproduce.training import case
 
     plan = Plan(epochs=max(1, *epochs))
     found = []

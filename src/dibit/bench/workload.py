@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 import dibit
-from dibit.bench.shapes import MODELS, NAMED, Shape, random_graph
+from dibit.experiments.shapes import MODELS, NAMED, Shape, random_graph
 
 FORMS = ("csr", "edge_index")
 SETTINGS = ("plain", "compile", "bf16", "checkpoint", "exact", "iexact", "small", "default")

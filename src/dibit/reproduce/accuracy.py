@@ -6,9 +6,9 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from dibit.experiments.training import MODELS, Case, case, training
 from dibit.reproduce.paper import remembered
 from dibit.reproduce.plan import Done, Reproduction, Unit
-from dibit.reproduce.training import MODELS, Case, case, training
 from dibit.reproduce.variants import ACCURACY
 from dibit.tools.errors import UserError
 from dibit.train.report import paired_difference

@@ -10,11 +10,11 @@ from functools import partial
 from typing import Any
 
 import dibit
-from dibit.bench.shapes import ARXIV, Shape, random_graph, sage
+from dibit.experiments.shapes import ARXIV, Shape, random_graph, sage
+from dibit.experiments.stages import stages
+from dibit.experiments.training import Case, case, training
 from dibit.reproduce.paper import CLAIMS
 from dibit.reproduce.plan import Done, Reproduction, Unit, key
-from dibit.reproduce.stages import stages
-from dibit.reproduce.training import Case, case, training
 from dibit.reproduce.variants import BLOCKS, variants
 
 MB = 2**20

@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+from dibit.experiments.stages import stages
+from dibit.experiments.training import Case, case
 from dibit.reproduce.plan import Done, Reproduction, Unit, key
-from dibit.reproduce.stages import stages
-from dibit.reproduce.training import Case, case
 from dibit.reproduce.variants import DISTRIBUTION, variants
 from dibit.study import Activation, ClippedNormal, divergence, fit, histogram, uniform
 

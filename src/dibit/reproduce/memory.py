@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 import dibit
-from dibit.bench.shapes import ARXIV, SHAPES, Shape, random_graph, sage
 from dibit.config import Config
+from dibit.experiments.shapes import ARXIV, SHAPES, Shape, random_graph, sage
 from dibit.reproduce.paper import LOG_MB
 from dibit.reproduce.plan import Done, Reproduction, Unit, key
 from dibit.reproduce.variants import MEMORY, variants

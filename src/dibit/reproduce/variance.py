@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from dibit.codec.normal_levels import expected_variance, normal_levels, sigma
+from dibit.experiments.stages import stages
+from dibit.experiments.training import Case, case
 from dibit.reproduce.paper import VARIANCE
 from dibit.reproduce.plan import Done, Reproduction, Unit, key
-from dibit.reproduce.stages import stages
-from dibit.reproduce.training import Case, case
 from dibit.reproduce.variants import variants
 from dibit.study import measured_variance, monte_carlo, optimal_levels, uniform_levels
 
