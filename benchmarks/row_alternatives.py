@@ -157,7 +157,7 @@ def main() -> None:
 
 def load(path: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Standardised features, adjacency, classes, training rows of a graph in Dibit's format."""
-    from dibit.reproduce.plan import load_prepared
+    from dibit.experiments.data import load_prepared
 
     graph = load_prepared(path.stem, str(path.parent))
     n = graph.num_nodes

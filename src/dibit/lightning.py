@@ -10,6 +10,7 @@ from torch import nn
 from dibit.api import compress, decompress, scores, track
 from dibit.config import Config
 from dibit.engine.ledger import Ledger
+from dibit.tools.units import MB
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -61,8 +62,8 @@ class DibitCallback(Callback):
         """Log what the second step kept."""
         if self._tracked():
             assert self.saved is not None
-            pl_module.log("dibit/saved_mb", self.saved.total / 2**20)
-            pl_module.log("dibit/plain_mb", self.saved.plain / 2**20)
+            pl_module.log("dibit/saved_mb", self.saved.total / MB)
+            pl_module.log("dibit/plain_mb", self.saved.plain / MB)
 
     def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
         """Nothing is tracked any more."""

@@ -26,7 +26,7 @@ from dibit.reproduce.plan import Plan, Reproduction
 from dibit.reproduce.store import Store
 from dibit.reproduce.tuned import _epochs_ratio, _together, cells, table, verdict
 from dibit.tools.errors import UserError
-from dibit.train.report import paired_difference
+from dibit.tools.statistics import paired_difference
 from dibit.train.settings import RECIPES
 from tests.reproduce import tiny
 from tests.reproduce.test_parallel import ROOT, children, in_a_group, wait_for

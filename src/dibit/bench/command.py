@@ -174,7 +174,7 @@ def _measure(args: argparse.Namespace, progress: Progress, path: Path | None) ->
         return codec.measure(args.elements, args.block, args.rounds, progress.note)
     if args.kind == "gradient":
         from dibit.bench import gradient
-        from dibit.experiments.training import MODELS
+        from dibit.experiments.cases import MODELS
 
         for epoch in args.epochs:
             _at_least("epochs", epoch, 0)
@@ -210,7 +210,7 @@ def _measure(args: argparse.Namespace, progress: Progress, path: Path | None) ->
 
 
 def _content(kind: str, results: dict[str, Any]) -> dict[str, Any]:
-    from dibit.train.report import describe_machine, versions
+    from dibit.tools.machine import describe_machine, versions
 
     return {
         "bench": kind,

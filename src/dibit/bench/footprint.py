@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dibit.bench.workload import Step, Workload
-
-MB = 2**20
+from dibit.tools.units import MB
 
 
 def measure(

@@ -72,7 +72,7 @@ def measure(
     Args:
         graphs: names or files, as `dibit train --dataset` takes them.
         root: folder of data sets.
-        model: of `dibit.experiments.training.MODELS`.
+        model: of `dibit.experiments.cases.MODELS`.
         epochs: steps taken before each measurement, 0 first.
         draws: of the codec, at each.
         settings: names of `CONFIGS`.
@@ -82,16 +82,15 @@ def measure(
         {"model", "epochs", "draws", "graphs"}: by graph rows of setting, bytes a node (all that the step keeps, by
         `dibit.track`), and by epoch the mean of :math:`|g - g_{plain}|^2 / |g_{plain}|^2` with its standard error.
     """
+    from dibit.experiments.cases import case
+    from dibit.experiments.data import load_prepared
     from dibit.experiments.stages import stages
-    from dibit.experiments.training import case
-    from dibit.reproduce.plan import Plan, load_prepared
 
-    plan = Plan(epochs=max(1, *epochs))
     found = []
     for name in graphs:
         note(f"loading {name}")
         graph = load_prepared(name, root)
-        own = case(plan, graph, model)
+        own = case(graph, model, max(1, *epochs))
         rows: dict[str, dict[str, Any]] = {s: {"setting": s, "errors": {}, "standard_errors": {}} for s in settings}
         for stage in stages(own, tuple(epochs), None, note):
             for setting, row in rows.items():

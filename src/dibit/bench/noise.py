@@ -227,7 +227,7 @@ def measure(
         {"epochs", "draws", "rows"}: a row a graph, network, epoch and setting, with the draws that it was measured with
         and `Training.error`'s numbers.
     """
-    from dibit.reproduce.plan import load_prepared
+    from dibit.experiments.data import load_prepared
 
     rows = list(skip)
     known = {tuple(row[name] for name in IDENTITY) for row in rows}

@@ -26,7 +26,6 @@ from dibit.engine.noise.meter import Meter, rounding_of
 from dibit.engine.noise.noise_flow import Leaf
 from dibit.engine.noise.row_plan import UNEVEN
 from dibit.engine.owners import Owners, is_whole
-from dibit.engine.row_scores import Watch
 from dibit.recompute.mean_pattern import counts, division
 from dibit.recompute.recorder import SMALL, Node, Tape, nbytes
 from dibit.residuals.base import (
@@ -43,6 +42,7 @@ from dibit.residuals.base import (
 )
 from dibit.residuals.constant_csr import Graph
 from dibit.residuals.exact import Exact, Kept, Narrowed, Recomputed, exact, narrow, own
+from dibit.residuals.gradient_norms import GradientNormObserver
 
 _DEEPEST = 6  # nested containers that are searched for the caller's tensors
 
@@ -493,7 +493,9 @@ class Step:
         self._metered = True
         return Meter(self.state.scores.plan, key)
 
-    def _scores(self, key: str, rows: Tensor, shape: torch.Size, norms: bool) -> tuple[Tensor | None, Watch | None]:
+    def _scores(
+        self, key: str, rows: Tensor, shape: torch.Size, norms: bool
+    ) -> tuple[Tensor | None, GradientNormObserver | None]:
         """Scores of rows by the gradients of earlier steps; by their norms as long as there are none."""
         table, ids = self.state.scores, self.batch.node_ids
         if ids is not None:

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from dibit._torch.storage_identity import Alive, storage_key, storages
-
-MB = 2**20
+from dibit.tools.units import MB
 
 
 @dataclass

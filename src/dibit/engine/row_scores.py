@@ -6,7 +6,7 @@ They lie beside the model, never in a buffer: a `state_dict` stays the plain mod
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,40 +16,17 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dibit._torch.storage_identity import strided, version
-from dibit.codec.row_sampling import LEFT_OUT, row_scores, together
 from dibit.codec.seed_stream import capturing, given, go_on
 from dibit.engine.loss_reach import Field
 from dibit.engine.noise.row_plan import RowPlan
 from dibit.engine.owners import History
+from dibit.residuals.gradient_norms import GradientNormObserver, decayed
 
 _PARAMETERS, _ELEMENTS = 16, 16  # whose values are compared, and how many of each
 _HISTORY = "steady/"  # before the roles of `History`
 _ROWS = "rows/"  # before the names of `RowPlan.state_dict`
 _REACH = "reach/"  # before the keys of `Field.state_dict`, beside those of the scores
 _DRAWS = "draws/"  # before the names of `stream.given`
-
-
-class Watch:
-    """Sees the gradients that one residual is multiplied with, and tells the table once there are any.
-
-    Attributes:
-        scores: uint8 (N,) of their sum of squares, once a backward pass has come by.
-        live: the table itself, where a CUDA graph must change it in its place.
-    """
-
-    def __init__(self, tell: Callable[[Watch], None], live: Tensor | None = None) -> None:
-        self.scores: Tensor | None = None
-        self.live = live
-        self._tell = tell
-
-    def see(self, dy: Tensor) -> None:
-        """A gradient (N, O) of one user; the users of a residual add up."""
-        new = row_scores(dy)
-        if self.scores is None:
-            self._tell(self)
-        self.scores = new if self.scores is None else together(self.scores, new)
-        if self.live is not None and self.live.shape == self.scores.shape:
-            self.live.copy_(_faded(self.live, self.scores))
 
 
 @dataclass
@@ -71,7 +48,7 @@ class Scores:
     reach: Field = field(default_factory=Field)
     history: History = field(default_factory=History)
     plan: RowPlan = field(default_factory=RowPlan)
-    _pending: dict[str, list[tuple[Tensor | None, Watch]]] = field(default_factory=dict, repr=False)
+    _pending: dict[str, list[tuple[Tensor | None, GradientNormObserver]]] = field(default_factory=dict, repr=False)
     _next: dict[str, Tensor] = field(default_factory=dict, repr=False)  # with the batches since the last change
     _used: set[str] = field(default_factory=set, repr=False)  # by passes since the last step
     _used_before: set[str] = field(default_factory=set, repr=False)  # and before that one
@@ -146,16 +123,16 @@ class Scores:
         del self.known[key]
         return None
 
-    def watch(self, key: str, ids: Tensor | None) -> Watch:
+    def watch(self, key: str, ids: Tensor | None) -> GradientNormObserver:
         """Measure the gradient of a residual in the backward pass that follows."""
         self._used.add(key)
         live = self.known.get(key) if ids is None else None
         if live is not None and capturing(live.device):
             self._captured.append(live)
-            return Watch(lambda _: None, live)
-        return Watch(partial(self._measured, key, ids))
+            return GradientNormObserver(lambda _: None, live)
+        return GradientNormObserver(partial(self._measured, key, ids))
 
-    def _measured(self, key: str, ids: Tensor | None, watch: Watch) -> None:
+    def _measured(self, key: str, ids: Tensor | None, watch: GradientNormObserver) -> None:
         earlier = self._pending.get(key, []) if ids is not None else []  # of the whole graph the last one counts
         self._pending[key] = [*earlier, (ids, watch)]
 
@@ -238,7 +215,7 @@ def _values(parameters: list[Tensor]) -> list[float]:
     return [float(x) for part in parts for x in part.tolist()]
 
 
-def _folded(table: Tensor | None, measured: Iterable[tuple[Tensor | None, Watch]]) -> Any:
+def _folded(table: Tensor | None, measured: Iterable[tuple[Tensor | None, GradientNormObserver]]) -> Any:
     """A table with all that was measured, in order."""
     for ids, watch in measured:
         if watch.scores is not None:
@@ -254,14 +231,10 @@ def _updated(old: Tensor | None, ids: Tensor | None, new: Tensor) -> Tensor:
     the new score is not finite, the old one stays.
     """
     if ids is None:
-        return _faded(torch.zeros_like(new) if old is None or old.numel() != new.numel() else old, new)
+        return decayed(torch.zeros_like(new) if old is None or old.numel() != new.numel() else old, new)
     ids = ids[: new.numel()]
     table = new.new_zeros(max(0 if old is None else old.numel(), int(ids.max()) + 1 if ids.numel() else 0))
     if old is not None:
         table[: old.numel()] = old
-    table[ids] = _faded(table[ids], new)
+    table[ids] = decayed(table[ids], new)
     return table
-
-
-def _faded(old: Tensor, new: Tensor) -> Tensor:
-    return torch.where(new == LEFT_OUT, old, torch.maximum(new, old - (old > 0).to(old.dtype)))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import dibit
 from dibit.config import Config
-from dibit.experiments.training import Case
+from dibit.experiments.cases import Case
 from dibit.study import Activation, Estimate, capture, gradient_error
 from dibit.train.batches import MiniBatch
 from dibit.train.task import Task, adam

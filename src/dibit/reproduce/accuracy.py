@@ -6,12 +6,13 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from dibit.experiments.training import MODELS, Case, case, training
+from dibit.experiments.cases import MODELS, Case, case
 from dibit.reproduce.paper import remembered
 from dibit.reproduce.plan import Done, Reproduction, Unit
+from dibit.reproduce.training import training
 from dibit.reproduce.variants import ACCURACY
 from dibit.tools.errors import UserError
-from dibit.train.report import paired_difference
+from dibit.tools.statistics import paired_difference
 from dibit.train.settings import Settings
 
 PAPERS = ("arxiv-sage", "arxiv-gcn", "arxiv-gcn2", "arxiv-gat", "flickr-sage", "flickr-gcn", "flickr-gcn2")
@@ -48,7 +49,7 @@ def cases(run: Reproduction) -> list[Case]:
     """Models on graphs; in full the papers' settings too."""
     graphs = run.graphs()
     found = [
-        case(run.plan, graph, model)
+        case(graph, model, run.plan.epochs, run.plan.full)
         for graph in graphs
         for model in MODELS
         if run.plan.full or graph is graphs[0] or model in ON_EVERY_GRAPH

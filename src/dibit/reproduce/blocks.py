@@ -10,14 +10,15 @@ from functools import partial
 from typing import Any
 
 import dibit
+from dibit.experiments.cases import Case, case
 from dibit.experiments.shapes import ARXIV, Shape, random_graph, sage
 from dibit.experiments.stages import stages
-from dibit.experiments.training import Case, case, training
 from dibit.reproduce.paper import CLAIMS
 from dibit.reproduce.plan import Done, Reproduction, Unit, key
+from dibit.reproduce.training import training
 from dibit.reproduce.variants import BLOCKS, variants
+from dibit.tools.units import MB
 
-MB = 2**20
 TIMING = f"{ARXIV.name} seconds a step"
 
 
@@ -138,4 +139,4 @@ def gradient_errors(
 
 
 def _cases(run: Reproduction) -> list[Case]:
-    return [case(run.plan, graph, "sage") for graph in run.main_graphs()]
+    return [case(graph, "sage", run.plan.epochs, run.plan.full) for graph in run.main_graphs()]

@@ -170,7 +170,7 @@ def _clear(run: Reproduction, unit: Unit) -> None:
 def _content(
     run: Reproduction, section: str, results: dict[str, Any], seconds: float, finished: bool
 ) -> dict[str, Any]:
-    from dibit.train.report import describe_machine, versions
+    from dibit.tools.machine import describe_machine, versions
 
     threads = {"threads": 1} if section == "tuned" else {}  # of each training
     return {

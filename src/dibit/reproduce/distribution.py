@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+from dibit.experiments.cases import Case, case
 from dibit.experiments.stages import stages
-from dibit.experiments.training import Case, case
 from dibit.reproduce.plan import Done, Reproduction, Unit, key
 from dibit.reproduce.variants import DISTRIBUTION, variants
 from dibit.study import Activation, ClippedNormal, divergence, fit, histogram, uniform
@@ -18,7 +18,7 @@ LARGE_ATOM = 0.2  # of all elements in one bin, beyond what the model puts there
 
 def units(run: Reproduction) -> list[Unit]:
     """One a graph: all settings, epochs and layers."""
-    return [_unit(run, case(run.plan, graph, "sage")) for graph in run.main_graphs()]
+    return [_unit(run, case(graph, "sage", run.plan.epochs, run.plan.full)) for graph in run.main_graphs()]
 
 
 def table(run: Reproduction, done: Done) -> dict[str, Any]:

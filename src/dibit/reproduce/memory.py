@@ -14,8 +14,8 @@ from dibit.experiments.shapes import ARXIV, SHAPES, Shape, random_graph, sage
 from dibit.reproduce.paper import LOG_MB
 from dibit.reproduce.plan import Done, Reproduction, Unit, key
 from dibit.reproduce.variants import MEMORY, variants
+from dibit.tools.units import MB
 
-MB = 2**20
 KINDS = {"linear": "linear inputs", "batch_norm": "norm inputs", "relu": "ReLU", "dropout": "dropout"}
 
 

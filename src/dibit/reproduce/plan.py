@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from dibit.config import Config
+from dibit.experiments.data import load_prepared
 from dibit.reproduce.store import Store
 from dibit.tools.errors import UserError
 from dibit.train.data import Graph
-from dibit.train.settings import DataSettings
 
-WIDE = 500  # features; wider ones are reduced by truncated SVD
-RANK = 100
 SMALL = ("cora", "amazon-computers")
 FULL = ("cora", "citeseer", "pubmed", "coauthor-cs", "facebookpagepage", "amazon-computers")
 GENERATED = "planted"  # where no real graph can be had
@@ -139,17 +137,6 @@ class Reproduction:
         if dataset not in self._loaded:
             self._loaded[dataset] = load_prepared(dataset, self.plan.root)
         return self._loaded[dataset]
-
-
-def load_prepared(dataset: str, root: str) -> Graph:
-    """A graph by its name or file, prepared as all sections have it: see `Reproduction.load`."""
-    from dibit.train.data.graph import prepare
-    from dibit.train.data.load import load_raw
-
-    settings = DataSettings(dataset=dataset, root=root, standardize=True)
-    raw = load_raw(settings, 0)
-    settings = DataSettings(**{**asdict(settings), "svd": RANK if raw.x.shape[1] > WIDE else None})
-    return prepare(raw, settings, 0)
 
 
 def key(what: str, config: Config | None = None, **depends: Any) -> dict[str, Any]:

@@ -15,11 +15,11 @@ from typing import Any
 
 from dibit.reproduce.plan import Done, Plan, Reproduction, Unit
 from dibit.tools.errors import UserError, nearest, shown
+from dibit.tools.statistics import paired_difference
+from dibit.tools.units import MB
 from dibit.train.folder import BEST, CHECKPOINT
-from dibit.train.report import paired_difference
 from dibit.train.settings import RECIPES, Settings
 
-MB = 2**20
 HARMLESS = -0.003  # a loss of accuracy below this, 0.3 points, is none that counts
 REACHED = 0.99  # of plain's best validation accuracy: how soon it is reached is compared
 _COMMON: dict[str, Any] = {"lr": 1e-3, "eval_every": 2, "jk": "last", "undirected": True, "self_loops": True}

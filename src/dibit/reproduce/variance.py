@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from dibit.codec.normal_levels import expected_variance, normal_levels, sigma
+from dibit.experiments.cases import Case, case
 from dibit.experiments.stages import stages
-from dibit.experiments.training import Case, case
 from dibit.reproduce.paper import VARIANCE
 from dibit.reproduce.plan import Done, Reproduction, Unit, key
 from dibit.reproduce.variants import variants
@@ -42,7 +42,7 @@ def papers_table() -> list[dict[str, Any]]:
 
 def units(run: Reproduction) -> list[Unit]:
     """One a graph: the activations of a trained model."""
-    return [_unit(run, case(run.plan, graph, "sage")) for graph in run.main_graphs()]
+    return [_unit(run, case(graph, "sage", run.plan.epochs, run.plan.full)) for graph in run.main_graphs()]
 
 
 def table(run: Reproduction, done: Done) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from dibit._torch.autocast import HALF
 from dibit.codec import Packed, decode, ops
 from dibit.codec.seed_stream import Key
 from dibit.config import Sample
-from dibit.engine.row_scores import Watch
 from dibit.recompute.program import Program, Shared
 from dibit.residuals.constant_csr import Graph
 from dibit.residuals.exact import Exact, Narrowed, bind, outer
+from dibit.residuals.gradient_norms import GradientNormObserver
 
 # Whether the backward pass that runs leaves what was saved for another one.
 keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -91,7 +91,7 @@ class Compressed:
     """
 
     packed: Packed
-    watch: Watch | None = None
+    watch: GradientNormObserver | None = None
     key: str = ""
     module: str = ""
     drawn: Key | None = None
@@ -125,7 +125,7 @@ class Compressed:
         if self.drawn is not None:
             self.drawn.used()
         if self.watch is not None:
-            self.watch.see(dy)
+            self.watch.observe(dy)
         # sums, and weights that may go beyond float16's largest number
         dtype = torch.float32 if dy.dtype in HALF else dy.dtype
         grad = packed.outer(dy, packed.sample(dtype))

@@ -245,7 +245,7 @@ def _random(config: Config) -> bool:
 def column_sums(kept: Any, g: Tensor) -> Tensor:
     """sum over rows of g * x_hat: (D,) for g (N, D)."""
     if isinstance(kept, Compressed) and kept.watch is not None:
-        kept.watch.see(g)
+        kept.watch.observe(g)
     if not isinstance(kept, Compressed) or isinstance(kept.packed.config.reduce, Project):
         return (g * kept.value().reshape(g.shape)).sum(0)
     packed = kept.packed

@@ -53,7 +53,7 @@ def _seen(kept: Any, dy: Tensor) -> Tensor:
     """The factor, after it has been told what it is multiplied with."""
     watch = getattr(kept, "watch", None)
     if watch is not None:
-        watch.see(flat(dy))
+        watch.observe(flat(dy))
     return kept.value()
 
 

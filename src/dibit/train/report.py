@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
-import platform
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import torch
-
 from dibit.tools.errors import require, shown
+from dibit.tools.machine import describe_machine, versions
+from dibit.tools.statistics import paired_difference
+from dibit.tools.units import MB
 from dibit.train.loop import Result
 from dibit.train.metrics import TITLES
 from dibit.train.task import Task
-
-MB = 2**20
 
 
 def summarise(results: Sequence[Result]) -> dict[str, Any]:
@@ -43,17 +39,6 @@ def summarise(results: Sequence[Result]) -> dict[str, Any]:
         tests = [{r.seed: r.test for r in results if r.recipe == recipe} for recipe in recipes]
         summary["difference"] = paired_difference([tests[1][seed] - tests[0][seed] for seed in tests[0]])
     return summary
-
-
-def paired_difference(differences: Sequence[float]) -> dict[str, Any]:
-    """Return the mean difference and its 95 % confidence interval (Student's t; None for one pair)."""
-    mean, n = statistics.fmean(differences), len(differences)
-    if n < 2:
-        return {"mean": mean, "low": None, "high": None, "pairs": n}
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, n - 1)) * statistics.stdev(differences) / math.sqrt(n)
-    return {"mean": mean, "low": mean - half, "high": mean + half, "pairs": n}
 
 
 def print_table(results: Sequence[Result], task: Task) -> None:
@@ -122,37 +107,9 @@ def to_json(results: Sequence[Result], task: Task) -> bytes:
     return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of what computed the results."""
-    from importlib.metadata import version
-
-    packages = {name: version(name) for name in ("dibit", "torch", "torch_geometric", "numpy", "numba", "scipy")}
-    return {**packages, "python": platform.python_version()}
-
-
-def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Describe where the results were computed; no names of hosts, users or folders."""
-    device = torch.device(device)
-    return {
-        "device": str(device),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-
-
 def _less(ratio: float) -> str:
     """Say how many times less memory the recipe takes, or more."""
     return f"{ratio:.1f}x less" if ratio >= 1 else f"{1 / ratio:.1f}x more"
-
-
-def _processor() -> str:
-    """Return the processor's model where Linux tells it, else its architecture."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def _mean(results: Sequence[Result]) -> dict[str, Any]:

@@ -3,53 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from dibit.reproduce.plan import Plan, Reproduction, Unit, key
+from dibit.experiments.cases import Case
+from dibit.reproduce.plan import Reproduction, Unit, key
 from dibit.reproduce.variants import variants
 from dibit.tools.errors import Interrupted
-from dibit.train.data import Graph
+from dibit.tools.units import MB
 from dibit.train.loop import train_one
-from dibit.train.settings import Settings
 from dibit.train.task import Task
-
-MB = 2**20
-EVERY = 5  # epochs between evaluations
-# Ours, but for the papers' dropout of .5 and clip of .5; GCNII with the papers' 16 layers and residual.
-COMMON: dict[str, Any] = {"layers": 3, "hidden": 128, "dropout": 0.5, "norm": "batch", "lr": 0.01, "clip": 0.5}
-MODELS: dict[str, dict[str, Any]] = {
-    "sage": {},
-    "gcn": {},
-    "gcn2": {"layers": 16, "dropout": 0.1, "residual": True},
-    "gat": {"heads": 4},
-}
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """A model on a graph.
-
-    Attributes:
-        graph: prepared.
-        settings: of `dibit train`: model and optimisation are used.
-    """
-
-    graph: Graph
-    settings: Settings
-
-    @property
-    def name(self) -> str:
-        return f"{self.graph.name} {self.settings.model.model}"
-
-
-def case(plan: Plan, graph: Graph, model: str) -> Case:
-    """A model of `MODELS` for the plan's number of epochs."""
-    changes = {**COMMON, **MODELS[model], "model": model, "epochs": plan.epochs}
-    if model == "gcn2" and plan.full:
-        changes["hidden"] = 256  # as in the papers
-    return Case(graph, Settings().updated(**changes, eval_every=EVERY))
 
 
 def training(run: Reproduction, case: Case, setting: str, seed: int) -> Unit:

@@ -1,0 +1,41 @@
+"""Norms of the gradients that a residual meets, by which the next step's rows are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dibit.codec.row_sampling import LEFT_OUT, row_scores, together
+
+
+class GradientNormObserver:
+    """Measures the norms of the gradients that one residual is multiplied with in the backward pass.
+
+    Args:
+        on_first: called once there are any.
+        captured_table: the table of scores itself, where a CUDA graph must change it in its place.
+
+    Attributes:
+        scores: uint8 (N,) of their sum of squares, once a backward pass has come by.
+    """
+
+    def __init__(self, on_first: Callable[[GradientNormObserver], None], captured_table: Tensor | None = None) -> None:
+        self.scores: Tensor | None = None
+        self.captured_table = captured_table
+        self._on_first = on_first
+
+    def observe(self, dy: Tensor) -> None:
+        """A gradient (N, O) of one user; the users of a residual add up."""
+        new = row_scores(dy)
+        if self.scores is None:
+            self._on_first(self)
+        self.scores = new if self.scores is None else together(self.scores, new)
+        if self.captured_table is not None and self.captured_table.shape == self.scores.shape:
+            self.captured_table.copy_(decayed(self.captured_table, self.scores))
+
+
+def decayed(old: Tensor, new: Tensor) -> Tensor:
+    """The larger of new scores and of old ones after one step of decay; where a row was left out, the old one."""
+    return torch.where(new == LEFT_OUT, old, torch.maximum(new, old - (old > 0).to(old.dtype)))

@@ -1,0 +1,3 @@
+"""Units in which results are given."""
+
+MB = 2**20  # bytes

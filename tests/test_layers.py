@@ -1,0 +1,89 @@
+"""The folders are layers: a file imports from its own layer or from one below, and no two files import each other."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "dibit"
+
+# From the top down. Names on one line do not import each other.
+LAYERS = (
+    "__main__",
+    "cli",
+    "reproduce bench",
+    "experiments",
+    "train",
+    "lightning study functions",
+    "dibit",  # the package itself: what `import dibit` gives
+    "api gradient_noise",
+    "hooks",
+    "compile",
+    "rules",
+    "engine",
+    "residuals",
+    "recompute codec",
+    "recipes",
+    "config nn portable",
+    "tools _torch",
+)
+FLOOR = {name: -number for number, names in enumerate(LAYERS) for name in names.split()}
+
+
+def modules() -> dict[str, Path]:
+    """All modules of Dibit by their dotted names."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path: Path, known: dict[str, Path]) -> set[str]:
+    """Modules of Dibit that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name in known}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            base = node.module or ""
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                found |= {full} if full in known else {base} if base in known else set()
+    return found
+
+
+KNOWN = modules()
+ARROWS = {name: imports(path, KNOWN) - {name} for name, path in KNOWN.items()}
+
+
+def room(name: str) -> str:
+    """The folder, or the file in the package's root, that a module lies in."""
+    return name.split(".")[1] if "." in name else name
+
+
+def test_every_room_has_its_floor() -> None:
+    assert {room(name) for name in KNOWN} == set(FLOOR)
+
+
+@pytest.mark.parametrize("name", sorted(KNOWN))
+def test_imports_point_down(name: str) -> None:
+    up = [other for other in ARROWS[name] if room(other) != room(name) and FLOOR[room(other)] >= FLOOR[room(name)]]
+    assert not up, f"{name} imports {up}, which are not below it"
+
+
+def test_no_circles() -> None:
+    done: set[str] = set()
+
+    def walk(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, f"an import circle: {' -> '.join((*way[way.index(name) :], name))}"
+        if name not in done:
+            for other in ARROWS[name]:
+                walk(other, (*way, name))
+            done.add(name)
+
+    for name in KNOWN:
+        walk(name, ())
