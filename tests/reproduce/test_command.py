@@ -212,7 +212,7 @@ def test_graphs_that_cannot_be_loaded_are_named(tmp_path: Path, monkeypatch: pyt
 
     from dibit.train.data.generated import planted
 
-    monkeypatch.setattr("dibit.train.data.load.load_raw", refuse)
+    monkeypatch.setattr("dibit.experiments.data.load_raw", refuse)
     run = Reproduction(Plan(), Store(tmp_path))
     (graph,) = run.graphs()
     assert graph.name.startswith("planted")
