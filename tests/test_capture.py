@@ -11,7 +11,7 @@ from torch_geometric.utils import erdos_renyi_graph, to_torch_csr_tensor
 import dibit
 from dibit.codec import seed_stream as stream
 from dibit.codec.row_sampling import LEFT_OUT
-from dibit.engine import forward_pass as step
+from dibit.engine import draws, measuring
 from dibit.engine import row_scores as score_table
 from tests.test_scores import N, readout, trained
 from tests.unbiased import bias_of, gradient
@@ -20,7 +20,7 @@ from tests.unbiased import bias_of, gradient
 @pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on every pass is one that a CUDA graph captures."""
-    for module in (step, score_table):
+    for module in (draws, measuring, score_table):
         monkeypatch.setattr(module, "capturing", lambda device: True)
     monkeypatch.setattr(stream, "draw", lambda: stream.replayed_key(torch.device("cpu")))
 
@@ -51,8 +51,8 @@ def test_no_seed_is_a_number(request: pytest.FixtureRequest, monkeypatch: pytest
     def never(*_: object) -> None:
         raise AssertionError("a seed came from the host")
 
-    monkeypatch.setattr(step, "Key", never)
-    monkeypatch.setattr(step, "seed_tensor", never)
+    monkeypatch.setattr(draws, "Key", never)
+    monkeypatch.setattr(draws, "seed_tensor", never)
     backward(net, x, r)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dibit
-from dibit.engine.forward_pass import tensors_in
+from dibit.engine.holdings import tensors_in
 
 N, D = 300, 16
 

@@ -14,7 +14,7 @@ from torch_geometric.nn import aggr, conv, models, norm
 
 import dibit
 from dibit import Config, Project, Sample
-from dibit.engine.forward_pass import Step
+from dibit.engine.keeper import Keeper
 from dibit.rules.activation import relu
 from tests.zoo import aggrs, convs, norms
 from tests.zoo import models as built
@@ -132,15 +132,15 @@ def test_a_shared_draw_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     draws = 40
     setting = Config(bits=8, norm=Config(bits=8, reduce=Project(4)))
     assert not biased(case, setting, draws)
-    encode = Step._encode
+    encode = Keeper._encode
 
-    def shared(step: Step, x: Tensor, config: Config, purpose: str, affine: Any = None, watched: bool = False) -> Any:
-        key = "shared", step.key(x), config
-        if key not in step._shared:
-            step._shared[key] = encode(step, x, config, purpose, affine, watched)
-        return step._shared[key]
+    def shared(keeper: Keeper, x: Tensor, config: Config, *rest: Any) -> Any:
+        key: Any = "shared", keeper.holdings.key(x), config
+        if key not in keeper._leaves:
+            keeper._leaves[key] = encode(keeper, x, config, *rest)
+        return keeper._leaves[key]
 
-    monkeypatch.setattr(Step, "_encode", shared)
+    monkeypatch.setattr(Keeper, "_encode", shared)
     assert biased(case, setting, draws)
 
 

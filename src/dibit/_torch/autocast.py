@@ -118,4 +118,4 @@ def _without_autocast(
             return rule(step, *args, **kwargs)
     finally:
         step.low = None
-        step.origins.clear()
+        step.forget_copies()

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dibit.config import Config
 from dibit.engine.model_state import State
+from dibit.engine.module_stack import ModuleStack
 from dibit.hooks.inner_gradients import ASKING
 from dibit.nn import norm_relu_dropout
 from dibit.rules.dropout import seeded
@@ -134,13 +135,9 @@ class Exactly:
     """A forward pass in which nothing is compressed and masks alone are drawn; in the place of a `Step`."""
 
     seen = 1  # it has no part in the warning that nothing was compressed
-    compresses = False
-    exact_within: int | None = None
-    asked = False
 
     def __init__(self) -> None:
-        self.names: list[str] = []
-        self.configs: list[Config | None] = []
+        self.stack = ModuleStack()
 
     def end(self, outputs: Any) -> None:
         """Nothing is left of it."""
@@ -158,7 +155,7 @@ class Masks(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in DROPOUTS and not torch.compiler.is_dynamo_compiling():
-            result = self.calls.masked(self.step.configs[-1], func, args, kwargs)
+            result = self.calls.masked(self.step.stack.configs[-1], func, args, kwargs)
             if result is not NotImplemented:
                 return result
         return run_away(self, func, args, kwargs) if func in ASKING else func(*args, **kwargs)

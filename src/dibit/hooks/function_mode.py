@@ -20,7 +20,8 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 
 from dibit._torch.storage_identity import storage_key, storages, strided
-from dibit.engine.forward_pass import Step, tensors_in
+from dibit.engine.forward_pass import Step
+from dibit.engine.holdings import tensors_in
 from dibit.engine.model_state import Rule
 from dibit.hooks import inner_gradients as inner_gradient
 from dibit.hooks.dropout_masks import DROPOUTS, Calls, hooks_free, run_away, transformed
@@ -123,8 +124,7 @@ class Intercept(TorchFunctionMode):
         if func in inner_gradient.ASKING:
             return self._asked(func, args, kwargs)
         if step.state.asks is not False and inner_gradient.makes_leaf(func, args, kwargs):
-            step.exact_within = len(step.names) if step.exact_within is None else step.exact_within
-            step.asked = False
+            step.stack.stay_exact()
         # Hooks are there for the one operation: transforms of `torch.func` refuse to begin where there are any.
         keeps = torch.is_grad_enabled() and hooks_free()
         if not keeps:
@@ -138,11 +138,11 @@ class Intercept(TorchFunctionMode):
     def _run(self, func: Any, args: Any, kwargs: Any, keeps: bool) -> Any:
         """An operation; `keeps`: not within someone else's hooks (activation checkpoints), where all stays exact."""
         step = self.step
-        step.function = func
+        step.stack.function = func
         if step.config is None:
             tell_of_writes(step, func, args, kwargs)
-            if func in DROPOUTS and step.configs:
-                result = self.calls.masked(step.configs[-1], func, args, kwargs)
+            if func in DROPOUTS and step.stack.configs:
+                result = self.calls.masked(step.stack.configs[-1], func, args, kwargs)
                 if result is not NotImplemented:
                     return result
             return func(*args, **kwargs)
@@ -155,7 +155,7 @@ class Intercept(TorchFunctionMode):
             result = step.run_rule(func, rule, args, kwargs)
             step.seen += result is not NotImplemented
         if result is NotImplemented and func in DROPOUTS:
-            result = self.calls.masked(step.configs[-1], func, args, kwargs)
+            result = self.calls.masked(step.stack.configs[-1], func, args, kwargs)
         if result is NotImplemented:
             tape.running = call
             try:
@@ -177,8 +177,8 @@ class Intercept(TorchFunctionMode):
         nodes = inner_gradient.compressed_between(outputs, inputs)
         if nodes:
             raise RuntimeError(inner_gradient.refusal(step.module, type(step.state.root).__name__, nodes))
-        step.asked = True
-        if step.exact_within is not None and step.exact_within <= 1 and not step.state.told:
+        step.stack.asked = True
+        if step.stack.exact_within is not None and step.stack.exact_within <= 1 and not step.state.told:
             step.state.told = True
             warnings.warn(
                 f"dibit: {type(step.state.root).__name__} asks for a gradient inside its forward pass, which has to be "
@@ -186,8 +186,11 @@ class Intercept(TorchFunctionMode):
                 stacklevel=3,
             )
         step.seen += 1
-        before, step.exact_within = step.exact_within, 0  # what an activation checkpoint runs again meanwhile
+        before, step.stack.exact_within = (
+            step.stack.exact_within,
+            0,
+        )  # what an activation checkpoint runs again meanwhile
         try:
             return run_away(self, func, args, kwargs)
         finally:
-            step.exact_within = before
+            step.stack.exact_within = before

@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 from dibit._torch.storage_identity import strided
 from dibit.compile import mode as traced
 from dibit.engine.batch_info import told_of
-from dibit.engine.forward_pass import Step, tensors_in
+from dibit.engine.forward_pass import Step
+from dibit.engine.holdings import tensors_in
 from dibit.hooks import nothing_compressed as unseen
 from dibit.hooks.dropout_masks import Exactly, Masks, hooks_free, top_hooks, transformed
 from dibit.hooks.function_mode import Intercept
@@ -37,7 +38,7 @@ class Pass:
         if compressed:
             step = Step(state, inputs, hook.name)
             if state.asks and any(x.requires_grad and x.is_leaf for x in tensors_in(inputs)):
-                step.exact_within = 0
+                step.stack.exact_within = 0
             rules = {} if state.passive else {**RULES, **state.rules} if state.rules else RULES
             self.mode = Intercept(step, rules)
         else:
@@ -121,7 +122,7 @@ def _eager(hook: Any, module: nn.Module, forward: Callable[..., Any], args: Any,
         raise
     step.end(output)
     step.seen += traced.local.mode.used
-    if compressed and step.compresses:
+    if compressed and step.stack.compresses:
         unseen.passed(hook.state, step.seen, whole=not hook.name)
     if told is not None:
         told.check_output(hook.state, list(tensors_in(output)))
@@ -131,15 +132,13 @@ def _eager(hook: Any, module: nn.Module, forward: Callable[..., Any], args: Any,
 def _part(active: Pass, hook: Any, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Run a forward with the name and config of its module on the step."""
     step, mode, calls = active.step, active.mode, active.mode.calls
-    depth, away = len(step.names), mode.away
+    depth, away = len(step.stack.names), mode.away
     try:
         if away:  # run again by a gradient that is asked for in the pass
             _push_mode(mode)
             mode.away = False
         calls.enter()
-        step.names.append(hook.name)
-        step.configs.append(hook.config)
-        step.compresses |= hook.config is not None
+        step.stack.enter(hook.name, hook.config)
         if scripted(module) and isinstance(mode, Intercept):
             return _unseen(mode, forward, args, kwargs)
         return forward(*args, **kwargs)
@@ -148,11 +147,8 @@ def _part(active: Pass, hook: Any, module: nn.Module, forward: Callable[..., Any
             _remove_mode(mode)
             mode.away = True
         calls.leave(depth)
-        del step.names[depth:], step.configs[depth:]
-        if step.exact_within is not None and depth < step.exact_within:
-            step.exact_within = None if step.asked else 0
-            if not depth and calls.state.asks is None:
-                calls.state.asks = False  # a tensor was made to require a gradient, and none was asked for
+        if step.stack.leave(depth) and not depth and calls.state.asks is None:
+            calls.state.asks = False  # a tensor was made to require a gradient, and none was asked for
 
 
 def _unseen(mode: Intercept, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -164,7 +160,7 @@ def _unseen(mode: Intercept, forward: Callable[..., Any], args: Any, kwargs: Any
         for x in tensors_in((args, kwargs)):
             if not step.held(x):
                 step.before_change(x)  # the forward may write to it
-        step.function = "TorchScript"
+        step.stack.function = "TorchScript"
         with torch.autograd.graph.saved_tensors_hooks(*mode.hooks) if keeps else nullcontext():
             return forward(*args, **kwargs)
     finally:

@@ -7,19 +7,19 @@ tensors of fewer bytes from which the same operations give the same bits again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from dibit._torch.storage_identity import storage_key, strided, version
+from dibit._torch.storage_identity import storage_key, strided
 from dibit._torch.user_objects import is_a
-from dibit.recompute.program import IN_PLACE, Program, Shared, Slot, functions
-
-_DEEPEST = 24  # operations between a tensor and what it is computed from
-SMALL = 2048  # bytes below which a tensor is simply kept
+from dibit.recompute.cut import CutSearch
+from dibit.recompute.nodes import SMALL, Node
+from dibit.recompute.program import IN_PLACE, Program, Shared, functions
+from dibit.recompute.program_writer import write_program
 
 _SHAPES = (
     "view reshape unsqueeze squeeze expand expand_as transpose permute t flatten contiguous narrow select detach flip "
@@ -47,42 +47,6 @@ _SIZES_ONLY = functions("new_zeros new_ones new_full zeros_like ones_like full_l
 _LIKE = {Tensor.expand_as: Tensor.expand, Tensor.view_as: Tensor.view, Tensor.reshape_as: Tensor.reshape}
 
 
-class Node:
-    """How one tensor came about; holds no tensor.
-
-    Attributes:
-        ref: the tensor, while somebody else keeps it.
-        version: of its content.
-        nbytes: of the tensor itself, not of what it is a view of; expanded dimensions count once.
-        call: function and arguments, tensors among them as nodes; `None` where the tape does not know.
-        constant: it requires no gradient.
-        role: who it is to the model, where somebody else owns the memory; empty for what this pass has made.
-        content: of such a tensor, its fingerprint when it was read; `None` where nothing can rest on it.
-        base: of a view of such a tensor, the tensor's node.
-        parents: the nodes among the call's arguments.
-    """
-
-    __slots__ = ("base", "call", "constant", "content", "nbytes", "parents", "ref", "role", "version")
-
-    def __init__(self, x: Tensor, call: tuple[Any, Any, Any] | None) -> None:
-        self.ref, self.version, self.nbytes = TensorWeakRef(x), version(x), nbytes(x)
-        self.call, self.constant = call, not x.requires_grad
-        self.parents = () if call is None else tuple(nodes_in((call[1], call[2])))
-        self.role = ""
-        self.content: Any = None
-        self.base: Node | None = None
-
-    @property
-    def root(self) -> Node | None:
-        """The node whose content was remembered, where somebody else owns the memory."""
-        return self if self.role else self.base
-
-    def tensor(self) -> Tensor | None:
-        """The tensor, if it still exists unchanged."""
-        x = self.ref()
-        return x if x is not None and version(x) == self.version else None
-
-
 class Tape:
     """What the operations of one forward pass made, as far as it can be made again.
 
@@ -99,7 +63,8 @@ class Tape:
         free: Callable[[Tensor], bool],
         owned: Callable[[Node, Tensor], None] = lambda node, x: None,
     ) -> None:
-        self.key, self.free, self.owned = key, free, owned
+        self.key, self.owned = key, owned
+        self.search = CutSearch(free, _SELECTIONS)
         self.nodes: dict[Any, Node] = {}
         self.shared = Shared()
         self.cuts: dict[Node, dict[Node, None] | None] = {}  # the best of each node, until something more is kept
@@ -111,7 +76,7 @@ class Tape:
         self.nodes.clear()
         self.cuts.clear()
         self._held.clear()
-        del self.key, self.free, self.owned
+        del self.key, self.owned, self.search.free
 
     def node(self, x: Tensor) -> Node:
         """The node of a tensor that is about to be read; a source if nothing is known of it."""
@@ -193,120 +158,24 @@ class Tape:
         known = self.cuts.get(node)
         if node not in self.cuts or (known and any(leaf.tensor() is None for leaf in known)):
             memo: dict[Node, Any] = {}
-            found = self._cut(node, 0, memo, top=True)
-            self.cuts[node] = None if found is None else self._without_detours(found, memo)
+            found = self.search.cheapest(node, 0, memo, top=True)
+            self.cuts[node] = None if found is None else self.search.without_detours(found, memo)
         best = self.cuts[node]
-        return None if best is None or self._cost(best) >= limit else list(best)
+        return None if best is None or self.search.cost(best) >= limit else list(best)
 
     def gathered(self, x: Tensor) -> tuple[Node, list[Node]] | None:
-        """The smallest tensor that x is a selection of, less than half its bytes, and what the selection needs beside.
-
-        Selections (`index_select`, views, expansions) are linear: an unbiased estimate of that tensor gives one of x.
-        """
-        top = self.nodes.get(self.key(x))
-        node, best = top, None
-        beside: dict[Node, None] = {}
-        for _ in range(_DEEPEST):
-            if node is None or top is None or node.call is None or node.call[0] not in _SELECTIONS:
-                break
-            if not node.call[1] or not isinstance(node.call[1][0], Node):
-                break  # by keyword: which one is selected from is not told by the order
-            node, *others = node.parents
-            for other in others:
-                part = self._cut(other, 0, {})
-                if part is None:
-                    return best
-                beside |= part
-            smallest = top.nbytes / 2 if best is None else best[0].nbytes
-            if node.nbytes < smallest and (source := node.tensor()) is not None and self.usable(node, source):
-                best = node, list(beside)
-        return best
+        """What x is a selection of, if that is much smaller, and what the selection needs beside."""
+        return self.search.gathered(self.nodes.get(self.key(x)))
 
     def program(self, x: Tensor, leaves: Sequence[Node]) -> Program:
         """The operations from the leaves of a cut to x."""
-        writer = _Writer(leaves, self.shared)
-        writer.visit(self.nodes[self.key(x)])
-        return Program(len(leaves), tuple(writer.calls))
+        return write_program(self.nodes[self.key(x)], leaves, self.shared)
 
     def lose(self, node: Node) -> None:
         """The content that a root had when it was read is not to be had any more."""
         if node.root is not None:
             node.root.content = None
         self.cuts.clear()
-
-    def usable(self, node: Node, x: Tensor) -> bool:
-        """Whether something that is kept may rest on x: it was made in this pass, or its content is remembered."""
-        return node.root is None or node.root.content is not None or self.free(x)
-
-    def _cut(self, node: Node, depth: int, memo: dict[Node, Any], top: bool = False) -> dict[Node, None] | None:
-        """The cheaper of keeping a node and computing it again; `None` where neither can be done."""
-        if node in memo:
-            return memo[node]
-        x = None if top else node.tensor()
-        if x is not None and not self.usable(node, x):
-            x = None
-        keep: dict[Node, None] | None = {node: None} if x is not None else None
-        if x is not None and (node.nbytes < SMALL or self.free(x)):
-            memo[node] = keep
-            return keep
-        again: dict[Node, None] | None = None
-        if node.call is not None and depth < _DEEPEST:
-            again = {}
-            for parent in node.parents:
-                part = self._cut(parent, depth + 1, memo)
-                if part is None:
-                    again = None
-                    break
-                again |= part
-        if again is not None and keep is not None and self._cost(again) >= node.nbytes:
-            again = self._without_detours(again, memo)
-        best = keep
-        if again is not None and (keep is None or self._cost(again) < node.nbytes):
-            best = again
-        memo[node] = best
-        return best
-
-    def _without_detours(self, leaves: dict[Node, None], memo: dict[Node, Any]) -> dict[Node, None]:
-        """Drop leaves that the others give anyway: costs were added up as if no leaf served twice."""
-        for leaf in list(leaves):
-            if leaf.call is None:
-                continue
-            others: dict[Node, None] | None = {other: None for other in leaves if other is not leaf}
-            for parent in leaf.parents:
-                part = self._cut(parent, 1, memo)
-                others = None if part is None or others is None else others | part
-            if others is not None and self._cost(others) < self._cost(leaves):
-                leaves = others
-        return leaves
-
-    def _cost(self, leaves: dict[Node, None]) -> float:
-        total = 0.0
-        for leaf in leaves:
-            x = leaf.tensor()
-            if x is not None and not self.free(x):
-                total += leaf.nbytes * (0.5 if x.dtype == torch.int64 else 1 / 8 if x.dtype == torch.bool else 1)
-        return total
-
-
-class _Writer:
-    """Puts the operations between the leaves of a cut and a node in order. (A nested function would be a cycle.)"""
-
-    def __init__(self, leaves: Sequence[Node], shared: Shared) -> None:
-        self.leaves, self.shared = len(leaves), shared
-        self.slots: dict[Node, int] = {leaf: i for i, leaf in enumerate(leaves)}
-        self.calls: list[tuple[Any, Any, Any, Any]] = []
-
-    def visit(self, node: Node) -> Slot:
-        if node not in self.slots:
-            assert node.call is not None
-            function, args, kwargs = node.call
-            filled = _noded_to(args, self.visit), _noded_to(kwargs, self.visit)
-            identity = node if node.constant and node.nbytes >= SMALL else None
-            if identity is not None:
-                self.shared.want(identity)
-            self.calls.append((function, *filled, identity))
-            self.slots[node] = self.leaves + len(self.calls) - 1
-        return Slot(self.slots[node])
 
 
 def _as_created(node: Node, x: Tensor) -> bool:
@@ -327,27 +196,6 @@ def _on_cpu(args: Any) -> bool:
     return found is None or found.device.type == "cpu"
 
 
-def nbytes(x: Tensor) -> int:
-    """Bytes of the distinct elements of a strided tensor."""
-    count = x.element_size()
-    for size, stride in zip(x.shape, x.stride(), strict=True):
-        if stride or not size:
-            count *= size
-    return count
-
-
-def nodes_in(value: Any) -> Iterator[Node]:
-    """All nodes in nested arguments."""
-    if isinstance(value, Node):
-        yield value
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from nodes_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from nodes_in(item)
-
-
 def _noded(value: Any, node: Callable[[Tensor], Node]) -> Any:
     """Arguments with tensors as nodes; lists become tuples, so that nobody can change them."""
     if is_a(value, Tensor):
@@ -358,16 +206,6 @@ def _noded(value: Any, node: Callable[[Tensor], Node]) -> Any:
         return tuple(_noded(item, node) for item in value)
     if isinstance(value, dict):
         return {name: _noded(item, node) for name, item in value.items()}
-    return value
-
-
-def _noded_to(value: Any, visit: Callable[[Node], Slot]) -> Any:
-    if isinstance(value, Node):
-        return visit(value)
-    if isinstance(value, tuple):
-        return tuple(_noded_to(item, visit) for item in value)
-    if isinstance(value, dict):
-        return {name: _noded_to(item, visit) for name, item in value.items()}
     return value
 
 

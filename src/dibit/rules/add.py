@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dibit._torch.huge_pages import empty_like, large
+from dibit.engine.accounting import Accounting
 from dibit.engine.forward_pass import Step
 from dibit.rules.common import dense, first_order
 
@@ -80,8 +81,9 @@ def _counts_of_temporaries() -> tuple[int, int]:
 class _Probe(TorchFunctionMode):
     """Counts references to both operands of an addition, on the way on which `Intercept` sends them to a rule."""
 
-    ledger = row = None
+    accounting: Any = Accounting(None, None, None)  # type: ignore[arg-type]
     inside = False
+    factor = ""
     counts = 0, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -89,9 +91,6 @@ class _Probe(TorchFunctionMode):
         if func is not Tensor.add:
             return func(*args, **kwargs)
         return Step.run_rule(self, func, self.count, args, kwargs)  # type: ignore[arg-type]
-
-    def open(self, function: Any) -> None:
-        pass
 
     @staticmethod
     def count(step: _Probe, input: Tensor, other: Tensor, *, alpha: Any = 1, out: Any = None) -> Tensor:

@@ -47,9 +47,9 @@ class Deferred(Cell):
                 self.row.how = "reference (returned)"
                 step.ledger.kept_tensor(self.row, self.exact.x)
         else:
-            step.configs.append(self.config)
+            step.stack.configs.append(self.config)
             self.residual = step.keep(self.exact.restore().exp(), leaf=False, config=self.config)
-            step.configs.pop()
+            step.stack.configs.pop()
             self.exact = None
         step.row = None
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from dibit.config import Config
 from dibit.engine.forward_pass import Step
+from dibit.recompute.nodes import Node
 from dibit.recompute.program import functions
-from dibit.recompute.recorder import Node, Tape
+from dibit.recompute.recorder import Tape
 from dibit.rules.relative import geometric, octaves_of, relative, whole
 
 _MADE = functions("exp exp_ sigmoid sigmoid_")

@@ -21,7 +21,7 @@ from dibit._torch.autocast import at_least_single, copies, lower
 from dibit.config import Config, Sample
 from dibit.engine.forward_pass import Step
 from dibit.recompute.mean_pattern import made_by_reciprocal
-from dibit.recompute.recorder import nbytes
+from dibit.recompute.nodes import nbytes
 from dibit.residuals.base import load, save
 from dibit.rules import positive
 from dibit.rules.common import FEW, dense, fine, first_order, flat, unreduced

@@ -1,0 +1,89 @@
+"""The running operation's entry in the ledger: what it keeps, and what it would keep without Dibit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dibit.engine.holdings import Holdings
+from dibit.engine.ledger import Ledger, Row
+from dibit.engine.module_stack import ModuleStack, function_name
+from dibit.residuals.base import Residual
+from dibit.residuals.exact import Kept, Recomputed
+
+
+class Accounting:
+    """Books for whoever tracks the pass; without a ledger it does nothing.
+
+    Attributes:
+        row: of the operation that a rule is running for.
+    """
+
+    def __init__(self, ledger: Ledger | None, holdings: Holdings, stack: ModuleStack) -> None:
+        self.ledger, self.holdings, self.stack = ledger, holdings, stack
+        self.row: Row | None = None
+        self._copied: set[Any] = set()  # parameters that autocast has copied in this pass
+
+    def open(self, function: Any) -> None:
+        """Begin a row for an operation that a rule takes."""
+        if self.ledger is not None:
+            self.row = self.ledger.add(Row(self.stack.module, function_name(function), "", ()))
+
+    def close(self, declined: bool) -> None:
+        """The rule has ended; where it declined there is no row."""
+        row, self.row = self.row, None
+        if declined and self.ledger is not None and row is not None:
+            self.ledger.rows.remove(row)
+
+    def note(self, residual: Residual | Any) -> Any:
+        """Enter a residual under the operation that is running."""
+        if self.ledger is not None and self.row is not None:
+            self.row.how = f"{self.row.how}; {residual.how}" if self.row.how else residual.how
+            for x in residual.tensors:
+                if not self.holdings.held(x):
+                    self.ledger.kept_tensor(self.row, x)
+        return residual
+
+    def kept(self, *tensors: Tensor, how: str = "") -> None:
+        """The running operation keeps these tensors as they are; `how` names their form."""
+        if self.ledger is not None and self.row is not None:
+            self.row.how = how or self.row.how
+            for x in tensors:
+                self.ledger.kept_tensor(self.row, x)
+
+    def plain(self, *saved: Tensor | int | None, low: torch.dtype | None, cached: bool) -> None:
+        """What the running operation would keep without Dibit: tensors, or bytes that only it would allocate.
+
+        Args:
+            saved: of a leaf of autograd's graph that a rule got as it is, that is the copy which autocast would make.
+            low: the dtype of that copy.
+            cached: autocast copies each parameter once.
+        """
+        if self.ledger is None or self.row is None:
+            return
+        for x in saved:
+            if isinstance(x, int):
+                self.row.plain += x
+            elif x is not None and low not in (None, x.dtype):
+                if not cached or self.holdings.key(x) not in self._copied:
+                    self._copied.add(self.holdings.key(x))
+                    self.row.plain += x.numel() * low.itemsize
+            elif x is not None and not self.holdings.held(x):
+                self.ledger.plain_tensor(self.row, x)
+                self.row.shape = self.row.shape or tuple(x.shape)
+
+    def saved(self, x: Tensor, kept: Kept) -> None:
+        """An operation of torch saves x itself, in this form."""
+        if self.ledger is not None:
+            row = Row(self.stack.module, function_name(self.stack.function), kept.how, tuple(x.shape))
+            self.ledger.add(row)
+            self.ledger.plain_tensor(row, x)
+            for form in kept.leaves if isinstance(kept, Recomputed) else (kept,):
+                if not self.holdings.held(form.x):
+                    self.ledger.kept_tensor(row, form.x)
+
+    def clear(self) -> None:
+        """The pass has ended."""
+        self._copied.clear()

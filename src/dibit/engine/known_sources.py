@@ -1,0 +1,121 @@
+"""Tensors that follow from others which are kept anyway: aggregates, their means, and results of norms."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from dibit.engine.holdings import Holdings
+from dibit.recompute.mean_pattern import counts, division
+from dibit.recompute.nodes import Node
+from dibit.recompute.recorder import Tape
+from dibit.residuals.base import Aggregated, Compressed, Mask, Normed, Passed, Reseeded, Residual
+from dibit.residuals.constant_csr import Graph
+
+
+class KnownSources:
+    """What a pass knows of how its tensors came about.
+
+    Args:
+        holdings: of the pass.
+        tape: its operations.
+    """
+
+    def __init__(self, holdings: Holdings, tape: Tape) -> None:
+        self.holdings, self.tape = holdings, tape
+        self._derived: dict[Any, Residual] = {}  # tensors that follow from what others hold
+        self._aggregates: dict[Any, tuple[Graph, weakref.ref[Tensor], Any]] = {}
+        self._estimated: dict[Any, Normed | Passed] = {}  # tensors of which a norm has kept every row
+        self._changing: tuple[Any, Normed | Passed] | None = None  # what is known of one that is about to be written to
+
+    def derived(self, y: Tensor, residual: Residual) -> None:
+        """y follows from what others hold: features, their dropout, their aggregate."""
+        self._derived[self.holdings.key(y)] = residual
+
+    def aggregated(self, y: Tensor, graph: Graph, x: Tensor) -> None:
+        """y = A x, which holds as long as somebody else keeps x alive."""
+        if self.holdings.held(x):
+            self.tape.node(x)  # remembers the content
+        self._aggregates[self.holdings.key(y)] = graph, weakref.ref(x), self.holdings.key(x)
+
+    def source(self, y: Tensor) -> tuple[Graph, Tensor] | None:
+        """A and x of a y that was computed as A x, or as their mean, and whose gradient nobody has asked for."""
+        if not self._aggregates:
+            return None
+        found = self._aggregates.get(self.holdings.key(y)) or self._average(y)
+        if found is None:
+            return None
+        graph, ref, key = found
+        x = ref()
+        if x is None or self.holdings.key(x) != key or y._backward_hooks or y.retains_grad:
+            return None
+        return graph, x
+
+    def residual(self, x: Tensor) -> Residual | None:
+        """A residual that makes x of what others hold; also where x is the mean that belongs to a known sum."""
+        if not self._derived:
+            return None
+        found = self._derived.get(self.holdings.key(x))
+        parts = division(self.tape, x) if found is None else None
+        if parts is None:
+            return found
+        for key, source in self._derived.items():
+            if isinstance(source, Aggregated) and self._is_mean(parts, key, source.graph):
+                return replace(source, graph=replace(source.graph, mean=True))
+        return None
+
+    def _average(self, y: Tensor) -> tuple[Graph, weakref.ref[Tensor], Any] | None:
+        """The aggregate of a y that is a sum over neighbours divided by their number."""
+        parts = division(self.tape, y)
+        if parts is not None:
+            for key, (graph, ref, source) in self._aggregates.items():
+                if self._is_mean(parts, key, graph):
+                    return replace(graph, mean=True), ref, source
+        return None
+
+    def _is_mean(self, parts: tuple[Node, Node], key: Any, graph: Graph) -> bool:
+        """Whether a division is of the sum over a graph's neighbours that has this key, by their number."""
+        if graph.mean or parts[0] is not self.tape.nodes.get(key):
+            return False
+        return counts(parts[1], self.tape.nodes.get(self.holdings.key(graph.parts[0])))
+
+    # -- results of norms -------------------------------------------------------------------------------------------
+
+    def normed(
+        self, y: Tensor, kept: Any, weight: Tensor | None, bias: Tensor | None, masks: Sequence[Mask | Reseeded] = ()
+    ) -> None:
+        """A norm's result y, after masks, can be estimated from what the norm keeps, if that has every row."""
+        if isinstance(kept, Compressed) and kept.packed.config.reduce is None and kept.packed.shape == y.shape:
+            weight, bias = (None if x is None else x.detach().clone() for x in (weight, bias))
+            found: Normed | Passed = Normed(kept, weight, bias)
+            for mask in masks:
+                found = Passed(found, mask)
+            self._estimated[self.holdings.key(y)] = found
+
+    def passed(self, source: Normed | Passed | None, y: Tensor, mask: Mask | Reseeded, scale: float = 1.0) -> None:
+        """y is what a mask passes of what `estimate` gave, times scale."""
+        if source is not None:
+            self._estimated[self.holdings.key(y)] = Passed(source, mask, scale)
+
+    def estimate(self, x: Tensor) -> Normed | Passed | None:
+        """What is known of a norm's result, also after ReLU and dropout."""
+        return self._estimated.get(self.holdings.key(x)) if self._estimated else None
+
+    def changed(self, x: Tensor, estimated: Normed | Passed | None) -> None:
+        """The function that runs writes to x, whose content has a new key already; `estimated`: of the old content."""
+        self._changing = None if estimated is None else (self.holdings.key(x), estimated)
+
+    def changing(self, x: Tensor) -> Normed | Passed | None:
+        """What `estimate` gave of a tensor that the function that runs is about to write to."""
+        key, found = self._changing or (None, None)
+        return found if found is not None and key == self.holdings.key(x) else None
+
+    def clear(self) -> None:
+        """The pass has ended."""
+        for table in (self._derived, self._aggregates, self._estimated):
+            table.clear()
+        self._changing = None

@@ -1,0 +1,56 @@
+"""What is measured of the gradient's noise in a pass, and under which names."""
+
+from __future__ import annotations
+
+import torch
+
+from dibit.codec.seed_stream import capturing
+from dibit.engine.module_stack import ModuleStack
+from dibit.engine.noise.meter import Meter
+from dibit.engine.noise.row_plan import RowPlan
+
+
+class Measuring:
+    """Names and meters for the residuals of a pass.
+
+    Attributes:
+        plan: which rows are kept, by what was measured.
+        metered: something of this pass is measured.
+    """
+
+    def __init__(self, stack: ModuleStack, plan: RowPlan) -> None:
+        self.plan = plan
+        self.metered = False
+        self._stack = stack
+        self._residuals: dict[str, int] = {}  # residuals with a name so far, by module and function
+        self._operations: dict[str, int] = {}  # the same of operations that are measured
+
+    def residual(self) -> str:
+        """A name for the residual that the running function keeps, the same in every pass."""
+        return _numbered(self._residuals, self._stack.operation)
+
+    def operation(self, kind: str) -> str:
+        """A name for the operation that is running among those of its kind, the same in every measured pass."""
+        return f"{_numbered(self._operations, self._stack.operation)}/{kind}"
+
+    @property
+    def active(self) -> bool:
+        """Whether the error of what is running is measured in this pass."""
+        config = self._stack.config
+        if config is None or config.noise is None:
+            return False
+        self.plan.expect(config)  # a part that was unpickled has not said so
+        # a captured graph waits for nothing, and keeps the rows it was captured with
+        return self.plan.measures and not (torch.cuda.is_available() and capturing(torch.device("cuda")))
+
+    def meter(self, name: str) -> Meter | None:
+        """A meter for the residual or norm of this name, where it is to be measured."""
+        if not self.active:
+            return None
+        self.metered = True
+        return Meter(self.plan, name)
+
+
+def _numbered(counts: dict[str, int], name: str) -> str:
+    counts[name] = number = counts.get(name, 0) + 1
+    return f"{name}:{number}"

@@ -1,0 +1,74 @@
+"""Which modules are running, and what the innermost one's config is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.overrides import resolve_name
+
+from dibit.config import Config
+
+
+class ModuleStack:
+    """The modules that are running, outermost first.
+
+    Attributes:
+        names: as `compress` knows them; the model itself is "".
+        configs: of each; `None` leaves what it computes exact.
+        exact_within: everything is exact until fewer modules than this are running; `None`: nothing is.
+        asked: a gradient was asked for since that began.
+        function: of torch, that is running now; the ledger names it.
+        compresses: some module of this pass has a config.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.configs: list[Config | None] = []
+        self.exact_within: int | None = None
+        self.asked = False
+        self.function: Any = None
+        self.compresses = False
+
+    @property
+    def config(self) -> Config | None:
+        """Of the innermost module that is running; `None` leaves everything exact."""
+        return self.configs[-1] if self.configs and self.exact_within is None else None
+
+    @property
+    def module(self) -> str:
+        """Name of the innermost module that is running; empty for the outermost."""
+        return self.names[-1] if self.names else ""
+
+    @property
+    def operation(self) -> str:
+        """The module and the function that are running, as one name."""
+        return f"{self.module}:{function_name(self.function)}"
+
+    def enter(self, name: str, config: Config | None) -> None:
+        """A module begins."""
+        self.names.append(name)
+        self.configs.append(config)
+        self.compresses |= config is not None
+
+    def leave(self, depth: int) -> bool:
+        """Modules have ended until so many are left; those that end with an exception may not have said so.
+
+        Returns:
+            Whether the module has ended that `exact_within` was about.
+        """
+        del self.names[depth:], self.configs[depth:]
+        if self.exact_within is None or depth >= self.exact_within:
+            return False
+        self.exact_within = None if self.asked else 0
+        return True
+
+    def stay_exact(self) -> None:
+        """Everything is exact until the running module ends: it has made a tensor that it may differentiate by."""
+        self.exact_within = len(self.names) if self.exact_within is None else self.exact_within
+        self.asked = False
+
+
+def function_name(function: Any) -> str:
+    """A function of torch as the ledger writes it: `linear`, `batch_norm`."""
+    name = resolve_name(function) or getattr(function, "__name__", str(function))
+    return name.removeprefix("torch.").removeprefix("nn.functional.").removeprefix("Tensor.")
