@@ -15,16 +15,8 @@ from dibit.tools.parser import usage
 _DESCRIPTION = "Train graph neural networks on a fraction of the memory."
 COMMANDS = {  # module, function, what it does
     "train": ("dibit.train.command", "train", "train a model on a graph, with compressed activations"),
-    "reproduce": (
-        "dibit.reproduce.command",
-        "reproduce",
-        "repeat what the papers measured, with their numbers beside ours",
-    ),
-    "bench": (
-        "dibit.bench.command",
-        "bench",
-        "time, memory and gradient error on this machine, beside the alternatives",
-    ),
+    "reproduce": ("dibit.reproduce.command", "reproduce", "repeat what the papers measured, their numbers beside ours"),
+    "bench": ("dibit.bench.command", "bench", "time, memory and gradient error on this machine, beside alternatives"),
 }
 
 

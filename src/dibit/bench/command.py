@@ -59,8 +59,8 @@ def build_parser(kind: str) -> Parser:
         ):
             flag(name, str, text, "NAME", several=True)
         flag("layers", int, "Convolutions (default: 2 3 4 8 16 32).", "L", least=1, several=True)
-        text = "Residual connections around each layer."
-        flag("residual", Literal["both", "with", "without"], text, default="both")
+        sides = Literal["both", "with", "without"]
+        flag("residual", sides, "Residual connections around each layer.", default="both")
         flag("epochs", int, "Epochs to look at (default: 0 30).", least=0, several=True)
         flag("draws", int, "Draws of the codec.", "K", default=4, least=2)
         flag("resume", str, "A file of --json: cells that it has are not measured again.", "FILE")

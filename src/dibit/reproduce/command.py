@@ -53,11 +53,9 @@ def build_parser() -> Parser:
         "Published settings, splits, seeds and epochs; --seeds K takes the seeds below K, --epochs N fewer epochs.",
     )
     text = f"Graphs and models: {', '.join(tuned.CELLS)}, or all (default: {' and '.join(tuned.FIRST)})"
-    flag("cell", str, text, "CELL", several=True, group=group)
-    text = "Only these (default: each cell's own)."
-    flag("recipe", str, text, "RECIPE", several=True, group=group)
-    text = "Trainings side by side, each on one thread (default: one a core)."
-    flag("jobs", int, text, least=1, group=group)
+    flag("cell", str, text, "CELL", group, several=True)
+    flag("recipe", str, "Only these (default: each cell's own).", "RECIPE", group, several=True)
+    flag("jobs", int, "Trainings side by side, each on one thread (default: one a core).", group=group, least=1)
     flag("json", str, "Write all sections to this file, too.", "FILE")
     flag("overwrite", bool, "Forget the results that DIR holds.", default=False)
     flag("quiet", bool, "Print the tables and nothing else.", default=False)

@@ -13,20 +13,12 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from dibit.tools.errors import UserError, nearest, shown
 
 _NEGATIVE = re.compile(r"-[.\d]")
-_WHOLE = re.compile(r"[+-]?[0-9][0-9_]*")
+_WHOLE = re.compile(r"[+-]?[0-9]+(_[0-9]+)*")
 
 
 @dataclass(frozen=True)
 class Flag:
-    """How the value of a flag is read.
-
-    Attributes:
-        name: Such as ``batch_size`` for ``--batch-size``; a flag of bool is ``--no-...`` too.
-        kind: bool, int, float, str, a `Literal` of words, or a union of these and None.
-        default: The value where the flag is left out.
-        least: The smallest number that is accepted; None for any.
-        several: Whether the flag takes one or more values, which make a list.
-    """
+    """A flag, as `Parser.flag` describes it."""
 
     name: str
     kind: Any
@@ -43,18 +35,20 @@ class Parser(argparse.ArgumentParser):
         self.flags: dict[str, Flag] = {}  # by each spelling, such as --bias and --no-bias
 
     def flag(
-        self, name: str, kind: Any, text: str, metavar: str | None = None, *, group: Any = None, action: Any = None,
+        self, name: str, kind: Any, text: str, metavar: str | None = None, group: Any = None, action: Any = None,
         **how: Any,
     ) -> None:  # fmt: skip
         """Add a flag.
 
         Args:
-            name: As in `Flag`, whose other attributes `how` sets.
-            kind: As in `Flag`.
+            name: Such as ``batch_size`` for ``--batch-size``; a flag of bool is ``--no-...`` too.
+            kind: bool, int, float, str, a `Literal` of words, or a union of these and None.
             text: What ``--help`` says, but for the default.
             metavar: How ``--help`` names the value; without it N (a whole number), X (a number) or TEXT.
             group: The group of ``--help``, from ``add_argument_group``.
             action: ``"append"`` for a flag that may be repeated; its values make a list.
+            **how: ``default``, the value where the flag is left out; ``least``, the smallest number that is accepted;
+                ``several=True`` for a flag that takes one or more values, which make a list.
         """
         flag = Flag(name, kind, **how)
         if flag.default is not None and flag.default is not False:
@@ -67,8 +61,7 @@ class Parser(argparse.ArgumentParser):
 
     def helps(self, words: Sequence[str]) -> bool:
         """Print the help if the words ask for it; return whether they do."""
-        asked = "-h" in words or "--help" in words
-        if asked:
+        if asked := not {"-h", "--help"}.isdisjoint(words):
             self.print_help()
         return asked
 
@@ -170,11 +163,7 @@ def _parts(kind: Any) -> tuple[tuple[Any, ...], list[str]]:
 
 
 def _whole(text: str) -> int | None:
-    text = text.strip()
-    try:
-        return int(text) if _WHOLE.fullmatch(text) and len(text) <= 20 else None
-    except ValueError:  # 1__0
-        return None
+    return int(text) if _WHOLE.fullmatch(text.strip()) and len(text.strip()) <= 20 else None
 
 
 def _real(text: str) -> float | None:

@@ -28,17 +28,15 @@ def build_parser() -> Parser:
     """Build the parser of ``dibit train``: one flag a setting, its help text from the docstring."""
     parser = Parser("dibit train", _DESCRIPTION)
     parser.usage = "dibit train [--help] [--config FILE] [--SETTING VALUE ...]"  # of each there would be 20 lines
-    parser.flag(
-        "config",
-        str,
+    text = (
         "Read settings from a YAML file, or one of the papers' settings by its name, such as arxiv-sage "
-        "(docs/train.md); flags win over it.",
-        "FILE",
-        action="append",
+        "(docs/train.md); flags win over it."
     )
+    parser.flag("config", str, text, "FILE", action="append")
+    hints = _hints()
     for kind in groups().values():
         title, texts = _described(kind)
-        group, hints = parser.add_argument_group(title), get_type_hints(kind)
+        group = parser.add_argument_group(title)
         for f in group_fields(kind):
             parser.flag(f.name, hints[f.name], texts.get(f.name, ""), default=f.default, group=group)
     return parser
