@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 
 import dibit
 from dibit.cli import main
+from dibit.tools import errors
 from dibit.train import checkpoint, loop
 from dibit.train.task import Task
 from tests.train.conftest import command, small
@@ -91,14 +93,43 @@ def test_no_command_prints_the_usage(capsys: pytest.CaptureFixture[str]) -> None
     assert "usage: dibit" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("package", ["jsonargparse", "rich", "tensorboard"])
+def test_help_needs_no_extra() -> None:
+    """Nor does it load PyTorch Geometric."""
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(("rich", "yaml", "tensorboard", "torchmetrics", "matplotlib", "jinja2")))
+from dibit.cli import COMMANDS, main
+from dibit.bench.command import KINDS
+for words in [[], *([name] for name in COMMANDS), *(["bench", kind] for kind in KINDS)]:
+    assert main([*words, "--help"]) == 0
+print("torch_geometric" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for text in ("--weight-decay", "usage: dibit bench codec", "usage: dibit reproduce", "dibit train --help"):
+        assert text in done.stdout
+    assert done.stdout.endswith("False\n")
+
+
+def test_how_an_extra_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clone = tmp_path / "a clone"
+    clone.mkdir()
+    monkeypatch.setattr(errors, "__file__", str(clone / "src" / "dibit" / "tools" / "errors.py"))
+    assert errors.install("train") == "pip install 'dibit[train]'"
+    (clone / "pyproject.toml").touch()
+    assert errors.install("train") == f"pip install -e '{clone}[train]'"
+    monkeypatch.chdir(clone)
+    assert errors.install("train") == "pip install -e '.[train]'"
+
+
+@pytest.mark.parametrize("package", ["yaml", "rich", "tensorboard"])
 def test_a_missing_extra(
     package: str, small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, package, None)
+    monkeypatch.setitem(sys.modules, package, None)
     assert main(["train", "--dataset", str(small), "--out", str(small.parent / "run"), "--epochs", "1"]) == 2
     assert capsys.readouterr().err == (
-        f"dibit: error: This needs {package}, which is not installed: pip install 'dibit[train]'\n"
+        f"dibit: error: This needs {package}, which is not installed: {errors.install('train')}\n"
     )
     assert not (small.parent / "run").exists()
 

@@ -396,7 +396,7 @@ def test_import_is_light() -> None:
     import sys
 
     code = (
-        "import sys, dibit; heavy = {'torch_geometric', 'numba', 'scipy', 'rich', 'jsonargparse', "
+        "import sys, dibit; heavy = {'torch_geometric', 'numba', 'scipy', 'rich', 'yaml', "
         "'matplotlib', 'pandas', 'tensorboard', 'torchmetrics'}; print(heavy & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -5,21 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import version
 
 from dibit.tools.errors import Interrupted, TrainingError, UserError, nearest, printable, shown
 from dibit.tools.files import reason
+from dibit.tools.parser import usage
 
-_USAGE = """\
-usage: dibit [--help] [--version] COMMAND ...
-
-Train graph neural networks on a fraction of the memory.
-
-commands:
-  train       train a model on a graph, with compressed activations (dibit train --help)
-  reproduce   repeat what the papers measured, with their numbers beside ours (dibit reproduce --help)
-  bench       time, memory and gradient error on this machine, beside the alternatives (dibit bench --help)
-"""
+_DESCRIPTION = "Train graph neural networks on a fraction of the memory."
+COMMANDS = {  # module, function, what it does
+    "train": ("dibit.train.command", "train", "train a model on a graph, with compressed activations"),
+    "reproduce": ("dibit.reproduce.command", "reproduce", "repeat what the papers measured, their numbers beside ours"),
+    "bench": ("dibit.bench.command", "bench", "time, memory and gradient error on this machine, beside alternatives"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,31 +70,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
-    if not words:
-        print(_USAGE, end="")
-        return 2
-    command, rest = words[0], words[1:]
-    if command in ("-h", "--help", "help"):
-        print(_USAGE, end="")
-        return 0
+    command, rest = (words[0], words[1:]) if words else (None, [])
+    if command in (None, "-h", "--help", "help"):
+        about = {name: text for name, (_, _, text) in COMMANDS.items()}
+        print(usage("dibit", "[--help] [--version] COMMAND", _DESCRIPTION, about))
+        return 0 if words else 2
     if command in ("-V", "--version"):
         print(f"dibit {version('dibit')}")
         return 0
-    # late: `dibit --version` needs none of it
-    if command == "train":
-        from dibit.train.command import train
-
-        return train(rest)
-    if command == "reproduce":
-        from dibit.reproduce.command import reproduce
-
-        return reproduce(rest)
-    if command == "bench":
-        from dibit.bench.command import bench
-
-        return bench(rest)
-    known = ("train", "reproduce", "bench", "--help", "--version")
-    raise UserError(f"There is no command {shown(command)!r}.{nearest(command, known)} See dibit --help.")
+    if command not in COMMANDS:
+        hint = nearest(command, (*COMMANDS, "--help", "--version"))
+        raise UserError(f"There is no command {shown(command)!r}.{hint} See dibit --help.")
+    module, function, _ = COMMANDS[command]
+    status: int = getattr(import_module(module), function)(rest)  # imported late: --version needs none of it
+    return status
 
 
 def _out_of_memory(error: BaseException) -> bool:

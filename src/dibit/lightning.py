@@ -10,14 +10,13 @@ from torch import nn
 from dibit.api import compress, decompress, scores, track
 from dibit.config import Config
 from dibit.engine.ledger import Ledger
+from dibit.tools.errors import install
 from dibit.tools.units import MB
 
 try:
     from lightning.pytorch.callbacks import Callback
 except ImportError as error:
-    raise ImportError(
-        "dibit.lightning needs lightning, which is not installed: pip install 'dibit[lightning]'"
-    ) from error
+    raise ImportError(f"dibit.lightning needs lightning, which is not installed: {install('lightning')}") from error
 
 _KEY = "dibit_scores"
 

@@ -140,7 +140,7 @@ def test_the_resident_peak_can_be_begun_anew() -> None:
     ("words", "sentence"),
     [
         ([], "What to measure is missing; expected one of speed, memory, gradient, noise, codec."),
-        (["sped"], "invalid choice: 'sped'"),
+        (["sped"], "expected speed, memory, gradient, noise, codec. Did you mean 'speed'?"),
         (["speed", "--shape", "arxive"], "--shape has 'arxive', expected arxiv, flickr, products-small, cora. Did you"),
         (["speed", "--model", "sgae"], "Did you mean 'sage' or 'gat'?"),
         (["speed", "--settings", "plain", "defualt"], "Did you mean 'default'?"),
@@ -148,7 +148,7 @@ def test_the_resident_peak_can_be_begun_anew() -> None:
         (["speed", "--scale", "0"], "--scale is 0.0, expected a number above 0."),
         (["speed", "--json", "/no/such/folder/x.json"], "the folder /no/such/folder does not exist"),
         (["memory", "--layers", "0"], "--layers is 0"),
-        (["codec", "--elements", "x"], "invalid int value: 'x'"),
+        (["codec", "--elements", "x"], "--elements is 'x', expected a whole number."),
         (["gradient"], "arguments are required: GRAPH"),
         (["gradient", "no-such-graph", "--settings", "2 bits"], "Did you mean '2 bit' or '8 bit'?"),
     ],

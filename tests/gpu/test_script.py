@@ -51,7 +51,7 @@ def test_without_a_gpu_it_says_so() -> None:
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    done = run("--only", "check", without="numba scipy rich matplotlib jsonargparse")
+    done = run("--only", "check", without="numba scipy rich matplotlib yaml")
     assert done.returncode == 2
     assert done.stdout == (
         "gpu.py: torch sees no GPU here; run it on a machine with one, or in the interpreter (see --help).\n"

@@ -94,10 +94,14 @@ def test_a_later_file_wins(tmp_path: Path) -> None:
         ("--block rwo", "--block is 'rwo', expected a whole number or 'row'."),
         ("--block 0.5", "--block is '0.5', expected a whole number or 'row'."),
         ("--block true", "--block is 'true', expected a whole number or 'row'."),
-        ("--layers", "--layers: expected one argument"),
+        ("--layers", "--layers has no value, expected a whole number."),
+        ("--layers --quiet", "--layers has no value, expected a whole number."),
+        ("--layers 3 4", "nothing to do with '4'"),
+        ("--compare=maybe", "--compare takes no value, but is 'maybe'"),
+        ("-- cora", "no flag --."),
         ("cora", "nothing to do with 'cora'"),
         ("--config missing.yaml", "Cannot read the settings file missing.yaml: No such file"),
-        ("--config", "--config needs the path"),
+        ("--config", "--config has no value, expected a text."),
     ],
 )
 def test_words_that_cannot_be_parsed(words: str, sentence: str) -> None:
@@ -242,7 +246,7 @@ def test_unknown_name_in_code() -> None:
 
 def test_import_is_light() -> None:
     """`dibit.train` loads neither PyTorch Geometric nor what the extra brings."""
-    heavy = ("torch_geometric", "jsonargparse", "rich", "tensorboard", "torchmetrics")
+    heavy = ("torch_geometric", "yaml", "rich", "tensorboard", "torchmetrics")
     code = f"import sys, dibit.train.settings; print([m for m in {heavy} if m in sys.modules])"
     core = f"import sys, dibit; print([m for m in {heavy} if m in sys.modules])"
     outputs = [

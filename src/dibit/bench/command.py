@@ -8,86 +8,91 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from dibit.tools.errors import Parser, UserError, nearest, require
+from dibit.tools.errors import UserError, nearest, require, shown
 from dibit.tools.files import json_path, write_atomically
+from dibit.tools.parser import Parser, usage
 from dibit.tools.progress import Progress
 
 _DESCRIPTION = """\
 Measure what Dibit costs and saves on this machine, beside plain PyTorch Geometric, torch.compile, bf16 and activation
-checkpoints. Run it on an idle machine: times are medians of interleaved rounds, ratios are taken within a round.
-"""
-KINDS = ("speed", "memory", "gradient", "noise", "codec")
+checkpoints. Run it on an idle machine: times are medians of interleaved rounds, ratios are taken within a round."""
+KINDS = {
+    "speed": "seconds of a training step, forward and backward apart",
+    "memory": "megabytes kept, and the peak of a step",
+    "gradient": "squared error of the gradient against bytes kept",
+    "noise": "squared error of the gradient by model, norm, depth and stage of training",
+    "codec": "GB/s of each kernel beside a copy",
+}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of ``dibit bench``."""
-    parser = Parser(prog="dibit bench", description=_DESCRIPTION)
-    kinds = parser.add_subparsers(dest="kind", metavar="KIND", parser_class=Parser)
-    speed = kinds.add_parser("speed", help="seconds of a training step, forward and backward apart")
-    memory = kinds.add_parser("memory", help="megabytes kept, and the peak of a step")
-    for each in (speed, memory):
-        each.add_argument("--shape", default="arxiv", metavar="NAME", help="Sizes: arxiv (default), flickr, "
-                          "products-small or cora.")  # fmt: skip
-        each.add_argument("--model", default="sage", metavar="NAME", help="sage (default), gcn, gin, gat or gcn2.")
-        each.add_argument("--hidden", type=int, metavar="N", help="Width of the layers (default: the shape's).")
-        each.add_argument("--form", default="csr", metavar="NAME", help="The graph as csr (torch.sparse; default) or "
-                          "edge_index.")  # fmt: skip
-        each.add_argument("--scale", type=float, default=1.0, metavar="F", help="Nodes and edges, times F.")
-        each.add_argument("--settings", nargs="+", metavar="NAME", help="Of plain, compile, bf16, checkpoint, exact, "
-                          "iexact, small, default; all by default.")  # fmt: skip
-    speed.add_argument("--layers", type=int, metavar="L", help="Number of layers (default: the shape's).")
-    memory.add_argument("--layers", type=int, nargs="+", metavar="L", help="Numbers of layers (default: 3 8 16).")
-    gradient = kinds.add_parser("gradient", help="squared error of the gradient against bytes kept")
-    gradient.add_argument("graphs", nargs="+", metavar="GRAPH", help="Names or .npz files, as in dibit train.")
-    gradient.add_argument("--root", default="data", metavar="DIR", help="Folder of data sets (default: data).")
-    gradient.add_argument("--model", default="sage", metavar="NAME", help="sage (default), gcn, gcn2 or gat.")
-    gradient.add_argument("--epochs", type=int, nargs="+", default=[0, 10, 60], metavar="N",
-                          help="Epochs to look at (default: 0 10 60).")  # fmt: skip
-    gradient.add_argument("--draws", type=int, default=8, metavar="K", help="Draws of the codec (default: 8).")
-    gradient.add_argument("--settings", nargs="+", metavar="NAME", help="Of the list that an unknown name prints.")
-    gradient.add_argument("--figure", metavar="FILE", help="Draw error against bytes into this SVG file, too.")
-    _add_noise(kinds)
-    codec = kinds.add_parser("codec", help="GB/s of each kernel beside a copy")
-    codec.add_argument("--elements", type=int, default=1 << 24, metavar="N", help="Of the tensor (default: 2^24).")
-    codec.add_argument("--block", type=int, default=1024, metavar="G", help="Elements a range (default: 1024).")
-    for each in (speed, codec):
-        each.add_argument("--rounds", type=int, default=5, metavar="K", help="Rounds (default: 5).")
-    for each in (speed, memory, gradient, kinds.choices["noise"], codec):
-        each.add_argument("--json", metavar="FILE", help="Write the result to this file, too.")
-        each.add_argument("--quiet", action="store_true", help="Print the table and nothing else.")
+def build_parser(kind: str) -> Parser:
+    """Build the parser of ``dibit bench KIND``."""
+    parser = Parser(f"dibit bench {kind}", f"Measure {KINDS[kind]}.")
+    flag = parser.flag
+    if kind in ("speed", "memory"):
+        flag("shape", str, "Sizes: arxiv, flickr, products-small or cora.", "NAME", default="arxiv")
+        flag("model", str, "sage, gcn, gin, gat or gcn2.", "NAME", default="sage")
+        flag("hidden", int, "Width of the layers (default: the shape's).", least=1)
+        flag("form", str, "The graph as csr (torch.sparse) or edge_index.", "NAME", default="csr")
+        flag("scale", float, "Nodes and edges, times F.", "F", default=1.0)
+        text = "Of plain, compile, bf16, checkpoint, exact, iexact, small, default; all by default."
+        flag("settings", str, text, "NAME", several=True)
+    if kind == "speed":
+        flag("layers", int, "Number of layers (default: the shape's).", "L", least=1)
+    if kind == "memory":
+        flag("layers", int, "Numbers of layers.", "L", default=[3, 8, 16], least=1, several=True)
+    if kind == "gradient":
+        parser.add_argument("graphs", nargs="+", metavar="GRAPH", help="Names or .npz files, as in dibit train.")
+        flag("model", str, "sage, gcn, gcn2 or gat.", "NAME", default="sage")
+        flag("epochs", int, "Epochs to look at.", default=[0, 10, 60], least=0, several=True)
+        flag("draws", int, "Draws of the codec.", "K", default=8, least=1)
+        flag("settings", str, "Of the list that an unknown name prints.", "NAME", several=True)
+        flag("figure", str, "Draw error against bytes into this SVG file, too.", "FILE")
+    if kind == "noise":
+        for name, text in (
+            ("graphs", "Names or .npz files, as in dibit train (default: planted:6000 amazon_computers)."),
+            ("models", "Of sage, gcn, gin, gat; all by default."),
+            ("norms", "Of none, batch, layer, layer-graph, graph, instance, pair, l2; all by default."),
+            ("settings", "Of default, small, iexact, unbounded, all-rows (default: default iexact)."),
+        ):
+            flag(name, str, text, "NAME", several=True)
+        flag("layers", int, "Convolutions (default: 2 3 4 8 16 32).", "L", least=1, several=True)
+        sides = Literal["both", "with", "without"]
+        flag("residual", sides, "Residual connections around each layer.", default="both")
+        flag("epochs", int, "Epochs to look at (default: 0 30).", least=0, several=True)
+        flag("draws", int, "Draws of the codec.", "K", default=4, least=2)
+        flag("resume", str, "A file of --json: cells that it has are not measured again.", "FILE")
+        flag("figure", str, "Draw a heat map into this SVG file, too.", "FILE")
+    if kind in ("gradient", "noise"):
+        flag("root", str, "Folder of data sets.", "DIR", default="data")
+    if kind == "codec":
+        flag("elements", int, "Of the tensor.", default=1 << 24, least=1)
+        flag("block", int, "Elements a range.", "G", default=1024, least=1)
+    if kind in ("speed", "codec"):
+        flag("rounds", int, "Rounds.", "K", default=5, least=1)
+    flag("json", str, "Write the result to this file, too.", "FILE")
+    flag("quiet", bool, "Print the table and nothing else.", default=False)
     return parser
-
-
-def _add_noise(kinds: Any) -> None:
-    noise = kinds.add_parser("noise", help="squared error of the gradient by model, norm, depth and stage of training")
-    for flag, what in (
-        ("graphs", "Names or .npz files, as in dibit train (default: planted:6000 amazon_computers)."),
-        ("models", "Of sage, gcn, gin, gat; all by default."),
-        ("norms", "Of none, batch, layer, layer-graph, graph, instance, pair, l2; all by default."),
-        ("settings", "Of default, small, iexact, unbounded, all-rows (default: default iexact)."),
-    ):
-        noise.add_argument(f"--{flag}", nargs="+", metavar="NAME", help=what)
-    noise.add_argument("--layers", type=int, nargs="+", metavar="L", help="Convolutions (default: 2 3 4 8 16 32).")
-    noise.add_argument("--residual", choices=("both", "with", "without"), default="both",
-                       help="Residual connections around each layer (default: both).")  # fmt: skip
-    noise.add_argument("--epochs", type=int, nargs="+", metavar="N", help="Epochs to look at (default: 0 30).")
-    noise.add_argument("--draws", type=int, default=4, metavar="K", help="Draws of the codec (default: 4).")
-    noise.add_argument("--root", default="data", metavar="DIR", help="Folder of data sets (default: data).")
-    noise.add_argument("--resume", metavar="FILE", help="A file of --json: cells that it has are not measured again.")
-    noise.add_argument("--figure", metavar="FILE", help="Draw a heat map into this SVG file, too.")
 
 
 def bench(argv: Sequence[str]) -> int:
     """Run ``dibit bench``; returns the exit status."""
-    parser = build_parser()
-    try:
-        args = parser.parse_args(argv)
-    except SystemExit:  # --help
-        return 0
-    if args.kind is None:
+    if not argv:
         raise UserError(f"What to measure is missing; expected one of {', '.join(KINDS)}.")
+    kind, *words = argv
+    if kind in ("-h", "--help"):
+        print(usage("dibit bench", "[--help] KIND", _DESCRIPTION, KINDS))
+        return 0
+    if kind not in KINDS:
+        hint = nearest(kind, KINDS)
+        raise UserError(f"There is nothing to measure named {shown(kind)!r}, expected {', '.join(KINDS)}.{hint}")
+    parser = build_parser(kind)
+    if parser.helps(words):
+        return 0
+    args = parser.parse(words)
+    args.kind = kind
     path = json_path(args.json)
     drawing = _figure_path(getattr(args, "figure", None))
     require("rich", "train")
@@ -129,11 +134,6 @@ def _measure_noise(args: argparse.Namespace, progress: Progress, path: Path | No
     norms = _known("norms", args.norms or noise.NORMS, noise.NORMS)
     settings = _known("settings", args.settings or noise.SETTINGS, noise.CONFIGS)
     layers, epochs = args.layers or [*noise.LAYERS], args.epochs or [*noise.EPOCHS]
-    for count in layers:
-        _at_least("layers", count)
-    for epoch in epochs:
-        _at_least("epochs", epoch, 0)
-    _at_least("draws", args.draws, 2)
     residual = {"both": (False, True), "with": (True,), "without": (False,)}[args.residual]
     grid = list(noise.cells(models, norms, layers, residual))
     earlier = _earlier(args.resume) if args.resume else []
@@ -168,17 +168,11 @@ def _measure(args: argparse.Namespace, progress: Progress, path: Path | None) ->
     if args.kind == "codec":
         from dibit.bench import codec
 
-        _at_least("elements", args.elements)
-        _at_least("block", args.block)
-        _at_least("rounds", args.rounds)
         return codec.measure(args.elements, args.block, args.rounds, progress.note)
     if args.kind == "gradient":
         from dibit.bench import gradient
         from dibit.experiments.cases import MODELS
 
-        for epoch in args.epochs:
-            _at_least("epochs", epoch, 0)
-        _at_least("draws", args.draws)
         settings = _known("settings", args.settings or [*gradient.CONFIGS], gradient.CONFIGS)
         (model,) = _known("model", [args.model], MODELS)
         epochs = sorted(set(args.epochs))
@@ -192,19 +186,11 @@ def _measure(args: argparse.Namespace, progress: Progress, path: Path | None) ->
     _known("model", [args.model], BUILDERS)
     _known("form", [args.form], FORMS)
     settings = _known("settings", args.settings or [*SETTINGS], SETTINGS)
-    if args.hidden is not None:
-        _at_least("hidden", args.hidden)
     if not args.scale > 0:
         raise UserError(f"--scale is {args.scale}, expected a number above 0.")
     workload = Workload(args.shape, args.model, hidden=args.hidden, form=args.form, scale=args.scale)
     if args.kind == "memory":
-        layers = args.layers or [3, 8, 16]
-        for count in layers:
-            _at_least("layers", count)
-        return footprint.measure(workload, layers, settings, progress.note)
-    _at_least("rounds", args.rounds)
-    if args.layers is not None:
-        _at_least("layers", args.layers)
+        return footprint.measure(workload, args.layers, settings, progress.note)
     workload = Workload(args.shape, args.model, args.layers, args.hidden, args.form, args.scale)
     return speed.measure(workload, settings, args.rounds, progress.note)
 
@@ -226,8 +212,3 @@ def _known(flag: str, given: Sequence[str], known: Any) -> list[str]:
         if name not in known:
             raise UserError(f"--{flag} has {name!r}, expected {', '.join(known)}.{nearest(name, known)}")
     return list(dict.fromkeys(given))
-
-
-def _at_least(flag: str, value: int, least: int = 1) -> None:
-    if value < least:
-        raise UserError(f"--{flag} is {value}, expected a whole number of at least {least}.")

@@ -18,8 +18,9 @@ from typing import Any
 from dibit.reproduce import parallel, sections, tuned
 from dibit.reproduce.plan import Plan, Reproduction, Unit
 from dibit.reproduce.store import DAYS, SECTIONS, Store, write
-from dibit.tools.errors import Interrupted, Parser, TrainingError, UserError, nearest, require
+from dibit.tools.errors import Interrupted, TrainingError, UserError, nearest, require
 from dibit.tools.files import json_path, reason
+from dibit.tools.parser import Parser
 from dibit.tools.progress import Progress
 
 _DESCRIPTION = """\
@@ -29,47 +30,44 @@ was stopped, and sections that are run one by one end up in the same page.
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Build the parser of ``dibit reproduce``."""
-    parser = Parser(prog="dibit reproduce", description=_DESCRIPTION)
+    parser = Parser("dibit reproduce", _DESCRIPTION)
+    flag = parser.flag
     parser.add_argument(
         "section", metavar="SECTION", help="memory, blocks, variance, distribution, accuracy, all (of these), or tuned."
     )
-    parser.add_argument("--out", metavar="DIR", help="Folder of the results and of report.html.")
-    parser.add_argument(
-        "--dataset", nargs="+", metavar="NAME", default=[], help="Graphs, as in dibit train: names or .npz files; the "
-        "last one is looked at most closely. Default: cora and amazon-computers (more with --full), or a generated "
-        "graph where they cannot be loaded.",
-    )  # fmt: skip
-    parser.add_argument("--root", metavar="DIR", default="data", help="Folder of data sets (default: data).")
-    parser.add_argument("--full", action="store_true", help="Everything: all graphs and models, five seeds; hours.")
-    parser.add_argument("--seeds", type=int, metavar="K", help="Trainings of each setting (default: 3, full: 5).")
-    parser.add_argument("--epochs", type=int, metavar="N", help="Epochs of each training (default: 50, full: 150).")
-    parser.add_argument("--rounds", type=int, metavar="N", help="Rounds of the timing (default: 4, full: 7).")
+    flag("out", str, "Folder of the results and of report.html.", "DIR")
+    text = (
+        "Graphs, as in dibit train: names or .npz files; the last one is looked at most closely. Default: cora and "
+        "amazon-computers (more with --full), or a generated graph where they cannot be loaded."
+    )
+    flag("dataset", str, text, "NAME", several=True)
+    flag("root", str, "Folder of data sets.", "DIR", default="data")
+    flag("full", bool, "Everything: all graphs and models, five seeds; hours.", default=False)
+    flag("seeds", int, "Trainings of each setting (default: 3, full: 5).", "K", least=1)
+    flag("epochs", int, "Epochs of each training (default: 50, full: 150).", least=1)
+    flag("rounds", int, "Rounds of the timing (default: 4, full: 7).", least=1)
     group = parser.add_argument_group(
         "tuned",
         "Published settings, splits, seeds and epochs; --seeds K takes the seeds below K, --epochs N fewer epochs.",
     )
-    names = f"{', '.join(tuned.CELLS)}, or all (default: {' and '.join(tuned.FIRST)})"
-    group.add_argument("--cell", nargs="+", metavar="CELL", default=[], help=f"Graphs and models: {names}.")
-    group.add_argument(
-        "--recipe", nargs="+", metavar="RECIPE", default=[], help="Only these (default: each cell's own)."
-    )
-    group.add_argument(
-        "--jobs", type=int, metavar="N", help="Trainings side by side, each on one thread (default: one a core)."
-    )
-    parser.add_argument("--json", metavar="FILE", help="Write all sections to this file, too.")
-    parser.add_argument("--overwrite", action="store_true", help="Forget the results that DIR holds.")
-    parser.add_argument("--quiet", action="store_true", help="Print the tables and nothing else.")
+    text = f"Graphs and models: {', '.join(tuned.CELLS)}, or all (default: {' and '.join(tuned.FIRST)})"
+    flag("cell", str, text, "CELL", group, several=True)
+    flag("recipe", str, "Only these (default: each cell's own).", "RECIPE", group, several=True)
+    flag("jobs", int, "Trainings side by side, each on one thread (default: one a core).", group=group, least=1)
+    flag("json", str, "Write all sections to this file, too.", "FILE")
+    flag("overwrite", bool, "Forget the results that DIR holds.", default=False)
+    flag("quiet", bool, "Print the tables and nothing else.", default=False)
     return parser
 
 
 def reproduce(argv: Sequence[str]) -> int:
     """Run ``dibit reproduce``; returns the exit status."""
-    if any(word in ("-h", "--help") for word in argv):
-        build_parser().print_help()
+    parser = build_parser()
+    if parser.helps(argv):
         return 0
-    args = build_parser().parse_args(argv)
+    args = parser.parse(argv)
     if args.section not in (*SECTIONS, "all"):
         hint = nearest(args.section, (*SECTIONS, "all"))
         raise UserError(f"There is no section {args.section!r}, expected {', '.join(SECTIONS)} or all.{hint}")
@@ -198,15 +196,12 @@ def _plan(args: argparse.Namespace) -> Plan:
     given = {
         name: getattr(args, name) for name in ("seeds", "epochs", "rounds", "jobs") if getattr(args, name) is not None
     }
-    for name, value in given.items():
-        if value < 1:
-            raise UserError(f"--{name} is {value}, expected a whole number of at least 1.")
     plan = Plan(
         full=args.full,
-        datasets=tuple(args.dataset),
+        datasets=tuple(args.dataset or ()),
         root=args.root,
-        cells=tuple(args.cell),
-        recipes=tuple(args.recipe),
+        cells=tuple(args.cell or ()),
+        recipes=tuple(args.recipe or ()),
         tuned_seeds=args.seeds,
         tuned_epochs=args.epochs,
         **{"jobs": os.cpu_count() or 1, **defaults, **given},

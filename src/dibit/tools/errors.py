@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import importlib
+import shlex
 from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
 
 _LONGEST_WORD = 200
 
@@ -57,11 +57,13 @@ def require(module: str, extra: str = "train") -> ModuleType:
         package = module.partition(".")[0]
         if error.name is not None and error.name.partition(".")[0] != package:
             package = f"{package} ({error.name} is missing)"
-        raise UserError(f"This needs {package}, which is not installed: pip install 'dibit[{extra}]'") from error
+        raise UserError(f"This needs {package}, which is not installed: {install(extra)}") from error
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are a `UserError`."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message[:1].upper()}{message[1:]}. See {self.prog} --help.")
+def install(extra: str) -> str:
+    """Return the command that installs an extra of Dibit: from the clone that this file is in, or else by name."""
+    clone = Path(__file__).parents[3]
+    if not (clone / "pyproject.toml").is_file():
+        return f"pip install 'dibit[{extra}]'"
+    place = "." if clone.samefile(".") else clone
+    return f"pip install -e {shlex.quote(f'{place}[{extra}]')}"

@@ -16,7 +16,7 @@ from dibit.train.distributed import World
 from dibit.train.models import adjacency_arguments
 from dibit.train.settings import Settings
 
-INSTALL = "pip install --no-build-isolation 'dibit[loaders]' (compiles for some minutes)"
+INSTALL = "pip install --no-build-isolation torch-scatter torch-sparse (compiles for some minutes)"
 
 
 @dataclass(frozen=True)

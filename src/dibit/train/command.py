@@ -19,12 +19,11 @@ from dibit.train.settings import Settings
 
 def train(argv: Sequence[str]) -> int:
     """Run ``dibit train``; returns the exit status."""
-    if any(word in ("-h", "--help") for word in argv):
-        build_parser().print_help()
+    if build_parser().helps(argv):
         return 0
     settings = parse(argv)
     settings.check()
-    for module in ("rich", "tensorboard"):  # before the training, not after it
+    for module in ("yaml", "rich", "tensorboard"):  # before the training, not after it
         require(module)
     json_file = json_path(settings.run.json)
     world = told()
