@@ -16,7 +16,7 @@ from dibit import Config, Project, Sample, decode, encode
 from dibit.codec import Affine, mix, ops, seed_tensor
 from dibit.codec.backends import reference
 from dibit.codec.normal_levels import expected_variance, normal_levels
-from dibit.residuals.base import Compressed
+from dibit.residuals.compressed import Compressed
 from tests.unbiased import bias_of
 
 BITS = (1, 2, 4, 8)

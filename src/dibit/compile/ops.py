@@ -17,7 +17,7 @@ from dibit.codec.packed import reduced_shape
 from dibit.codec.seed_stream import Key, capturing, draw, replayed_key
 from dibit.compile.spec import LEAF, NORM, settings
 from dibit.config import Config, Sample
-from dibit.residuals.base import Compressed
+from dibit.residuals.compressed import Compressed
 from dibit.rules.norm import batch_norm_gradient, layer_norm_gradient
 
 _GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's step: seeds of one pass are the numbers of its stream

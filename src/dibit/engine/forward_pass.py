@@ -27,9 +27,11 @@ from dibit.engine.module_stack import ModuleStack
 from dibit.engine.noise.meter import Meter
 from dibit.engine.owners import Owners
 from dibit.recompute.recorder import Tape
-from dibit.residuals.base import Mask, Normed, Passed, Reseeded, Residual
+from dibit.residuals.base import Residual
 from dibit.residuals.constant_csr import Graph
 from dibit.residuals.exact import Exact, Kept, Narrowed, exact
+from dibit.residuals.masks import Mask, Reseeded
+from dibit.residuals.norm_results import Normed, Passed
 
 
 class ForwardPass:

@@ -25,8 +25,10 @@ from dibit.engine.noise.meter import rounding_of
 from dibit.engine.noise.noise_flow import Leaf
 from dibit.engine.noise.row_plan import UNEVEN
 from dibit.recompute.nodes import nbytes
-from dibit.residuals.base import Compressed, Gathered, Lossless, Reference, Residual
-from dibit.residuals.exact import Recomputed
+from dibit.residuals.base import Residual
+from dibit.residuals.compressed import Compressed
+from dibit.residuals.derived import Gathered
+from dibit.residuals.exact import Lossless, Recomputed, Reference
 from dibit.residuals.gradient_norms import GradientNormObserver
 
 

@@ -13,8 +13,12 @@ from dibit.engine.holdings import Holdings
 from dibit.recompute.mean_pattern import counts, division
 from dibit.recompute.nodes import Node
 from dibit.recompute.recorder import Tape
-from dibit.residuals.base import Aggregated, Compressed, Mask, Normed, Passed, Reseeded, Residual
+from dibit.residuals.base import Residual
+from dibit.residuals.compressed import Compressed
 from dibit.residuals.constant_csr import Graph
+from dibit.residuals.derived import Aggregated
+from dibit.residuals.masks import Mask, Reseeded
+from dibit.residuals.norm_results import Normed, Passed
 
 
 class KnownSources:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from dibit._torch.storage_identity import storages, version
 from dibit.codec import ops
 from dibit.codec.backends import reference
 from dibit.recompute.program import Program, Shared
+from dibit.residuals.base import Residual
 
 _INT32 = torch.iinfo(torch.int32)
 
@@ -77,7 +78,7 @@ class Narrowed:
 
 
 @dataclass(frozen=True)
-class Recomputed:
+class Recomputed(Residual):
     """The operations that made a tensor, and the few bytes that those start from: `Tape.cut`."""
 
     leaves: tuple[Exact | Narrowed, ...]
@@ -95,18 +96,60 @@ class Recomputed:
     def restore(self) -> Tensor:
         return self.program.run([leaf.restore() for leaf in self.leaves], self.shared)
 
-    value = restore
+    def value(self) -> Tensor:
+        return self.restore()
 
-    def outer(self, dy: Tensor) -> Tensor:
-        return outer(self.value(), dy)
+
+@dataclass(frozen=True)
+class Reference(Residual):
+    """Kept by someone else (features, parameters): exact, and free.
+
+    Attributes:
+        used: called when a backward pass reads it.
+    """
+
+    x: Tensor | None
+    shape: torch.Size
+    used: Callable[[], None] | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return () if self.x is None else (self.x,)
+
+    how = "reference"
+
+    def bind(self, tensors: Sequence[Tensor]) -> Reference:
+        return Reference(tensors[0] if tensors else None, self.shape, self.used)
+
+    def value(self) -> Tensor:
+        assert self.x is not None
+        if self.used is not None:
+            self.used()
+        return self.x
+
+
+@dataclass(frozen=True)
+class Lossless(Residual):
+    """Exact, in the fewest bytes of its own."""
+
+    form: Exact | Narrowed
+
+    @property
+    def how(self) -> str:
+        return self.form.how
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.form.x,)
+
+    def bind(self, tensors: Sequence[Tensor]) -> Lossless:
+        return Lossless(*bind((self.form,), tensors))
+
+    def value(self) -> Tensor:
+        return self.form.restore()
 
 
 Kept = Exact | Narrowed | Recomputed
-
-
-def outer(x: Tensor, dy: Tensor) -> Tensor:
-    """dY^T X: (O, D) for dy (N, O) and x (..., D) of N rows, in the dtype of dy."""
-    return dy.T @ x.reshape(-1, x.shape[-1]).to(dy.dtype)
 
 
 def bind(forms: Sequence[Exact | Narrowed], tensors: Sequence[Tensor]) -> tuple[Exact | Narrowed, ...]:

@@ -21,7 +21,8 @@ from dibit._torch.autocast import at_least_single, copies, lower
 from dibit.codec import ops
 from dibit.config import Config
 from dibit.engine.forward_pass import Step
-from dibit.residuals.base import Mask, Residual, load, save
+from dibit.residuals.base import Residual, load, save
+from dibit.residuals.masks import Mask
 from dibit.rules.common import FEW, dense, first_order, unreduced
 from dibit.rules.relative import relative, saturating, whole
 from dibit.rules.returned import Slope

@@ -11,8 +11,10 @@ from torch import Tensor
 from dibit._torch.huge_pages import large
 from dibit.codec import ops
 from dibit.engine.forward_pass import Step
-from dibit.residuals.base import Aggregated, Reference, load, save
+from dibit.residuals.base import load, save
 from dibit.residuals.constant_csr import Graph
+from dibit.residuals.derived import Aggregated
+from dibit.residuals.exact import Reference
 from dibit.rules.common import dense, first_order
 from dibit.rules.linear import addmm as dense_addmm
 from dibit.rules.linear import matmul as dense_matmul

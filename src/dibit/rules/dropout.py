@@ -10,7 +10,8 @@ from torch import Tensor
 from dibit.codec import ops
 from dibit.codec.seed_stream import dropout_seed
 from dibit.engine.forward_pass import Step
-from dibit.residuals.base import Mask, Reseeded, load, save
+from dibit.residuals.base import load, save
+from dibit.residuals.masks import Mask, Reseeded
 from dibit.rules.common import dense, first_order, write
 
 

@@ -11,7 +11,8 @@ from dibit._torch.autocast import at_least_single
 from dibit.codec import Affine, ops, seed_tensor
 from dibit.codec.seed_stream import dropout_seed
 from dibit.engine.forward_pass import Step
-from dibit.residuals.base import Mask, Reseeded, load, save
+from dibit.residuals.base import load, save
+from dibit.residuals.masks import Mask, Reseeded
 from dibit.rules.common import dense, first_order
 from dibit.rules.dropout import dropout
 from dibit.rules.norm import batch_norm_gradient, keep_normalised

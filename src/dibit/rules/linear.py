@@ -11,8 +11,9 @@ from torch import Tensor
 from dibit._torch.autocast import copies, lower
 from dibit.engine.forward_pass import Step
 from dibit.engine.noise.meter import Meter
-from dibit.residuals.base import Reference, load, save
+from dibit.residuals.base import load, save
 from dibit.residuals.constant_csr import Graph
+from dibit.residuals.exact import Reference
 from dibit.rules import large
 from dibit.rules.common import dense, first_order, flat, own
 from dibit.rules.product import bmm

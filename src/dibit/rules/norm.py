@@ -22,7 +22,8 @@ from dibit.codec import Affine, ops
 from dibit.config import Config, Project, Sample
 from dibit.engine.forward_pass import Step
 from dibit.engine.noise.meter import Meter
-from dibit.residuals.base import Compressed, load, save
+from dibit.residuals.base import load, save
+from dibit.residuals.compressed import Compressed
 from dibit.rules import large
 from dibit.rules.common import dense, first_order, own, unreduced
 

@@ -19,14 +19,14 @@ from torch import Tensor
 from dibit.codec import ops
 from dibit.config import Config
 from dibit.engine.forward_pass import Step
-from dibit.residuals.base import Residual
+from dibit.residuals.base import GradientMap, Residual
 
 _FINE, _ALL = 40, 124  # octaves below the largest element: a sigmoid's at +-28, and all that float32 has
 _MOST, _STEP = 128, 8  # of float32 there are no more; few different tables
 
 
 @dataclass(frozen=True)
-class Signed:
+class Signed(Residual, GradientMap):
     """Magnitudes through the codec, and their signs: one bit an element, or the same for all.
 
     Attributes:
@@ -62,10 +62,6 @@ class Signed:
     def apply(self, grad: Tensor) -> Tensor:
         """The gradient of an element-wise operation whose derivative this is."""
         return grad * self.value().to(grad.dtype)
-
-    def outer(self, dy: Tensor) -> Tensor:
-        x = self.value()
-        return dy.T @ x.reshape(-1, x.shape[-1]).to(dy.dtype)
 
 
 @functools.cache

@@ -13,8 +13,11 @@ from dibit._torch.autocast import at_least_single
 from dibit.codec import decode, encode, seed_tensor
 from dibit.config import Config, Project
 from dibit.engine.noise.row_plan import RowPlan
-from dibit.residuals.base import Aggregated, Compressed, Normed, Passed, Reseeded, Residual, parts
-from dibit.residuals.exact import outer
+from dibit.residuals.base import Residual, outer
+from dibit.residuals.compressed import Compressed
+from dibit.residuals.derived import Aggregated
+from dibit.residuals.masks import Reseeded
+from dibit.residuals.norm_results import Normed, Passed, parts
 
 _COLUMNS = 512  # that are compared with one another at most
 _SOME = 1 << 11  # rows that tell how large rounding is

@@ -1,0 +1,60 @@
+"""A tensor by what is kept of the one that it was computed from: linear, so unbiased."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from dibit.recompute.program import Program, Shared
+from dibit.residuals.base import Residual
+from dibit.residuals.constant_csr import Graph
+from dibit.residuals.exact import Exact, Narrowed, bind
+
+
+@dataclass(frozen=True)
+class Gathered(Residual):
+    """`x[index]`, a view or an expansion of a smaller tensor, by what is kept of that: linear, so unbiased."""
+
+    source: Residual
+    leaves: tuple[Exact | Narrowed, ...]
+    program: Program
+    shared: Shared
+
+    @property
+    def how(self) -> str:
+        return f"gathered from {self.source.how}"
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.source.tensors, *(leaf.x for leaf in self.leaves))
+
+    def bind(self, tensors: Sequence[Tensor]) -> Gathered:
+        count = max(0, len(tensors) - len(self.leaves))  # a description alone may not know how many it has
+        return replace(self, source=self.source.bind(tensors[:count]), leaves=bind(self.leaves, tensors[count:]))
+
+    def value(self) -> Tensor:
+        return self.program.run([self.source.value(), *(leaf.restore() for leaf in self.leaves)], self.shared)
+
+
+@dataclass(frozen=True)
+class Aggregated(Residual):
+    """A x of a constant graph, by what is kept of x: (A x)^T dY = x^T (A^T dY) needs no aggregate."""
+
+    graph: Graph
+    source: Residual
+    how = "aggregate of the source"
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.graph.parts, *self.source.tensors)
+
+    def bind(self, tensors: Sequence[Tensor]) -> Aggregated:
+        return Aggregated(self.graph.bind(tensors[:3]), self.source.bind(tensors[3:]))
+
+    def value(self) -> Tensor:
+        return self.graph.product(self.source.value())
+
+    def outer(self, dy: Tensor) -> Tensor:
+        return self.source.outer(self.graph.transposed_product(dy))

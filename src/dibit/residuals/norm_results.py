@@ -1,0 +1,133 @@
+"""A norm's result, also after ReLU and dropout, by what the norm keeps of its normalised input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dibit.codec import ops
+from dibit.residuals.base import Residual, outer
+from dibit.residuals.compressed import Compressed
+from dibit.residuals.masks import Mask, Reseeded
+
+
+@dataclass(frozen=True)
+class Normed(Residual):
+    """The result of a norm, estimated from what it keeps of its normalised input: x_hat * weight + bias.
+
+    For leaves alone: the norm's own backward pass uses the same draw, but all that multiplies a leaf comes from later
+    operations, so the product is unbiased.
+    """
+
+    source: Compressed
+    weight: Tensor | None
+    bias: Tensor | None
+    key: str = ""
+    how = "codes of the norm"
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.source.tensors, *(x for x in (self.weight, self.bias) if x is not None))
+
+    def bind(self, tensors: Sequence[Tensor]) -> Normed:
+        rest = list(tensors[len(self.source.tensors) :])
+        weight, bias = (
+            None if x is None else rest.pop(0) if rest else torch.empty(0) for x in (self.weight, self.bias)
+        )
+        return Normed(self.source.bind(tensors[: len(self.source.tensors)]), weight, bias, self.key)
+
+    def value(self) -> Tensor:
+        y = self.source.value()
+        if self.weight is not None:
+            y *= self.weight
+        return y if self.bias is None else y.add_(self.bias)
+
+    def outer(self, dy: Tensor) -> Tensor:
+        return _outer_by_parts(self, dy)
+
+
+@dataclass(frozen=True)
+class Passed(Residual):
+    """What ReLU or dropout make of a tensor, by what is kept of it and by their own mask: linear, so unbiased."""
+
+    source: Normed | Passed
+    mask: Mask | Reseeded
+    scale: float = 1.0
+    key: str = ""
+    how = "codes of the norm"
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.source.tensors, *self.mask.tensors)
+
+    def bind(self, tensors: Sequence[Tensor]) -> Passed:
+        count = len(self.source.tensors)
+        return replace(self, source=self.source.bind(tensors[:count]), mask=self.mask.bind(tensors[count:]))
+
+    def value(self) -> Tensor:
+        source, mask = self.source, self.mask
+        if isinstance(mask, Reseeded) and isinstance(source, Passed) and source.plain:  # in one pass
+            assert isinstance(source.mask, Mask)
+            return ops.relu_dropout_gradient(source.source.value(), source.mask.bits, mask.seed, mask.p)
+        y = mask.apply(source.value())
+        return y if self.scale == 1 else y.mul_(self.scale)
+
+    @property
+    def _chain(self) -> tuple[Normed, Mask | None, Reseeded | None] | None:
+        """The norm, a ReLU and dropout, where there is nothing else and they come in this order."""
+        drop = self.mask if isinstance(self.mask, Reseeded) else None
+        relu = self.source if drop is not None else self
+        if isinstance(relu, Normed):
+            return relu, None, drop
+        if isinstance(relu.source, Normed) and isinstance(relu.mask, Mask) and relu.scale == self.scale == 1:
+            return relu.source, relu.mask, drop
+        return None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the mask is a ReLU's."""
+        return isinstance(self.mask, Mask) and self.mask.slope == 0 and self.scale == 1
+
+    def outer(self, dy: Tensor) -> Tensor:
+        return _outer_by_parts(self, dy)
+
+
+def parts(kept: Residual) -> Iterator[tuple[slice, Tensor]]:
+    """An estimate of what is kept, (..., D) as rows (N, D), part by part: on a CPU no tensor of full size is made."""
+    chain = (kept, None, None) if isinstance(kept, Normed) else kept._chain if isinstance(kept, Passed) else None
+    if chain is None or not chain[0].source.packed.plain_rows:
+        x = kept.value()
+        x = x.reshape(-1, x.shape[-1])
+        yield slice(0, x.shape[0]), x
+        return
+    norm, relu, drop = chain
+    packed, source = norm.source.packed, norm.source
+    if source.drawn is not None:
+        source.drawn.used()
+    width, dtype = packed.width, packed.dtype
+    weight, bias = (
+        packed.codes.new_full((width,), fill, dtype=dtype) if given is None else given.detach().to(dtype).reshape(-1)
+        for given, fill in ((norm.weight, 1.0), (norm.bias, 0.0))
+    )
+    bits, slope = (None, 0.0) if relu is None else (relu.bits, relu.slope)
+    seed, p = (None, 0.0) if drop is None else (drop.seed, drop.p)
+    for start, stop in packed.parts():
+        yield slice(start, stop), ops.passed_rows(
+            packed.codes, packed.ranges, packed.seed, weight, bias, bits, slope, seed, p, start, stop, packed.rows,
+            packed.config.bits, packed.block, packed.dither,
+        )  # fmt: skip
+
+
+def _outer_by_parts(kept: Residual, dy: Tensor) -> Tensor:
+    """dY^T X, (O, D), for dy (N, O)."""
+    grad: Tensor | None = None
+    for rows, x in parts(kept):
+        if grad is None:
+            grad = outer(x, dy[rows])
+        else:
+            grad.addmm_(dy[rows].T, x.to(dy.dtype))
+    assert grad is not None
+    return grad
