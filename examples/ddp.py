@@ -17,7 +17,7 @@ from torch_geometric.nn import GraphSAGE
 import dibit
 from dibit.train import DataSettings
 from dibit.train.data import load_graph
-from dibit.train.neighbours import NumbaSampler
+from dibit.train.neighbor_sampler import NumbaSampler
 
 if "RANK" not in os.environ:
     sys.exit("Start this under torchrun: torchrun --nproc-per-node 2 examples/ddp.py")

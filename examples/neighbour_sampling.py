@@ -13,7 +13,7 @@ from torch_geometric.nn import GraphSAGE
 import dibit
 from dibit.train import DataSettings
 from dibit.train.data import load_graph
-from dibit.train.neighbours import NumbaSampler
+from dibit.train.neighbor_sampler import NumbaSampler
 
 torch.manual_seed(0)
 graph = load_graph(DataSettings("planted:4000"), seed=0)

@@ -18,9 +18,9 @@ import dibit
 from dibit.train import Settings, UserError
 from dibit.train.batches import check_installed, sampled
 from dibit.train.distributed import World
-from dibit.train.inference import layerwise
+from dibit.train.layerwise import layerwise
 from dibit.train.loop import train_one
-from dibit.train.neighbours import NumbaSampler
+from dibit.train.neighbor_sampler import NumbaSampler
 from dibit.train.task import Task
 from tests.train.test_loop import _same, _task, _weights
 

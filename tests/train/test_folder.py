@@ -23,7 +23,7 @@ from dibit.tools.files import part
 from dibit.tools.lock import NAME, Lock
 from dibit.tools.manifest import Manifest
 from dibit.train import Settings, UserError
-from dibit.train.folder import MANIFEST, SETTINGS, RunFolder
+from dibit.train.run_folder import MANIFEST, SETTINGS, RunFolder
 
 FAST = ("--hidden", "8", "--layers", "2", "--device", "cpu", "--recipe", "default", "--quiet")
 MADE = ("checkpoint.pt", "best.pt", "events.out.tfevents.0000000001.0")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import dibit
 from dibit.cli import main
 from dibit.train import ModelSettings
-from dibit.train.inference import layerwise
+from dibit.train.layerwise import layerwise
 from dibit.train.models import LinearSkip, build_adjacency, build_model
 from tests.train.conftest import small_arrays
 from tests.train.test_loop import _task

@@ -12,9 +12,9 @@ import torch
 import torch_geometric.typing
 
 from dibit.train import UserError, presets
+from dibit.train.arguments import parse, read_yaml
 from dibit.train.data import Raw
 from dibit.train.data.graph import prepare
-from dibit.train.parser import parse, read_yaml
 from dibit.train.presets import preset_files, settings_file
 from dibit.train.task import Task, adam, compressed, compression_config, measure
 

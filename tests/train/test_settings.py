@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dibit.train import Settings, UserError
-from dibit.train.parser import build_parser, parse, to_yaml
+from dibit.train.arguments import build_parser, parse, to_yaml
 from dibit.train.settings import groups
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dibit.cli import main
 from dibit.train import Settings, UserError
-from dibit.train.parser import parse
+from dibit.train.arguments import parse
 
 NAMES = tuple(Settings().flat())
 BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefghij", "bcdefghijk", strict=True))

@@ -59,8 +59,8 @@ def cases(run: Reproduction) -> list[Case]:
 
 def _papers(run: Reproduction) -> list[Case]:
     """The papers' hyper-parameters on their own data sets, as far as those can be loaded."""
+    from dibit.train.arguments import read_yaml
     from dibit.train.data.load import load_graph
-    from dibit.train.parser import read_yaml
     from dibit.train.presets import preset_files
 
     files: dict[str, Path] = preset_files()

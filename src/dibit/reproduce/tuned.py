@@ -17,7 +17,7 @@ from dibit.reproduce.plan import Done, Plan, Reproduction, Unit
 from dibit.tools.errors import UserError, nearest, shown
 from dibit.tools.statistics import paired_difference
 from dibit.tools.units import MB
-from dibit.train.folder import BEST, CHECKPOINT
+from dibit.train.run_folder import BEST, CHECKPOINT
 from dibit.train.settings import RECIPES, Settings
 
 HARMLESS = -0.003  # a loss of accuracy below this, 0.3 points, is none that counts

@@ -197,6 +197,6 @@ def _sampler(data: Any, hops: list[int]) -> Any:
 
     if have.WITH_PYG_LIB or have.WITH_TORCH_SPARSE:
         return None
-    from dibit.train.neighbours import NumbaSampler
+    from dibit.train.neighbor_sampler import NumbaSampler
 
     return NumbaSampler(data, hops)

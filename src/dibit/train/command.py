@@ -11,9 +11,9 @@ from pathlib import Path
 
 from dibit.tools.errors import Interrupted, TrainingError, UserError, require
 from dibit.tools.files import json_path, reason, write_atomically
+from dibit.train.arguments import build_parser, parse
 from dibit.train.distributed import World, joined, told
-from dibit.train.folder import RunFolder, how_to_go_on, recipes, trainings
-from dibit.train.parser import build_parser, parse
+from dibit.train.run_folder import RunFolder, how_to_go_on, recipes, trainings
 from dibit.train.settings import Settings
 
 

@@ -25,8 +25,8 @@ from dibit.codec import seed_stream as stream
 from dibit.tools.errors import Interrupted, TrainingError, UserError
 from dibit.train import checkpoint, events, generators
 from dibit.train.batches import MiniBatch
-from dibit.train.folder import BEST, CHECKPOINT, how_to_go_on
 from dibit.train.progress import Progress
+from dibit.train.run_folder import BEST, CHECKPOINT, how_to_go_on
 from dibit.train.task import Measured, Task, adam, compressed, measure
 
 

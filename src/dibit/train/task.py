@@ -18,7 +18,7 @@ from dibit.train import metrics
 from dibit.train.batches import Batches, MiniBatch, Whole, sampled
 from dibit.train.data import Graph, Split
 from dibit.train.distributed import World
-from dibit.train.inference import layerwise
+from dibit.train.layerwise import layerwise
 from dibit.train.models import adjacency_arguments, build_adjacency, build_model
 from dibit.train.settings import CompressionSettings, OptimisationSettings, Settings
 

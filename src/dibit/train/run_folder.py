@@ -13,7 +13,7 @@ from dibit.tools.files import check_out, refused, write_atomically
 from dibit.tools.lock import Lock
 from dibit.tools.manifest import Manifest
 from dibit.train import checkpoint
-from dibit.train.parser import read_yaml, to_yaml
+from dibit.train.arguments import read_yaml, to_yaml
 from dibit.train.settings import Settings
 
 SETTINGS = "settings.yaml"
