@@ -16,7 +16,8 @@ import dibit
 from dibit.tools.files import write_atomically
 from dibit.train import Interrupted, Settings, TrainingError, UserError, checkpoint
 from dibit.train.data import load_graph
-from dibit.train.loop import Result, train_one
+from dibit.train.loop import train_one
+from dibit.train.result import Result
 from dibit.train.settings import RECIPES
 from dibit.train.task import Measured, Task, compression_config, measure, pick_device
 from tests.train.conftest import small_arrays

@@ -112,10 +112,10 @@ def test_progress(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = terminals(monkeypatch)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("FORCE_COLOR", "")
-    with training.Progress(name, 3, 0) as bar:
+    with training.EpochProgress(name, 3, 0) as bar:
         bar.within(name, 1, 2)
         bar.say(name)
-    with reproducing.Progress(name, 3) as bar:
+    with reproducing.MeasurementProgress(name, 3) as bar:
         bar.begin(name)
         bar.note(name)
     assert terminal["stderr"].getvalue().count(name) >= 4

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dibit.tools.statistics import paired_difference
-from dibit.train.loop import Result
 from dibit.train.report import summarise
+from dibit.train.result import Result
 
 
 def _result(recipe: str, seed: int, test: float, saved: int, peak: int = 100, seconds: float = 1.0) -> Result:

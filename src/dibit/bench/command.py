@@ -13,7 +13,7 @@ from typing import Any, Literal
 from dibit.tools.errors import UserError, nearest, require, shown
 from dibit.tools.files import json_path, write_atomically
 from dibit.tools.parser import Parser, usage
-from dibit.tools.progress import Progress
+from dibit.tools.progress import MeasurementProgress
 
 _DESCRIPTION = """\
 Measure what Dibit costs and saves on this machine, beside plain PyTorch Geometric, torch.compile, bf16 and activation
@@ -100,7 +100,7 @@ def bench(argv: Sequence[str]) -> int:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
-        with Progress(f"bench {args.kind}", 1, args.quiet) as progress:
+        with MeasurementProgress(f"bench {args.kind}", 1, args.quiet) as progress:
             results = _measure(args, progress, path)
     content = _content(args.kind, results)
     show(content)
@@ -127,7 +127,7 @@ def _figure_path(given: str | None) -> Path | None:
     return json_path(given, "--figure")
 
 
-def _measure_noise(args: argparse.Namespace, progress: Progress, path: Path | None) -> dict[str, Any]:
+def _measure_noise(args: argparse.Namespace, progress: MeasurementProgress, path: Path | None) -> dict[str, Any]:
     from dibit.bench import noise
 
     models = _known("models", args.models or noise.MODELS, noise.MODELS)
@@ -161,7 +161,7 @@ def _earlier(given: str) -> list[dict[str, Any]]:
     raise UserError(f"--resume is {given!r}, expected a file that dibit bench noise --json has written.")
 
 
-def _measure(args: argparse.Namespace, progress: Progress, path: Path | None) -> dict[str, Any]:
+def _measure(args: argparse.Namespace, progress: MeasurementProgress, path: Path | None) -> dict[str, Any]:
     progress.begin("measuring")
     if args.kind == "noise":
         return _measure_noise(args, progress, path)

@@ -21,7 +21,7 @@ from dibit.reproduce.store import DAYS, SECTIONS, Store, write
 from dibit.tools.errors import Interrupted, TrainingError, UserError, nearest, require
 from dibit.tools.files import json_path, reason
 from dibit.tools.parser import Parser
-from dibit.tools.progress import Progress
+from dibit.tools.progress import MeasurementProgress
 
 _DESCRIPTION = """\
 Repeat what EXACT and i-EXACT measured, with their numbers beside ours: as tables here, as JSON and as one
@@ -115,7 +115,10 @@ def _run(run: Reproduction, section: str) -> None:
     units = experiment.units(run)
     done: dict[str, Any] = {}
     total = 0.0
-    with Progress(section, len(units), run.quiet) as progress, closing(_results(run, units, progress)) as results:
+    with (
+        MeasurementProgress(section, len(units), run.quiet) as progress,
+        closing(_results(run, units, progress)) as results,
+    ):
         for name, value, seconds, computed in results:
             done[name] = value
             total += seconds
@@ -131,7 +134,7 @@ def _run(run: Reproduction, section: str) -> None:
 
 
 def _results(
-    run: Reproduction, units: list[Unit], progress: Progress
+    run: Reproduction, units: list[Unit], progress: MeasurementProgress
 ) -> Generator[tuple[str, Any, float, bool], None, None]:
     """The measurements as they come: name, value, seconds, and whether it was computed now."""
     separate = {}

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import signal
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,67 +17,15 @@ from torch import nn
 
 import dibit
 from dibit.codec import seed_stream as stream
-from dibit.tools.errors import Interrupted, TrainingError, UserError
+from dibit.tools.errors import Interrupted, TrainingError
 from dibit.train import checkpoint, events, generators
 from dibit.train.batches import MiniBatch
-from dibit.train.progress import Progress
+from dibit.train.interrupt import stop_after_epoch
+from dibit.train.progress import EpochProgress
+from dibit.train.result import Result
 from dibit.train.run_folder import BEST, CHECKPOINT, how_to_go_on
+from dibit.train.run_state import TrainingProgress, identity, load_weights, own_seed
 from dibit.train.task import Measured, Task, adam, compressed, measure
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one training reached.
-
-    Attributes:
-        recipe: Name of how it was compressed.
-        seed: Of weights, dropout and split.
-        test: Metric on the test nodes at the best validation epoch, 0 to 1.
-        val: Best metric on the validation nodes, 0 to 1.
-        best_epoch: Where that was, from 1.
-        epochs: Epochs trained.
-        saved_bytes: See `Measured`.
-        plain_bytes: See `Measured`.
-        peak_bytes: See `Measured`.
-        seconds_per_epoch: Median over the epochs, of the training step alone.
-        loss: Training loss of every epoch.
-        noise: Squared error of the gradient over its square, at evaluations: (epoch, noise); none without compression.
-        curve: Metric on the validation nodes at evaluations: (epoch, metric).
-    """
-
-    recipe: str
-    seed: int
-    test: float
-    val: float
-    best_epoch: int
-    epochs: int
-    saved_bytes: int
-    plain_bytes: int
-    peak_bytes: int
-    seconds_per_epoch: float
-    loss: list[float] = field(repr=False)
-    noise: list[tuple[int, float]] = field(default_factory=list, repr=False)
-    curve: list[tuple[int, float]] = field(default_factory=list, repr=False)
-
-
-@dataclass
-class State:
-    """Where a training stands, beside the weights: all of it goes into a checkpoint."""
-
-    epoch: int = 0
-    val: float = -1.0
-    test: float = 0.0
-    best_epoch: int = 0
-    last_val: float | None = None
-    since_best: int = 0
-    loss: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    noise: list[tuple[int, float]] = field(default_factory=list)
-    curve: list[tuple[int, float]] = field(default_factory=list)
-    steps: int = 0
-    unmeasured: int = 0  # steps since noise was measured last
-    warned: bool = False
-
 
 # Steps, at least, between two measurements of noise, each of which costs two: in the beginning, and later.
 _NOISE_SOON, _NOISE_EVERY = 4, 40
@@ -131,9 +74,9 @@ def check_checkpoint(task: Task, name: str, config: dibit.Config | None, seed: i
         UserError: The checkpoint cannot be read, or is another training's.
     """
     path = folder / CHECKPOINT
-    loaded = checkpoint.of_this_training(path, _identity(task, name, config, seed))
+    loaded = checkpoint.of_this_training(path, identity(task, name, config, seed))
     if loaded is not None:
-        _fit(path, loaded, task.model(seed))
+        load_weights(path, loaded, task.model(seed))
 
 
 _LARGE = 1e6  # features beyond this are the likelier reason of a loss that is not finite than the step size
@@ -157,9 +100,9 @@ class _Training:
         self.task, self.name, self.seed, self.folder, self.note = task, name, seed, folder, note
         self.settings = task.settings
         self.split = task.split(seed)
-        self.identity = _identity(task, name, config, seed)
+        self.identity = identity(task, name, config, seed)
         self.world = task.world
-        self.state = State()
+        self.state = TrainingProgress()
         self.best: dict[str, torch.Tensor] = {}
         self.best_is_written = True
         self.model: nn.Module = task.model(seed)
@@ -173,7 +116,7 @@ class _Training:
         self.optimizer = adam(self.model, self.settings.optimisation)
         self.scaler = task.scaler()
         if self.world.size > 1:
-            torch.manual_seed(_own_seed(seed, self.world.rank))  # dropout, samples and codes are each process's own
+            torch.manual_seed(own_seed(seed, self.world.rank))  # dropout, samples and codes are each process's own
         if loaded:
             self._restore(loaded)
         else:
@@ -203,9 +146,9 @@ class _Training:
             self.folder.mkdir(parents=True, exist_ok=True)
         label = f"{self.name:<7} seed {self.seed}"
         with (
-            Progress(label, optimisation.epochs, self.state.epoch, self._silent()) as progress,
+            EpochProgress(label, optimisation.epochs, self.state.epoch, self._silent()) as progress,
             self._log() as log,
-            _stop_after_epoch(progress) as stop,
+            stop_after_epoch(progress) as stop,
         ):
             while self.state.epoch < optimisation.epochs and not self._out_of_patience():
                 self._epoch(log, progress)
@@ -229,7 +172,7 @@ class _Training:
     def _silent(self) -> bool:
         return self.settings.run.quiet or not self.world.first
 
-    def _epoch(self, log: Any, progress: Progress) -> None:
+    def _epoch(self, log: Any, progress: EpochProgress) -> None:
         state, optimisation = self.state, self.settings.optimisation
         start = time.perf_counter()
         total = rows = 0.0
@@ -274,7 +217,7 @@ class _Training:
             self.best = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
             self.best_is_written = False
 
-    def _noise(self, batch: MiniBatch, log: Any, progress: Progress) -> None:
+    def _noise(self, batch: MiniBatch, log: Any, progress: EpochProgress) -> None:
         """Measure how much noise compression adds to the gradient, once in a while, and say so where it is much."""
         state = self.state
         apart = min(_NOISE_EVERY, max(_NOISE_SOON, state.steps // 2))
@@ -347,12 +290,12 @@ class _Training:
         )
 
     def _restore(self, loaded: dict[str, Any]) -> None:
-        self.state = State(**loaded["state"])
+        self.state = TrainingProgress(**loaded["state"])
         self.best = loaded["best"]
         # A kill between the two writes leaves a newer best.pt than the checkpoint knows: the same epochs
         # follow again.
         self.best_is_written = False
-        _fit(self.folder / CHECKPOINT, loaded, self.model)
+        load_weights(self.folder / CHECKPOINT, loaded, self.model)
         self.optimizer.load_state_dict(loaded["optimizer"])
         if self.scaler is not None:
             self.scaler.load_state_dict(loaded["scaler"])
@@ -361,7 +304,7 @@ class _Training:
             scores = {k: v.to(self.task.device) for k, v in own["scores"].items()}
             dibit.scores(self.model).load_state_dict(scores)
         if len(loaded["processes"]) != self.world.size:  # another number of processes goes on: with draws of their own
-            torch.manual_seed(_own_seed(self.seed, self.world.rank, self.state.epoch))
+            torch.manual_seed(own_seed(self.seed, self.world.rank, self.state.epoch))
             return
         generators.restore(own, self.task.device)
 
@@ -397,55 +340,3 @@ class _Training:
             noise=[(epoch, value) for epoch, value in state.noise],
             curve=[(epoch, value) for epoch, value in state.curve],
         )
-
-
-def _identity(task: Task, name: str, config: dibit.Config | None, seed: int) -> dict[str, Any]:
-    """What a checkpoint must agree with to be gone on with."""
-    split, digest = task.split(seed), hashlib.blake2b(digest_size=8)
-    for part in (split.train, split.val, split.test):
-        digest.update(part.numpy().tobytes() + b"|")
-    return {
-        "recipe": name,
-        "seed": seed,
-        "config": repr(config),
-        "settings": task.settings.flat(),
-        "graph": task.graph.fingerprint(),
-        "split": digest.hexdigest(),
-    }
-
-
-def _fit(path: Path, loaded: dict[str, Any], model: nn.Module) -> None:
-    """Put a checkpoint's weights into a model."""
-    try:
-        model.load_state_dict(loaded["model"])
-    except RuntimeError as error:
-        raise UserError(
-            f"The checkpoint {path} does not fit the model ({' '.join(str(error).split())[:120]}); another version of "
-            "PyTorch Geometric made it: go on with that one, or start anew with another --out."
-        ) from error
-
-
-def _own_seed(seed: int, *more: int) -> int:
-    """A seed for one process."""
-    return int.from_bytes(hashlib.blake2b(repr((seed, *more)).encode(), digest_size=7).digest(), "big")
-
-
-@contextmanager
-def _stop_after_epoch(progress: Progress) -> Iterator[threading.Event]:
-    """Let Ctrl-C finish the epoch, so that the checkpoint is of a whole step; a second one stops at once."""
-    stop = threading.Event()
-
-    def note(_signal: int, _frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        progress.say("Finishing this epoch; Ctrl-C again stops at once, at the last checkpoint.")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # Python lets only the main thread set handlers
-        return
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)

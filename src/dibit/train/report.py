@@ -13,8 +13,8 @@ from dibit.tools.errors import require, shown
 from dibit.tools.machine import describe_machine, versions
 from dibit.tools.statistics import paired_difference
 from dibit.tools.units import MB
-from dibit.train.loop import Result
 from dibit.train.metrics import TITLES
+from dibit.train.result import Result
 from dibit.train.task import Task
 
 
