@@ -110,7 +110,7 @@ def test_blocks_without_the_timing(small: Path, tmp_path: Path) -> None:
 
     run = Reproduction(Plan(datasets=(str(small),), seeds=1, epochs=2, draws=2), Store(tmp_path / "out"))
     run.store.open()
-    timing, *units = blocks.units(run)
+    timing, *units = blocks.measurements(run)
     assert timing.name == blocks.TIMING
     table = blocks.table(run, {unit.name: unit.compute(lambda _: None) for unit in units})
     (graph,) = table["graphs"]

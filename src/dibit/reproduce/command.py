@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dibit.reproduce import parallel, sections, tuned
-from dibit.reproduce.plan import Plan, Reproduction, Unit
+from dibit.reproduce.plan import Measurement, Plan, Reproduction
 from dibit.reproduce.store import DAYS, SECTIONS, Store, write
 from dibit.tools.errors import Interrupted, Parser, TrainingError, UserError, nearest, require
 from dibit.tools.files import json_path, reason
@@ -114,7 +114,7 @@ def _run(run: Reproduction, section: str) -> None:
     from dibit.reproduce.terminal import print_section
 
     experiment = importlib.import_module(f"dibit.reproduce.{section}")
-    units = experiment.units(run)
+    units = experiment.measurements(run)
     done: dict[str, Any] = {}
     total = 0.0
     with Progress(section, len(units), run.quiet) as progress, closing(_results(run, units, progress)) as results:
@@ -133,7 +133,7 @@ def _run(run: Reproduction, section: str) -> None:
 
 
 def _results(
-    run: Reproduction, units: list[Unit], progress: Progress
+    run: Reproduction, units: list[Measurement], progress: Progress
 ) -> Generator[tuple[str, Any, float, bool], None, None]:
     """The measurements as they come: name, value, seconds, and whether it was computed now."""
     separate = {}
@@ -160,7 +160,7 @@ def _results(
             yield name, value, seconds, True
 
 
-def _clear(run: Reproduction, unit: Unit) -> None:
+def _clear(run: Reproduction, unit: Measurement) -> None:
     """Remove what a measurement wrote while it ran."""
     folder = unit.files[0].parent
     if os.path.lexists(folder):
