@@ -194,6 +194,14 @@ def test_parts_of_sections(tmp_path: Path) -> None:
     assert "(model)" in text
 
 
+def test_panels_that_hold_nothing_are_left_out(tmp_path: Path) -> None:
+    accuracy = all_sections()["accuracy"]
+    accuracy["results"]["rows"] = accuracy["results"]["rows"][:1]  # plain FP32 alone: no difference yet
+    text = render(_write(tmp_path / "x", {"accuracy": accuracy})).read_text()
+    assert "Test accuracy, %: cora, sage; FP32 81.03." in text
+    assert "Test accuracy minus FP32" not in text
+
+
 @pytest.mark.filterwarnings("error")
 def test_text_is_escaped(tmp_path: Path) -> None:
     evil = "$x_1$<script>alert(1)</script> & '\"' \u001b[31m\x00\ud800"
@@ -237,6 +245,8 @@ def test_one_wide_interval_does_not_flatten_the_others() -> None:
     narrow = [Difference(mean=-0.002 * i, low=-0.002 * i - 0.01, high=-0.002 * i + 0.01) for i in range(9)]
     assert reach([*narrow, Difference(mean=0.0, low=-0.9, high=0.9)]) == pytest.approx(reach(narrow), rel=0.3)
     assert reach([Difference(mean=0.05)]) == pytest.approx(5.5)  # every mean is within
+    assert reach([Difference(mean=0.0, values=[-0.02, 0.02])]) == pytest.approx(2.2)  # and every seed
+    assert reach([Difference(mean=-0.002, low=-0.0045, high=0.0003)]) > 0.45  # one interval is most
 
 
 def test_an_interval_that_goes_on_ends_in_an_arrow(tmp_path: Path) -> None:

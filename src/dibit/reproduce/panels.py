@@ -104,6 +104,12 @@ class Figure:
     panels: Sequence[Panel]
     small: bool = False
 
+    def __post_init__(self) -> None:
+        def filled(panel: Panel) -> bool:
+            return any(marks.at and not marks.kind.startswith("guide") for marks in panel.marks)
+
+        object.__setattr__(self, "panels", list(filter(filled, self.panels)))
+
     @property
     def alt(self) -> str:
         """The main numbers in words, for readers who do not see it."""

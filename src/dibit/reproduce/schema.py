@@ -31,9 +31,6 @@ class Section(Record, Generic[T]):
     versions: dict[str, str] | None = None
 
 
-# ---- memory ----
-
-
 class MemoryRow(Record):
     setting: str
     measured_mb: float
@@ -56,9 +53,6 @@ class Shape(Record):
 
 class Memory(Record):
     shapes: list[Shape]
-
-
-# ---- blocks ----
 
 
 class TimingRow(Record):
@@ -98,9 +92,6 @@ class Blocks(Record):
     graphs: list[BlocksGraph]
     timing: Timing | None = None
     paper: dict[str, str] | None = None
-
-
-# ---- variance and distribution ----
 
 
 class Levels(Record):
@@ -172,9 +163,6 @@ class DistributionGraph(Record):
 class Distribution(Record):
     graphs: list[DistributionGraph]
     verdicts: list[str] | None = None
-
-
-# ---- accuracy and tuned ----
 
 
 class Difference(Record):

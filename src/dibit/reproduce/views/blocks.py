@@ -151,7 +151,7 @@ def _figure(timing: Timing | None, graphs: Sequence[BlocksGraph]) -> Record:
         f"By block size: saved MB and time a step{shape}, the squared error of the whole gradient relative to its "
         f"square (filled: after the last epoch, hollow: {f'after epoch {first:g}' if first else 'before training'}), "
         "and the change of test accuracy against plain FP32 (small: each seed).",
-        [panel for panel in (*_timing_panels(timing), *_graph_panels(graphs)) if panel.rows],
+        [*_timing_panels(timing), *_graph_panels(graphs)],
     )
 
 

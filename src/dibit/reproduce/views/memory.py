@@ -128,7 +128,7 @@ def _figure(shape: Shape) -> Record:
         f"memory-{slug(shape.name)}",
         f"Saved MB on the {shape.name} shape by what is kept. First to one scale, then the compressed settings on an "
         f"axis of their own{'; diamonds are the authors’ log' if logged else ''}.",
-        [panel for panel in panels if panel.rows],
+        panels,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 
@@ -40,7 +41,8 @@ def panels(groups: Iterable[tuple[str, Sequence[TrainingRow]]], guides: Sequence
         changes.append((title, {row.recipe: _change(row.difference) for row in rows}))
         levels.append((title, {row.recipe: _level(row.test) for row in rows}))
         differences += [row.difference for row in rows if row.difference]
-    end, guides = reach(differences), [Marks("guide", "FP32", [(0, 0)]), *guides]
+    end = max([reach(differences), *(1.1 * abs(x) for guide in guides for x, _ in guide.at)])
+    guides = [Marks("guide", "FP32", [(0, 0)]), *guides]
     return [
         dots("Test accuracy minus FP32, points", changes, guides, xlim=(-end, end)),
         dots("Test accuracy, %", levels),
@@ -59,11 +61,11 @@ def _level(test: Sequence[float]) -> Dot | None:
 
 
 def reach(differences: Sequence[Difference]) -> float:
-    """How far from zero, in points, the differences are drawn: all means, and the ends of most intervals.
+    """How far from zero, in points, the differences are drawn: all means and values, and the ends of most intervals.
 
     One interval of two seeds can be a hundred times wider than the rest, which it must not flatten.
     """
-    means = [abs(100 * difference.mean) for difference in differences]
+    seen = [abs(100 * value) for d in differences for value in (d.mean, *(d.values or ()))]
     ends = sorted(abs(100 * end) for d in differences for end in (d.low, d.high) if end is not None)
-    most = ends[int(0.75 * (len(ends) - 1))] if ends else 0.0
-    return max([1.1 * mean for mean in means] + [1.5 * most, 0.01])
+    most = ends[math.ceil(0.75 * (len(ends) - 1))] if ends else 0.0
+    return max([1.1 * value for value in seen] + [1.5 * most, 0.01])

@@ -198,7 +198,7 @@ def _formula_figure(rows: Sequence[Levels]) -> Record:
         "variance",
         "By the formula: how much less variance the levels of the clipped normal promise, and the variances behind "
         "it with 2 bits. Rings follow from the paper’s formulas.",
-        [panel for panel in panels if any(marks.at for marks in panel.marks)],
+        panels,
     )
 
 
