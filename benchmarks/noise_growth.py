@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import dibit
 from dibit.bench.noise import NORMS, Cell, Training
 from dibit.engine.model_state import state_of
-from dibit.reproduce.plan import load_prepared
+from dibit.experiments.data import load_prepared
 
 RATIO = 5
 

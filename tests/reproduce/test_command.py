@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def test_blocks_without_the_timing(small: Path, tmp_path: Path) -> None:
 
     run = Reproduction(Plan(datasets=(str(small),), seeds=1, epochs=2, draws=2), Store(tmp_path / "out"))
     run.store.open()
-    timing, *units = blocks.units(run)
+    timing, *units = blocks.measurements(run)
     assert timing.name == blocks.TIMING
     table = blocks.table(run, {unit.name: unit.compute(lambda _: None) for unit in units})
     (graph,) = table["graphs"]
@@ -197,6 +198,15 @@ def test_bad_input_is_a_sentence_and_writes_nothing(
     assert sentence in captured.err
     assert captured.err.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2", "pydantic", "rich"])
+def test_a_missing_extra(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["reproduce", "memory", "--out", str(tmp_path / "out")]) == 2
+    message = f"dibit: error: This needs {package}, which is not installed: pip install 'dibit[study]'\n"
+    assert capsys.readouterr().err == message
+    assert not (tmp_path / "out").exists()
 
 
 def test_graphs_that_cannot_be_loaded_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -17,7 +17,7 @@ from dibit.reproduce.variants import MEMORY, variants
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, Any]]]:
     """shape -> setting -> row, measured as the command measures."""
     run = Reproduction(Plan(), Store(Path(tmp_path_factory.mktemp("memory"))))
-    done = {unit.name: unit.compute(lambda _: None) for unit in memory.units(run)}
+    done = {unit.name: unit.compute(lambda _: None) for unit in memory.measurements(run)}
     table = memory.table(run, done)
     return {shape["name"]: {row["setting"]: row for row in shape["rows"]} for shape in table["shapes"]}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dibit.reproduce.tables import Cell, Column, table
+from dibit.reproduce.records import Cell, Column, table
 from dibit.reproduce.terminal import print_section
 from dibit.tools.errors import UserError
 from tests.reproduce.examples import all_sections, section
@@ -101,9 +101,14 @@ def test_a_narrow_terminal_breaks_lines_and_loses_nothing(
 
 
 def test_columns_that_hold_nothing_are_left_out() -> None:
-    made = table("x", "", [Column("a"), Column("b"), Column("c")], [("", [["1", "–", Cell("3")]]), ("none", [])])
-    assert [column.title for column in made.columns] == ["a", "c"]
-    assert made.groups == [("", [[Cell("1"), Cell("3")]])]
+    columns = [
+        Column("a", str),
+        Column("b", lambda row: "–"),
+        Column("c", lambda row: Cell("3", "paper"), False),
+    ]
+    made = table("x", "", columns, [("", ["1"]), ("none", [])])
+    assert (made.titles, made.numeric) == (["a", "c"], [True, False])
+    assert made.groups == [("", [[Cell("1"), Cell("3", "paper")]])]
 
 
 def test_importing_dibit_stays_light() -> None:

@@ -150,7 +150,7 @@ def tiny_cells(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def planned(out: Path, **plan: Any) -> list[Any]:
-    return tuned.units(Reproduction(Plan(**plan), Store(out)))
+    return tuned.measurements(Reproduction(Plan(**plan), Store(out)))
 
 
 @pytest.mark.parametrize("name", tuned.CELLS)
@@ -392,7 +392,7 @@ def test_the_same_command_again_computes_nothing(
 
 def test_what_a_kill_left_of_a_training_goes_when_its_result_is_there(copy: Path, root: Path) -> None:
     store = Store(copy)
-    unit = tuned.units(Reproduction(Plan(root=str(root)), store))[0]
+    unit = tuned.measurements(Reproduction(Plan(root=str(root)), store))[0]
     store.manifest.add(*unit.files)
     for file in unit.files:
         file.parent.mkdir(parents=True, exist_ok=True)

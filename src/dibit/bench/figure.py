@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dibit.bench.gradient import FAMILIES
-from dibit.tools.figures import INK, SOFT, WIDE, Layout, drawn, figure, grid, legend_above, plain_log
+from dibit.tools.figures import INK, SOFT, figure, grid, legend_above, plain_log, svg_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,12 +26,12 @@ def gradient_figure(results: Sequence[Mapping[str, Any]]) -> bytes:
     """SVG: a row of panels a graph and model, a panel an epoch, from what `dibit.bench.gradient.measure` returns."""
     rows = [(found["model"], graph, found["epochs"]) for found in results for graph in found["graphs"]]
 
-    def draw(layout: Layout) -> Figure:
+    def draw() -> Figure:
         from matplotlib.lines import Line2D
         from matplotlib.ticker import FuncFormatter
 
         columns = max(len(epochs) for _, _, epochs in rows)
-        panels = figure(layout, 60 + 175 * len(rows))
+        panels = figure(60 + 175 * len(rows))
         axes = panels.subplots(len(rows), columns, squeeze=False, sharex="row", sharey="row")
         for line, (model, graph, epochs) in zip(axes, rows, strict=True):
             known = {row["setting"]: row for row in graph["rows"]}
@@ -60,7 +60,7 @@ def gradient_figure(results: Sequence[Mapping[str, Any]]) -> bytes:
         legend_above(panels, handles, columns=5)
         return panels
 
-    return drawn(draw, WIDE)
+    return svg_of(draw).encode()
 
 
 def noise_figure(results: Mapping[str, Any]) -> bytes:
@@ -77,12 +77,12 @@ def noise_figure(results: Mapping[str, Any]) -> bytes:
         for row in rows
     }
 
-    def draw(layout: Layout) -> Figure:
+    def draw() -> Figure:
         from matplotlib.colors import TwoSlopeNorm
 
         columns = len({panel[2] for panel in panels})
         height = -(-len(panels) // columns)
-        drawing = figure(layout, 60 + (30 + 13 * len(lines)) * height)
+        drawing = figure(60 + (30 + 13 * len(lines)) * height)
         axes = drawing.subplots(height, columns, squeeze=False, sharex=True, sharey=True)
         for ax, panel in zip(axes.flat, panels, strict=False):
             values = [
@@ -106,4 +106,4 @@ def noise_figure(results: Mapping[str, Any]) -> bytes:
             ax.set_xlabel("layers", color=SOFT)
         return drawing
 
-    return drawn(draw, WIDE)
+    return svg_of(draw).encode()

@@ -8,7 +8,7 @@ from typing import Any
 
 from dibit.experiments.cases import MODELS, Case, case
 from dibit.reproduce.paper import remembered
-from dibit.reproduce.plan import Done, Reproduction, Unit
+from dibit.reproduce.plan import Measurement, Reproduction, Results
 from dibit.reproduce.training import training
 from dibit.reproduce.variants import ACCURACY
 from dibit.tools.errors import UserError
@@ -19,21 +19,21 @@ PAPERS = ("arxiv-sage", "arxiv-gcn", "arxiv-gcn2", "arxiv-gat", "flickr-sage", "
 ON_EVERY_GRAPH = ("sage", "gcn")  # at the small size the others run on the first graph alone
 
 
-def units(run: Reproduction) -> list[Unit]:
+def measurements(run: Reproduction) -> list[Measurement]:
     """One a graph, model, setting and seed."""
     seeds = range(run.plan.seeds)
     return [training(run, each, setting, seed) for each in cases(run) for seed in seeds for setting in ACCURACY]
 
 
-def table(run: Reproduction, done: Done) -> dict[str, Any]:
+def table(run: Reproduction, results: Results) -> dict[str, Any]:
     """By graph, model and setting, with the paired difference to FP32."""
     rows = []
     for each in cases(run):
         runs = {
             setting: {
-                seed: done[name]
+                seed: results[name]
                 for seed in range(run.plan.seeds)
-                if (name := f"{each.name} {setting} seed {seed}") in done
+                if (name := f"{each.name} {setting} seed {seed}") in results
             }
             for setting in ACCURACY
         }

@@ -14,7 +14,7 @@ from dibit.experiments.cases import Case, case
 from dibit.experiments.shapes import ARXIV, Shape, random_graph, sage
 from dibit.experiments.stages import stages
 from dibit.reproduce.paper import CLAIMS
-from dibit.reproduce.plan import Done, Reproduction, Unit, key
+from dibit.reproduce.plan import Measurement, Reproduction, Results, key
 from dibit.reproduce.training import training
 from dibit.reproduce.variants import BLOCKS, variants
 from dibit.tools.units import MB
@@ -22,11 +22,11 @@ from dibit.tools.units import MB
 TIMING = f"{ARXIV.name} seconds a step"
 
 
-def units(run: Reproduction) -> list[Unit]:
+def measurements(run: Reproduction) -> list[Measurement]:
     """The interleaved timing; on each graph the gradient's error, and a training a setting and seed."""
     plan = run.plan
     found = [
-        Unit(
+        Measurement(
             TIMING,
             key("timing", shape=asdict(ARXIV), rounds=plan.rounds, settings=list(BLOCKS)),
             partial(time_steps, ARXIV, plan.rounds),
@@ -35,7 +35,7 @@ def units(run: Reproduction) -> list[Unit]:
     for each in _cases(run):
         epochs = (0, plan.epochs)
         found.append(
-            Unit(
+            Measurement(
                 f"{each.name} gradient error",
                 key("gradient", graph=each.graph.fingerprint(), epochs=list(epochs), draws=plan.draws),
                 partial(gradient_errors, each, epochs, plan.draws),
@@ -45,14 +45,14 @@ def units(run: Reproduction) -> list[Unit]:
     return found
 
 
-def table(run: Reproduction, done: Done) -> dict[str, Any]:
+def table(run: Reproduction, results: Results) -> dict[str, Any]:
     """By setting, on the shape and on each graph."""
     plan, graphs = run.plan, []
     for each in _cases(run):
-        errors = done.get(f"{each.name} gradient error", {})
+        errors = results.get(f"{each.name} gradient error", {})
         rows = []
         for setting in BLOCKS:
-            runs = [done.get(f"{each.name} {setting} seed {seed}") for seed in range(plan.seeds)]
+            runs = [results.get(f"{each.name} {setting} seed {seed}") for seed in range(plan.seeds)]
             there = [run for run in runs if run is not None]
             if there:
                 rows.append(
@@ -72,7 +72,7 @@ def table(run: Reproduction, done: Done) -> dict[str, Any]:
                 "rows": rows,
             }
         )
-    return {"timing": done.get(TIMING), "graphs": graphs, "paper": CLAIMS}
+    return {"timing": results.get(TIMING), "graphs": graphs, "paper": CLAIMS}
 
 
 def time_steps(shape: Shape, rounds: int, note: Callable[[str], None]) -> dict[str, Any]:
@@ -96,9 +96,9 @@ def time_steps(shape: Shape, rounds: int, note: Callable[[str], None]) -> dict[s
             model(x, adjacency)
         saved[setting] = (ledger.total + 8 * shape.train) / MB
     seconds: dict[str, list[float]] = {setting: [] for setting in BLOCKS}
-    for done in range(rounds + 1):
+    for number in range(rounds + 1):
         for setting, (model, optimizer) in models.items():
-            note(f"round {done} of {rounds}, {setting}")
+            note(f"round {number} of {rounds}, {setting}")
             start = time.perf_counter()
             optimizer.zero_grad()
             cross_entropy(model(x, adjacency)[train], y[train]).backward()

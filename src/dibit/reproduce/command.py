@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dibit.reproduce import parallel, sections, tuned
-from dibit.reproduce.plan import Plan, Reproduction, Unit
+from dibit.reproduce.plan import Measurement, Plan, Reproduction
 from dibit.reproduce.store import DAYS, SECTIONS, Store, write
 from dibit.tools.errors import Interrupted, TrainingError, UserError, nearest, require
 from dibit.tools.files import json_path, reason
@@ -75,7 +75,7 @@ def reproduce(argv: Sequence[str]) -> int:
         raise UserError("--out is missing; give the folder of the results, such as --out runs/reproduce.")
     plan = _plan(args)
     json_file = json_path(args.json)
-    for module in ("matplotlib", "jinja2", "rich"):  # before hours of work, not after them
+    for module in ("matplotlib", "jinja2", "pydantic", "rich"):  # before hours of work, not after them
         require(module, "study")
     require("tensorboard")
     with Store(Path(args.out), args.overwrite) as store, warnings.catch_warnings():
@@ -112,7 +112,7 @@ def _run(run: Reproduction, section: str) -> None:
     from dibit.reproduce.terminal import print_section
 
     experiment = importlib.import_module(f"dibit.reproduce.{section}")
-    units = experiment.units(run)
+    units = experiment.measurements(run)
     done: dict[str, Any] = {}
     total = 0.0
     with (
@@ -134,7 +134,7 @@ def _run(run: Reproduction, section: str) -> None:
 
 
 def _results(
-    run: Reproduction, units: list[Unit], progress: MeasurementProgress
+    run: Reproduction, units: list[Measurement], progress: MeasurementProgress
 ) -> Generator[tuple[str, Any, float, bool], None, None]:
     """The measurements as they come: name, value, seconds, and whether it was computed now."""
     separate = {}
@@ -161,7 +161,7 @@ def _results(
             yield name, value, seconds, True
 
 
-def _clear(run: Reproduction, unit: Unit) -> None:
+def _clear(run: Reproduction, unit: Measurement) -> None:
     """Remove what a measurement wrote while it ran."""
     folder = unit.files[0].parent
     if os.path.lexists(folder):

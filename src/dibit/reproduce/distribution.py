@@ -8,7 +8,7 @@ from typing import Any
 
 from dibit.experiments.cases import Case, case
 from dibit.experiments.stages import stages
-from dibit.reproduce.plan import Done, Reproduction, Unit, key
+from dibit.reproduce.plan import Measurement, Reproduction, Results, key
 from dibit.reproduce.variants import DISTRIBUTION, variants
 from dibit.study import Activation, ClippedNormal, divergence, fit, histogram, uniform
 
@@ -16,14 +16,14 @@ BINS = 60
 LARGE_ATOM = 0.2  # of all elements in one bin, beyond what the model puts there
 
 
-def units(run: Reproduction) -> list[Unit]:
+def measurements(run: Reproduction) -> list[Measurement]:
     """One a graph: all settings, epochs and layers."""
-    return [_unit(run, case(graph, "sage", run.plan.epochs, run.plan.full)) for graph in run.main_graphs()]
+    return [_measurement(run, case(graph, "sage", run.plan.epochs, run.plan.full)) for graph in run.main_graphs()]
 
 
-def table(run: Reproduction, done: Done) -> dict[str, Any]:
+def table(run: Reproduction, results: Results) -> dict[str, Any]:
     """Histograms, models, divergences, and what they say in words."""
-    graphs = list(done.values())
+    graphs = list(results.values())
     return {"bins": BINS, "graphs": graphs, "verdicts": verdicts([row for graph in graphs for row in graph["rows"]])}
 
 
@@ -92,9 +92,9 @@ def _verdict(setting: str, rows: list[dict[str, Any]]) -> str:
     return f"{text}; the better of the two is in the median {compared} than the uniform density."
 
 
-def _unit(run: Reproduction, case: Case) -> Unit:
+def _measurement(run: Reproduction, case: Case) -> Measurement:
     plan = run.plan
-    return Unit(
+    return Measurement(
         case.name,
         key("distribution", graph=case.graph.fingerprint(), stages=list(plan.stages), bins=BINS),
         lambda note: _measure(case, plan.stages, note),

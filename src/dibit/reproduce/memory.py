@@ -12,7 +12,7 @@ import dibit
 from dibit.config import Config
 from dibit.experiments.shapes import ARXIV, SHAPES, Shape, random_graph, sage
 from dibit.reproduce.paper import LOG_MB
-from dibit.reproduce.plan import Done, Reproduction, Unit, key
+from dibit.reproduce.plan import Measurement, Reproduction, Results, key
 from dibit.reproduce.variants import MEMORY, variants
 from dibit.tools.units import MB
 
@@ -44,11 +44,11 @@ def _packed(rows: int, width: int, config: Config) -> float:
     return (blocks - 1) * -(-block // slots) + -(-last // slots) + blocks * 2 * config.stats.itemsize
 
 
-def units(run: Reproduction) -> list[Unit]:
+def measurements(run: Reproduction) -> list[Measurement]:
     """One measurement a shape and setting."""
     del run  # the shapes are the papers' at any size
     return [
-        Unit(
+        Measurement(
             _name(shape, setting),
             key("memory", variants()[setting], shape=asdict(shape)),
             partial(_compute, shape, setting),
@@ -63,21 +63,21 @@ def _compute(shape: Shape, setting: str, note: Callable[[str], None]) -> dict[st
     return measure(shape, variants()[setting])
 
 
-def table(run: Reproduction, done: Done) -> dict[str, Any]:
+def table(run: Reproduction, results: Results) -> dict[str, Any]:
     """Measured, closed form, log, side by side."""
     del run
     shapes = []
     for shape in SHAPES:
         rows = []
         for setting in MEMORY:
-            if _name(shape, setting) not in done:
+            if _name(shape, setting) not in results:
                 continue
             config = variants()[setting]
             papers = config is None or config.inputs == "compress"
             rows.append(
                 {
                     "setting": setting,
-                    **done[_name(shape, setting)],
+                    **results[_name(shape, setting)],
                     "closed_mb": closed_form(shape, config) if papers else None,
                     "closed_cuda_mb": closed_form(shape, None, mask_bytes=1) if config is None else None,
                     "log_mb": LOG_MB.get(setting) if shape is ARXIV else None,

@@ -68,7 +68,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Unit:
+class Measurement:
     """One measurement that is kept: `compute(note)` gives a value for JSON, `note` takes a word on how far it is.
 
     Attributes:
@@ -84,7 +84,7 @@ class Unit:
     files: tuple[Path, ...] = ()
 
 
-Done = Mapping[str, Any]  # values by the units' names, as far as they are there
+Results = Mapping[str, Any]  # values by the measurements' names, as far as they are there
 
 
 @dataclass(eq=False)

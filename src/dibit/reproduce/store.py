@@ -17,7 +17,7 @@ from dibit.tools.lock import Lock
 from dibit.tools.manifest import Manifest
 
 MARKER = "reproduce.json"
-PAGE = "report.html"
+PAGE, MARKDOWN = "report.html", "report.md"
 SECTIONS = ("memory", "blocks", "variance", "distribution", "accuracy", "tuned")
 DAYS = ("tuned",)  # sections that take so long that "all" is without them
 
@@ -78,7 +78,7 @@ class Store:
 
     def _files(self) -> list[Path]:
         """What is there of what may be written, but for what a kill has left of a file (`write_atomically`)."""
-        files = [self.path / name for name in (PAGE, *(f"{section}.json" for section in SECTIONS))]
+        files = [self.path / name for name in (PAGE, MARKDOWN, *(f"{section}.json" for section in SECTIONS))]
         within = [path for name in ("units", "runs", "figures") for path in (self.path / name).rglob("*")]
         return files + [path for path in within if path.is_symlink() or not (path.is_dir() or path.suffix == ".part")]
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from dibit.experiments.cases import Case
-from dibit.reproduce.plan import Reproduction, Unit, key
+from dibit.reproduce.plan import Measurement, Reproduction, key
 from dibit.reproduce.variants import variants
 from dibit.tools.errors import Interrupted
 from dibit.tools.units import MB
@@ -15,7 +15,7 @@ from dibit.train.loop import train_one
 from dibit.train.task import Task
 
 
-def training(run: Reproduction, case: Case, setting: str, seed: int) -> Unit:
+def training(run: Reproduction, case: Case, setting: str, seed: int) -> Measurement:
     """One training: test accuracy at the best validation epoch, saved and peak MB, seconds an epoch."""
     config = variants()[setting]
     flat = {k: v for group in ("model", "optimisation") for k, v in vars(getattr(case.settings, group)).items()}
@@ -47,7 +47,7 @@ def training(run: Reproduction, case: Case, setting: str, seed: int) -> Unit:
             "seconds": result.seconds_per_epoch,
         }
 
-    return Unit(f"{case.name} {setting} seed {seed}", identity, compute)
+    return Measurement(f"{case.name} {setting} seed {seed}", identity, compute)
 
 
 @lru_cache(maxsize=2)

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dibit.reproduce.plan import Done, Plan, Reproduction, Unit
+from dibit.reproduce.plan import Measurement, Plan, Reproduction, Results
 from dibit.tools.errors import UserError, nearest, shown
 from dibit.tools.statistics import paired_difference
 from dibit.tools.units import MB
@@ -99,12 +99,12 @@ CELLS: dict[str, Cell] = {
 FIRST = ("amazon-computers-sage", "amazon-computers-gcn")  # those of a call that names none
 
 
-def units(run: Reproduction) -> list[Unit]:
+def measurements(run: Reproduction) -> list[Measurement]:
     """One a cell, seed and recipe: the pairs of a seed come one after the other."""
     return [unit for unit, _, _ in _planned(run)]
 
 
-def _planned(run: Reproduction) -> Iterator[tuple[Unit, Cell, Settings]]:
+def _planned(run: Reproduction) -> Iterator[tuple[Measurement, Cell, Settings]]:
     plan = run.plan
     for cell in cells(plan.cells):
         settings = cell.train_settings(plan.root, plan.tuned_epochs)
@@ -113,7 +113,7 @@ def _planned(run: Reproduction) -> Iterator[tuple[Unit, Cell, Settings]]:
             if plan.tuned_seeds is None or seed < plan.tuned_seeds:
                 for recipe in wanted:
                     if seed in cell.recipes[recipe]:
-                        yield _unit(run, cell, settings, recipe, seed), cell, settings
+                        yield _measurement(run, cell, settings, recipe, seed), cell, settings
 
 
 def cells(names: Sequence[str]) -> list[Cell]:
@@ -160,7 +160,7 @@ def check_data(run: Reproduction) -> None:
             graph.split(0)
 
 
-def _unit(run: Reproduction, cell: Cell, settings: Settings, recipe: str, seed: int) -> Unit:
+def _measurement(run: Reproduction, cell: Cell, settings: Settings, recipe: str, seed: int) -> Measurement:
     name = f"{cell.name} {recipe} seed {seed}"
     # The recipe by its name alone: what is measured stays of use when a recipe learns another setting.
     identity = {
@@ -170,7 +170,7 @@ def _unit(run: Reproduction, cell: Cell, settings: Settings, recipe: str, seed: 
     }
     folder = run.store.path / "runs" / run.store.name(identity)
     files = tuple(folder / name for name in (CHECKPOINT, BEST))
-    return Unit(name, identity, partial(train, settings, recipe, seed, folder), files)
+    return Measurement(name, identity, partial(train, settings, recipe, seed, folder), files)
 
 
 def train(settings: Settings, recipe: str, seed: int, folder: Path, note: Callable[[str], None]) -> dict[str, Any]:
@@ -223,12 +223,12 @@ def train(settings: Settings, recipe: str, seed: int, folder: Path, note: Callab
     }
 
 
-def table(run: Reproduction, done: Done) -> dict[str, Any]:
+def table(run: Reproduction, results: Results) -> dict[str, Any]:
     """By cell and recipe, with the paired difference to plain training, and all cells together."""
     rows = []
     for cell in CELLS.values():
         runs = {
-            recipe: {seed: done[name] for seed in seeds if (name := f"{cell.name} {recipe} seed {seed}") in done}
+            recipe: {seed: results[key] for seed in seeds if (key := f"{cell.name} {recipe} seed {seed}") in results}
             for recipe, seeds in cell.recipes.items()
         }
         rows += [_row(cell, recipe, own, runs["none"]) for recipe, own in runs.items() if own]

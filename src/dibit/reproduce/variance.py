@@ -9,7 +9,7 @@ from dibit.codec.normal_levels import expected_variance, normal_levels, sigma
 from dibit.experiments.cases import Case, case
 from dibit.experiments.stages import stages
 from dibit.reproduce.paper import VARIANCE
-from dibit.reproduce.plan import Done, Reproduction, Unit, key
+from dibit.reproduce.plan import Measurement, Reproduction, Results, key
 from dibit.reproduce.variants import variants
 from dibit.study import measured_variance, monte_carlo, optimal_levels, uniform_levels
 
@@ -40,19 +40,19 @@ def papers_table() -> list[dict[str, Any]]:
     return rows
 
 
-def units(run: Reproduction) -> list[Unit]:
+def measurements(run: Reproduction) -> list[Measurement]:
     """One a graph: the activations of a trained model."""
-    return [_unit(run, case(graph, "sage", run.plan.epochs, run.plan.full)) for graph in run.main_graphs()]
+    return [_measurement(run, case(graph, "sage", run.plan.epochs, run.plan.full)) for graph in run.main_graphs()]
 
 
-def table(run: Reproduction, done: Done) -> dict[str, Any]:
+def table(run: Reproduction, results: Results) -> dict[str, Any]:
     """The papers' table and what was measured."""
-    return {"table": papers_table(), "measured": list(done.values())}
+    return {"table": papers_table(), "measured": list(results.values())}
 
 
-def _unit(run: Reproduction, case: Case) -> Unit:
+def _measurement(run: Reproduction, case: Case) -> Measurement:
     plan = run.plan
-    return Unit(
+    return Measurement(
         case.name,
         key("variance", graph=case.graph.fingerprint(), epochs=plan.epochs, draws=plan.draws, settings=list(SETTINGS)),
         lambda note: _measure(case, plan.epochs, plan.draws, note),

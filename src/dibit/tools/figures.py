@@ -1,11 +1,10 @@
-"""Figures: drawn with matplotlib in two layouts, wide and narrow, as SVG that is the same at every run."""
+"""Figures: drawn with matplotlib in Dibit's style, as SVG that is the same at every run."""
 
 from __future__ import annotations
 
 import io
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dibit.tools.errors import require
@@ -14,97 +13,33 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, SOFT, GRID = "#1f2933", "#5b6570", "#e3e6ea"
-
-# One colour a setting, in every figure; they stay apart for colour-blind readers by hue and by lightness.
-COLORS = {
-    "FP32": "#4d4d4d",
-    "EXACT": "#d55e00",
-    "EXACT + VM": "#e8a33d",
-    "G/R = 2": "#a6cbe6",
-    "G/R = 4": "#86b6da",
-    "G/R = 8": "#659fcc",
-    "G/R = 16": "#4687bb",
-    "G/R = 32": "#296ea8",
-    "G/R = 64": "#0f5591",
-    "i-EXACT": "#0f5591",  # blocks of 1,024 elements: G/R = 64
-    "i-EXACT + VM": "#aa4499",
-    "whole tensor": "#152a45",
-    "no projection": "#7a6a4f",
-    "default": "#009e73",
-    # levels, and the densities they are made for
-    "uniform": "#767676",
-    "normal": "#aa4499",
-    "fitted": "#8a8a1f",
-}
-KINDS = {
-    "linear inputs": "#77aadd",
-    "norm inputs": "#ee8866",
-    "ReLU": "#eedd88",
-    "dropout": "#44bb99",
-    "targets": "#ffaabb",
-    "other": "#bbbbbb",
-}
-_FAMILY = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
+INK, SOFT, LINE = "#1f2933", "#5b6570", "#9aa3ad"
+FAMILY = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How wide a figure is, in CSS pixels, and how large its text, in points (4/3 of a pixel)."""
-
-    width: int
-    font: float
-
-    @property
-    def small(self) -> float:
-        """Points of labels that stand beside single marks; 7.5 points are 10 pixels."""
-        return max(7.5, self.font - 1.5)
-
-    @property
-    def wide(self) -> bool:
-        return self.width > 640
-
-    def pick(self, wide: Any, narrow: Any) -> Any:
-        """Return what this layout takes of the two."""
-        return wide if self.wide else narrow
-
-
-WIDE, NARROW = Layout(800, 9.5), Layout(358, 8.0)  # 358: what a phone of 390 pixels leaves
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure of the page: SVG for wide and for narrow screens, its caption, and a description in words."""
-
-    name: str
-    caption: str
-    alt: str
-    wide: bytes
-    narrow: bytes
-
-
-def picture(name: str, caption: str, alt: str, draw: Callable[[Layout], Figure]) -> Picture:
-    """Draw a figure in both layouts.
+def svg_of(draw: Callable[[], Figure], font: float = 9.5, salt: str = "", tight: bool = False) -> str:
+    """SVG of a figure under Dibit's style.
 
     Args:
-        name: Its id without "fig-", and the name of its file.
-        caption: What it shows.
-        alt: A description with the main numbers, for readers who do not see it.
-        draw: Returns the figure for a layout; called twice, under Dibit's style.
+        draw: Returns the figure.
+        font: Points of its text (4/3 of a CSS pixel).
+        salt: Sets its ids apart from those of other figures in a page.
+        tight: Cut off what is empty around the content.
     """
-    return Picture(name, caption, alt, drawn(draw, WIDE), drawn(draw, NARROW))
-
-
-def drawn(draw: Callable[[Layout], Figure], layout: Layout) -> bytes:
-    """SVG of a figure in one layout, under Dibit's style."""
     # A style context and bare Figure objects: neither pyplot, nor the backend, nor the caller's rcParams are touched.
-    with require("matplotlib.style", "study").context(["default", _style(layout)]):
-        return _svg(draw(layout))
+    with require("matplotlib.style", "study").context(["default", _style(font, salt)]):
+        buffer = io.StringIO()
+        box = {"bbox_inches": "tight", "pad_inches": 0} if tight else {}
+        draw().savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": "Dibit"}, **box)
+    # The reader's own sans-serif type; laid out with DejaVu, which few are wider than. Each text names its family: said
+    # once, on the root, it is the same for half the bytes.
+    plain = re.sub(r" font-family: [^;\"]*;?", "", buffer.getvalue())
+    return plain.replace("<svg ", f'<svg font-family="{FAMILY}" ', 1)
 
 
-def figure(layout: Layout, height: float) -> Figure:
-    """Return an empty figure as wide as the layout and `height` CSS pixels high."""
-    return require("matplotlib.figure", "study").Figure(figsize=(layout.width / 96, height / 96), layout="constrained")
+def figure(height: float, width: float = 800) -> Figure:
+    """Return an empty figure of `width` x `height` CSS pixels."""
+    return require("matplotlib.figure", "study").Figure(figsize=(width / 96, height / 96), layout="constrained")
 
 
 def legend_above(figure: Figure, handles: Sequence[Any], columns: int) -> None:
@@ -112,10 +47,10 @@ def legend_above(figure: Figure, handles: Sequence[Any], columns: int) -> None:
     figure.legend(handles=list(handles), loc="outside upper left", ncols=columns)
 
 
-def plain_log(axis: Any) -> None:
-    """Label a logarithmic axis (`ax.xaxis` or `ax.yaxis`) at 1, 2, 5, 10, ... with plain numbers."""
+def plain_log(axis: Any, steps: Sequence[float] = (1, 2, 5)) -> None:
+    """Label a logarithmic axis (`ax.xaxis` or `ax.yaxis`) at the steps of each power of ten with plain numbers."""
     ticker = require("matplotlib.ticker", "study")
-    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_locator(ticker.LogLocator(subs=steps))
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(ticker.NullFormatter())
     axis.set_minor_locator(ticker.NullLocator())
@@ -123,22 +58,24 @@ def plain_log(axis: Any) -> None:
 
 def grid(ax: Axes, along: str) -> None:
     """Draw faint lines across the axis that is read off, "x" or "y", and no frame."""
-    ax.grid(axis=along, color=GRID, linewidth=0.8)  # type: ignore[arg-type]
+    ax.grid(axis=along, color=LINE, alpha=0.3, linewidth=0.8)  # type: ignore[arg-type]
     ax.spines[["top", "right", "left" if along == "x" else "right"]].set_visible(False)
     ax.tick_params(axis="y" if along == "x" else "x", length=0)
 
 
-def _style(layout: Layout) -> dict[str, Any]:
-    small = layout.font - layout.pick(0.5, 0)
+def _style(font: float, salt: str) -> dict[str, Any]:
+    small = max(font - 0.5, 7.5)
     return {
         "font.family": "DejaVu Sans",
-        "font.size": layout.font,
-        "axes.titlesize": layout.font,
+        "font.size": font,
+        "figure.titlesize": font,
+        "figure.titleweight": "bold",
+        "axes.titlesize": font,
         "axes.titleweight": "bold",
         "axes.titlelocation": "left",
-        "axes.labelsize": layout.font,
+        "axes.labelsize": font,
         "axes.labelcolor": SOFT,
-        "axes.edgecolor": "#9aa3ad",
+        "axes.edgecolor": LINE,
         "axes.axisbelow": True,
         "axes.linewidth": 0.8,
         "axes.unicode_minus": True,
@@ -148,8 +85,8 @@ def _style(layout: Layout) -> dict[str, Any]:
         "text.parse_math": False,  # a graph's name may hold dollars
         "xtick.labelsize": small,
         "ytick.labelsize": small,
-        "xtick.color": "#9aa3ad",
-        "ytick.color": "#9aa3ad",
+        "xtick.color": LINE,
+        "ytick.color": LINE,
         "xtick.labelcolor": INK,
         "ytick.labelcolor": INK,
         "legend.frameon": False,
@@ -161,16 +98,7 @@ def _style(layout: Layout) -> dict[str, Any]:
         "legend.borderpad": 0.2,
         "lines.linewidth": 1.4,
         "svg.fonttype": "none",  # text stays text
-        "svg.hashsalt": "dibit",
+        "svg.hashsalt": f"dibit{salt}",
         "figure.constrained_layout.h_pad": 0.05,
         "figure.constrained_layout.w_pad": 0.05,
     }
-
-
-def _svg(figure: Figure) -> bytes:
-    """Return the figure as SVG in the reader's own sans-serif type; laid out with DejaVu, which few are wider than."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": "Dibit"})
-    # Each text names the family: said once, on the root, it is the same for half the bytes.
-    plain = re.sub(rb" font-family: [^;\"]*;?", b"", buffer.getvalue())
-    return plain.replace(b"<svg ", f'<svg font-family="{_FAMILY}" '.encode(), 1)

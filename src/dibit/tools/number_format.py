@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 NONE = "–"
-MODEL = "(model)"  # what lies in the model itself and in no module of it
 _SPACE = "\u00a0"  # a number and its unit stay on one line
 
 
@@ -55,10 +54,15 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return text if len(values) < 2 else f"{text} ± {number(100 * statistics.stdev(values), digits)}"
 
 
-def between(values: Sequence[float], write=number) -> str:
+def between(values: Sequence[float], write: Callable[[float], str] = number) -> str:
     """Write the range of values, "a to b", or the one value that they all are once written."""
     low, high = write(min(values)), write(max(values))
     return low if low == high else f"{low} to {high}"
+
+
+def interval(low: float | None, high: float | None, write: Callable[[float], str]) -> str:
+    """Write two ends, "a to b"; a dash where one is missing."""
+    return NONE if low is None or high is None else f"{write(low)} to {write(high)}"
 
 
 def duration(seconds: float | None) -> str:
@@ -87,23 +91,3 @@ def short(text: str, most: int = 44) -> str:
 def listed(words: Sequence[str]) -> str:
     """Join words as in a sentence: a, b and c."""
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
-
-
-def seed_count(seeds: Sequence[int] | None) -> str:
-    """Say how many seeds: "3 seeds", "1 seed"."""
-    count = len(seeds or ())
-    return f"{count} seed{'' if count == 1 else 's'}"
-
-
-def module_labels(rows: Sequence[dict]) -> list[str]:
-    """Name each row's module, with its operation where the rows have the same module twice."""
-    modules = [row["module"] for row in rows]
-    return [
-        " ".join(filter(None, [row["module"] or MODEL, row["operation"] if modules.count(row["module"]) > 1 else ""]))
-        for row in rows
-    ]
-
-
-def by_setting(rows: Sequence[dict]) -> list[tuple[str, list[dict]]]:
-    """Group rows by their setting, in the order in which the settings come."""
-    return [(s, [row for row in rows if row["setting"] == s]) for s in dict.fromkeys(row["setting"] for row in rows)]
