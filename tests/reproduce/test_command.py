@@ -13,6 +13,7 @@ import pytest
 
 from dibit.cli import main
 from dibit.reproduce.variants import ACCURACY, BLOCKS, DISTRIBUTION
+from dibit.tools.errors import install
 from tests.train.conftest import command, small
 
 __all__ = ["small"]  # a fixture
@@ -204,7 +205,7 @@ def test_bad_input_is_a_sentence_and_writes_nothing(
 def test_a_missing_extra(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     assert main(["reproduce", "memory", "--out", str(tmp_path / "out")]) == 2
-    message = f"dibit: error: This needs {package}, which is not installed: pip install 'dibit[study]'\n"
+    message = f"dibit: error: This needs {package}, which is not installed: {install('study')}\n"
     assert capsys.readouterr().err == message
     assert not (tmp_path / "out").exists()
 
