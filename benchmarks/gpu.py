@@ -41,7 +41,7 @@ from torch import Tensor, nn  # noqa: E402
 
 import dibit  # noqa: E402
 from dibit.bench.speed import reason  # noqa: E402
-from dibit.bench.workload import Batch, Step, Workload  # noqa: E402
+from dibit.bench.workload import BenchmarkBatch, TrainingStep, Workload  # noqa: E402
 from dibit.codec import ops, seed_tensor  # noqa: E402
 from dibit.codec.backends import triton as cuda  # noqa: E402
 
@@ -380,7 +380,7 @@ def train(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
     workload = Workload(args.shape, args.model, form=args.form, scale=args.scale)
     print(workload)
     rows: dict[str, dict[str, Any]] = {}
-    steps: dict[str, Step] = {}
+    steps: dict[str, TrainingStep] = {}
     batch = workload.build()[1].to(device)
     for setting in args.settings:
         say(f"memory of {setting}")
@@ -425,15 +425,15 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _step(workload: Workload, batch: Batch, setting: str, device: torch.device) -> Step:
-    step = Step(workload.build()[0].to(device), batch, setting)
+def _step(workload: Workload, batch: BenchmarkBatch, setting: str, device: torch.device) -> TrainingStep:
+    step = TrainingStep(workload.build()[0].to(device), batch, setting)
     for _ in range(3):
         step()
     _synchronize(device)
     return step
 
 
-def _memory(step: Step, device: torch.device) -> dict[str, float]:
+def _memory(step: TrainingStep, device: torch.device) -> dict[str, float]:
     """MB that a warm forward pass keeps, and the most that is allocated during a step, data and weights included."""
     if device.type != "cuda":
         return {"saved": float("nan"), "peak": float("nan")}

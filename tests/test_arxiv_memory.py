@@ -27,8 +27,9 @@ LOG = {"exact": 30.47, "iexact": 25.56}
 def test_saved_mb(setting: str) -> None:
     warm = 4 if setting in ("default", "small") else 1  # scores, and how many rows are kept
     code = (
-        "import json, dibit; from dibit.bench.footprint import kept; from dibit.bench.workload import Step, Workload\n"
-        f"step = Step(*Workload('arxiv', layers=3).build(), {setting!r})\n"
+        "import json, dibit; from dibit.bench.footprint import kept\n"
+        "from dibit.bench.workload import TrainingStep, Workload\n"
+        f"step = TrainingStep(*Workload('arxiv', layers=3).build(), {setting!r})\n"
         f"for _ in range({warm}): step()\n"
         "step.logits()\n"
         f"scores = {{}} if {setting == 'plain'} else dibit.scores(step.model).state_dict()\n"

@@ -12,7 +12,7 @@ import torch
 
 import dibit
 from dibit.bench import codec, footprint, speed
-from dibit.bench.workload import SETTINGS, Step, Workload
+from dibit.bench.workload import SETTINGS, TrainingStep, Workload
 from dibit.cli import main
 from dibit.experiments.shapes import MODELS
 
@@ -45,12 +45,12 @@ def test_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_setting_that_fails_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: Step) -> None:
+    def broken(self: TrainingStep) -> None:
         raise RuntimeError("no such kernel\nmore")
 
     workload = Workload(scale=0.002, hidden=8)
-    plain = Step.__call__
-    monkeypatch.setattr(Step, "__call__", lambda self: broken(self) if self.autocast else plain(self))
+    plain = TrainingStep.__call__
+    monkeypatch.setattr(TrainingStep, "__call__", lambda self: broken(self) if self.autocast else plain(self))
     found = speed.measure(workload, ("plain", "bf16"), 1, lambda _: None)
     assert found["rows"][1] == {"setting": "bf16", "failed": "RuntimeError: no such kernel"}
     assert "seconds" in found["rows"][0]
@@ -108,7 +108,7 @@ def test_a_checkpointed_model_computes_what_the_model_computes(name: str) -> Non
     workload = Workload(model=name, hidden=16, scale=0.002, layers=3)
     losses, grads = [], []
     for setting in ("plain", "checkpoint"):
-        step = Step(*workload.build(), setting)
+        step = TrainingStep(*workload.build(), setting)
         torch.manual_seed(5)
         loss = step.forward()
         losses.append(loss.item())
@@ -120,7 +120,7 @@ def test_a_checkpointed_model_computes_what_the_model_computes(name: str) -> Non
 
 def test_inputs_are_all_that_lives_between_two_steps() -> None:
     workload = Workload(hidden=16, scale=0.002)
-    step = Step(*workload.build(), "plain")
+    step = TrainingStep(*workload.build(), "plain")
     parameters = sum(p.nbytes for p in step.model.parameters())
     data = step.input_bytes()
     step()

@@ -13,13 +13,13 @@ import scipy.sparse
 
 from dibit.cli import main
 from dibit.train import DataSettings, UserError
-from dibit.train.data import Graph, load_graph
+from dibit.train.data import NodeDataset, load_graph
 from tests.train import damaged
 
 FAST = ("--epochs", "1", "--hidden", "8", "--layers", "2", "--device", "cpu", "--quiet")
 
 
-def outcome(path: Path) -> Graph | str:
+def outcome(path: Path) -> NodeDataset | str:
     """The graph, or the sentence; anything else fails the test that asks."""
     try:
         graph = load_graph(DataSettings(dataset=str(path)), seed=0)
@@ -38,7 +38,7 @@ def numbers(array: np.ndarray) -> Any:
     return array.tolist()
 
 
-def check_right(graph: Graph, arrays: dict[str, Any]) -> None:
+def check_right(graph: NodeDataset, arrays: dict[str, Any]) -> None:
     """The graph is what the arrays say, number by number."""
     if "x" in arrays:
         x = np.asarray(arrays["x"])
@@ -70,7 +70,7 @@ def test_odd_arrays(tmp_path: Path, compressed: bool) -> None:
         (np.savez_compressed if compressed else np.savez)(path, **arrays)
         found = outcome(path)
         seen["refused" if isinstance(found, str) else "right"] += 1
-        if isinstance(found, Graph):
+        if isinstance(found, NodeDataset):
             try:
                 check_right(found, arrays)
             except (AssertionError, TypeError, ValueError, KeyError) as error:
@@ -82,11 +82,11 @@ def test_odd_arrays(tmp_path: Path, compressed: bool) -> None:
 def test_odd_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     whole = outcome(damaged.written(Path("whole.npz"), damaged.zipped(damaged.members(damaged.dense()))))
-    assert isinstance(whole, Graph)
+    assert isinstance(whole, NodeDataset)
     accepted = []
     for name, content in damaged.odd_files():
         found = outcome(damaged.written(Path("g.npz"), content))
-        if isinstance(found, Graph):
+        if isinstance(found, NodeDataset):
             accepted.append(name)
             assert found.fingerprint() == whole.fingerprint(), name
     fine = ["deflate", "bzip2", "lzma", *(f"{m}, another array: {o}" for m in ("deflate", "bzip2", "lzma")
@@ -103,12 +103,12 @@ def test_damage_anywhere(tmp_path: Path, kind: str, method: int) -> None:
     arrays = damaged.dense() if kind == "dense" else damaged.sparse()
     content = damaged.zipped(damaged.members(arrays), method)
     whole = outcome(damaged.written(tmp_path / "whole.npz", content))
-    assert isinstance(whole, Graph)
+    assert isinstance(whole, NodeDataset)
     refused = 0
     for name, changed in damaged.damaged_files(content, 60, seed=method + len(kind)):
         found = outcome(damaged.written(tmp_path / "g.npz", changed))
         refused += isinstance(found, str)
-        if isinstance(found, Graph):  # what no array lies under, or an optional array's name in the directory
+        if isinstance(found, NodeDataset):  # what no array lies under, or an optional array's name in the directory
             same = found.x.equal(whole.x) and found.y.equal(whole.y) and found.edge_index.equal(whole.edge_index)
             assert same, name
     assert refused > 200
@@ -129,7 +129,7 @@ def test_things_that_are_no_files(tmp_path: Path) -> None:
     paths["long"] = Path("a" * 5000 + ".npz")
     paths["below a file"] = good / "x.npz"
     found = {name: outcome(path) for name, path in paths.items()}
-    assert isinstance(found.pop("link"), Graph)
+    assert isinstance(found.pop("link"), NodeDataset)
     assert all(isinstance(each, str) for each in found.values()), found
     assert "does not exist" in str(found["dangling"])
     assert "is a folder" in str(found["folder"])

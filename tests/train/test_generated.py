@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch_geometric.nn import MLP, GraphSAGE
 
 from dibit.train import DataSettings, ModelSettings, UserError
-from dibit.train.data import Graph, load_graph
+from dibit.train.data import NodeDataset, load_graph
 from dibit.train.models import build_adjacency
 
 
@@ -37,7 +37,7 @@ def test_sizes_that_cannot_be_meant(dataset: str) -> None:
         load_graph(DataSettings(dataset=dataset), seed=0)
 
 
-def _accuracy(graph: Graph, model: torch.nn.Module, *inputs: torch.Tensor, epochs: int = 40) -> float:
+def _accuracy(graph: NodeDataset, model: torch.nn.Module, *inputs: torch.Tensor, epochs: int = 40) -> float:
     split = graph.split(0)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(epochs):

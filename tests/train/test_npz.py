@@ -12,11 +12,11 @@ import scipy.sparse
 import torch
 
 from dibit.train import DataSettings, UserError
-from dibit.train.data import Graph, graph, load_graph
+from dibit.train.data import NodeDataset, graph, load_graph
 from tests.train.conftest import small_arrays
 
 
-def load(path: Path, **settings: Any) -> Graph:
+def load(path: Path, **settings: Any) -> NodeDataset:
     return load_graph(DataSettings(dataset=str(path), **settings), seed=0)
 
 

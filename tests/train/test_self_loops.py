@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dibit.train import DataSettings, ModelSettings
-from dibit.train.data import Graph, load_graph
+from dibit.train.data import NodeDataset, load_graph
 from dibit.train.models import build_adjacency, build_model
 from tests.train.conftest import small_arrays
 
@@ -28,7 +28,7 @@ SOURCES = {
 }
 
 
-def load(folder: Path, edge_index: np.ndarray, **settings: Any) -> Graph:
+def load(folder: Path, edge_index: np.ndarray, **settings: Any) -> NodeDataset:
     np.savez(folder / "g.npz", **{**small_arrays(), "edge_index": edge_index})
     return load_graph(DataSettings(dataset=str(folder / "g.npz"), **settings), seed=0)
 

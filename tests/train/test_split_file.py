@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dibit.cli import main
 from dibit.train import DataSettings, UserError
-from dibit.train.data import Graph, load_graph
+from dibit.train.data import NodeDataset, load_graph
 from dibit.train.data.split_file import load_split
 from dibit.train.data.splits import Masks
 from tests.train import damaged
@@ -111,7 +111,7 @@ def test_masks_and_several_splits(tmp_path: Path) -> None:
         assert agree(tmp_path / "s.npz", {**several, "test_mask": turned["test_mask"]})
 
 
-def graph_with(folder: Path, own: dict[str, Any], **settings: Any) -> Graph:
+def graph_with(folder: Path, own: dict[str, Any], **settings: Any) -> NodeDataset:
     np.savez(folder / "g.npz", **small_arrays(nodes=N), **{n: np.roll(m, 1) for n, m in BY_MASK.items()})
     np.savez(folder / "s.npz", **own)
     chosen = DataSettings(dataset=str(folder / "g.npz"), split_file=str(folder / "s.npz"), **settings)

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from dibit.bench.workload import Step, Workload
+from dibit.bench.workload import TrainingStep, Workload
 from dibit.tools.units import MB
 
 
@@ -45,7 +45,7 @@ def one(workload: Workload, setting: str) -> dict[str, float | None]:
     """Measure in this process."""
     from dibit.tools.memory import peak_bytes, release
 
-    step = Step(*workload.build(), setting)
+    step = TrainingStep(*workload.build(), setting)
     step()  # compiles kernels, makes the optimiser's state
     inputs = step.input_bytes()
     release()  # what the allocator keeps for later would hide the growth
@@ -62,7 +62,7 @@ def one(workload: Workload, setting: str) -> dict[str, float | None]:
     }
 
 
-def kept(step: Step, setting: str) -> tuple[float | None, float | None]:
+def kept(step: TrainingStep, setting: str) -> tuple[float | None, float | None]:
     """MB that the model's forward pass keeps: by the C allocator, and by `dibit.track`; a warm step."""
     import dibit
     from dibit.tools.memory import allocated_bytes

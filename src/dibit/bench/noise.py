@@ -16,7 +16,7 @@ import dibit
 from dibit import Config, Sample
 from dibit.engine.model_state import state_of
 from dibit.study import gradient_error
-from dibit.train.data import Graph
+from dibit.train.data import NodeDataset
 
 MODELS = ("sage", "gcn", "gin", "gat")
 NORMS = ("none", "batch", "layer", "layer-graph", "graph", "instance", "pair", "l2")
@@ -130,7 +130,7 @@ def cells(
 class Training:
     """A plain training of one network, stopped at several epochs."""
 
-    def __init__(self, cell: Cell, graph: Graph) -> None:
+    def __init__(self, cell: Cell, graph: NodeDataset) -> None:
         torch.manual_seed(0)
         self.x, self.y = graph.x, graph.y
         self.rows = torch.as_tensor(graph.split(0).train)
@@ -187,7 +187,7 @@ class Training:
         trial.load_state_dict(now)
 
 
-def _adjacency(model: str, graph: Graph) -> Tensor:
+def _adjacency(model: str, graph: NodeDataset) -> Tensor:
     from torch_geometric.nn.conv.gcn_conv import gcn_norm
     from torch_geometric.utils import to_torch_csr_tensor
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dibit.bench.workload import Step, Workload
+from dibit.bench.workload import TrainingStep, Workload
 
 Times = dict[str, list[tuple[float, float]]]
 
@@ -31,7 +31,7 @@ def measure(workload: Workload, settings: Sequence[str], rounds: int, note: Call
     for setting in settings:
         note(f"warming up {setting}")
         try:
-            step = Step(*workload.build(), setting)
+            step = TrainingStep(*workload.build(), setting)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 step()

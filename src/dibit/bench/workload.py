@@ -43,7 +43,7 @@ class Workload:
         shape = replace(shape, layers=self.layers or shape.layers, hidden=self.hidden or shape.hidden)
         return shape if self.scale == 1 else shape.scaled(self.scale)
 
-    def build(self) -> tuple[nn.Module, Batch]:
+    def build(self) -> tuple[nn.Module, BenchmarkBatch]:
         """The model in training mode, and its data; the same numbers at each call."""
         shape = self.sizes()
         x, graph = random_graph(shape)
@@ -55,7 +55,9 @@ class Workload:
             graph = torch.stack((col, rows))
         torch.manual_seed(0)
         train = torch.randperm(shape.nodes)[: shape.train]
-        return MODELS[self.model](shape), Batch(x, graph, train, torch.randint(shape.classes, (shape.nodes,))[train])
+        return MODELS[self.model](shape), BenchmarkBatch(
+            x, graph, train, torch.randint(shape.classes, (shape.nodes,))[train]
+        )
 
     def __str__(self) -> str:
         shape = self.sizes()
@@ -66,7 +68,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Batch:
+class BenchmarkBatch:
     """Features (N, F), graph, rows of the loss (T,), their classes (T,)."""
 
     x: Tensor
@@ -74,8 +76,8 @@ class Batch:
     train: Tensor
     y: Tensor
 
-    def to(self, device: torch.device | str) -> Batch:
-        return Batch(*(t.to(device) for t in (self.x, self.graph, self.train, self.y)))
+    def to(self, device: torch.device | str) -> BenchmarkBatch:
+        return BenchmarkBatch(*(t.to(device) for t in (self.x, self.graph, self.train, self.y)))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -86,7 +88,7 @@ class Batch:
         return (self.x, *parts, self.train, self.y)
 
 
-class Step:
+class TrainingStep:
     """A training step of a model under a setting, in two halves.
 
     Args:
@@ -95,7 +97,7 @@ class Step:
         setting: one of `SETTINGS`.
     """
 
-    def __init__(self, model: nn.Module, batch: Batch, setting: str) -> None:
+    def __init__(self, model: nn.Module, batch: BenchmarkBatch, setting: str) -> None:
         self.batch = batch
         self.model = model
         self.forward_model = prepare(model, setting)

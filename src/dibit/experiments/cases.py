@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dibit.train.data import Graph
+from dibit.train.data import NodeDataset
 from dibit.train.settings import Settings
 
 EVERY = 5  # epochs between evaluations
@@ -28,7 +28,7 @@ class Case:
         settings: of `dibit train`: model and optimisation are used.
     """
 
-    graph: Graph
+    graph: NodeDataset
     settings: Settings
 
     @property
@@ -36,7 +36,7 @@ class Case:
         return f"{self.graph.name} {self.settings.model.model}"
 
 
-def case(graph: Graph, model: str, epochs: int, full: bool = False) -> Case:
+def case(graph: NodeDataset, model: str, epochs: int, full: bool = False) -> Case:
     """A model of `MODELS` to be trained for so many epochs; `full`: GCNII in the papers' own width."""
     changes = {**COMMON, **MODELS[model], "model": model, "epochs": epochs}
     if model == "gcn2" and full:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from dibit.train.data import Graph
+from dibit.train.data import NodeDataset
 from dibit.train.data.graph import prepare
 from dibit.train.data.load import load_raw
 from dibit.train.settings import DataSettings
@@ -13,7 +13,7 @@ WIDE = 500  # features; wider ones are reduced by truncated SVD
 RANK = 100
 
 
-def load_prepared(dataset: str, root: str) -> Graph:
+def load_prepared(dataset: str, root: str) -> NodeDataset:
     """A graph by its name or file: standardised, features wider than 500 reduced to 100 singular directions.
 
     Args:

@@ -14,7 +14,7 @@ from dibit.config import Config
 from dibit.experiments.data import load_prepared
 from dibit.reproduce.store import Store
 from dibit.tools.errors import UserError
-from dibit.train.data import Graph
+from dibit.train.data import NodeDataset
 
 SMALL = ("cora", "amazon-computers")
 FULL = ("cora", "citeseer", "pubmed", "coauthor-cs", "facebookpagepage", "amazon-computers")
@@ -102,9 +102,9 @@ class Reproduction:
     store: Store
     quiet: bool = False
     missing: dict[str, str] = field(default_factory=dict)
-    _loaded: dict[str, Graph] = field(default_factory=dict)
+    _loaded: dict[str, NodeDataset] = field(default_factory=dict)
 
-    def graphs(self) -> list[Graph]:
+    def graphs(self) -> list[NodeDataset]:
         """The graphs of the plan, the main one last; prepared for training, loaded once.
 
         Raises:
@@ -116,11 +116,11 @@ class Reproduction:
         found = [graph for graph in map(self.try_load, names) if graph is not None]
         return found or [self.load(GENERATED)]
 
-    def main_graphs(self) -> list[Graph]:
+    def main_graphs(self) -> list[NodeDataset]:
         """Those that blocks, variance and distribution look at: the last one, all in full."""
         return self.graphs() if self.plan.full else self.graphs()[-1:]
 
-    def try_load(self, dataset: str) -> Graph | None:
+    def try_load(self, dataset: str) -> NodeDataset | None:
         """A graph, or `None` with the reason in `missing`."""
         if dataset in self.missing:
             return None
@@ -132,7 +132,7 @@ class Reproduction:
                 print(f"{dataset} is left out. {error}", file=sys.stderr, flush=True)
             return None
 
-    def load(self, dataset: str) -> Graph:
+    def load(self, dataset: str) -> NodeDataset:
         """One graph: standardised, features wider than 500 reduced to 100 singular directions."""
         if dataset not in self._loaded:
             self._loaded[dataset] = load_prepared(dataset, self.plan.root)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from dibit.tools.errors import UserError, require
-from dibit.train.data import Graph, Split
+from dibit.train.data import NodeDataset, Split
 from dibit.train.distributed import World
 from dibit.train.models import adjacency_arguments
 from dibit.train.settings import Settings
@@ -121,7 +121,9 @@ def check_installed(settings: Settings) -> None:
             )
 
 
-def sampled(settings: Settings, graph: Graph, split: Split, seed: int, device: torch.device, world: World) -> Sampled:
+def sampled(
+    settings: Settings, graph: NodeDataset, split: Split, seed: int, device: torch.device, world: World
+) -> Sampled:
     """The batches of a loader other than "full".
 
     Args:

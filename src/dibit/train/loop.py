@@ -47,7 +47,7 @@ def train_one(
     """Train one model.
 
     Args:
-        task: Graph and settings.
+        task: NodeDataset and settings.
         name: What to call the way of compression, in the result, the checkpoint and messages.
         config: How to compress; None trains plainly.
         seed: Of weights, dropout and split.

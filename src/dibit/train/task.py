@@ -16,7 +16,7 @@ from dibit.tools.errors import UserError, shown
 from dibit.tools.memory import peak_bytes
 from dibit.train import metrics
 from dibit.train.batches import Batches, MiniBatch, Whole, sampled
-from dibit.train.data import Graph, Split
+from dibit.train.data import NodeDataset, Split
 from dibit.train.distributed import World
 from dibit.train.layerwise import layerwise
 from dibit.train.models import adjacency_arguments, build_adjacency, build_model
@@ -39,14 +39,14 @@ class Task:
     """
 
     settings: Settings
-    graph: Graph
+    graph: NodeDataset
     device: torch.device
     x: Tensor
     adjacency: Tensor
     world: World = field(default_factory=World)
 
     @classmethod
-    def build(cls, settings: Settings, graph: Graph, world: World | None = None) -> Task:
+    def build(cls, settings: Settings, graph: NodeDataset, world: World | None = None) -> Task:
         """Move the graph to the device that the settings name; with mini-batches it stays on the CPU."""
         world = world or World()
         device = pick_device(settings.run.device, world.local_rank if world.size > 1 else None)
@@ -202,7 +202,7 @@ def measure(task: Task, model: nn.Module, config: dibit.Config | None, batches: 
     """Measure on a copy of a model; the model and torch's random state are left as they were.
 
     Args:
-        task: Graph and settings.
+        task: NodeDataset and settings.
         model: Plain, or compressed and in training.
         config: How to compress a plain one's copy; None leaves it as it is.
         batches: The first of them is measured.

@@ -54,7 +54,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Graph:
+class NodeDataset:
     """A graph ready for training.
 
     Attributes:
@@ -125,7 +125,7 @@ class Graph:
         return f"{sizes}-{checksum:08x}"
 
 
-def prepare(raw: Raw, settings: DataSettings, seed: int) -> Graph:
+def prepare(raw: Raw, settings: DataSettings, seed: int) -> NodeDataset:
     """Check a raw graph, reduce and scale its features as the settings say, and order its edges."""
     nodes, name = raw.x.shape[0], shown(raw.name)
     if not nodes or not raw.x.shape[1]:
@@ -141,7 +141,7 @@ def prepare(raw: Raw, settings: DataSettings, seed: int) -> Graph:
     if settings.standardize:
         deviation = x.std(axis=0, dtype=np.float64)
         x = (x - x.mean(axis=0, dtype=np.float64)) / np.where(deviation > 0, deviation, 1.0)
-    return Graph(
+    return NodeDataset(
         name=raw.name,
         x=torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)),
         edge_index=torch.from_numpy(_ordered(raw.edge_index, nodes, settings.undirected, settings.self_loops)),

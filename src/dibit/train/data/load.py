@@ -1,4 +1,4 @@
-"""From the setting ``dataset`` to a `Graph`."""
+"""From the setting ``dataset`` to a `NodeDataset`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from dibit.tools.errors import UserError, nearest, shown
 from dibit.train.data.generated import planted
-from dibit.train.data.graph import Graph, Raw, memory_bytes, prepare
+from dibit.train.data.graph import NodeDataset, Raw, memory_bytes, prepare
 from dibit.train.data.named import NAMES, canonical, load_named
 from dibit.train.data.npz import load_npz
 from dibit.train.data.split_file import load_split
@@ -20,7 +20,7 @@ from dibit.train.settings import DataSettings
 _PLANTED_BYTES = 2_000  # a node: its 128 features twice, and 28 ends of edges in 64 bits several times
 
 
-def load_graph(settings: DataSettings, seed: int) -> Graph:
+def load_graph(settings: DataSettings, seed: int) -> NodeDataset:
     """Load the graph named by the settings, with its features as the model will see them.
 
     Args:
