@@ -24,6 +24,9 @@ RECIPES: dict[str, Config] = {
 }
 
 
+PAPERS = tuple(name for name, config in RECIPES.items() if config.noise is None)  # whose ratios hold whatever the error
+
+
 def recipe(name: str) -> Config:
     """The `Config` behind a recipe's name.
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from dibit.recipes import RECIPES
 from dibit.tools.errors import UserError, nearest, require, shown
 from dibit.tools.files import json_path, write_atomically
 from dibit.tools.parser import Parser, usage
@@ -37,7 +38,7 @@ def build_parser(kind: str) -> Parser:
         flag("hidden", int, "Width of the layers (default: the shape's).", least=1)
         flag("form", str, "The graph as csr (torch.sparse) or edge_index.", "NAME", default="csr")
         flag("scale", float, "Nodes and edges, times F.", "F", default=1.0)
-        text = "Of plain, compile, bf16, checkpoint, exact, iexact, small, default; all by default."
+        text = f"Of plain, compile, bf16, checkpoint, {', '.join(reversed(RECIPES))}; all by default."
         flag("settings", str, text, "NAME", several=True)
     if kind == "speed":
         flag("layers", int, "Number of layers (default: the shape's).", "L", least=1)

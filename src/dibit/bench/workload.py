@@ -13,9 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 import dibit
 from dibit.experiments.shapes import MODELS, NAMED, Shape, random_graph
+from dibit.recipes import RECIPES
 
 FORMS = ("csr", "edge_index")
-SETTINGS = ("plain", "compile", "bf16", "checkpoint", "exact", "iexact", "small", "default")
+SETTINGS = ("plain", "compile", "bf16", "checkpoint", *reversed(RECIPES))
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class TrainingStep:
 
 def prepare(model: nn.Module, setting: str) -> Callable[[Tensor, Tensor], Tensor]:
     """The forward pass of the model under a setting."""
-    if setting in dibit.recipes.RECIPES:
+    if setting in RECIPES:
         return dibit.compress(model, setting)
     if setting == "compile":
         return torch.compile(model)

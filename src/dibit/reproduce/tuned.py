@@ -232,9 +232,8 @@ def table(run: Reproduction, results: Results) -> dict[str, Any]:
             for recipe, seeds in cell.recipes.items()
         }
         rows += [_row(cell, recipe, own, runs["none"]) for recipe, own in runs.items() if own]
-    return {"rows": rows, "together": {recipe: found for recipe in ("default", "small", "iexact") if (
-        found := _together([row for row in rows if row["recipe"] == recipe])
-    )}}  # fmt: skip
+    by_recipe = {recipe: _together([row for row in rows if row["recipe"] == recipe]) for recipe in RECIPES}
+    return {"rows": rows, "together": {recipe: found for recipe, found in by_recipe.items() if found}}
 
 
 def _row(cell: Cell, recipe: str, own: dict[int, Any], plain: dict[int, Any]) -> dict[str, Any]:

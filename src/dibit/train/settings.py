@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, Literal
 
+from dibit import recipes
 from dibit.tools.errors import UserError, nearest, shown
 
 MODELS = ("gcn", "sage", "gin", "gat", "gcn2")
 NORMS = ("none", "batch", "layer", "graph", "pair")
 AGGRS = ("mean", "sum", "max")
 JKS = ("last", "cat", "max", "lstm")
-RECIPES = ("default", "small", "exact", "iexact", "none")
+RECIPES = (*recipes.RECIPES, "none")
 BITS = (1, 2, 4, 8)
 LEVELS = ("uniform", "normal")
 LOADERS = ("full", "neighbor", "cluster", "saint-rw", "saint-node", "shadow")
@@ -278,7 +279,7 @@ class CompressionSettings:
             _one_of("levels", self.levels, LEVELS)
         if self.noise is not None:
             _positive("noise", self.noise)
-            if self.recipe in ("exact", "iexact"):
+            if self.recipe in recipes.PAPERS:
                 raise UserError(
                     f"--noise {self.noise} has no meaning with --recipe {self.recipe}, which keeps parts of all rows; "
                     "take --recipe default or small, or leave it out."
