@@ -87,9 +87,10 @@ def test_normal_levels_reduce_the_variance_as_expected() -> None:
 
 
 @pytest.mark.parametrize("levels", ["uniform", "normal"])
-def test_one_draw_gives_an_unbiased_square(levels: str) -> None:
+@pytest.mark.parametrize("block", [32, 500], ids=["whole blocks", "less than a block"])
+def test_one_draw_gives_an_unbiased_square(levels: str, block: int) -> None:
     x = torch.randn(16, 8) + 1
-    config = Config(bits=2, block=32, levels=levels)  # type: ignore[arg-type]
+    config = Config(bits=2, block=block, levels=levels)  # type: ignore[arg-type]
 
     def square(i: int) -> Tensor:
         packed = encode(x, config, mix(i))

@@ -101,9 +101,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
     """Bytes (blocks, Q) to uint8 codes (blocks, count)."""
-    shift = torch.arange(8 // bits, device=packed.device, dtype=torch.uint8) * bits
+    slots, (blocks, size) = 8 // bits, packed.shape
+    shift = torch.arange(slots, device=packed.device, dtype=torch.uint8) * bits
     codes = (packed[:, None, :] >> shift[:, None]) & (2**bits - 1)
-    return codes.reshape(packed.shape[0], -1)[:, :count]
+    return codes.reshape(blocks, slots * size)[:, :count]
 
 
 def unpack_all(packed: Tensor, numel: int, block: int, bits: int) -> Tensor:
