@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dibit import Config, Project, Sample, decode, encode
-from dibit.codec import Affine, mix, ops, seed_tensor
+from dibit.codec import Affine, layout, mix, ops, seed_tensor
 from dibit.codec.backends import reference
 from dibit.codec.normal_levels import expected_variance, normal_levels
 from dibit.residuals.base import Compressed
@@ -495,7 +495,7 @@ def test_in_parts_as_at_once(monkeypatch: pytest.MonkeyPatch, config: Config, af
     expected = whole.reduced()
     dy = torch.randn(1001, 5)
     gradient = Compressed(whole).outer(dy)
-    monkeypatch.setattr(reference, "PART", 96 * 3)
+    monkeypatch.setattr(layout, "PART", 96 * 3)
     own = encode(x, config, 3, function)
     assert torch.equal(own.codes, whole.codes)
     assert torch.equal(own.ranges, whole.ranges)
@@ -548,7 +548,7 @@ def test_rows_that_pass_a_norm_relu_and_dropout(
     dropped: bool,
 ) -> None:  # fmt: skip
     """Part by part as the definition has the whole, a block that is not finite among them."""
-    monkeypatch.setattr(reference, "PART", 500)
+    monkeypatch.setattr(layout, "PART", 500)
     x = torch.randn(rows, width)
     x[rows // 2, 0] = float("inf")
     codes, ranges, _ = ops.quantize(x.reshape(-1), seed_tensor(4), bits, block, [], torch.bfloat16, 0)
@@ -558,7 +558,7 @@ def test_rows_that_pass_a_norm_relu_and_dropout(
         weight, bias = torch.randn(width, dtype=dtype), torch.randn(width, dtype=dtype)
         args = codes, ranges.to(dtype), seed_tensor(4), weight, bias, mask, slope, drop, 0.3
         rest = rows, bits, block, dither
-        parts = [ops.passed_rows(*args, start, stop, *rest) for start, stop in reference.parts(rows, width, block)]
+        parts = [ops.passed_rows(*args, start, stop, *rest) for start, stop in layout.row_parts(rows, width, block)]
         found, expected = torch.cat(parts), reference.passed_rows(*args, 0, rows, *rest)
         assert found.dtype == expected.dtype == dtype
         assert torch.equal(found.isnan(), expected.isnan())

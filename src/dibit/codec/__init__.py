@@ -8,7 +8,8 @@ from torch import Tensor
 from dibit._torch.autocast import HALF, at_least_single, exact_dtypes
 from dibit.codec import ops
 from dibit.codec.backends import reference
-from dibit.codec.packed import Packed, blocks, reduced_shape
+from dibit.codec.layout import Layout, reduced_shape
+from dibit.codec.packed import Packed, levels_of
 from dibit.codec.projection import projection, sampled_rows
 from dibit.codec.rng import mix, seed_tensor
 from dibit.codec.row_sampling import LEFT_OUT, picked, row_scores
@@ -121,10 +122,12 @@ def _quantized(
     """Codes, ranges and true widths of a matrix, of its projection, or of its rows `index`."""
     x = reduced(x, config, seed)
     rows = x.shape[0] if index is None else index.shape[0]
-    block, levels = blocks(config, rows, x.shape[1])
+    block = config.elements(rows, x.shape[1])
     rounding = reference.NEAREST if config.rounding == "nearest" else reference.STOCHASTIC
     shift, scale = (None, None) if affine is None else (affine.shift, affine.scale)
-    return ops.quantize_rows(x.contiguous(), index, shift, scale, seed, config.bits, block, levels, stats, rounding)
+    return ops.quantize_rows(
+        x.contiguous(), index, shift, scale, seed, config.bits, block, levels_of(config, block), stats, rounding
+    )
 
 
 def reduced(x: Tensor, config: Config, seed: Tensor) -> Tensor:
@@ -157,11 +160,8 @@ def decode(packed: Packed) -> Tensor:
 
 def encoded_bytes(shape: torch.Size, config: Config) -> int:
     """Bytes of the codes and ranges that `encode` makes of a tensor of this shape, ranges being kept in `stats`."""
-    rows, width = reduced_shape(shape[:-1].numel(), shape[-1] if shape else 1, config)
-    block = config.elements(rows, width)
-    full, tail = divmod(rows * width, block)
-    codes = full * reference.packed_bytes(block, config.bits) + reference.packed_bytes(tail, config.bits)
-    return codes + 2 * config.stats.itemsize * (full + bool(tail))
+    layout = Layout.of(*reduced_shape(shape[:-1].numel(), shape[-1] if shape else 1, config), config)
+    return layout.code_bytes + 2 * config.stats.itemsize * layout.blocks
 
 
 def _blown_up(ranges: Tensor, widths: Tensor) -> bool:

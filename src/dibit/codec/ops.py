@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from dibit.codec.backends import reference
+from dibit.codec.layout import Layout, mask_bytes
 
 
 @custom_op("dibit::quantize", mutates_args=())
@@ -46,10 +47,7 @@ def quantize(
 
 @quantize.register_fake
 def _(x, seed, bits, block, levels, stats, rounding, number=0):  # type: ignore[no-untyped-def]
-    n = x.numel()
-    blocks = n // block + (n % block + block - 1) // block
-    codes, dtype = x.new_empty(_bytes(n, bits, block), dtype=torch.uint8), torch.promote_types(x.dtype, torch.float32)
-    return codes, x.new_empty((blocks, 2), dtype=stats), x.new_empty(blocks, dtype=dtype)
+    return _coded(x, Layout(x.numel(), block, bits), stats, torch.promote_types(x.dtype, torch.float32))
 
 
 @custom_op("dibit::quantize_rows", mutates_args=())
@@ -70,18 +68,14 @@ def quantize_rows(
 @quantize_rows.register_fake
 def _(x, index, shift, scale, seed, bits, block, levels, stats, rounding):  # type: ignore[no-untyped-def]
     rows = x.shape[0] if index is None else index.shape[0]
-    n, dtype = rows * x.shape[1], x.dtype if shift is None else shift.dtype
-    blocks = n // block + (n % block + block - 1) // block
-    return (
-        x.new_empty(_bytes(n, bits, block), dtype=torch.uint8),
-        x.new_empty((blocks, 2), dtype=stats),
-        x.new_empty(blocks, dtype=torch.float64 if dtype == torch.float64 else torch.float32),
-    )
+    dtype = x.dtype if shift is None else shift.dtype
+    return _coded(x, Layout(rows * x.shape[1], block, bits), stats, torch.promote_types(dtype, torch.float32))
 
 
-def _bytes(n, bits, block):  # type: ignore[no-untyped-def]
-    """Of the codes of n elements in blocks."""
-    return n // block * reference.packed_bytes(block, bits) + reference.packed_bytes(n % block, bits)
+def _coded(x: Tensor, layout: Layout, stats: torch.dtype, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """What `quantize` returns, its content aside."""
+    codes = x.new_empty(layout.code_bytes, dtype=torch.uint8)
+    return codes, x.new_empty((layout.blocks, 2), dtype=stats), x.new_empty(layout.blocks, dtype=dtype)
 
 
 @custom_op("dibit::dequantize", mutates_args=())
@@ -168,7 +162,7 @@ def pack_mask(x: Tensor) -> Tensor:
 
 @pack_mask.register_fake
 def _(x):  # type: ignore[no-untyped-def]
-    return x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
+    return x.new_empty(mask_bytes(x.numel()), dtype=torch.uint8)
 
 
 @custom_op("dibit::relu", mutates_args=())
@@ -179,7 +173,7 @@ def relu(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @relu.register_fake
 def _(x):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x), x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
+    return torch.empty_like(x), x.new_empty(mask_bytes(x.numel()), dtype=torch.uint8)
 
 
 @custom_op("dibit::apply_mask", mutates_args=())
@@ -220,7 +214,7 @@ def norm_relu_dropout(
 
 @norm_relu_dropout.register_fake
 def _(x, mean, gain, bias, seed, p):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x), x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
+    return torch.empty_like(x), x.new_empty(mask_bytes(x.numel()), dtype=torch.uint8)
 
 
 @custom_op("dibit::relu_dropout_gradient", mutates_args=())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dibit.codec import ops
 from dibit.codec.backends import reference
+from dibit.codec.layout import Layout, reduced_shape, row_parts
 from dibit.codec.normal_levels import normal_levels
 from dibit.codec.projection import projection, sampled_rows
 from dibit.codec.rng import UNIT, uniform_range
@@ -62,9 +63,14 @@ class Packed:
         return replace(self, codes=none, ranges=none, seed=none, poison=poison, scores=scores)
 
     @property
+    def layout(self) -> Layout:
+        """How `codes` and `ranges` are laid out."""
+        return Layout.of(*self.reduced_shape, self.config)
+
+    @property
     def block(self) -> int:
         """Elements that share one range."""
-        return self.config.elements(*self.reduced_shape)
+        return self.layout.block
 
     @property
     def reduced_shape(self) -> tuple[int, int]:
@@ -100,19 +106,11 @@ class Packed:
 
     def reduced(self, dither: float | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """The reduced tensor (rows kept, columns kept), unpacked; `dither` and `dtype` as in `ops.dequantize`."""
-        rows, width = self.reduced_shape
-        block, levels = blocks(self.config, rows, width)
+        elements, block, bits = self.layout
         return ops.dequantize(
-            self.codes,
-            self.ranges,
-            self.seed,
-            rows * width,
-            self.config.bits,
-            block,
-            levels,
-            self.dither if dither is None else dither,
-            dtype or self.dtype,
-        ).view(rows, width)
+            self.codes, self.ranges, self.seed, elements, bits, block, levels_of(self.config, block),
+            self.dither if dither is None else dither, dtype or self.dtype,
+        ).view(self.reduced_shape)  # fmt: skip
 
     def outer(self, dy: Tensor, sample: tuple[Tensor, Tensor] | None) -> Tensor:
         """dY^T R: (O, columns kept) for dy (N, O) and the reduced tensor R, which is never formed.
@@ -120,12 +118,10 @@ class Packed:
         Args:
             sample: what `sample` gives, in float32, or in float64 for such a dy.
         """
-        rows, width = self.reduced_shape
-        block, levels = blocks(self.config, rows, width)
-        index, weight = sample or (None, None)
+        block, (index, weight) = self.block, sample or (None, None)
         return ops.weight_gradient(
-            self.codes, self.ranges, self.seed, dy.contiguous(), index, weight, rows, width, self.config.bits, block,
-            levels, self.dither,
+            self.codes, self.ranges, self.seed, dy.contiguous(), index, weight, *self.reduced_shape, self.config.bits,
+            block, levels_of(self.config, block), self.dither,
         )  # fmt: skip
 
     @property
@@ -143,7 +139,7 @@ class Packed:
         """First row and end of parts that can be unpacked one by one: on a CPU what its caches hold, else all."""
         if self.codes.device.type != "cpu":
             return iter([(0, self.rows)])
-        return reference.parts(self.rows, self.width, self.block)
+        return row_parts(self.rows, self.width, self.block)
 
     def variance(self) -> Tensor:
         r"""An unbiased estimate of each reduced element's rounding variance :math:`(h - a_{i-1})(a_i - h)`.
@@ -151,37 +147,23 @@ class Packed:
         Given the number u that rounded it to level c, :math:`(1 - 2u) \sum_{i \le c} d_i^2` has that mean: with it, one
         draw of x gives an unbiased x^2. With dither it is a twelfth of a bin's square, whatever x is. Plain torch.
         """
-        rows, width = self.reduced_shape
+        elements, block, bits = self.layout
         if self.config.rounding == "dither":
-            own = reference.dither_variance(self.ranges, rows * width, self.config.bits, self.block)
-            return own.view(rows, width).to(self.dtype)
-        block, levels = blocks(self.config, rows, width)
-        top = 2**self.config.bits - 1
-        gaps = torch.tensor(levels or range(top + 1), dtype=torch.float32, device=self.codes.device).diff()
+            own = reference.dither_variance(self.ranges, elements, bits, block)
+            return own.view(self.reduced_shape).to(self.dtype)
+        top = 2**bits - 1
+        levels = levels_of(self.config, block) or range(top + 1)
+        gaps = torch.tensor(levels, dtype=torch.float32, device=self.codes.device).diff()
         squares = torch.cat((gaps.new_zeros(1), (gaps**2).cumsum(0)))
-        codes = reference.unpack_all(self.codes, rows * width, block, self.config.bits)
+        codes = reference.unpack_all(self.codes, elements, block, bits)
         step = (self.ranges[:, 1].float() - self.ranges[:, 0].float()) / top
-        u = uniform_range(0, rows * width, self.seed) + UNIT / 2
-        per_element = step.square().repeat_interleave(block)[: rows * width]
-        return (squares[codes.int()] * (1 - 2 * u) * per_element).view(rows, width).to(self.dtype)
+        u = uniform_range(0, elements, self.seed) + UNIT / 2
+        per_element = step.square().repeat_interleave(block)[:elements]
+        return (squares[codes.int()] * (1 - 2 * u) * per_element).view(self.reduced_shape).to(self.dtype)
 
 
-def reduced_shape(rows: int, width: int, config: Config) -> tuple[int, int]:
-    match config.reduce:
-        case Project(ratio) if ratio > 1:
-            return rows, max(1, width // ratio)
-        case Sample():
-            return -(-rows // config.reduce.of(rows).ratio), width
-    return rows, width
-
-
-def blocks(config: Config, rows: int, width: int) -> tuple[int, list[float]]:
-    """Block and levels (empty: uniform) as the operators take them, for a reduced matrix of this size."""
-    block = config.elements(rows, width)
-    levels: tuple[float, ...] = ()
+def levels_of(config: Config, block: int) -> list[float]:
+    """The levels as the operators take them, for blocks of this many elements; empty: uniform."""
     if config.levels == "normal":
-        if config.bits > 1 and block > 2:
-            levels = normal_levels(config.bits, block)
-    elif config.levels != "uniform":
-        levels = config.levels
-    return block, list(levels)
+        return list(normal_levels(config.bits, block)) if config.bits > 1 and block > 2 else []
+    return [] if config.levels == "uniform" else list(config.levels)

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from dibit.codec import Affine, Packed, encode, mix, ops, seed_tensor
-from dibit.codec.backends import reference
-from dibit.codec.packed import reduced_shape
+from dibit.codec.layout import Layout, reduced_shape
 from dibit.codec.seed_stream import Key, capturing, draw, replayed_key
 from dibit.compile.spec import LEAF, NORM, settings
 from dibit.config import Config, Sample
@@ -76,15 +75,12 @@ def keep(
 @keep.register_fake
 def _(x, shift, scale, key, draw, text, use):  # type: ignore[no-untyped-def]
     config = settings(text, use).settled(x.shape[0])
-    rows, width = reduced_shape(x.shape[0], x.shape[1], config)
-    n, block = rows * width, config.elements(rows, width)
-    tail = n % block
-    size = n // block * reference.packed_bytes(block, config.bits) + reference.packed_bytes(tail, config.bits)
+    layout = Layout.of(*reduced_shape(x.shape[0], x.shape[1], config), config)
     dtype = torch.float64 if (x if shift is None else shift).dtype == torch.float64 else torch.float32
     sample = config.reduce if isinstance(config.reduce, Sample) else None
     return [
-        x.new_empty(size, dtype=torch.uint8),
-        x.new_empty((n // block + (tail + block - 1) // block, 2), dtype=dtype),
+        x.new_empty(layout.code_bytes, dtype=torch.uint8),
+        x.new_empty((layout.blocks, 2), dtype=dtype),
         x.new_empty((), dtype=torch.float32) if sample is not None else x.new_empty(0),
         x.new_empty(x.shape[0] if sample is not None and sample.by == "norm" else 0, dtype=torch.uint8),
     ]

@@ -1,13 +1,6 @@
-"""The codec's definition in plain torch, for any device. The other backends must agree with it code for code.
-
-A flat tensor is cut into blocks of `block` elements; the last, short one is a block like any other. In a block of G
-elements byte j holds the codes of elements j, j + Q, j + 2Q, ... with Q = ceil(G * bits / 8), lowest bits first.
-"""
+"""The codec's definition in plain torch, for any device. The other backends must agree with it code for code."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,8 +9,8 @@ from dibit._torch.autocast import at_least_single
 from dibit._torch.huge_pages import empty
 from dibit.codec import rng
 from dibit.codec.keep_probabilities import ONE, chances, start
+from dibit.codec.layout import Layout, packed_bytes
 
-PART = 1 << 20  # elements of a matrix that are gathered or unpacked at once: what a CPU's caches hold
 STOCHASTIC, NEAREST = 0, 1  # rounding modes as the operators take them
 
 
@@ -27,10 +20,11 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Codes, ranges as stored, and true widths of the blocks of a flat x; see `ops.quantize`."""
     x = at_least_single(x)
-    full = x.numel() // block * block
+    layout = Layout(x.numel(), block, bits)
+    full = layout.full * block
     parts = [
         _quantize_rows(part.view(rows, -1), number + start, seed, bits, levels, stats, rounding)
-        for part, rows, start in ((x[:full], full // block, 0), (x[full:], 1, full))
+        for part, rows, start in ((x[:full], layout.full, 0), (x[full:], 1, full))
         if part.numel()
     ]
     if not parts:
@@ -70,22 +64,17 @@ def dequantize(
     number: int = 0,
 ) -> Tensor:
     """The flat tensor of `numel` elements that `quantize` encoded, in `dtype`; see `ops.dequantize`."""
-    full = numel // block
-    bytes_full = full * packed_bytes(block, bits)
+    layout = Layout(numel, block, bits)
+    full, bytes_full = layout.full, layout.full * layout.block_bytes
     parts = [
         _dequantize_rows(part.view(rows, -1), rng_part, number + start, size, seed, bits, levels, dither, dtype)
         for part, rng_part, rows, size, start in (
             (codes[:bytes_full], ranges[:full], full, block, 0),
-            (codes[bytes_full:], ranges[full:], 1, numel - full * block, full * block),
+            (codes[bytes_full:], ranges[full:], 1, layout.tail, full * block),
         )
         if rows and size
     ]
     return torch.cat([part.reshape(-1) for part in parts]) if parts else ranges.new_empty(0, dtype=dtype)
-
-
-def packed_bytes(count: int, bits: int) -> int:
-    """Bytes that `count` codes of a block take."""
-    return -(-count // (8 // bits))
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -109,10 +98,10 @@ def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
 
 def unpack_all(packed: Tensor, numel: int, block: int, bits: int) -> Tensor:
     """All codes of a flat tensor of `numel` elements in blocks of `block`: uint8 (numel,)."""
-    full, size = numel // block, packed_bytes(block, bits)
-    head, tail = packed[: full * size], packed[full * size :]
-    codes = unpack(head.view(full, size), block, bits).reshape(-1)
-    return torch.cat((codes, unpack(tail.view(1, -1), numel - full * block, bits).view(-1)))
+    layout = Layout(numel, block, bits)
+    full, size = layout.full, layout.block_bytes
+    codes = unpack(packed[: full * size].view(full, size), block, bits).reshape(-1)
+    return torch.cat((codes, unpack(packed[full * size :].view(1, -1), layout.tail, bits).view(-1)))
 
 
 def outward(low: Tensor, high: Tensor, stats: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -278,14 +267,6 @@ def passed_rows(
     if mask is not None:
         y = apply_mask(y, mask, slope)
     return (y if drop is None else dropout(y, drop, p))[start:stop].clone()
-
-
-def parts(rows: int, width: int, block: int) -> Iterator[tuple[int, int]]:
-    """First row and end of parts that are whole blocks of whole rows (all but the last); one at least."""
-    least = math.lcm(block, max(1, width)) // max(1, width)
-    step = least * max(1, PART // (least * max(1, width)))
-    for first in range(0, max(1, rows), step):
-        yield first, min(rows, first + step)
 
 
 def dropout_scale(p: float, dtype: torch.dtype) -> float:

@@ -13,6 +13,7 @@ from dibit._torch.huge_pages import empty, empty_like
 from dibit.codec import keep_probabilities as chances
 from dibit.codec.backends import reference
 from dibit.codec.backends.cpu import kernels
+from dibit.codec.layout import Layout, mask_bytes, row_parts
 from dibit.codec.numpy_views import array
 from dibit.codec.rng import M1, M2
 
@@ -51,12 +52,10 @@ def quantize(
     if x.dtype != torch.float32:
         return reference.quantize(x, seed, bits, block, levels, stats, rounding, number)
     n = x.numel()
-    full, tail = divmod(n, block)
-    blocks = full + bool(tail)
-    size = full * reference.packed_bytes(block, bits) + reference.packed_bytes(tail, bits)
-    codes = torch.empty(size, dtype=torch.uint8)
-    ranges = torch.empty((blocks, 2), dtype=stats)
-    widths = torch.empty(blocks)
+    layout = Layout(n, block, bits)
+    codes = torch.empty(layout.code_bytes, dtype=torch.uint8)
+    ranges = torch.empty((layout.blocks, 2), dtype=stats)
+    widths = torch.empty(layout.blocks)
     if n:
         half = stats == torch.bfloat16
         plain = np.empty((0, 2), np.float32) if half else array(ranges)
@@ -78,7 +77,7 @@ def quantize_rows(
     if index is None and shift is None and x.dtype not in HALF:
         return quantize(x.reshape(-1), seed, bits, block, levels, stats, rounding)
     found = []
-    for start, stop in reference.parts(rows, width, block):
+    for start, stop in row_parts(rows, width, block):
         part = x[start:stop] if index is None else x.index_select(0, index[start:stop])
         if shift is not None and scale is not None:
             part = reference.moved(part, shift, scale)
@@ -94,13 +93,15 @@ def weight_gradient(
 ) -> Tensor:  # fmt: skip
     """In parts, so that no tensor of full size is made."""
     dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
-    size, grad = reference.packed_bytes(block, bits), dy.new_zeros((dy.shape[1], width), dtype=dtype)
-    for start, stop in reference.parts(rows, width, block):
-        first, count = start * width, (stop - start) * width
-        begin, end = first // block, -(-(first + count) // block)
+    grad = dy.new_zeros((dy.shape[1], width), dtype=dtype)
+    for start, stop in row_parts(rows, width, block):
+        first, part = start * width, Layout((stop - start) * width, block, bits)
+        begin, size = first // block, part.block_bytes
+        end = begin + part.blocks
         x = dequantize(
-            codes[begin * size : end * size], ranges[begin:end], seed, count, bits, block, levels, dither, dtype, first
-        ).view(-1, width)
+            codes[begin * size : end * size], ranges[begin:end], seed, part.elements, bits, block, levels, dither,
+            dtype, first,
+        ).view(-1, width)  # fmt: skip
         if index is None or weight is None:
             own = dy[start:stop].to(dtype)
         else:
@@ -172,7 +173,7 @@ def norm_gradient(
 def pack_mask(x: Tensor) -> Tensor:
     if x.dtype in HALF:  # Numba has no such numbers; as integers their signs are the same
         x = ((x.view(torch.int16) > 0) | x.isnan()).view(torch.uint8)
-    out = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
+    out = torch.empty(mask_bytes(x.numel()), dtype=torch.uint8)
     if x.numel():
         kernels.pack_mask(x.numel(), array(x).reshape(-1), array(out))
     return out
@@ -181,7 +182,7 @@ def pack_mask(x: Tensor) -> Tensor:
 def relu(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.dtype != torch.float32:
         return torch.relu(x), pack_mask(x)
-    y, out = empty_like(x), torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
+    y, out = empty_like(x), torch.empty(mask_bytes(x.numel()), dtype=torch.uint8)
     if x.numel():
         kernels.relu(x.numel(), array(x).reshape(-1), array(y).reshape(-1), array(out))
     return y, out
@@ -213,7 +214,7 @@ def norm_relu_dropout(
 ) -> tuple[Tensor, Tensor]:
     if x.dtype != torch.float32 or mean.dtype != torch.float32:
         return reference.norm_relu_dropout(x, mean, gain, bias, seed, p)
-    y, mask = empty_like(x), torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
+    y, mask = empty_like(x), torch.empty(mask_bytes(x.numel()), dtype=torch.uint8)
     if x.numel():
         vectors = (array(part.contiguous()) for part in (mean, gain, bias))
         scale = np.float32(reference.dropout_scale(p, x.dtype))

@@ -10,6 +10,7 @@ from torch import Tensor
 from dibit.codec.backends import reference
 from dibit.codec.backends.triton.kernels import elementwise as kernels
 from dibit.codec.backends.triton.launch import SINGLE, launch, parts
+from dibit.codec.layout import mask_bytes
 
 _MASK = 512  # bytes of a mask that a program takes: four a thread, and four elements of each slot
 _RUN = 1024  # elements that a program takes
@@ -25,7 +26,7 @@ def _result(x: Tensor) -> Tensor:
 
 
 def _mask_of(x: Tensor) -> Tensor:
-    return x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
+    return x.new_empty(mask_bytes(x.numel()), dtype=torch.uint8)
 
 
 def pack_mask(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from dibit.codec.backends import reference
 from dibit.codec.backends.triton.kernels import products as kernels
 from dibit.codec.backends.triton.launch import SINGLE, as_bits, constant, launch, on_device, parts, power
+from dibit.codec.layout import Layout
 
 _LARGEST = 8192  # elements of a block; larger ones are unpacked before they are multiplied
 _TILE = 1024  # elements that a program holds at once
@@ -21,11 +22,11 @@ def _packing(
     """Numbers and constants that kernels over an encoded matrix take; `None` where they do not serve."""
     if ranges.dtype == torch.float64 or block > _LARGEST or not rows * width:
         return None
-    last, tail = divmod(rows * width, block)
-    numbers = rows, block, last, max(1, reference.packed_bytes(tail, bits))
+    layout = Layout(rows * width, block, bits)
+    numbers = rows, block, layout.full, max(1, layout.tail_bytes)
     return numbers, {
         "WIDTH": width, "BLOCK": constant(block), "BITS": bits, "HALF": ranges.dtype == torch.bfloat16,
-        "TAIL": tail != 0,
+        "TAIL": layout.tail != 0,
     }  # fmt: skip
 
 
