@@ -171,13 +171,13 @@ def test_a_function_of_the_rows_is_encoded_in_their_place(reduce: Sample | Proje
     x, shift, scale = torch.randn(50, 12) * 3 + 1, torch.randn(12), torch.rand(12) + 0.5
     config = Config(block=24, reduce=reduce)
     whole = encode((x - shift) * scale, config, 5)
-    packed = encode(x, config, 5, Affine(shift, scale, watches=False))
+    packed = encode(x, config, 5, Affine(shift, scale, from_statistics=False))
     for a, b in zip(whole.tensors, packed.tensors, strict=True):
         assert torch.equal(a, b)
     assert (packed.shape, packed.dtype) == (whole.shape, whole.dtype)
     x[7, 3] = float("inf")
-    assert decode(encode(x, config, 5, Affine(shift, scale, watches=False)))[7, 3].isnan()
-    half = encode(x.half(), config, 5, Affine(shift, scale, watches=False))
+    assert decode(encode(x, config, 5, Affine(shift, scale, from_statistics=False)))[7, 3].isnan()
+    half = encode(x.half(), config, 5, Affine(shift, scale, from_statistics=False))
     assert half.dtype == torch.float32, "statistics are float32 whatever x is"
 
 
@@ -230,8 +230,8 @@ def test_bytes(bits: int, block: int | str, shape: tuple[int, int]) -> None:
         codes = full * -(-int(size) * bits // 8) + -(-tail * bits // 8)
         blocks = full + bool(tail)
         ranges = 4 if packed.ranges.dtype == torch.bfloat16 else 8
-        poison = 4 if isinstance(reduce, Sample) else 0
-        assert packed.nbytes == codes + ranges * blocks + 8 + poison
+        flag = 4 if isinstance(reduce, Sample) else 0
+        assert packed.nbytes == codes + ranges * blocks + 8 + flag
 
 
 def test_elements_lie_inside_their_stored_range() -> None:
@@ -490,7 +490,7 @@ def test_every_operator_is_checked() -> None:
 def test_in_parts_as_at_once(monkeypatch: pytest.MonkeyPatch, config: Config, affine: bool) -> None:
     """Rounding numbers go with the element, not with the part; sampled rows are gathered part by part."""
     x = torch.randn(1001, 12)
-    function = Affine(torch.randn(12), torch.rand(12), watches=False) if affine else None
+    function = Affine(torch.randn(12), torch.rand(12), from_statistics=False) if affine else None
     whole = encode(x, config, 3, function)
     expected = whole.reduced()
     dy = torch.randn(1001, 5)

@@ -100,7 +100,7 @@ CONFIGS = {
 @pytest.mark.usefixtures("interpreted")
 def test_the_codec_on_these_kernels(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(150, 16)
-    function = Affine(x.mean(0), x.std(0), watches=True)
+    function = Affine(x.mean(0), x.std(0), from_statistics=True)
     for affine in (None, function):
         own = encode(x, config, 3, affine)
         value = decode(own)

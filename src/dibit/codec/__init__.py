@@ -12,7 +12,7 @@ from dibit.codec.layout import Layout, reduced_shape
 from dibit.codec.packed import Packed, levels_of
 from dibit.codec.projection import projection, sampled_rows
 from dibit.codec.rng import mix, seed_tensor
-from dibit.codec.row_sampling import LEFT_OUT, picked, row_scores
+from dibit.codec.row_sampling import LEFT_OUT, row_scores
 from dibit.config import Config, Project, Sample
 
 __all__ = ["Affine", "Packed", "decode", "encode", "encoded_bytes", "mix", "norm_scores", "reduced", "seed_tensor"]
@@ -27,21 +27,21 @@ class Affine:
 
     Attributes:
         shift, scale: (D,), of the dtype in which the result is computed.
-        watches: they are statistics of x, so that they are not finite where x is not.
+        from_statistics: whether both are statistics of x itself, so that they are not finite where x is not.
     """
 
     shift: Tensor
     scale: Tensor
-    watches: bool
+    from_statistics: bool
 
     def __call__(self, x: Tensor) -> Tensor:
         """The rows of x (N, D), moved and scaled, in a tensor of their own."""
-        return reference.moved(x, self.shift, self.scale)
+        return reference.affine(x, self.shift, self.scale)
 
     def finite(self, x: Tensor) -> Tensor:
         """`ops.finite` of the result."""
         own = ops.finite(self.shift) + ops.finite(self.scale)
-        return own if self.watches else own + ops.finite(x)
+        return own if self.from_statistics else own + ops.finite(x)
 
 
 def encode(
@@ -89,17 +89,17 @@ def _encoded(
     x = x.reshape(shape[:-1].numel(), shape[-1] if shape else 1)
     if affine is not None:
         dtype = affine.shift.dtype
-    index = poison = None
+    index = flag = None
     count = 0
     if isinstance(config.reduce, Sample):
-        poison = ops.finite(x) if affine is None else affine.finite(x)
+        flag = ops.finite(x) if affine is None else affine.finite(x)
         if scores is None and config.reduce.by == "norm":
             scores = norm_scores(x)
         if scores is None:
             index = sampled_rows(x.shape[0], config.reduce.ratio, seed)[0]
         else:
             count = -(-(x.shape[0] if candidates is None else candidates) // config.reduce.ratio)
-            index = picked(scores, count, seed)[0]
+            index = ops.pick_rows(scores, seed, count)[0]
     else:
         scores = None
         if affine is not None and isinstance(config.reduce, Project):
@@ -108,7 +108,7 @@ def _encoded(
     codes, ranges, widths = _quantized(x, config, seed, affine, index, stats)
     if stats == torch.bfloat16 and x.device.type == "cpu" and _blown_up(ranges, widths):
         codes, ranges, _ = _quantized(x, config, seed, affine, index, torch.float32)
-    return Packed(codes, ranges, seed, poison, shape, dtype, config, scores, count)
+    return Packed(codes, ranges, seed, flag, shape, dtype, config, scores, count)
 
 
 def norm_scores(x: Tensor) -> Tensor:
@@ -152,10 +152,10 @@ def decode(packed: Packed) -> Tensor:
         elif (sample := packed.sample(dtype)) is not None:
             index, weight = sample
             full = reduced.new_zeros(packed.rows, packed.width)
-            if packed.poison is not None:
-                full += packed.poison.to(full.dtype)
+            if packed.nonfinite_flag is not None:
+                full += packed.nonfinite_flag.to(full.dtype)
             reduced = full.index_copy_(0, index, reduced * weight[:, None])  # no row twice
-        return reference.narrowed(reduced, packed.dtype).view(packed.shape)
+        return reference.cast_clamped(reduced, packed.dtype).view(packed.shape)
 
 
 def encoded_bytes(shape: torch.Size, config: Config) -> int:

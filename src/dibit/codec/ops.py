@@ -302,15 +302,16 @@ def _(x):  # type: ignore[no-untyped-def]
 
 @custom_op("dibit::pick_rows", mutates_args=())
 def pick_rows(scores: Tensor, seed: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Systematic sampling with the probabilities of `keep_probabilities`: `row_sampling.picked`.
+    """Systematic sampling with the probabilities of `dibit.codec.keep_probabilities`, without replacement.
 
     Args:
-        scores: uint8 (N,).
+        scores: uint8 (N,), see `dibit.codec.row_sampling`.
         seed: int64 0-d.
-        count: rows to pick.
+        count: rows to pick, at most those that are not `LEFT_OUT`.
 
     Returns:
-        index int64 (count,), weight float32 (count,); entries beyond the sum of all chances have weight 0.
+        index int64 (count,), increasing; weight float32 (count,) = 1 / probability. Since probabilities are rounded
+        down, their sum may fall short of `count`: then the last entry has weight 0.
     """
     return reference.pick_rows(scores, seed, count)
 

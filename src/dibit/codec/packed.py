@@ -14,7 +14,6 @@ from dibit.codec.layout import Layout, reduced_shape, row_parts
 from dibit.codec.normal_levels import normal_levels
 from dibit.codec.projection import projection, sampled_rows
 from dibit.codec.rng import UNIT, uniform_range
-from dibit.codec.row_sampling import picked
 from dibit.config import Config, Project, Sample
 
 
@@ -26,7 +25,7 @@ class Packed:
         codes: uint8 (bytes,).
         ranges: (blocks, 2), low and high of each block.
         seed: int64 0-d; rounding, projection and rows are drawn from it.
-        poison: float32 0-d, NaN where a row that was not kept is not finite, else 0; `None` where every row is kept.
+        nonfinite_flag: float32 0-d, NaN if a row is not finite, kept or not, else 0; `None` where every row is kept.
         shape, dtype: of the tensor.
         config: what was done to it.
         scores: uint8 (rows,), of which the rows kept are drawn again; `None` where they are uniform, or all.
@@ -36,7 +35,7 @@ class Packed:
     codes: Tensor
     ranges: Tensor
     seed: Tensor
-    poison: Tensor | None
+    nonfinite_flag: Tensor | None
     shape: torch.Size
     dtype: torch.dtype
     config: Config
@@ -46,21 +45,21 @@ class Packed:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What takes memory."""
-        rest = (x for x in (self.poison, self.scores) if x is not None)
+        rest = (x for x in (self.nonfinite_flag, self.scores) if x is not None)
         return (self.codes, self.ranges, self.seed, *rest)
 
     def with_tensors(self, tensors: tuple[Tensor, ...]) -> Packed:
         """The same with its tensors put back, in the order of `tensors`."""
         codes, ranges, seed, *rest = tensors
-        poison = rest.pop(0) if self.poison is not None else None
+        flag = rest.pop(0) if self.nonfinite_flag is not None else None
         scores = rest.pop(0) if self.scores is not None else None
-        return replace(self, codes=codes, ranges=ranges, seed=seed, poison=poison, scores=scores)
+        return replace(self, codes=codes, ranges=ranges, seed=seed, nonfinite_flag=flag, scores=scores)
 
     def without_tensors(self) -> Packed:
         """Its description alone, for whoever keeps the tensors elsewhere."""
         none = torch.empty(0)
-        poison, scores = (None if x is None else none for x in (self.poison, self.scores))
-        return replace(self, codes=none, ranges=none, seed=none, poison=poison, scores=scores)
+        flag, scores = (None if x is None else none for x in (self.nonfinite_flag, self.scores))
+        return replace(self, codes=none, ranges=none, seed=none, nonfinite_flag=flag, scores=scores)
 
     @property
     def layout(self) -> Layout:
@@ -95,14 +94,17 @@ class Packed:
         return projection(self.width, reduce.ratio, self.seed, dtype) if isinstance(reduce, Project) else None
 
     def sample(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """Index int64 (m,) and weight (m,) of the rows kept, where rows were sampled. The weight carries the poison."""
+        """Index int64 (m,) and weight (m,) of the rows kept, where rows were sampled.
+
+        The weights are NaN if a row of the tensor, kept or not, is not finite.
+        """
         if not isinstance(self.config.reduce, Sample):
             return None
         if self.scores is not None:
-            index, weight = picked(self.scores, self.count, self.seed)
+            index, weight = ops.pick_rows(self.scores, self.seed, self.count)
         else:
             index, weight = sampled_rows(self.rows, self.config.reduce.ratio, self.seed)
-        return index, (weight if self.poison is None else weight + self.poison).to(dtype)
+        return index, (weight if self.nonfinite_flag is None else weight + self.nonfinite_flag).to(dtype)
 
     def reduced(self, dither: float | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """The reduced tensor (rows kept, columns kept), unpacked; `dither` and `dtype` as in `ops.dequantize`."""

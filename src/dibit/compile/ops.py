@@ -2,7 +2,7 @@
 
 Opaque to the compiler, so that it neither computes the codes twice nor decodes them early: every operator that decodes
 takes the gradient, and so runs in the backward pass and at its own place there. Inside they are the code of an
-uncompiled pass. A residual is four tensors, `[codes, ranges, poison, scores]`, empty where there is none.
+uncompiled pass. A residual is four tensors, `[codes, ranges, nonfinite_flag, scores]`, empty where there is none.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ def keep(
         draw: the number of this residual within the pass.
         text, use: see `dibit.compile.spec`.
     """
-    affine = None if shift is None or scale is None else Affine(shift, scale, watches=True)
+    affine = None if shift is None or scale is None else Affine(shift, scale, from_statistics=True)
     packed = encode(x, settings(text, use), seed(key, draw), affine)
     none = x.new_empty(0)
-    poison = none if packed.poison is None else packed.poison
-    return [packed.codes, packed.ranges, poison, none.to(torch.uint8) if packed.scores is None else packed.scores]
+    flag = none if packed.nonfinite_flag is None else packed.nonfinite_flag
+    return [packed.codes, packed.ranges, flag, none.to(torch.uint8) if packed.scores is None else packed.scores]
 
 
 @keep.register_fake
@@ -90,7 +90,7 @@ def residual(
     kept: list[Tensor], key: Tensor, draw: int, rows: int, width: int, dtype: torch.dtype, config: Config
 ) -> Compressed:
     """What `keep` returned, as the residual that it is."""
-    codes, ranges, poison, scores = kept
+    codes, ranges, flag, scores = kept
     config = config.settled(rows)
     sample = config.reduce if isinstance(config.reduce, Sample) else None
     by_scores = sample is not None and sample.by == "norm"
@@ -100,7 +100,7 @@ def residual(
             codes,
             ranges,
             seed(key, draw),
-            poison if sample is not None else None,
+            flag if sample is not None else None,
             torch.Size((rows, width)),
             dtype,
             config,

@@ -8,7 +8,7 @@ from torch import Tensor
 from dibit._torch.autocast import at_least_single
 from dibit._torch.huge_pages import empty
 from dibit.codec import rng
-from dibit.codec.keep_probabilities import ONE, chances, start
+from dibit.codec.keep_probabilities import FIXED_POINT_ONE, keep_probabilities, sampling_start
 from dibit.codec.layout import Layout, packed_bytes
 
 STOCHASTIC, NEAREST = 0, 1  # rounding modes as the operators take them
@@ -41,11 +41,11 @@ def quantize_rows(
     if index is not None:
         x = x.index_select(0, index)
     if shift is not None and scale is not None:
-        x = moved(x, shift, scale)
+        x = affine(x, shift, scale)
     return quantize(x.reshape(-1), seed, bits, block, levels, stats, rounding)
 
 
-def moved(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def affine(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """(x - shift) * scale for x (N, D), rows of it (D,), in their dtype and in a tensor of its own."""
     x = x.to(shift.dtype)
     return torch.sub(x, shift, out=empty(x.shape, x.dtype, x.device)).mul_(scale)
@@ -104,7 +104,7 @@ def unpack_all(packed: Tensor, numel: int, block: int, bits: int) -> Tensor:
     return torch.cat((codes, unpack(packed[full * size :].view(1, -1), layout.tail, bits).view(-1)))
 
 
-def outward(low: Tensor, high: Tensor, stats: torch.dtype) -> tuple[Tensor, Tensor]:
+def round_outward(low: Tensor, high: Tensor, stats: torch.dtype) -> tuple[Tensor, Tensor]:
     """`low` rounded down and `high` rounded up to `stats`, so that every element lies inside the stored range."""
     if stats == low.dtype:
         return low, high
@@ -123,8 +123,8 @@ def _quantize_rows(
     finite = low.isfinite() & high.isfinite()
     nan = torch.full_like(low, float("nan"))  # a block with NaN or inf decodes to NaN: never a finite lie
     low, high = torch.where(finite, low, nan), torch.where(finite, high, nan)
-    stored = outward(low, high, stats)
-    zero, width, scale = _affine(*(end.to(x.dtype) for end in stored))
+    stored = round_outward(low, high, stats)
+    zero, width, scale = _range_parameters(*(end.to(x.dtype) for end in stored))
     h = torch.where(width > 0, (x * scale - zero) / width * top, 0)
     if levels:
         grid = torch.tensor(levels, dtype=x.dtype, device=x.device)
@@ -156,15 +156,15 @@ def _dequantize_rows(
     codes = unpack(packed, count, bits)
     h = torch.tensor(levels, dtype=work, device=packed.device)[codes.int()] if levels else codes.to(work)
     low, high = ranges[:, :1].to(work), ranges[:, 1:].to(work)
-    zero, width, scale = _affine(low, high)
+    zero, width, scale = _range_parameters(low, high)
     step = width / (2**bits - 1)
     if dither:
         u = rng.uniform_range(start, start + codes.numel(), seed).view(codes.shape).to(work)
         value = ((h + (u - (0.5 - rng.UNIT / 2)) * dither) * step + zero) / scale
         most = torch.finfo(work).max  # dither goes half a bin beyond the range
-        return narrowed(value.clamp(-most, most), dtype)
+        return cast_clamped(value.clamp(-most, most), dtype)
     value = (h * step + zero) / scale
-    return narrowed(torch.where(value > high, high, torch.where(value < low, low, value)), dtype)
+    return cast_clamped(torch.where(value > high, high, torch.where(value < low, low, value)), dtype)
 
 
 def column_sums(codes: Tensor, ranges: Tensor, seed: Tensor, g: Tensor, bits: int, block: int, dither: float) -> Tensor:
@@ -203,14 +203,14 @@ def weight_gradient(
     return dy.index_select(0, index).to(dtype).mul_(weight[:, None]).T @ x
 
 
-def narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:
+def cast_clamped(value: Tensor, dtype: torch.dtype) -> Tensor:
     """`value` in `dtype`. A range rounded outwards may lie beyond float16's largest number: no infinity comes of it."""
     if dtype == torch.float16:
         value = value.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
     return value.to(dtype)
 
 
-def _affine(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _range_parameters(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Zero point, width and scale of ranges; the scale is 1/2 where high - low would overflow."""
     scale = torch.where((high - low).isinf(), 0.5, 1.0).to(low.dtype)
     zero = low * scale
@@ -286,13 +286,13 @@ def row_scores(x: Tensor) -> Tensor:
 
 
 def pick_rows(scores: Tensor, seed: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The rows in whose share of the summed chances `start + j * ONE` falls, j = 0 ... count - 1."""
-    chance = chances(scores, count)[scores.long()]
-    at = start(seed) + torch.arange(count, device=scores.device) * ONE
-    index = torch.searchsorted(chance.cumsum(0), at, right=True)
+    """The rows in whose share of the summed probabilities `start + j` falls, j = 0 ... count - 1."""
+    probability = keep_probabilities(scores, count)[scores.long()]
+    at = sampling_start(seed) + torch.arange(count, device=scores.device) * FIXED_POINT_ONE
+    index = torch.searchsorted(probability.cumsum(0), at, right=True)
     beyond = index >= scores.numel()
     index.clamp_(max=max(scores.numel() - 1, 0))
-    weight = ONE / chance[index].clamp(min=1).double()
+    weight = FIXED_POINT_ONE / probability[index].clamp(min=1).double()
     return index, torch.where(beyond, 0, weight).float()
 
 

@@ -9,7 +9,7 @@ import numba as nb
 import numpy as np
 
 from dibit.codec.backends.cpu.jit import Kernel, inlined
-from dibit.codec.keep_probabilities import ONE
+from dibit.codec.keep_probabilities import FIXED_POINT_ONE
 from dibit.codec.rng import C1, C2, C3, UNIT
 
 u32, u64, i32, f32 = np.uint32, np.uint64, np.int32, np.float32
@@ -546,14 +546,14 @@ def row_scores(x, sums, bits, out):  # type: ignore[no-untyped-def]
 
 
 @Kernel
-def pick_rows(scores, chances, start, index, weight):  # type: ignore[no-untyped-def]
+def pick_rows(scores, probabilities, start, index, weight):  # type: ignore[no-untyped-def]
     total, at, found = np.int64(0), np.int64(start), 0
     for row in range(scores.size):
-        chance = chances[scores[row]]
-        total += chance
+        probability = probabilities[scores[row]]
+        total += probability
         if total > at and found < index.size:
-            index[found], weight[found] = row, f32(np.float64(ONE) / np.float64(chance))
+            index[found], weight[found] = row, f32(np.float64(FIXED_POINT_ONE) / np.float64(probability))
             found += 1
-            at += np.int64(ONE)
+            at += np.int64(FIXED_POINT_ONE)
     for k in range(found, index.size):
         index[k], weight[k] = max(scores.size - 1, 0), f32(0)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dibit._torch.autocast import HALF, at_least_single
 from dibit._torch.huge_pages import empty, empty_like
-from dibit.codec import keep_probabilities as chances
 from dibit.codec.backends import reference
 from dibit.codec.backends.cpu import kernels
+from dibit.codec.keep_probabilities import keep_probabilities, sampling_start
 from dibit.codec.layout import Layout, mask_bytes, row_parts
 from dibit.codec.numpy_views import array
 from dibit.codec.rng import M1, M2
@@ -80,7 +80,7 @@ def quantize_rows(
     for start, stop in row_parts(rows, width, block):
         part = x[start:stop] if index is None else x.index_select(0, index[start:stop])
         if shift is not None and scale is not None:
-            part = reference.moved(part, shift, scale)
+            part = reference.affine(part, shift, scale)
         flat = at_least_single(part).reshape(-1)
         found.append(quantize(flat, seed, bits, block, levels, stats, rounding, start * width))
     codes, ranges, widths = (torch.cat(same) for same in zip(*found, strict=True))
@@ -138,7 +138,7 @@ def dequantize(
             np.float32(dither),
             number,
         )
-    return reference.narrowed(out, dtype)
+    return reference.cast_clamped(out, dtype)
 
 
 def column_sums(codes: Tensor, ranges: Tensor, seed: Tensor, g: Tensor, bits: int, block: int, dither: float) -> Tensor:
@@ -289,9 +289,11 @@ def row_scores(x: Tensor) -> Tensor:
 
 def pick_rows(scores: Tensor, seed: Tensor, count: int) -> tuple[Tensor, Tensor]:
     index, weight = torch.empty(count, dtype=torch.int64), torch.empty(count)
-    chance, begin = chances.chances(scores, count), np.int64(int(chances.start(seed)))
+    start = np.int64(int(sampling_start(seed)))
     # one running sum: never in parallel
-    kernels.pick_rows(0, array(scores), array(chance), begin, array(index), array(weight))
+    kernels.pick_rows(
+        0, array(scores), array(keep_probabilities(scores, count)), start, array(index), array(weight)
+    )  # fmt: skip
     return index, weight
 
 

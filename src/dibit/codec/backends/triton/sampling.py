@@ -1,4 +1,4 @@
-"""Which rows are kept: scores, chances and systematic sampling, all on the device."""
+"""Which rows are kept: scores, probabilities and systematic sampling, all on the device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from dibit.codec.backends import reference
 from dibit.codec.backends.triton.kernels import sampling as kernels
 from dibit.codec.backends.triton.launch import SINGLE, launch, parts, power
-from dibit.codec.keep_probabilities import FLOOR, START
+from dibit.codec.keep_probabilities import FLOOR, SAMPLING_SALT
 
 _TILE = 2048  # elements that a program adds up at once
 _RUN = 1024  # rows that a program takes
@@ -34,17 +34,18 @@ def pick_rows(scores: Tensor, seed: Tensor, count: int) -> tuple[Tensor, Tensor]
     device, tiles = scores.device, parts(rows, _RUN)
     scores = scores.contiguous()
     counts = scores.new_zeros(256, dtype=torch.int32)
-    chance, start = scores.new_empty(256, dtype=torch.int64), scores.new_empty(1, dtype=torch.int64)
+    probabilities, start = scores.new_empty(256, dtype=torch.int64), scores.new_empty(1, dtype=torch.int64)
     sums = scores.new_empty(tiles, dtype=torch.int64)
     index = scores.new_empty(count, dtype=torch.int64)
     weight = scores.new_empty(count, dtype=torch.float32)
     launch(kernels.count_scores, (tiles,), device, scores, counts, rows, T=_RUN)
     launch(
-        kernels.chances, (1,), device, counts, seed, chance, start, count, SALT=START, FLOOR=FLOOR,
+        kernels.keep_probabilities, (1,), device, counts, seed, probabilities, start, count, SALT=SAMPLING_SALT,
+        FLOOR=FLOOR,
     )  # fmt: skip
-    launch(kernels.sum_chances, (tiles,), device, scores, chance, sums, rows, T=_RUN)
+    launch(kernels.sum_probabilities, (tiles,), device, scores, probabilities, sums, rows, T=_RUN)
     launch(
-        kernels.pick_rows, (tiles,), device, scores, chance, start, sums, sums.cumsum(0), index, weight, rows, count,
-        T=_RUN,
+        kernels.pick_rows, (tiles,), device, scores, probabilities, start, sums, sums.cumsum(0), index, weight, rows,
+        count, T=_RUN,
     )  # fmt: skip
     return index, weight
