@@ -360,7 +360,7 @@ def test_threads_may_use_the_parallel_kernels_at_once() -> None:
 def test_as_many_threads_as_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     import numba
 
-    from dibit.codec.backends.cpu import kernels
+    from dibit.codec.backends.cpu.kernels import elementwise as kernels
 
     before = torch.get_num_threads()
     used: list[int] = []
@@ -411,9 +411,9 @@ def test_ctrl_c_while_a_kernel_is_loaded_comes_afterwards() -> None:
 
 
 def kernels_stats() -> object:
-    from dibit.codec.backends.cpu import kernels
+    from dibit.codec.backends.cpu.kernels.elementwise import relu
 
-    return kernels.relu.serial.stats
+    return relu.serial.stats
 
 
 def test_says_once_that_it_compiles(tmp_path: Path) -> None:

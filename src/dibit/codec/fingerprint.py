@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from dibit.codec.numpy_views import array
-from dibit.codec.rng import M1, M2
+from dibit.codec.rng import GOLDEN, splitmix64
 
-GOLDEN = 0x9E3779B97F4A7C15
 _PART = 1 << 20  # words at a time on a device: temporary memory stays small
 _FEW = 1 << 13  # bytes that Python's own hash has read before a kernel has started
 
@@ -36,7 +35,7 @@ def fingerprint(x: Tensor) -> int | Tensor:
         return hash(raw.tobytes())
     if not _compiled():
         return int(of_bytes(flat))
-    from dibit.codec.backends.cpu import kernels
+    from dibit.codec.backends.cpu.kernels import fingerprint as kernels
 
     if raw.ctypes.data % 8:  # a view that begins between two words
         raw = raw.copy()
@@ -58,8 +57,5 @@ def of_bytes(flat: Tensor) -> Tensor:
     for start in range(0, words.numel(), _PART):
         part = words[start : start + _PART]
         number = torch.arange(start + 1, start + 1 + part.numel(), dtype=torch.int64, device=flat.device)
-        z = part + number * (GOLDEN - 2**64)
-        for shift, factor in ((30, M1), (27, M2)):
-            z = (z ^ ((z >> shift) & (2 ** (64 - shift) - 1))) * factor
-        total += (z ^ ((z >> 31) & (2**33 - 1))).sum()
+        total += splitmix64(part + number * (GOLDEN - 2**64)).sum()
     return total

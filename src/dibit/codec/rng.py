@@ -16,6 +16,7 @@ from torch import Tensor
 MASK32 = 0xFFFFFFFF
 C1, C2, C3 = 0x7FEB352D, 0x846CA68B, 0x9E3779B1  # odd; C1 and C2 from a search for low avalanche bias
 M1, M2 = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64  # of SplitMix64, as signed 64-bit numbers
+GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's step
 UNIT = 2.0**-24  # 24 random bits fill a float32's mantissa: every multiple of 2^-24 in [0, 1) is exact
 
 
@@ -31,12 +32,16 @@ def seed_tensor(seed: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def keys(seed: Tensor) -> tuple[Tensor, Tensor]:
-    """The two halves of the key of a seed, int64 0-d in [0, 2^32): SplitMix64's finaliser, a bijection."""
-    z = seed
+    """The two halves of the key of a seed, int64 0-d in [0, 2^32)."""
+    z = splitmix64(seed)
+    return z & MASK32, (z >> 32) & MASK32
+
+
+def splitmix64(z: Tensor) -> Tensor:
+    """SplitMix64's finaliser, a bijection of 64 bits, for each element of an int64 tensor."""
     for shift, factor in ((30, M1), (27, M2)):
         z = (z ^ ((z >> shift) & (2 ** (64 - shift) - 1))) * factor  # torch shifts signed numbers: clear what comes in
-    z = z ^ ((z >> 31) & (2**33 - 1))
-    return z & MASK32, (z >> 32) & MASK32
+    return z ^ ((z >> 31) & (2**33 - 1))
 
 
 def hash32(counter: Tensor, seed: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from dibit.codec.backends.triton.elementwise import (
     finite,
     norm_relu_dropout,
     pack_mask,
+    passed_rows,
     relu,
     relu_dropout_gradient,
     signs,
@@ -20,5 +21,6 @@ from dibit.codec.backends.triton.sampling import pick_rows, row_scores
 
 __all__ = [
     "apply_mask", "column_sums", "dequantize", "dropout", "finite", "norm_gradient", "norm_relu_dropout", "pack_mask",
-    "pick_rows", "quantize", "quantize_rows", "relu", "relu_dropout_gradient", "row_scores", "signs", "weight_gradient",
+    "passed_rows", "pick_rows", "quantize", "quantize_rows", "relu", "relu_dropout_gradient", "row_scores", "signs",
+    "weight_gradient",
 ]  # fmt: skip

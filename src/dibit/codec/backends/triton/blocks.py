@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dibit.codec.backends import reference
+from dibit.codec.backends.reference import NEAREST
 from dibit.codec.backends.triton.kernels import blocks as kernels
 from dibit.codec.backends.triton.launch import SINGLE, as_bits, constant, launch, on_device, parts, power
+from dibit.codec.dispatch import kernel
 from dibit.codec.layout import Layout, packed_bytes
 
 _MOST = 2048  # bytes of a block that one program takes whole
@@ -17,21 +18,19 @@ _TILE = 1024  # bytes that a program takes of blocks that several share
 _ELEMENTS = 4096  # that a program takes of whole blocks
 
 
+@kernel(x=SINGLE)
 def quantize(
     x: Tensor, seed: Tensor, bits: int, block: int, levels: list[float], stats: torch.dtype, rounding: int,
     number: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    if x.dtype not in SINGLE:
-        return reference.quantize(x, seed, bits, block, levels, stats, rounding, number)
     return _quantize(x, None, None, None, x.numel(), 0, seed, bits, block, levels, stats, rounding, number)
 
 
+@kernel(x=SINGLE, shift=torch.float32)
 def quantize_rows(
     x: Tensor, index: Tensor | None, shift: Tensor | None, scale: Tensor | None, seed: Tensor, bits: int, block: int,
     levels: list[float], stats: torch.dtype, rounding: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    if x.dtype not in SINGLE or (shift is not None and shift.dtype != torch.float32):
-        return reference.quantize_rows(x, index, shift, scale, seed, bits, block, levels, stats, rounding)
     if index is None and shift is None:
         return quantize(x.reshape(-1), seed, bits, block, levels, stats, rounding)
     n = x.numel() if index is None else index.shape[0] * x.shape[1]
@@ -50,7 +49,7 @@ def _quantize(
     widths = x.new_empty(layout.blocks, dtype=torch.float32)
     table = on_device(levels, x.device, widths)
     meta = {
-        "BITS": bits, "LEVELS": bool(levels), "NEAREST": rounding == reference.NEAREST,
+        "BITS": bits, "LEVELS": bool(levels), "NEAREST": rounding == NEAREST,
         "HALF": stats == torch.bfloat16, "WIDTH": width, "GATHER": index is not None, "AFFINE": shift is not None,
     }  # fmt: skip
     moved = tuple(x if part is None else part.contiguous() for part in (index, shift, scale))
@@ -97,20 +96,11 @@ def _shape(layout: Layout, count: int, own: int) -> tuple[int, int, int, int]:
     return t, max(1, _ELEMENTS * layout.bits // 8 // t), 1, fixed
 
 
+@kernel(ranges=SINGLE, dtype=SINGLE)
 def dequantize(
-    codes: Tensor,
-    ranges: Tensor,
-    seed: Tensor,
-    numel: int,
-    bits: int,
-    block: int,
-    levels: list[float],
-    dither: float,
-    dtype: torch.dtype,
-    number: int = 0,
-) -> Tensor:
-    if dtype not in SINGLE or ranges.dtype == torch.float64:
-        return reference.dequantize(codes, ranges, seed, numel, bits, block, levels, dither, dtype, number)
+    codes: Tensor, ranges: Tensor, seed: Tensor, numel: int, bits: int, block: int, levels: list[float], dither: float,
+    dtype: torch.dtype, number: int = 0,
+) -> Tensor:  # fmt: skip
     out = codes.new_empty(numel, dtype=dtype)
     layout = Layout(numel, block, bits)
     table = on_device(levels, codes.device, out)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dibit.codec.backends import reference
 from dibit.codec.backends.triton.kernels import sampling as kernels
 from dibit.codec.backends.triton.launch import SINGLE, launch, parts, power
+from dibit.codec.dispatch import kernel
 from dibit.codec.keep_probabilities import FLOOR, SAMPLING_SALT
 
 _TILE = 2048  # elements that a program adds up at once
 _RUN = 1024  # rows that a program takes
 
 
+@kernel(x=SINGLE)
 def row_scores(x: Tensor) -> Tensor:
-    if x.dtype not in SINGLE:
-        return reference.row_scores(x)
     rows, width = x.shape
     out = x.new_empty(rows, dtype=torch.uint8)
     c = power(width, 16, 256)
@@ -27,10 +26,11 @@ def row_scores(x: Tensor) -> Tensor:
     return out
 
 
+@kernel()
 def pick_rows(scores: Tensor, seed: Tensor, count: int) -> tuple[Tensor, Tensor]:
     rows = scores.numel()
     if not rows:
-        return reference.pick_rows(scores, seed, count)
+        return NotImplemented
     device, tiles = scores.device, parts(rows, _RUN)
     scores = scores.contiguous()
     counts = scores.new_zeros(256, dtype=torch.int32)
