@@ -20,13 +20,13 @@ from dibit.codec.rng import seed_tensor
 from dibit.codec.row_sampling import LEFT_OUT, row_scores
 from dibit.config import Config, Project, Sample
 
-_ROWS = 1 << 13  # of half precision that are taken to float32 at once
-_BLOW_UP = 1.5  # above this, ranges rounded to bfloat16 are so much wider than the true ones that float32 pays
+_ROWS = 1 << 13  # this many rows of half precision are converted to float32 at a time
+_BLOW_UP = 1.5  # where rounding to bfloat16 widens the ranges by more than this factor, they are kept in float32
 
 
 @dataclass(frozen=True)
 class Affine:
-    """(x - shift) * scale, encoded in the place of x; computed for the rows alone that are kept.
+    """A function (x - shift) * scale that is encoded in the place of x; it is computed only for rows that are kept.
 
     Attributes:
         shift, scale: (D,), of the dtype in which the result is computed.
@@ -38,11 +38,11 @@ class Affine:
     from_statistics: bool
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The rows of x (N, D), moved and scaled, in a tensor of their own."""
+        """The function's value for x (N, D), in a tensor of its own."""
         return reference.affine(x, self.shift, self.scale)
 
     def finite(self, x: Tensor) -> Tensor:
-        """`ops.finite` of the result."""
+        """float32 0-d: 0 where the function's value for x is finite, else NaN; the value itself is not computed."""
         own = ops.finite(self.shift) + ops.finite(self.scale)
         return own if self.from_statistics else own + ops.finite(x)
 
@@ -62,9 +62,9 @@ def encode(
         config: bits, block, reduce, levels, stats and rounding are used. A `Project` needs D > ratio to help and is
             left out at ratio 1.
         seed: 0-d int64 tensor on the device of x, or an int.
-        affine: encode this function of the rows instead.
-        scores: uint8 (N,), by which `Sample` takes rows (`dibit.codec.row_sampling`). Without them `by="norm"`
-            takes the norms of the rows, and `by="gradient"` takes rows uniformly.
+        affine: a function of the rows that is encoded in their place.
+        scores: uint8 (N,), the scores by which `Sample` chooses rows (`dibit.codec.row_sampling`). Without them,
+            `by="norm"` uses the norms of the rows, and `by="gradient"` chooses rows uniformly.
         candidates: how many of the scores are not `LEFT_OUT`; default N.
 
     Returns:
@@ -82,12 +82,13 @@ def encode(
     elif isinstance(config.reduce, Sample):
         config = replace(config, reduce=config.reduce.of(candidates))
     with exact_dtypes(x.device):
-        return _encoded(x.detach(), config, seed, affine, scores, candidates)
+        return _encode(x.detach(), config, seed, affine, scores, candidates)
 
 
-def _encoded(
+def _encode(
     x: Tensor, config: Config, seed: Tensor, affine: Affine | None, scores: Tensor | None, candidates: int | None
 ) -> Packed:
+    """`encode` of checked arguments."""
     shape, dtype = x.shape, x.dtype
     x = x.reshape(shape[:-1].numel(), shape[-1] if shape else 1)
     if affine is not None:
@@ -108,21 +109,21 @@ def _encoded(
         if affine is not None and isinstance(config.reduce, Project):
             x, affine = affine(x), None
     stats = torch.float64 if dtype == torch.float64 else config.stats
-    codes, ranges, widths = _quantized(x, config, seed, affine, index, stats)
+    codes, ranges, widths = _quantize(x, config, seed, affine, index, stats)
     if stats == torch.bfloat16 and x.device.type == "cpu" and _blown_up(ranges, widths):
-        codes, ranges, _ = _quantized(x, config, seed, affine, index, torch.float32)
+        codes, ranges, _ = _quantize(x, config, seed, affine, index, torch.float32)
     return Packed(codes, ranges, seed, flag, shape, dtype, config, scores, count)
 
 
 def norm_scores(x: Tensor) -> Tensor:
-    """Scores by the norms of the rows of x (N, D); a row that is not finite, or whose square is not, weighs most."""
+    """Scores uint8 (N,) by the norms of the rows of x (N, D); where a squared norm is not finite, the largest score."""
     return row_scores(x).clamp_(max=LEFT_OUT - 1)
 
 
-def _quantized(
+def _quantize(
     x: Tensor, config: Config, seed: Tensor, affine: Affine | None, index: Tensor | None, stats: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, ranges and true widths of a matrix, of its projection, or of its rows `index`."""
+    """Codes, ranges and true widths (`ops.quantize`) of a matrix, of its projection, or of its rows `index`."""
     x = reduced(x, config, seed)
     rows = x.shape[0] if index is None else index.shape[0]
     block = config.elements(rows, x.shape[1])
@@ -134,7 +135,7 @@ def _quantized(
 
 
 def reduced(x: Tensor, config: Config, seed: Tensor) -> Tensor:
-    """What is quantised of a matrix x (N, D) whose rows are all kept: its projection (N, R), or x itself."""
+    """The matrix that is quantised for x (N, D) where all rows are kept: its projection (N, R), or x itself."""
     if isinstance(config.reduce, Project):
         p = projection(x.shape[1], config.reduce.ratio, seed, at_least_single(x[:0]).dtype)
         if x.dtype in HALF:  # in parts: no copy of x in float32 at once
@@ -144,7 +145,7 @@ def reduced(x: Tensor, config: Config, seed: Tensor) -> Tensor:
 
 
 def decode(packed: Packed) -> Tensor:
-    """An estimate of the tensor that was encoded, of its shape and dtype."""
+    """An estimate of the tensor that was encoded, in its shape and dtype; unbiased, but for "nearest" rounding."""
     if packed.config.reduce is None:
         return packed.reduced().view(packed.shape)
     dtype = torch.float32 if packed.dtype in HALF else packed.dtype
@@ -162,12 +163,15 @@ def decode(packed: Packed) -> Tensor:
 
 
 def encoded_bytes(shape: torch.Size, config: Config) -> int:
-    """Bytes of the codes and ranges that `encode` makes of a tensor of this shape, ranges being kept in `stats`."""
+    """Bytes of the codes and ranges that `encode` makes of a tensor of this shape, with ranges in `config.stats`."""
     layout = Layout.of(*reduced_shape(shape[:-1].numel(), shape[-1] if shape else 1, config), config)
     return layout.code_bytes + 2 * config.stats.itemsize * layout.blocks
 
 
 def _blown_up(ranges: Tensor, widths: Tensor) -> bool:
-    """Blocks with NaN aside; an infinite end is one of float32's largest numbers, rounded up."""
+    """Whether stored ranges (blocks, 2) are much wider than the true widths (blocks,). Blocks with NaN do not count.
+
+    An end that became infinite, one of float32's largest numbers rounded up, counts as too wide.
+    """
     spans = (ranges[:, 1].double() - ranges[:, 0].double()).nan_to_num(0.0, posinf=float("inf"))
     return bool(spans.sum() > _BLOW_UP * widths.double().nansum()) or bool(spans.isinf().any())

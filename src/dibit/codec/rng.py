@@ -1,9 +1,11 @@
 """Counter-based random numbers: the number for element i is a hash of (seed, i), the same on every backend.
 
-Three multiply-xorshift rounds on 32 bits, with half of a 64-bit key entering before each of the first two rounds.
-The key enters between non-linear steps: `hash(counter ^ key)` alone would give every key the same multiset of numbers.
-It is the seed after a 64-bit mixer: with the seed itself, the streams of neighbouring seeds are one, shifted.
-Nothing has to be stored, results do not depend on threads, and backends can be compared code for code.
+So nothing has to be stored, results do not depend on threads, and backends can be compared code for code.
+
+The hash has three multiply-xorshift rounds on 32 bits, and half of a 64-bit key enters before each of the first two.
+The key enters between non-linear steps, because `hash(counter ^ key)` would give every key the same multiset of
+numbers. The key is the seed after a 64-bit mixer, because with the seed itself neighbouring seeds would give one
+stream, shifted.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ UNIT = 2.0**-24  # 24 random bits fill a float32's mantissa: every multiple of 2
 
 
 def mix(seed: int, *labels: int | str) -> int:
-    """A 63-bit seed for a purpose, independent of the seeds of other labels."""
+    """A 63-bit seed for the purpose that the labels name, independent of the seeds of other labels."""
     text = repr((seed, *labels)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 def seed_tensor(seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """A seed as the 0-d int64 tensor that the codec's operators take; nobody waits for the device."""
+    """A seed as the 0-d int64 tensor that the codec's operators take; the device is not waited for."""
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 

@@ -1,7 +1,7 @@
 """The codec's operators on a GPU: tensors in, tensors out, Triton kernels between.
 
-Nothing here waits for the device, and seeds are read on it: what is called can be captured in a CUDA graph. Without a
-kernel, as for float64, the definition runs.
+Nothing here waits for the device, and seeds are read on it, so that calls can be captured in a CUDA graph. Kernels take
+float32, bfloat16 and float16; for other dtypes the definition runs.
 """
 
 from dibit.codec.backends.triton.blocks import dequantize, quantize, quantize_rows

@@ -1,4 +1,4 @@
-"""Codes of numbers, and numbers of codes."""
+"""Blocks of numbers to packed codes, and back, on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bit masks, dropout, signs, whether all is finite."""
+"""Operators that take element by element, on a GPU: masks, dropout, random signs, whether all is finite."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RUN = 1024  # elements that a program takes
 
 
 def _masked(kernel: Any, mask: Tensor, *args: Any, **meta: Any) -> None:
-    """Over the bytes of a mask; with as few registers as the assembler likes, one would be spilled."""
+    """Run a kernel over the bytes of a mask. It may use 96 registers: with fewer the assembler would spill one."""
     launch(kernel, (parts(mask.numel(), _MASK),), mask.device, *args, **meta, T=_MASK, registers=96)
 
 

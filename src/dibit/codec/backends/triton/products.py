@@ -1,4 +1,4 @@
-"""Products with what was encoded, which is never formed."""
+"""Products with what was encoded, on a GPU; the encoded tensor is never formed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rows are kept: scores, probabilities and systematic sampling, all on the device."""
+"""Which rows are kept, on a GPU: their scores, and systematic sampling by them."""
 
 from __future__ import annotations
 
