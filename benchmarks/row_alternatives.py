@@ -31,8 +31,8 @@ from torch_geometric.nn import GraphSAGE
 from torch_geometric.utils import to_torch_csr_tensor
 
 from dibit import Config, encode
-from dibit.codec import mix, seed_tensor
-from dibit.codec.row_sampling import picked, row_scores
+from dibit.codec import mix, ops, seed_tensor
+from dibit.codec.row_sampling import row_scores
 
 warnings.filterwarnings("ignore")
 Estimate = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # x (N, D), dY (N, O), scores, draw -> dW (O, D)
@@ -41,7 +41,7 @@ BITS_PER_ELEMENT = 2 + 32 / BLOCK  # of a kept element: code and its share of a 
 
 
 def sampled(scores: Tensor, count: int, draw: int) -> tuple[Tensor, Tensor]:
-    return picked(scores, max(1, count), seed_tensor(mix(draw, "rows")))
+    return ops.pick_rows(scores, seed_tensor(mix(draw, "rows")), max(1, count))
 
 
 def coded(x: Tensor, draw: int) -> Tensor:

@@ -951,7 +951,7 @@ class TestWhatIsLearnt:
         x, readout = length * torch.randn(4000, D), torch.randn(4000, 6) / length
         found = []
         for part in (1 << 20, 1 << 12):
-            monkeypatch.setattr("dibit.codec.backends.reference.PART", part)
+            monkeypatch.setattr("dibit.codec.layout.PART", part)
             own = keeps_all_rows(copy.deepcopy(model), QUIET)
             torch.manual_seed(1)
             (own(x) * readout).sum().backward()

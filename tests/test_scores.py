@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dibit
 from dibit import Config, Sample
-from dibit.codec.row_sampling import row_scores, together
+from dibit.codec.row_sampling import add_scores, row_scores
 from dibit.engine.row_scores import _folded
 from tests.unbiased import bias_of
 
@@ -64,7 +64,7 @@ def test_scores_are_the_last_steps_gradients() -> None:
     # one residual serves both layers: their gradients add up
     second = torch.zeros(N, D)
     second[:, :3] = r
-    expected = together(row_scores(r), row_scores(second))
+    expected = add_scores(row_scores(r), row_scores(second))
     assert torch.equal(known["third:linear:1"], expected)
     assert all(table.dtype == torch.uint8 and table.shape == (N,) for table in known.values() if table.dim())
 
@@ -248,7 +248,7 @@ class TestBatches:
         table = dibit.scores(net).state_dict()[key]
         second = torch.zeros(N, D)
         second[:, :3] = r
-        assert torch.equal(table, together(row_scores(r), row_scores(second)))
+        assert torch.equal(table, add_scores(row_scores(r), row_scores(second)))
 
     def test_accumulated_batches_add_up(self) -> None:
         net, r, x = dibit.compress(Net(), CONFIG), readout(), torch.randn(N, D)

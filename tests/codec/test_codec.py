@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dibit import Config, Project, Sample, decode, encode
-from dibit.codec import Affine, mix, ops, seed_tensor
+from dibit.codec import Affine, layout, mix, ops, seed_tensor
 from dibit.codec.backends import reference
 from dibit.codec.normal_levels import expected_variance, normal_levels
 from dibit.residuals.compressed import Compressed
@@ -87,9 +87,10 @@ def test_normal_levels_reduce_the_variance_as_expected() -> None:
 
 
 @pytest.mark.parametrize("levels", ["uniform", "normal"])
-def test_one_draw_gives_an_unbiased_square(levels: str) -> None:
+@pytest.mark.parametrize("block", [32, 500], ids=["whole blocks", "less than a block"])
+def test_one_draw_gives_an_unbiased_square(levels: str, block: int) -> None:
     x = torch.randn(16, 8) + 1
-    config = Config(bits=2, block=32, levels=levels)  # type: ignore[arg-type]
+    config = Config(bits=2, block=block, levels=levels)  # type: ignore[arg-type]
 
     def square(i: int) -> Tensor:
         packed = encode(x, config, mix(i))
@@ -170,13 +171,13 @@ def test_a_function_of_the_rows_is_encoded_in_their_place(reduce: Sample | Proje
     x, shift, scale = torch.randn(50, 12) * 3 + 1, torch.randn(12), torch.rand(12) + 0.5
     config = Config(block=24, reduce=reduce)
     whole = encode((x - shift) * scale, config, 5)
-    packed = encode(x, config, 5, Affine(shift, scale, watches=False))
+    packed = encode(x, config, 5, Affine(shift, scale, from_statistics=False))
     for a, b in zip(whole.tensors, packed.tensors, strict=True):
         assert torch.equal(a, b)
     assert (packed.shape, packed.dtype) == (whole.shape, whole.dtype)
     x[7, 3] = float("inf")
-    assert decode(encode(x, config, 5, Affine(shift, scale, watches=False)))[7, 3].isnan()
-    half = encode(x.half(), config, 5, Affine(shift, scale, watches=False))
+    assert decode(encode(x, config, 5, Affine(shift, scale, from_statistics=False)))[7, 3].isnan()
+    half = encode(x.half(), config, 5, Affine(shift, scale, from_statistics=False))
     assert half.dtype == torch.float32, "statistics are float32 whatever x is"
 
 
@@ -229,8 +230,8 @@ def test_bytes(bits: int, block: int | str, shape: tuple[int, int]) -> None:
         codes = full * -(-int(size) * bits // 8) + -(-tail * bits // 8)
         blocks = full + bool(tail)
         ranges = 4 if packed.ranges.dtype == torch.bfloat16 else 8
-        poison = 4 if isinstance(reduce, Sample) else 0
-        assert packed.nbytes == codes + ranges * blocks + 8 + poison
+        flag = 4 if isinstance(reduce, Sample) else 0
+        assert packed.nbytes == codes + ranges * blocks + 8 + flag
 
 
 def test_elements_lie_inside_their_stored_range() -> None:
@@ -359,7 +360,7 @@ def test_threads_may_use_the_parallel_kernels_at_once() -> None:
 def test_as_many_threads_as_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     import numba
 
-    from dibit.codec.backends.cpu import kernels
+    from dibit.codec.backends.cpu.kernels import elementwise as kernels
 
     before = torch.get_num_threads()
     used: list[int] = []
@@ -410,9 +411,9 @@ def test_ctrl_c_while_a_kernel_is_loaded_comes_afterwards() -> None:
 
 
 def kernels_stats() -> object:
-    from dibit.codec.backends.cpu import kernels
+    from dibit.codec.backends.cpu.kernels.elementwise import relu
 
-    return kernels.relu.serial.stats
+    return relu.serial.stats
 
 
 def test_says_once_that_it_compiles(tmp_path: Path) -> None:
@@ -489,12 +490,12 @@ def test_every_operator_is_checked() -> None:
 def test_in_parts_as_at_once(monkeypatch: pytest.MonkeyPatch, config: Config, affine: bool) -> None:
     """Rounding numbers go with the element, not with the part; sampled rows are gathered part by part."""
     x = torch.randn(1001, 12)
-    function = Affine(torch.randn(12), torch.rand(12), watches=False) if affine else None
+    function = Affine(torch.randn(12), torch.rand(12), from_statistics=False) if affine else None
     whole = encode(x, config, 3, function)
     expected = whole.reduced()
     dy = torch.randn(1001, 5)
     gradient = Compressed(whole).outer(dy)
-    monkeypatch.setattr(reference, "PART", 96 * 3)
+    monkeypatch.setattr(layout, "PART", 96 * 3)
     own = encode(x, config, 3, function)
     assert torch.equal(own.codes, whole.codes)
     assert torch.equal(own.ranges, whole.ranges)
@@ -547,7 +548,7 @@ def test_rows_that_pass_a_norm_relu_and_dropout(
     dropped: bool,
 ) -> None:  # fmt: skip
     """Part by part as the definition has the whole, a block that is not finite among them."""
-    monkeypatch.setattr(reference, "PART", 500)
+    monkeypatch.setattr(layout, "PART", 500)
     x = torch.randn(rows, width)
     x[rows // 2, 0] = float("inf")
     codes, ranges, _ = ops.quantize(x.reshape(-1), seed_tensor(4), bits, block, [], torch.bfloat16, 0)
@@ -557,7 +558,7 @@ def test_rows_that_pass_a_norm_relu_and_dropout(
         weight, bias = torch.randn(width, dtype=dtype), torch.randn(width, dtype=dtype)
         args = codes, ranges.to(dtype), seed_tensor(4), weight, bias, mask, slope, drop, 0.3
         rest = rows, bits, block, dither
-        parts = [ops.passed_rows(*args, start, stop, *rest) for start, stop in reference.parts(rows, width, block)]
+        parts = [ops.passed_rows(*args, start, stop, *rest) for start, stop in layout.row_parts(rows, width, block)]
         found, expected = torch.cat(parts), reference.passed_rows(*args, 0, rows, *rest)
         assert found.dtype == expected.dtype == dtype
         assert torch.equal(found.isnan(), expected.isnan())

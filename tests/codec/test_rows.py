@@ -9,7 +9,8 @@ from torch import Tensor
 from dibit import Config, Sample, decode, encode
 from dibit.codec import encoded_bytes, mix, norm_scores, ops, seed_tensor
 from dibit.codec.backends import reference
-from dibit.codec.row_sampling import FLOOR, LEFT_OUT, ONE, by_length, chances, picked, row_scores, together, unevenness
+from dibit.codec.keep_probabilities import FIXED_POINT_ONE, FLOOR, LEFT_OUT, keep_probabilities
+from dibit.codec.row_sampling import add_scores, by_length, row_scores, unevenness
 from tests.unbiased import bias_of
 
 
@@ -42,19 +43,19 @@ def test_probabilities_add_up_to_the_rows(kind: str, n: int, count: int) -> None
     scores = scores_like(kind, n)
     if (scores < LEFT_OUT).sum() < count:
         count = max(1, int((scores < LEFT_OUT).sum()))
-    chance = chances(scores, count)
+    chance = keep_probabilities(scores, count)
     own = chance[scores.long()]
-    assert chance.max() <= ONE
-    assert 0 <= count * ONE - own.sum() <= n
+    assert chance.max() <= FIXED_POINT_ONE
+    assert 0 <= count * FIXED_POINT_ONE - own.sum() <= n
     assert ((own > 0) == (scores < LEFT_OUT)).all()
-    uncertain = own[(own < ONE) & (own > 0)].double()
+    uncertain = own[(own < FIXED_POINT_ONE) & (own > 0)].double()
     value = torch.exp2((scores.double() - 127) / 2) * (scores > 0) * (scores < LEFT_OUT)
     value = torch.where(scores < LEFT_OUT, value + (FLOOR * value.sum() / (scores < LEFT_OUT).sum() or 1), 0)
-    ratio = uncertain / value[(own < ONE) & (own > 0)]
+    ratio = uncertain / value[(own < FIXED_POINT_ONE) & (own > 0)]
     if len(ratio):
         assert ratio.max() / ratio.min() < 1 + 1e-4, "proportional wherever not certain"
-        certain = own == ONE
-        assert not certain.any() or (value[certain].min() * ratio.min() / ONE) >= 1 - 1e-6
+        certain = own == FIXED_POINT_ONE
+        assert not certain.any() or (value[certain].min() * ratio.min() / FIXED_POINT_ONE) >= 1 - 1e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -62,10 +63,10 @@ def test_probabilities_add_up_to_the_rows(kind: str, n: int, count: int) -> None
 def test_rows_come_as_often_as_they_should(kind: str, n: int) -> None:
     scores, draws = scores_like(kind, n), 4000
     count = max(1, n // 8)
-    own = chances(scores, count)[scores.long()].double() / ONE
+    own = keep_probabilities(scores, count)[scores.long()].double() / FIXED_POINT_ONE
     often = torch.zeros(n, dtype=torch.float64)
     for i in range(draws):
-        index, weight = picked(scores, count, seed_tensor(mix(i, "rows")))
+        index, weight = ops.pick_rows(scores, seed_tensor(mix(i, "rows")), count)
         assert index.shape == weight.shape == (count,)
         live = weight > 0
         assert live.sum() >= count - 1
@@ -137,10 +138,10 @@ def test_scores_stand_for_squared_norms() -> None:
     assert ((exact / value >= 1 - 1e-6) & (exact / value < 2 + 1e-6)).all()
     y = torch.randn(500, 9) * torch.exp(5 * torch.randn(500, 1))
     both = exact + y.double().square().sum(1)
-    value = torch.exp2(together(row_scores(x), row_scores(y)).double() - 127)
+    value = torch.exp2(add_scores(row_scores(x), row_scores(y)).double() - 127)
     assert ((both / value >= 0.5) & (both / value < 4)).all()
     nan = torch.tensor([LEFT_OUT, LEFT_OUT, 7, 0, 254], dtype=torch.uint8)
-    assert together(nan, torch.tensor([3, LEFT_OUT, 7, 0, 254], dtype=torch.uint8)).tolist() == [255, 255, 8, 0, 254]
+    assert add_scores(nan, torch.tensor([3, LEFT_OUT, 7, 0, 254], dtype=torch.uint8)).tolist() == [255, 255, 8, 0, 254]
 
 
 def test_huge_rows_are_not_left_out() -> None:

@@ -6,6 +6,7 @@ Used by the tests here and by benchmarks/gpu.py.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -145,6 +146,12 @@ def rows(bits: int, scale: int) -> Iterator[Case]:
         for dither in (0.0, 1.0):
             args = (*kept, seed, g, *vectors, bits, block, dither)
             yield Case(f"norm gradient, {title}", "norm_gradient", args, 3e-6 if dither else 0.0)
+        mask, drop = reference.pack_mask(torch.randn(n, width)), seed_tensor(8)
+        first = math.lcm(block, width) // width  # the first row after 0 that begins a block, if there is one
+        first = first if first < n else 0
+        for bits_of, slope, own in ((None, 0.0, None), (mask, 0.2, None), (mask, 0.0, drop), (None, 0.0, drop)):
+            args = (*kept, seed, *vectors[:2], bits_of, slope, own, 0.3, first, n, n, bits, block, 1.0)
+            yield Case(f"rows behind a norm, slope {slope}, {title}", "passed_rows", args)
 
 
 def elementwise(scale: int) -> Iterator[Case]:

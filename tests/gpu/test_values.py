@@ -22,7 +22,7 @@ from torch_geometric.utils import erdos_renyi_graph, to_torch_csr_tensor
 import dibit
 import tests.gpu.interpreter  # noqa: F401
 from dibit import Config, Project, Rows, Sample, decode, encode
-from dibit.codec import Affine, ops
+from dibit.codec import Affine, dispatch
 from dibit.codec.backends import reference
 from dibit.codec.backends import triton as cuda
 from dibit.codec.keep_probabilities import LEFT_OUT
@@ -80,8 +80,7 @@ def test_scores_of_rows(width: int) -> None:
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU's tensors go through the GPU's kernels."""
-    monkeypatch.setattr(ops, "_backend", lambda *_: cuda)
-    monkeypatch.setattr(cuda, "aggregate", reference.aggregate, raising=False)
+    monkeypatch.setattr(dispatch, "backend", lambda device: cuda)
 
 
 CONFIGS = {
@@ -100,12 +99,12 @@ CONFIGS = {
 @pytest.mark.usefixtures("interpreted")
 def test_the_codec_on_these_kernels(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(150, 16)
-    function = Affine(x.mean(0), x.std(0), watches=True)
+    function = Affine(x.mean(0), x.std(0), from_statistics=True)
     for affine in (None, function):
         own = encode(x, config, 3, affine)
         value = decode(own)
         with monkeypatch.context() as patch:
-            patch.setattr(ops, "_backend", lambda *_: reference)
+            patch.setattr(dispatch, "backend", lambda device: reference)
             plain = encode(x, config, 3, affine)
             assert apart(value, decode(plain), 0.0) == 0
         assert apart(own.tensors, plain.tensors, 0.0) == 0
@@ -125,7 +124,7 @@ def test_a_training_step_on_these_kernels(recipe: str, monkeypatch: pytest.Monke
     found: list[list[Tensor]] = []
     for backend in (cuda, reference):
         with monkeypatch.context() as patch:
-            patch.setattr(ops, "_backend", lambda *_, own=backend: own)
+            patch.setattr(dispatch, "backend", lambda device, own=backend: own)
             torch.manual_seed(2)
             model = dibit.compress(GraphSAGE(9, 16, 2, 3, dropout=0.5, norm="batch_norm"), config)
             optimiser = torch.optim.SGD(model.parameters(), 0.1)

@@ -1,170 +1,21 @@
-"""Numbers to bytes and back: `encode(x, config, seed) -> Packed`, `decode(packed)`. Knows nothing of autograd."""
+"""Numbers to bytes and back. Knows tensors, configs and seeds, and nothing of autograd, modules or training.
 
-from dataclasses import dataclass, replace
+    packed = encode(x, dibit.Config(bits=2), seed=1)   # a `Packed`: codes, ranges, seed
+    y = decode(packed)                                 # an unbiased estimate of x
 
-import torch
-from torch import Tensor
+Where to look:
 
-from dibit._torch.autocast import HALF, at_least_single, exact_dtypes
-from dibit.codec import ops
-from dibit.codec.backends import reference
-from dibit.codec.packed import Packed, blocks, reduced_shape
-from dibit.codec.projection import projection, sampled_rows
+- `encode`: the two functions above, and what they do on the way. `packed`: what is kept, and products with it.
+- `projection`, `row_sampling`, `keep_probabilities`: fewer columns or rows before fewer bits. `normal_levels`: levels
+  of least variance. `layout`: how many blocks and bytes there are.
+- `rng`: the random number of an element is a hash of (seed, element). `seed_stream`: where seeds come from.
+- `ops`: the operators as torch knows them. `dispatch`: which kernels run them. `backends`: the kernels; the definition
+  in plain torch, which the others must reproduce code for code, is `backends.reference`.
+- `fingerprint`: whether a tensor has changed. `numpy_views`: a tensor's memory as an array.
+"""
+
+from dibit.codec.encode import Affine, decode, encode, encoded_bytes, norm_scores, reduced
+from dibit.codec.packed import Packed
 from dibit.codec.rng import mix, seed_tensor
-from dibit.codec.row_sampling import LEFT_OUT, picked, row_scores
-from dibit.config import Config, Project, Sample
 
 __all__ = ["Affine", "Packed", "decode", "encode", "encoded_bytes", "mix", "norm_scores", "reduced", "seed_tensor"]
-
-_ROWS = 1 << 13  # of half precision that are taken to float32 at once
-_BLOW_UP = 1.5  # above this, ranges rounded to bfloat16 are so much wider than the true ones that float32 pays
-
-
-@dataclass(frozen=True)
-class Affine:
-    """(x - shift) * scale, encoded in the place of x; computed for the rows alone that are kept.
-
-    Attributes:
-        shift, scale: (D,), of the dtype in which the result is computed.
-        watches: they are statistics of x, so that they are not finite where x is not.
-    """
-
-    shift: Tensor
-    scale: Tensor
-    watches: bool
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The rows of x (N, D), moved and scaled, in a tensor of their own."""
-        return reference.moved(x, self.shift, self.scale)
-
-    def finite(self, x: Tensor) -> Tensor:
-        """`ops.finite` of the result."""
-        own = ops.finite(self.shift) + ops.finite(self.scale)
-        return own if self.watches else own + ops.finite(x)
-
-
-def encode(
-    x: Tensor,
-    config: Config,
-    seed: Tensor | int,
-    affine: Affine | None = None,
-    scores: Tensor | None = None,
-    candidates: int | None = None,
-) -> Packed:
-    """Reduce, quantise and pack a tensor.
-
-    Args:
-        x: floating point (..., D); leading dimensions are rows. 0-d and 1-d tensors are one row.
-        config: bits, block, reduce, levels, stats and rounding are used. A `Project` needs D > ratio to help and is
-            left out at ratio 1.
-        seed: 0-d int64 tensor on the device of x, or an int.
-        affine: encode this function of the rows instead.
-        scores: uint8 (N,), by which `Sample` takes rows (`dibit.codec.row_sampling`). Without them `by="norm"`
-            takes the norms of the rows, and `by="gradient"` takes rows uniformly.
-        candidates: how many of the scores are not `LEFT_OUT`; default N.
-
-    Returns:
-        A `Packed`; `decode` gives an unbiased estimate of x (exact in expectation over seeds; not for "nearest").
-
-    Raises:
-        TypeError: x is not floating point.
-    """
-    if not x.is_floating_point():
-        raise TypeError(f"encode got a tensor of {x.dtype}; expected a floating-point one (integers are kept exactly).")
-    if not isinstance(seed, Tensor):
-        seed = seed_tensor(seed, x.device)
-    if candidates is None:
-        config = config.settled(x.shape[:-1].numel())
-    elif isinstance(config.reduce, Sample):
-        config = replace(config, reduce=config.reduce.of(candidates))
-    with exact_dtypes(x.device):
-        return _encoded(x.detach(), config, seed, affine, scores, candidates)
-
-
-def _encoded(
-    x: Tensor, config: Config, seed: Tensor, affine: Affine | None, scores: Tensor | None, candidates: int | None
-) -> Packed:
-    shape, dtype = x.shape, x.dtype
-    x = x.reshape(shape[:-1].numel(), shape[-1] if shape else 1)
-    if affine is not None:
-        dtype = affine.shift.dtype
-    index = poison = None
-    count = 0
-    if isinstance(config.reduce, Sample):
-        poison = ops.finite(x) if affine is None else affine.finite(x)
-        if scores is None and config.reduce.by == "norm":
-            scores = norm_scores(x)
-        if scores is None:
-            index = sampled_rows(x.shape[0], config.reduce.ratio, seed)[0]
-        else:
-            count = -(-(x.shape[0] if candidates is None else candidates) // config.reduce.ratio)
-            index = picked(scores, count, seed)[0]
-    else:
-        scores = None
-        if affine is not None and isinstance(config.reduce, Project):
-            x, affine = affine(x), None
-    stats = torch.float64 if dtype == torch.float64 else config.stats
-    codes, ranges, widths = _quantized(x, config, seed, affine, index, stats)
-    if stats == torch.bfloat16 and x.device.type == "cpu" and _blown_up(ranges, widths):
-        codes, ranges, _ = _quantized(x, config, seed, affine, index, torch.float32)
-    return Packed(codes, ranges, seed, poison, shape, dtype, config, scores, count)
-
-
-def norm_scores(x: Tensor) -> Tensor:
-    """Scores by the norms of the rows of x (N, D); a row that is not finite, or whose square is not, weighs most."""
-    return row_scores(x).clamp_(max=LEFT_OUT - 1)
-
-
-def _quantized(
-    x: Tensor, config: Config, seed: Tensor, affine: Affine | None, index: Tensor | None, stats: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, ranges and true widths of a matrix, of its projection, or of its rows `index`."""
-    x = reduced(x, config, seed)
-    rows = x.shape[0] if index is None else index.shape[0]
-    block, levels = blocks(config, rows, x.shape[1])
-    rounding = reference.NEAREST if config.rounding == "nearest" else reference.STOCHASTIC
-    shift, scale = (None, None) if affine is None else (affine.shift, affine.scale)
-    return ops.quantize_rows(x.contiguous(), index, shift, scale, seed, config.bits, block, levels, stats, rounding)
-
-
-def reduced(x: Tensor, config: Config, seed: Tensor) -> Tensor:
-    """What is quantised of a matrix x (N, D) whose rows are all kept: its projection (N, R), or x itself."""
-    if isinstance(config.reduce, Project):
-        p = projection(x.shape[1], config.reduce.ratio, seed, at_least_single(x[:0]).dtype)
-        if x.dtype in HALF:  # in parts: no copy of x in float32 at once
-            return torch.cat([part.to(p.dtype) @ p for part in x.split(_ROWS)])
-        return x @ p
-    return x
-
-
-def decode(packed: Packed) -> Tensor:
-    """An estimate of the tensor that was encoded, of its shape and dtype."""
-    if packed.config.reduce is None:
-        return packed.reduced().view(packed.shape)
-    dtype = torch.float32 if packed.dtype in HALF else packed.dtype
-    with exact_dtypes(packed.codes.device):
-        reduced = packed.reduced(dtype=dtype)
-        if (p := packed.projection(dtype)) is not None:
-            reduced = reduced @ p.T
-        elif (sample := packed.sample(dtype)) is not None:
-            index, weight = sample
-            full = reduced.new_zeros(packed.rows, packed.width)
-            if packed.poison is not None:
-                full += packed.poison.to(full.dtype)
-            reduced = full.index_copy_(0, index, reduced * weight[:, None])  # no row twice
-        return reference.narrowed(reduced, packed.dtype).view(packed.shape)
-
-
-def encoded_bytes(shape: torch.Size, config: Config) -> int:
-    """Bytes of the codes and ranges that `encode` makes of a tensor of this shape, ranges being kept in `stats`."""
-    rows, width = reduced_shape(shape[:-1].numel(), shape[-1] if shape else 1, config)
-    block = config.elements(rows, width)
-    full, tail = divmod(rows * width, block)
-    codes = full * reference.packed_bytes(block, config.bits) + reference.packed_bytes(tail, config.bits)
-    return codes + 2 * config.stats.itemsize * (full + bool(tail))
-
-
-def _blown_up(ranges: Tensor, widths: Tensor) -> bool:
-    """Blocks with NaN aside; an infinite end is one of float32's largest numbers, rounded up."""
-    spans = (ranges[:, 1].double() - ranges[:, 0].double()).nan_to_num(0.0, posinf=float("inf"))
-    return bool(spans.sum() > _BLOW_UP * widths.double().nansum()) or bool(spans.isinf().any())

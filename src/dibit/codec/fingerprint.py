@@ -1,8 +1,8 @@
-"""64 bits of a tensor's content, to tell whether it has changed.
+"""64 bits of a tensor's content, to tell whether it has changed. In goes a tensor, out comes a number.
 
-Words of 8 bytes, the last one filled up with zeros: the sum over i of mix(word_i + (i + 1) * golden ratio) modulo 2^64,
-where mix is SplitMix64's finaliser. The sum may be taken in any order, by any number of threads; a word that changes or
-moves changes it, save for one chance in 2^64.
+The content is read as words of 8 bytes, the last one filled up with zeros. The fingerprint is the sum over i of
+mix(word_i + (i + 1) * GOLDEN) modulo 2^64, where mix is SplitMix64's finaliser. The sum may be taken in any order, by
+any number of threads. A word that changes or moves changes the sum, but for a chance of 2^-64.
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ import torch
 from torch import Tensor
 
 from dibit.codec.numpy_views import array
-from dibit.codec.rng import M1, M2
+from dibit.codec.rng import GOLDEN, splitmix64
 
-GOLDEN = 0x9E3779B97F4A7C15
-_PART = 1 << 20  # words at a time on a device: temporary memory stays small
-_FEW = 1 << 13  # bytes that Python's own hash has read before a kernel has started
+_PART = 1 << 20  # this many words are read at a time on a device, so that temporary memory stays small
+_FEW = 1 << 13  # up to this many bytes Python's own hash is faster than a kernel
 
 
 def fingerprint(x: Tensor) -> int | Tensor:
-    """Of a strided tensor of any shape and dtype, for comparison within this process.
+    """The fingerprint of a strided tensor of any shape and dtype; comparable within this process.
 
     Returns:
-        A number on the CPU; elsewhere int64 0-d, for which nobody waits.
+        A number for a CPU's tensor; elsewhere an int64 0-d tensor, so that the device is not waited for.
     """
     x = x.detach()
     flat = (x if x.is_contiguous() else x.contiguous()).resolve_conj().resolve_neg().view(-1).view(torch.uint8)
@@ -36,7 +35,7 @@ def fingerprint(x: Tensor) -> int | Tensor:
         return hash(raw.tobytes())
     if not _compiled():
         return int(of_bytes(flat))
-    from dibit.codec.backends.cpu import kernels
+    from dibit.codec.backends.cpu.kernels import fingerprint as kernels
 
     if raw.ctypes.data % 8:  # a view that begins between two words
         raw = raw.copy()
@@ -50,7 +49,7 @@ def _compiled() -> bool:
 
 
 def of_bytes(flat: Tensor) -> Tensor:
-    """The definition: int64 0-d for uint8 (n,)."""
+    """The definition, in plain torch: the fingerprint, int64 0-d, of bytes uint8 (n,)."""
     if flat.numel() % 8 or flat.storage_offset() % 8:
         flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8))
     words = flat.view(torch.int64)
@@ -58,8 +57,5 @@ def of_bytes(flat: Tensor) -> Tensor:
     for start in range(0, words.numel(), _PART):
         part = words[start : start + _PART]
         number = torch.arange(start + 1, start + 1 + part.numel(), dtype=torch.int64, device=flat.device)
-        z = part + number * (GOLDEN - 2**64)
-        for shift, factor in ((30, M1), (27, M2)):
-            z = (z ^ ((z >> shift) & (2 ** (64 - shift) - 1))) * factor
-        total += (z ^ ((z >> 31) & (2**33 - 1))).sum()
+        total += splitmix64(part + number * (GOLDEN - 2**64)).sum()
     return total

@@ -1,4 +1,9 @@
-"""How likely each row is to be kept, from scores of one byte: integers out of `ONE`, so that sums are exact."""
+"""How likely each row is to be kept: one probability for each of the 256 scores that a row can have.
+
+In go the scores of all rows (one byte each, `dibit.codec.row_sampling`) and how many rows are to be kept; out come
+probabilities as integers out of `FIXED_POINT_ONE`. Sums of integers are exact, so the same rows are found wherever
+they are drawn again.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +12,14 @@ from torch import Tensor
 
 from dibit.codec import rng
 
-ONE = 1 << 30  # probability 1
+FIXED_POINT_ONE = 1 << 30  # stands for probability 1
 LEFT_OUT = 255  # the score of a row that is never kept; as a measurement: not finite
-FLOOR = 0.3  # of the mean score is added to each: a row's gradient may grow from one step to the next
-START = 0x2B6D8E13F49AC075
+FLOOR = 0.3  # this share of the mean is added to each row: its gradient may grow from one step to the next
+SAMPLING_SALT = 0x2B6D8E13F49AC075  # separates the stream that samples rows from the others of the same seed
 
 
-def chances(scores: Tensor, count: int) -> Tensor:
-    r"""Probability of each score, out of `ONE`: int64 (256,), :math:`\min(1, c\,(v + \lambda \bar v))`.
+def keep_probabilities(scores: Tensor, count: int) -> Tensor:
+    r"""Probability of each score, out of `FIXED_POINT_ONE`: int64 (256,), :math:`\min(1, c\,(v + \lambda \bar v))`.
 
     v is the root of the squared norm that the score stands for, :math:`\lambda` is `FLOOR`, and c makes the
     probabilities of all rows add up to `count`.
@@ -37,11 +42,11 @@ def chances(scores: Tensor, count: int) -> Tensor:
     factor = ((count - certain) / rest).nan_to_num(0.0, 0.0, 0.0)
     fits = (factor * v <= 1) & (n > 0)
     c = torch.where(fits.any(), factor[fits.int().argmax()], torch.inf)  # none fits: every row is certain
-    chance = ((c * value).clamp(max=1) * ONE).floor().long()
-    chance[LEFT_OUT] = 0
-    return chance
+    probability = ((c * value).clamp(max=1) * FIXED_POINT_ONE).floor().long()
+    probability[LEFT_OUT] = 0
+    return probability
 
 
-def start(seed: Tensor) -> Tensor:
-    """Where systematic sampling begins: int64 0-d in [0, ONE)."""
-    return rng.hash32(torch.zeros((), dtype=torch.int64, device=seed.device), seed ^ START) >> 2
+def sampling_start(seed: Tensor) -> Tensor:
+    """Where systematic sampling begins: int64 0-d in [0, `FIXED_POINT_ONE`)."""
+    return rng.hash32(torch.zeros((), dtype=torch.int64, device=seed.device), seed ^ SAMPLING_SALT) >> 2

@@ -1,4 +1,4 @@
-r"""Levels of least expected variance for a clipped normal (i-EXACT, section 3.2).
+r"""Levels of least expected variance for a clipped normal (i-EXACT, section 3.2): bits and block size in, levels out.
 
 The normalised activation in [0, B] is modelled by CN[1/D]: mean :math:`\mu = B/2`, deviation
 :math:`\sigma = -\mu / \Phi^{-1}(1/D)`, the mass outside put on the two ends; D elements share a range. Rounding
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def sigma(bits: int, count: int) -> float:
-    r"""Deviation of CN[1/D] on [0, B]: :math:`-\mu / \Phi^{-1}(1/D)`, for D = `count` > 2."""
+    r"""The standard deviation of CN[1/D] on [0, B]: :math:`-\mu / \Phi^{-1}(1/D)`, for D = `count` > 2."""
     from scipy.stats import norm
 
     top = 2**bits - 1

@@ -1,4 +1,4 @@
-"""A tensor's memory as a NumPy array."""
+"""A CPU tensor's memory as a NumPy array, without a copy: what Numba kernels read and write."""
 
 from __future__ import annotations
 

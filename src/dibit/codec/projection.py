@@ -1,17 +1,21 @@
-"""Fewer numbers before fewer bits: projection of columns, sampling of rows. Neither is stored: both are drawn again."""
+"""Fewer numbers before fewer bits: random projection of columns, and uniform sampling of rows.
+
+Neither the projection nor the rows are stored: both are functions of the seed, and drawn again where they are needed.
+"""
 
 import torch
 from torch import Tensor
 
 from dibit.codec import ops, rng
+from dibit.codec.keep_probabilities import SAMPLING_SALT
 
-_PROJECTION, _ROWS = 0x51F7A9D3C86B2E45, 0x2B6D8E13F49AC075  # one seed, separate streams
+_PROJECTION_SALT = 0x51F7A9D3C86B2E45  # separates the stream of projections from the others of the same seed
 
 
 def projection(width: int, ratio: int, seed: Tensor, dtype: torch.dtype) -> Tensor:
     """P (width, R), entries +-1/sqrt(R) with equal probability, R = max(1, width // ratio): E[P P^T] = I (EXACT)."""
     reduced = max(1, width // ratio)
-    return ops.signs(seed ^ _PROJECTION, width * reduced).to(dtype).view(width, reduced) * reduced**-0.5
+    return ops.signs(seed ^ _PROJECTION_SALT, width * reduced).to(dtype).view(width, reduced) * reduced**-0.5
 
 
 def sampled_rows(rows: int, ratio: int, seed: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,4 +28,4 @@ def sampled_rows(rows: int, ratio: int, seed: Tensor) -> tuple[Tensor, Tensor]:
     start = groups * ratio
     size = (rows - start).clamp_(max=ratio)
     # 32 random bits times the size, cut: bias below size / 2^32
-    return start + ((rng.hash32(groups, seed ^ _ROWS) * size) >> 32), size.to(torch.float32)
+    return start + ((rng.hash32(groups, seed ^ SAMPLING_SALT) * size) >> 32), size.to(torch.float32)

@@ -1,26 +1,30 @@
-"""Where random numbers come from: torch's default generator, in a way that other threads, and passes run again, bear.
+"""Where seeds come from: torch's default generator, read so that threads and repeated passes do not disturb each other.
 
-Two kinds of numbers are drawn, and they have different needs.
+Two kinds of seeds are needed, with different demands.
 
-*A dropout's mask* is part of what the model computes. Whatever runs a forward pass a second time (activation
-checkpoints, reversible layers, gradient caches) puts torch's generator back before it, so each dropout takes one number
-from the generator, in one draw, which torch makes under the generator's own lock: the same mask again, whoever
-else is compressing and whether or not gradients are on. Under `dropout="mask"` torch draws the mask as it always does.
+*The seed of a dropout's mask* is part of what the model computes. Whatever runs a forward pass a second time
+(activation checkpoints, reversible layers, gradient caches) first sets torch's generator back. So each dropout takes
+one number from the generator, in one draw, which torch makes under the generator's own lock: the second run gets the
+same mask, whatever other threads do, and whether or not gradients are on. Under `dropout="mask"` torch draws the mask
+as it always does.
 
-*The codec's key* must differ from pass to pass, but may not move the generator within a pass: only one of the two runs
-compresses, and what is drawn after it would differ. The key is a hash of the generator's state, which is only read, and
-of how many keys that state has given before. A state comes back if somebody restores it, or if nothing was drawn in
-between; to tell these apart, the backward pass of a pass after which nothing was drawn draws one number. So
-`manual_seed` and `set_rng_state` are enough for a run to repeat itself or to go on, no two passes of any threads have
-the same key, and nothing that anybody draws in a forward pass is moved by it. Passes that are run again from within a
-backward pass start from states that have given keys already: their keys are of a kind of their own.
+*The codec's key* must differ from pass to pass, but drawing it may not move the generator within a pass: of two runs
+of a pass only one compresses, and what is drawn after the key would differ between them. So the key is a hash of the
+generator's state, which is only read, and of a count: how many keys this state has given before.
 
-A model whose configs all have `dropout="mask"` is promised the plain model's own draws, so there that one number is not
-drawn. The price: where nothing at all is drawn between two passes, they go on counting, though the seed be set anew.
-How far a state has counted is no part of the state, so a checkpoint holds it beside the scores of rows (`given`), and
-whoever goes on from there counts on from there (`go_on`).
+A pass may find a state again because somebody restored it, or because nothing was drawn since the last pass. In the
+first case keys must repeat, in the second they must not. To tell the cases apart, the backward pass draws one number
+if nothing was drawn since its forward pass. The effect: `manual_seed` and `set_rng_state` are enough for a run to
+repeat itself or to continue, no two passes of any threads have the same key, and nothing that anybody draws in a
+forward pass changes. Passes that are run again from within a backward pass start from states that have given keys
+already, so they count separately.
 
-The generator's state is never written: between reading and writing it, another thread may have drawn from it, and would
+A model whose configs all have `dropout="mask"` is promised the plain model's own draws, so there the backward pass
+draws nothing. The price: where nothing at all is drawn between two passes, the count goes on, even if the seed is set
+anew. The count is no part of the generator's state, so a checkpoint stores it (`given`), and a run that continues from
+the checkpoint sets it (`go_on`).
+
+The generator's state is never written: between reading and writing it another thread may have drawn from it, and would
 draw the same numbers again.
 """
 
@@ -37,14 +41,14 @@ from dibit.codec.rng import seed_tensor
 
 
 class _Given:
-    """The state that last gave a key, and how many it has given."""
+    """The generator's state that last gave a key, and how many keys it has given."""
 
     def __init__(self) -> None:
         self.state: bytes | None = None
         self.count = 0
 
     def number(self, state: bytes, before: int) -> int:
-        """Of one more key of this state; `before`: how many it had given where a checkpoint was made."""
+        """The number of the next key of this state; `before`: keys that it had given when a checkpoint was made."""
         self.count = self.count + 1 if state == self.state else before
         self.state = state
         return self.count
@@ -52,8 +56,8 @@ class _Given:
 
 _lock = threading.Lock()
 _first, _again = _Given(), _Given()
-_MOST = 16  # states of checkpoints that are remembered until they come
-_loaded: dict[int, list[int]] = {}  # by their digest: how many keys of either kind they had given
+_MOST = 16  # so many states of checkpoints are remembered until the generator reaches them
+_loaded: dict[int, list[int]] = {}  # digest of such a state -> how many keys of either kind it had given
 
 
 def _after_fork() -> None:
@@ -65,11 +69,11 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 class Key:
-    """The key of one pass: no other pass has it.
+    """The key of one forward pass; no other pass has the same.
 
     Args:
         name: of the pass's module, which tells passes apart that are run again from within a backward pass.
-        moves: the backward pass may move the generator.
+        moves: whether the backward pass may draw a number from the generator.
 
     Attributes:
         value: 64 bits, a function of torch's default generator.
@@ -92,12 +96,12 @@ class Key:
         self.value = int.from_bytes(key.digest(), "little")
 
     def used(self) -> None:
-        """The backward pass has come to it: the state that gave it shall not give the next one too."""
+        """To be called when the backward pass uses the key: the state that gave it shall not give the next one."""
         if self._state is not None:
             self._passed(self._moves)
 
     def ended(self) -> None:
-        """The forward pass has ended."""
+        """To be called when the forward pass ends."""
         if self._state is not None:
             self._passed(False)
 
@@ -114,11 +118,11 @@ class Key:
 
 
 def given() -> dict[str, int]:
-    """What the next key depends on beside the generator's state, for a checkpoint.
+    """What the next key depends on besides the generator's state, for a checkpoint; `go_on` takes it.
 
     Returns:
-        "state": a digest of the state as it is now; "first" and "again": how many keys it has given, in passes and in
-        those that are run again from within a backward pass.
+        "state": a digest of the generator's state; "first" and "again": how many keys this state has given to passes,
+        and to passes that are run again from within a backward pass.
     """
     with _lock:
         state = _state()
@@ -131,7 +135,7 @@ def given() -> dict[str, int]:
 
 
 def go_on(state: int, first: int, again: int) -> None:
-    """When the generator has the state of this digest, count on from where `given` was taken."""
+    """Continue the counts of a checkpoint (`given`), as soon as the generator has the state of this digest."""
     with _lock:
         _loaded.pop(state, None)
         _loaded[state] = [first, again]
@@ -143,7 +147,7 @@ def go_on(state: int, first: int, again: int) -> None:
 
 
 def restart() -> None:
-    """The generator was seeded anew: what it has given in an earlier run of this process does not count."""
+    """To be called after the generator is seeded anew: keys given in an earlier run of this process do not count."""
     go_on(_digest(_state()), 0, 0)
 
 
@@ -155,7 +159,7 @@ def draw() -> Tensor:
 def dropout_seed(device: torch.device) -> Tensor:
     """int64 0-d on the device: the seed of one dropout's mask, one number of torch's default generator.
 
-    While a CUDA graph is captured, of the device's own generator, anew at each replay.
+    While a CUDA graph is captured, the number comes from the device's own generator, and each replay draws another.
     """
     if device.type == "cpu":
         return draw()
@@ -163,17 +167,17 @@ def dropout_seed(device: torch.device) -> Tensor:
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether what runs on this device is written down as a CUDA graph, to be run again."""
+    """Whether a CUDA graph is being captured on this device."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def replayed_key(device: torch.device) -> Tensor:
-    """int64 0-d, drawn from the device's own generator, whose place torch moves on at each replay of a CUDA graph."""
+    """int64 0-d, drawn from the device's own generator, which torch advances at each replay of a CUDA graph."""
     return torch.empty((), dtype=torch.int64, device=device).random_()
 
 
 def _before(state: bytes, again: bool) -> int:
-    """How many keys of this kind a state had given where a checkpoint was made; told once."""
+    """How many keys of this kind a state had given when a checkpoint was made; 0 at the second call."""
     found = _loaded.get(_digest(state)) if _loaded else None
     if found is None:
         return 0
@@ -186,5 +190,5 @@ def _digest(state: bytes) -> int:
 
 
 def _state() -> bytes:
-    """Of torch's default generator, read under the generator's own lock."""
+    """The state of torch's default generator, read under the generator's own lock."""
     return torch.default_generator.get_state().numpy().tobytes()

@@ -2,7 +2,7 @@
 
 Opaque to the compiler, so that it neither computes the codes twice nor decodes them early: every operator that decodes
 takes the gradient, and so runs in the backward pass and at its own place there. Inside they are the code of an
-uncompiled pass. A residual is four tensors, `[codes, ranges, poison, scores]`, empty where there is none.
+uncompiled pass. A residual is four tensors, `[codes, ranges, nonfinite_flag, scores]`, empty where there is none.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from dibit.codec import Affine, Packed, encode, mix, ops, seed_tensor
-from dibit.codec.backends import reference
-from dibit.codec.packed import reduced_shape
+from dibit.codec.layout import Layout, reduced_shape
 from dibit.codec.seed_stream import Key, capturing, draw, replayed_key
 from dibit.compile.spec import LEAF, NORM, settings
 from dibit.config import Config, Sample
@@ -66,25 +65,22 @@ def keep(
         draw: the number of this residual within the pass.
         text, use: see `dibit.compile.spec`.
     """
-    affine = None if shift is None or scale is None else Affine(shift, scale, watches=True)
+    affine = None if shift is None or scale is None else Affine(shift, scale, from_statistics=True)
     packed = encode(x, settings(text, use), seed(key, draw), affine)
     none = x.new_empty(0)
-    poison = none if packed.poison is None else packed.poison
-    return [packed.codes, packed.ranges, poison, none.to(torch.uint8) if packed.scores is None else packed.scores]
+    flag = none if packed.nonfinite_flag is None else packed.nonfinite_flag
+    return [packed.codes, packed.ranges, flag, none.to(torch.uint8) if packed.scores is None else packed.scores]
 
 
 @keep.register_fake
 def _(x, shift, scale, key, draw, text, use):  # type: ignore[no-untyped-def]
     config = settings(text, use).settled(x.shape[0])
-    rows, width = reduced_shape(x.shape[0], x.shape[1], config)
-    n, block = rows * width, config.elements(rows, width)
-    tail = n % block
-    size = n // block * reference.packed_bytes(block, config.bits) + reference.packed_bytes(tail, config.bits)
+    layout = Layout.of(*reduced_shape(x.shape[0], x.shape[1], config), config)
     dtype = torch.float64 if (x if shift is None else shift).dtype == torch.float64 else torch.float32
     sample = config.reduce if isinstance(config.reduce, Sample) else None
     return [
-        x.new_empty(size, dtype=torch.uint8),
-        x.new_empty((n // block + (tail + block - 1) // block, 2), dtype=dtype),
+        x.new_empty(layout.code_bytes, dtype=torch.uint8),
+        x.new_empty((layout.blocks, 2), dtype=dtype),
         x.new_empty((), dtype=torch.float32) if sample is not None else x.new_empty(0),
         x.new_empty(x.shape[0] if sample is not None and sample.by == "norm" else 0, dtype=torch.uint8),
     ]
@@ -94,7 +90,7 @@ def residual(
     kept: list[Tensor], key: Tensor, draw: int, rows: int, width: int, dtype: torch.dtype, config: Config
 ) -> Compressed:
     """What `keep` returned, as the residual that it is."""
-    codes, ranges, poison, scores = kept
+    codes, ranges, flag, scores = kept
     config = config.settled(rows)
     sample = config.reduce if isinstance(config.reduce, Sample) else None
     by_scores = sample is not None and sample.by == "norm"
@@ -104,7 +100,7 @@ def residual(
             codes,
             ranges,
             seed(key, draw),
-            poison if sample is not None else None,
+            flag if sample is not None else None,
             torch.Size((rows, width)),
             dtype,
             config,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dibit.codec.row_sampling import LEFT_OUT, row_scores, together
+from dibit.codec.row_sampling import LEFT_OUT, add_scores, row_scores
 
 
 class GradientNormObserver:
@@ -31,7 +31,7 @@ class GradientNormObserver:
         new = row_scores(dy)
         if self.scores is None:
             self._on_first(self)
-        self.scores = new if self.scores is None else together(self.scores, new)
+        self.scores = new if self.scores is None else add_scores(self.scores, new)
         if self.captured_table is not None and self.captured_table.shape == self.scores.shape:
             self.captured_table.copy_(decayed(self.captured_table, self.scores))
 

@@ -38,7 +38,8 @@ class NormReLUDropout(torch.autograd.Function):
         noise = x.numel() * (x.element_size() if x.device.type == "cpu" else 1)
         step.plain(mean.nbytes + inverse.nbytes, y.nbytes, noise if p else 0)
         place = step.place("norm")
-        outer, inner = keep_normalised(step, x, Affine(mean, inverse, watches=True), ctx.needs_input_grad[0], place)
+        normalised = Affine(mean, inverse, from_statistics=True)
+        outer, inner = keep_normalised(step, x, normalised, ctx.needs_input_grad[0], place)
         ctx.meter = step.meter(place) if outer is not None else None
         ctx.measured = ctx.meter.key if ctx.meter else ""
         ctx.shared, ctx.p = outer is inner, p

@@ -61,7 +61,7 @@ class BatchNorm(torch.autograd.Function):
         if training or ctx.needs_input_grad[1]:
             rows = x.detach().movedim(1, -1)
             rows = rows[0] if rows_of_one(x) else rows
-            normalised = Affine(mean, inverse, watches=training)
+            normalised = Affine(mean, inverse, from_statistics=training)
             place = step.place("norm")
             outer, inner = keep_normalised(step, rows, normalised, training and ctx.needs_input_grad[0], place)
         ctx.shared = outer is inner

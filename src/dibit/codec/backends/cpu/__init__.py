@@ -1,0 +1,25 @@
+"""The codec's operators on a CPU: tensors in, tensors out, Numba kernels between.
+
+Kernels take float32 (and bfloat16 or float32 ranges); for other dtypes the definition runs.
+"""
+
+from dibit.codec.backends.cpu.blocks import dequantize, quantize, quantize_rows
+from dibit.codec.backends.cpu.elementwise import (
+    apply_mask,
+    dropout,
+    finite,
+    norm_relu_dropout,
+    pack_mask,
+    passed_rows,
+    relu,
+    relu_dropout_gradient,
+    signs,
+)
+from dibit.codec.backends.cpu.products import aggregate, column_sums, norm_gradient, weight_gradient
+from dibit.codec.backends.cpu.sampling import pick_rows, row_scores
+
+__all__ = [
+    "aggregate", "apply_mask", "column_sums", "dequantize", "dropout", "finite", "norm_gradient", "norm_relu_dropout",
+    "pack_mask", "passed_rows", "pick_rows", "quantize", "quantize_rows", "relu", "relu_dropout_gradient", "row_scores",
+    "signs", "weight_gradient",
+]  # fmt: skip

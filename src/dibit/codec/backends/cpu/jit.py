@@ -1,4 +1,4 @@
-"""How kernels are compiled and called: once for one thread and once for all, cached on the disk."""
+"""How Numba kernels are compiled and called: once for one thread and once for all threads, cached on the disk."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import logging
 import signal
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, FunctionType
@@ -14,6 +15,9 @@ from typing import Any
 import numba as nb
 import torch
 
+# Numba's file cache asks whether a kernel's own file has changed. A kernel inlines what it shares with others, too: so
+# the content of that file is a part of its name.
+_SHARED = format(zlib.crc32((Path(__file__).parent / "kernels" / "numbers.py").read_bytes()), "08x")
 SMALL = 1 << 16  # below this many elements one thread does it all
 _running = threading.Lock()  # Numba's simplest pool of threads ends the process when two threads use it at once
 
@@ -27,9 +31,11 @@ class Kernel:
 
     def __init__(self, function: Any) -> None:
         options: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
-        self.parallel = nb.njit(parallel=True, **options)(function)
         twin = FunctionType(function.__code__, function.__globals__, function.__name__)
-        twin.__qualname__ = f"{function.__qualname__}_serial"  # Numba's file cache knows functions by this name
+        # Numba's file cache knows functions by these names
+        function.__qualname__ += f"_{_SHARED}"
+        twin.__qualname__ = f"{function.__qualname__}_serial"
+        self.parallel = nb.njit(parallel=True, **options)(function)
         self.serial = nb.njit(**options)(twin)
 
     def __call__(self, elements: int, *args: Any) -> Any:

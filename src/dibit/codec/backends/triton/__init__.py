@@ -1,7 +1,7 @@
 """The codec's operators on a GPU: tensors in, tensors out, Triton kernels between.
 
-Nothing here waits for the device, and seeds are read on it: what is called can be captured in a CUDA graph. Without a
-kernel, as for float64, the definition runs.
+Nothing here waits for the device, and seeds are read on it, so that calls can be captured in a CUDA graph. Kernels take
+float32, bfloat16 and float16; for other dtypes the definition runs.
 """
 
 from dibit.codec.backends.triton.blocks import dequantize, quantize, quantize_rows
@@ -11,6 +11,7 @@ from dibit.codec.backends.triton.elementwise import (
     finite,
     norm_relu_dropout,
     pack_mask,
+    passed_rows,
     relu,
     relu_dropout_gradient,
     signs,
@@ -20,5 +21,6 @@ from dibit.codec.backends.triton.sampling import pick_rows, row_scores
 
 __all__ = [
     "apply_mask", "column_sums", "dequantize", "dropout", "finite", "norm_gradient", "norm_relu_dropout", "pack_mask",
-    "pick_rows", "quantize", "quantize_rows", "relu", "relu_dropout_gradient", "row_scores", "signs", "weight_gradient",
+    "passed_rows", "pick_rows", "quantize", "quantize_rows", "relu", "relu_dropout_gradient", "row_scores", "signs",
+    "weight_gradient",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Codes of numbers, and numbers of codes."""
+"""Blocks of numbers to packed codes, and back, on a GPU."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dibit.codec.backends import reference
+from dibit.codec.backends.reference import NEAREST
 from dibit.codec.backends.triton.kernels import blocks as kernels
 from dibit.codec.backends.triton.launch import SINGLE, as_bits, constant, launch, on_device, parts, power
+from dibit.codec.dispatch import kernel
+from dibit.codec.layout import Layout, packed_bytes
 
 _MOST = 2048  # bytes of a block that one program takes whole
 _TILE = 1024  # bytes that a program takes of blocks that several share
 _ELEMENTS = 4096  # that a program takes of whole blocks
 
 
+@kernel(x=SINGLE)
 def quantize(
     x: Tensor, seed: Tensor, bits: int, block: int, levels: list[float], stats: torch.dtype, rounding: int,
     number: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    if x.dtype not in SINGLE:
-        return reference.quantize(x, seed, bits, block, levels, stats, rounding, number)
     return _quantize(x, None, None, None, x.numel(), 0, seed, bits, block, levels, stats, rounding, number)
 
 
+@kernel(x=SINGLE, shift=torch.float32)
 def quantize_rows(
     x: Tensor, index: Tensor | None, shift: Tensor | None, scale: Tensor | None, seed: Tensor, bits: int, block: int,
     levels: list[float], stats: torch.dtype, rounding: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    if x.dtype not in SINGLE or (shift is not None and shift.dtype != torch.float32):
-        return reference.quantize_rows(x, index, shift, scale, seed, bits, block, levels, stats, rounding)
     if index is None and shift is None:
         return quantize(x.reshape(-1), seed, bits, block, levels, stats, rounding)
     n = x.numel() if index is None else index.shape[0] * x.shape[1]
@@ -42,20 +42,20 @@ def _quantize(
     bits: int, block: int, levels: list[float], stats: torch.dtype, rounding: int, number: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Equal blocks in one launch, the short one at the end in another."""
-    full, tail = divmod(n, block)
-    size = reference.packed_bytes(block, bits)
-    codes = x.new_empty(full * size + reference.packed_bytes(tail, bits), dtype=torch.uint8)
-    ranges = x.new_empty((full + bool(tail), 2), dtype=stats)
-    widths = x.new_empty(full + bool(tail), dtype=torch.float32)
+    layout = Layout(n, block, bits)
+    size = layout.block_bytes
+    codes = x.new_empty(layout.code_bytes, dtype=torch.uint8)
+    ranges = x.new_empty((layout.blocks, 2), dtype=stats)
+    widths = x.new_empty(layout.blocks, dtype=torch.float32)
     table = on_device(levels, x.device, widths)
     meta = {
-        "BITS": bits, "LEVELS": bool(levels), "NEAREST": rounding == reference.NEAREST,
+        "BITS": bits, "LEVELS": bool(levels), "NEAREST": rounding == NEAREST,
         "HALF": stats == torch.bfloat16, "WIDTH": width, "GATHER": index is not None, "AFFINE": shift is not None,
     }  # fmt: skip
     moved = tuple(x if part is None else part.contiguous() for part in (index, shift, scale))
     source = x.contiguous()
-    for count, own, start, at, row in _launches(full, tail, block, size):
-        t, b, chunks, fixed = _shape(size, count, own, block, bits)
+    for count, own, start, at, row in _launches(layout):
+        t, b, chunks, fixed = _shape(layout, count, own)
         ends = widths
         if chunks > 1:
             ends = x.new_empty((count, 2), dtype=torch.int32)
@@ -72,49 +72,40 @@ def _quantize(
     return codes, ranges, widths
 
 
-def _launches(full: int, tail: int, block: int, size: int) -> Iterator[tuple[int, int, int, int, int]]:
+def _launches(layout: Layout) -> Iterator[tuple[int, int, int, int, int]]:
     """How many blocks of how many elements, first element, byte and block: the full ones, and the short one."""
+    full = layout.full
     if full:
-        yield full, block, 0, 0, 0
-    if tail:
-        yield 1, tail, full * block, full * size, full
+        yield full, layout.block, 0, 0, 0
+    if layout.tail:
+        yield 1, layout.tail, full * layout.block, full * layout.block_bytes, full
 
 
-def _shape(size: int, count: int, own: int, block: int, bits: int) -> tuple[int, int, int, int]:
+def _shape(layout: Layout, count: int, own: int) -> tuple[int, int, int, int]:
     """Bytes and blocks of a program's tile, programs a block, and the block that the code is compiled for (0: none).
 
     That one has a power of two of elements, so that a run of `size` elements begins at a multiple of it. The short
     block's tile is as wide as the others'.
     """
-    t, bytes_ = power(size, most=_MOST), reference.packed_bytes(own, bits)
+    t, bytes_ = power(layout.block_bytes, most=_MOST), packed_bytes(own, layout.bits)
     if bytes_ > t:
         return _TILE, 1, parts(bytes_, _TILE), 0
-    fixed = constant(own) if own == block else 0
+    fixed = constant(own) if own == layout.block else 0
     if count == 1:
         return max(64, t), 1, 1, fixed  # a smaller tile would be a scalar
-    return t, max(1, _ELEMENTS * bits // 8 // t), 1, fixed
+    return t, max(1, _ELEMENTS * layout.bits // 8 // t), 1, fixed
 
 
+@kernel(ranges=SINGLE, dtype=SINGLE)
 def dequantize(
-    codes: Tensor,
-    ranges: Tensor,
-    seed: Tensor,
-    numel: int,
-    bits: int,
-    block: int,
-    levels: list[float],
-    dither: float,
-    dtype: torch.dtype,
-    number: int = 0,
-) -> Tensor:
-    if dtype not in SINGLE or ranges.dtype == torch.float64:
-        return reference.dequantize(codes, ranges, seed, numel, bits, block, levels, dither, dtype, number)
+    codes: Tensor, ranges: Tensor, seed: Tensor, numel: int, bits: int, block: int, levels: list[float], dither: float,
+    dtype: torch.dtype, number: int = 0,
+) -> Tensor:  # fmt: skip
     out = codes.new_empty(numel, dtype=dtype)
-    full, tail = divmod(numel, block)
-    size = reference.packed_bytes(block, bits)
+    layout = Layout(numel, block, bits)
     table = on_device(levels, codes.device, out)
-    for count, own, start, at, row in _launches(full, tail, block, size):
-        t, b, chunks, fixed = _shape(size, count, own, block, bits)
+    for count, own, start, at, row in _launches(layout):
+        t, b, chunks, fixed = _shape(layout, count, own)
         launch(
             kernels.dequantize, (parts(count, b) * chunks,), codes.device, codes[at:], as_bits(ranges[row:]), seed,
             table, out[start:], count, own, number + start, float(dither), chunks,

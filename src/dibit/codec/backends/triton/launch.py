@@ -1,4 +1,4 @@
-"""How a kernel is launched: on the device of its tensors, without contraction, asynchronously."""
+"""How a Triton kernel is launched: on the device of its tensors, without contraction, asynchronously."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from dibit._torch.autocast import HALF
 from dibit.codec.seed_stream import capturing
 
-SINGLE = (torch.float32, *HALF)  # what kernels compute in, or convert; for others the definition runs
+SINGLE = (torch.float32, *HALF)  # the dtypes that kernels take; they compute in float32
 
 
 def launch(

@@ -1,13 +1,14 @@
-"""Products with what was encoded, which is never formed."""
+"""Products with what was encoded, on a GPU; the encoded tensor is never formed."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from dibit.codec.backends import reference
 from dibit.codec.backends.triton.kernels import products as kernels
 from dibit.codec.backends.triton.launch import SINGLE, as_bits, constant, launch, on_device, parts, power
+from dibit.codec.dispatch import kernel
+from dibit.codec.layout import Layout
 
 _LARGEST = 8192  # elements of a block; larger ones are unpacked before they are multiplied
 _TILE = 1024  # elements that a program holds at once
@@ -19,25 +20,24 @@ def _packing(
     ranges: Tensor, rows: int, width: int, bits: int, block: int
 ) -> tuple[tuple[int, ...], dict[str, int | bool]] | None:
     """Numbers and constants that kernels over an encoded matrix take; `None` where they do not serve."""
-    if ranges.dtype == torch.float64 or block > _LARGEST or not rows * width:
+    if block > _LARGEST or not rows * width:
         return None
-    last, tail = divmod(rows * width, block)
-    numbers = rows, block, last, max(1, reference.packed_bytes(tail, bits))
+    layout = Layout(rows * width, block, bits)
+    numbers = rows, block, layout.full, max(1, layout.tail_bytes)
     return numbers, {
         "WIDTH": width, "BLOCK": constant(block), "BITS": bits, "HALF": ranges.dtype == torch.bfloat16,
-        "TAIL": tail != 0,
+        "TAIL": layout.tail != 0,
     }  # fmt: skip
 
 
+@kernel(ranges=SINGLE, dy=SINGLE)
 def weight_gradient(
     codes: Tensor, ranges: Tensor, seed: Tensor, dy: Tensor, index: Tensor | None, weight: Tensor | None, rows: int,
     width: int, bits: int, block: int, levels: list[float], dither: float,
 ) -> Tensor:  # fmt: skip
     packing = _packing(ranges, rows, width, bits, block)
-    if packing is None or dy.dtype not in SINGLE or not dy.numel():
-        return reference.weight_gradient(
-            codes, ranges, seed, dy, index, weight, rows, width, bits, block, levels, dither
-        )
+    if packing is None or not dy.numel():
+        return NotImplemented
     numbers, meta = packing
     columns = dy.shape[1]
     r, c, d = 16, power(columns, 16, 64), power(width, 16, 64)
@@ -54,10 +54,11 @@ def weight_gradient(
     return slabs.sum(0)
 
 
+@kernel(ranges=SINGLE, g=torch.float32)
 def column_sums(codes: Tensor, ranges: Tensor, seed: Tensor, g: Tensor, bits: int, block: int, dither: float) -> Tensor:
     packing = _packing(ranges, g.shape[0], g.shape[1], bits, block)
-    if packing is None or g.dtype != torch.float32:
-        return reference.column_sums(codes, ranges, seed, g, bits, block, dither)
+    if packing is None:
+        return NotImplemented
     numbers, meta = packing
     rows, width = g.shape
     d = power(width, 16, 128)
@@ -71,13 +72,14 @@ def column_sums(codes: Tensor, ranges: Tensor, seed: Tensor, g: Tensor, bits: in
     return sums.sum(0)
 
 
+@kernel(ranges=SINGLE, g=torch.float32)
 def norm_gradient(
     codes: Tensor, ranges: Tensor, seed: Tensor, g: Tensor, shift: Tensor, factor: Tensor, gain: Tensor, bits: int,
     block: int, dither: float,
 ) -> Tensor:  # fmt: skip
     packing = _packing(ranges, g.shape[0], g.shape[1], bits, block)
-    if packing is None or g.dtype != torch.float32:
-        return reference.norm_gradient(codes, ranges, seed, g, shift, factor, gain, bits, block, dither)
+    if packing is None:
+        return NotImplemented
     out = torch.empty_like(g, memory_format=torch.contiguous_format)
     numbers, meta = packing
     rows, width = g.shape

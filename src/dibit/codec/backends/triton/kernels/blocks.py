@@ -13,11 +13,11 @@ from dibit.codec.backends.triton.kernels.numbers import (
     INFINITE,
     MAGNITUDE,
     NOT_A_NUMBER,
-    affine,
     decoded,
     keys,
     ordered,
     quotient,
+    range_parameters,
     rounded,
     stored_range,
     uniform,
@@ -140,7 +140,7 @@ def quantize(
         tl.store(ranges_ptr + 2 * b, low, mask=once)
         tl.store(ranges_ptr + 2 * b + 1, high, mask=once)
 
-    zero, width, scale, _ = affine(low, high)
+    zero, width, scale, _ = range_parameters(low, high)
     wide = width > 0
     divisor = tl.where(wide, width, 1.0)
     usual = (divisor >= 5.421010862427522e-20) & (divisor <= 4.253529586511731e37)  # 2^-64, 2^125

@@ -64,7 +64,7 @@ def quotient(a, d, r):
 
 
 @triton.jit
-def affine(low, high):
+def range_parameters(low, high):
     """Zero point, width, scale and 1 / scale of ranges; the scale is 1/2 where high - low would overflow."""
     wide = ((high - low).to(tl.int32, bitcast=True) & MAGNITUDE) == INFINITE
     scale = tl.where(wide, 0.5, 1.0)
@@ -113,7 +113,7 @@ def decoded(
 ):
     """The value of a code (int32) in float32, as `reference.dequantize` has it; u is read where it is dithered."""
     TOP: tl.constexpr = (1 << BITS) - 1
-    zero, width, _, inverse = affine(low, high)
+    zero, width, _, inverse = range_parameters(low, high)
     step = tl.div_rn(width, tl.full(width.shape, TOP, tl.float32))
     h = tl.load(levels_ptr + code, mask=mask, other=0.0) if LEVELS else code.to(tl.float32)
     if DITHERED:

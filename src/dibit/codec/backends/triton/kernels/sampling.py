@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 
 from dibit.codec.backends.triton.kernels.numbers import hashed, keys
-from dibit.codec.keep_probabilities import ONE
+from dibit.codec.keep_probabilities import FIXED_POINT_ONE
 
-_ONE = tl.constexpr(ONE)
+_ONE = tl.constexpr(FIXED_POINT_ONE)
 
 
 @triton.jit
@@ -37,8 +37,10 @@ def count_scores(scores_ptr, counts_ptr, rows, T: tl.constexpr):
 
 
 @triton.jit
-def chances(counts_ptr, seed_ptr, chances_ptr, start_ptr, count, SALT: tl.constexpr, FLOOR: tl.constexpr):
-    """`reference.chances` from the counts, within rounding, and where systematic sampling starts. One program."""
+def keep_probabilities(
+    counts_ptr, seed_ptr, probabilities_ptr, start_ptr, count, SALT: tl.constexpr, FLOOR: tl.constexpr
+):
+    """`dibit.codec.keep_probabilities` from the counts, within rounding, and where sampling starts. One program."""
     code = tl.arange(0, 256)
     n = tl.where(code == 255, 0, tl.load(counts_ptr + code)).to(tl.int64)
     # 2 to the power of (code - 127) / 2, put together from its bits
@@ -55,29 +57,29 @@ def chances(counts_ptr, seed_ptr, chances_ptr, start_ptr, count, SALT: tl.conste
     factor = tl.where(rest > 0, factor, 0.0)
     largest = tl.max(tl.where((factor * value <= 1) & (n > 0), code, -1), axis=0)
     c = tl.sum(tl.where(code == largest, factor, 0.0), axis=0)
-    chance = tl.where(largest < 0, 1.0, tl.minimum(c * value, 1.0))  # none fits: every row is certain
-    chance = tl.where(code == 255, 0.0, chance)
-    tl.store(chances_ptr + code, (chance * _ONE).to(tl.int64))
+    probability = tl.where(largest < 0, 1.0, tl.minimum(c * value, 1.0))  # none fits: every row is certain
+    probability = tl.where(code == 255, 0.0, probability)
+    tl.store(probabilities_ptr + code, (probability * _ONE).to(tl.int64))
     key0, key1 = keys(seed_ptr, SALT)
     begin = hashed(tl.zeros((1,), tl.int64), tl.zeros((1,), tl.int32), key0, key1) >> 2
     tl.store(start_ptr + tl.arange(0, 1), begin.to(tl.int64))
 
 
 @triton.jit
-def sum_chances(scores_ptr, chances_ptr, sums_ptr, rows, T: tl.constexpr):
-    """The chances of `T` rows added up: int64, exact."""
+def sum_probabilities(scores_ptr, probabilities_ptr, sums_ptr, rows, T: tl.constexpr):
+    """The probabilities of `T` rows added up: int64, exact."""
     first = tl.program_id(0).to(tl.int64) * T
     j = tl.arange(0, T)
     mask = first + j < rows
     score = tl.load(scores_ptr + first + j, mask=mask, other=0).to(tl.int32)
-    tl.store(sums_ptr + tl.program_id(0), tl.sum(tl.load(chances_ptr + score, mask=mask, other=0), axis=0))
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(tl.load(probabilities_ptr + score, mask=mask, other=0), axis=0))
 
 
 @triton.jit
 def pick_rows(
-    scores_ptr, chances_ptr, start_ptr, sums_ptr, running_ptr, index_ptr, weight_ptr, rows, count, T: tl.constexpr
+    scores_ptr, probabilities_ptr, start_ptr, sums_ptr, running_ptr, index_ptr, weight_ptr, rows, count, T: tl.constexpr
 ):
-    """The rows of `T` in whose share of the summed chances `start + k * ONE` falls.
+    """The rows of `T` in whose share of the summed probabilities `start + k * ONE` falls.
 
     The last program fills what is left of the result.
 
@@ -88,14 +90,14 @@ def pick_rows(
     j = tl.arange(0, T)
     mask = first + j < rows
     score = tl.load(scores_ptr + first + j, mask=mask, other=0).to(tl.int32)
-    chance = tl.load(chances_ptr + score, mask=mask, other=0)
-    after = tl.load(running_ptr + program) - tl.load(sums_ptr + program) + tl.cumsum(chance, axis=0)
+    probability = tl.load(probabilities_ptr + score, mask=mask, other=0)
+    after = tl.load(running_ptr + program) - tl.load(sums_ptr + program) + tl.cumsum(probability, axis=0)
     start = tl.load(start_ptr)
-    # no chance is above ONE, so at most one of the points falls into a row's share
-    k = tl.maximum(after - chance - start + (_ONE - 1), 0) // _ONE
+    # no probability is above one, so at most one of the points falls into a row's share
+    k = tl.maximum(after - probability - start + (_ONE - 1), 0) // _ONE
     picked = mask & (start + k * _ONE < after) & (k < count)
     tl.store(index_ptr + k, first + j, mask=picked)
-    weight = tl.full((T,), _ONE, tl.float64) / tl.maximum(chance, 1).to(tl.float64)
+    weight = tl.full((T,), _ONE, tl.float64) / tl.maximum(probability, 1).to(tl.float64)
     tl.store(weight_ptr + k, weight.to(tl.float32), mask=picked)
     if program == tl.num_programs(0) - 1:
         found = tl.maximum(tl.load(running_ptr + program) - start + (_ONE - 1), 0) // _ONE

@@ -1,0 +1,38 @@
+"""The codec's operators in plain torch, for any device: their definition, with their arguments and results.
+
+`dibit.codec.ops` takes names and schemas from here. The other backends must give the same codes, bit for bit.
+"""
+
+from dibit.codec.backends.reference.blocks import (
+    NEAREST,
+    STOCHASTIC,
+    affine,
+    cast_clamped,
+    dequantize,
+    dither_variance,
+    quantize,
+    quantize_rows,
+    unpack,
+    unpack_all,
+)
+from dibit.codec.backends.reference.elementwise import (
+    apply_mask,
+    dropout,
+    dropout_scale,
+    finite,
+    norm_relu_dropout,
+    pack_mask,
+    passed_rows,
+    relu,
+    relu_dropout_gradient,
+    signs,
+)
+from dibit.codec.backends.reference.products import aggregate, column_sums, norm_gradient, weight_gradient
+from dibit.codec.backends.reference.sampling import pick_rows, row_scores
+
+__all__ = [
+    "NEAREST", "STOCHASTIC", "affine", "aggregate", "apply_mask", "cast_clamped", "column_sums", "dequantize",
+    "dither_variance", "dropout", "dropout_scale", "finite", "norm_gradient", "norm_relu_dropout", "pack_mask",
+    "passed_rows", "pick_rows", "quantize", "quantize_rows", "relu", "relu_dropout_gradient", "row_scores", "signs",
+    "unpack", "unpack_all", "weight_gradient",
+]  # fmt: skip
