@@ -21,7 +21,7 @@ from torch_geometric import EdgeIndex
 from torch_geometric.nn.models import GAT, GCN, GIN, GraphSAGE
 
 import dibit
-from dibit.compile.spec import config_of, text_of
+from dibit.compile.config_text import config_of, text_of
 from dibit.recipes import RECIPES
 from tests.unbiased import bias_of, gradient
 

@@ -19,7 +19,7 @@ from torch_geometric.utils import to_torch_csr_tensor
 import dibit
 from dibit import Config, Sample
 from dibit.codec import decode, encode, seed_tensor
-from dibit.compile.spec import NORM, setting_of, settings
+from dibit.compile.config_text import NORM, setting_of, settings
 from dibit.engine.model_state import state_of
 from dibit.engine.noise.meter import concentration, rounding_of
 from dibit.engine.noise.noise_flow import _ALIGNED, _ALIGNED_COLUMNS, _COLUMNS, Factor, Leaf, Level, Norm

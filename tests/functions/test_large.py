@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import dibit
 from dibit import Config
 from dibit._torch import huge_pages as buffers
-from dibit.rules import aggregate, large
+from dibit.rules import aggregate, large_outputs
 from dibit.tools.memory import peak_bytes
 from tests.unbiased import bias_of, gradient
 
@@ -33,7 +33,9 @@ class Net(nn.Module):
 def test_forward_is_torchs_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[tuple[int, ...]] = []
     plain_empty = buffers.empty
-    monkeypatch.setattr(large, "empty", lambda shape, *a, **k: used.append(tuple(shape)) or plain_empty(shape, *a, **k))
+    monkeypatch.setattr(
+        large_outputs, "empty", lambda shape, *a, **k: used.append(tuple(shape)) or plain_empty(shape, *a, **k)
+    )
     torch.manual_seed(0)
     net, x = Net().train(), torch.randn(N, D)
     assert x.nbytes >= buffers.LEAST
@@ -83,7 +85,7 @@ def test_the_gradients_of_batch_norm_are_unbiased(config: Config | str) -> None:
 def test_a_product_over_its_own_input(width: int) -> None:
     x, weight = torch.randn(20_001, D), torch.randn(D, width)
     expected, start = x @ weight, x.clone()
-    y = large.mm_over(x, weight)
+    y = large_outputs.mm_over(x, weight)
     assert torch.allclose(y, expected, rtol=1e-5, atol=1e-4)
     assert (y.data_ptr() == x.data_ptr()) == (width == D)
     assert width == D or torch.equal(x, start)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dibit
 from dibit.nn import norm_relu_dropout
-from dibit.rules import RULES, large
+from dibit.rules import RULES, large_outputs
 from tests.unbiased import bias_of
 
 RECIPES: dict[str, Any] = {
@@ -183,7 +183,7 @@ def outcome(net: Net, x: Tensor, change: bool) -> Any:
 @pytest.mark.parametrize(("number", "function", "call"), CALLS)
 def test_layout(number: int, function: Any, call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A third of the layouts for each spelling of each function; every fourth result is changed in place."""
-    monkeypatch.setattr(large, "LEAST", 64)
+    monkeypatch.setattr(large_outputs, "LEAST", 64)
     works = 0
     for i, (shape, name, make) in enumerate(CASES[number % 3 :: 3]):
         change = i % 4 == 3

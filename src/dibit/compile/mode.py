@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from dibit._torch.user_objects import is_a, static
 from dibit.compile import ops
+from dibit.compile.config_text import Setting
 from dibit.compile.rules import RULES
-from dibit.compile.spec import Setting
 
 set_callback = eval_frame.set_eval_frame
 

@@ -14,7 +14,7 @@ from torch.library import custom_op
 from dibit.codec import Affine, Packed, encode, mix, ops, seed_tensor
 from dibit.codec.layout import Layout, reduced_shape
 from dibit.codec.seed_stream import Key, capturing, draw, replayed_key
-from dibit.compile.spec import LEAF, NORM, settings
+from dibit.compile.config_text import LEAF, NORM, settings
 from dibit.config import Config, Sample
 from dibit.residuals.compressed import Compressed
 from dibit.rules.norm import batch_norm_gradient, layer_norm_gradient
@@ -63,7 +63,7 @@ def keep(
         shift, scale: (D,), statistics of x.
         key: of the pass, int64 0-d.
         draw: the number of this residual within the pass.
-        text, use: see `dibit.compile.spec`.
+        text, use: see `dibit.compile.config_text`.
     """
     affine = None if shift is None or scale is None else Affine(shift, scale, from_statistics=True)
     packed = encode(x, settings(text, use), seed(key, draw), affine)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dibit.compile import functions, ops
-from dibit.compile.spec import PATH, RELATIVE, SATURATING
+from dibit.compile import autograd, ops
+from dibit.compile.config_text import PATH, RELATIVE, SATURATING
 from dibit.rules import activation
 
 
@@ -76,14 +76,14 @@ def _product(mode: Any, x: Any, weight: Any, bias: Any, product: bool) -> Any:
             return NotImplemented  # the caller keeps it: exact, and free
         found = dropped(mode, x)
         if found is not None and not product:
-            return functions.DroppedLinear.apply(x, weight, bias, found[0], mode.key, found[1], found[2])
-    return functions.Linear.apply(x, weight, bias, product, mode.key, draw_for(mode, x), mode.settings[-1].text)
+            return autograd.DroppedLinear.apply(x, weight, bias, found[0], mode.key, found[1], found[2])
+    return autograd.Linear.apply(x, weight, bias, product, mode.key, draw_for(mode, x), mode.settings[-1].text)
 
 
 def relu(mode: Any, input: Tensor, inplace: bool = False) -> Any:
     if not _differs(input):
         return NotImplemented
-    return _placed(input, functions.ReLU.apply(input), inplace)
+    return _placed(input, autograd.ReLU.apply(input), inplace)
 
 
 def relu_(mode: Any, input: Tensor) -> Any:
@@ -93,7 +93,7 @@ def relu_(mode: Any, input: Tensor) -> Any:
 def leaky_relu(mode: Any, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
     if not _differs(input) or negative_slope < 0:
         return NotImplemented
-    return _placed(input, functions.LeakyReLU.apply(input, negative_slope), inplace)
+    return _placed(input, autograd.LeakyReLU.apply(input, negative_slope), inplace)
 
 
 def leaky_relu_(mode: Any, input: Tensor, negative_slope: float = 0.01) -> Any:
@@ -113,7 +113,7 @@ def _smooth(
 ) -> Any:
     if not _differs(x):
         return NotImplemented
-    y = functions.Smooth.apply(x, plain, derivative, options, mode.key, draw(mode), mode.settings[-1].text, use)
+    y = autograd.Smooth.apply(x, plain, derivative, options, mode.key, draw(mode), mode.settings[-1].text, use)
     return _placed(x, y, inplace)
 
 
@@ -158,11 +158,11 @@ def dropout(mode: Any, input: Tensor, p: float = 0.5, training: bool = True, inp
         return NotImplemented
     if mode.settings[-1].masked:
         return (
-            _placed(input, functions.MaskedDropout.apply(input, p), inplace) if input.requires_grad else NotImplemented
+            _placed(input, autograd.MaskedDropout.apply(input, p), inplace) if input.requires_grad else NotImplemented
         )
     number = draw(mode)
     if input.requires_grad:
-        return _placed(input, functions.SeededDropout.apply(input, mode.key, number, p), inplace)
+        return _placed(input, autograd.SeededDropout.apply(input, mode.key, number, p), inplace)
     y = ops.seeded_dropout(input, mode.key, number, p)
     if not inplace and held(mode, input):
         mode.dropped.append((y, input, number, p))
@@ -184,7 +184,7 @@ def batch_norm(
     if not training or not _differs(input) or input.dim() < 2 or input.numel() <= input.shape[1]:
         return NotImplemented
     setting = mode.settings[-1]
-    return functions.BatchNorm.apply(
+    return autograd.BatchNorm.apply(
         input,
         weight,
         bias,
@@ -206,7 +206,7 @@ def layer_norm(
         return NotImplemented
     setting, shape = mode.settings[-1], list(normalized_shape)
     two = setting.two[1]
-    return functions.LayerNorm.apply(input, shape, weight, bias, eps, two, mode.key, draw(mode, 2), setting.text)
+    return autograd.LayerNorm.apply(input, shape, weight, bias, eps, two, mode.key, draw(mode, 2), setting.text)
 
 
 def new_zeros(mode: Any, input: Tensor, *size: Any, **options: Any) -> Any:

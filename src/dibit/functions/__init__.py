@@ -9,17 +9,7 @@ from dibit.rules import RULES
 __all__ = ["RULES"]
 
 # Modules keep their former names, too: `from dibit.functions.activation import smooth`.
-for _name in (
-    "activation",
-    "add",
-    "aggregate",
-    "common",
-    "dropout",
-    "fused",
-    "large",
-    "linear",
-    "loss",
-    "norm",
-    "power",
-):
-    sys.modules[f"{__name__}.{_name}"] = globals()[_name] = importlib.import_module(f"{rules.__name__}.{_name}")
+_MOVED = {"fused": "norm_relu_dropout", "large": "large_outputs"}
+for _name in ("activation", "add", "aggregate", "common", "dropout", *_MOVED, "linear", "loss", "norm", "power"):
+    _module = importlib.import_module(f"{rules.__name__}.{_MOVED.get(_name, _name)}")
+    sys.modules[f"{__name__}.{_name}"] = globals()[_name] = _module

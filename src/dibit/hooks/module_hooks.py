@@ -14,7 +14,7 @@ from torch.fx import _symbolic_trace
 from dibit._torch.module_call import around
 from dibit._torch.user_objects import is_a, static
 from dibit.compile import mode as traced
-from dibit.compile.spec import setting_of
+from dibit.compile.config_text import setting_of
 from dibit.config import Config
 from dibit.engine.model_state import Hook, State, state_of
 from dibit.hooks import passes

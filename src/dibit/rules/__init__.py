@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dibit import nn
 from dibit.engine.model_state import Rule
-from dibit.nn import norm_relu_dropout
-from dibit.rules import activation, add, aggregate, dropout, fused, linear, loss, norm, power, product
+from dibit.rules import activation, add, aggregate, dropout, linear, loss, norm, norm_relu_dropout, power, product
 
 RULES: Mapping[Any, Rule] = {
     F.linear: linear.linear,
@@ -91,7 +91,7 @@ RULES: Mapping[Any, Rule] = {
     torch.instance_norm: norm.torch_instance_norm,
     F.layer_norm: norm.layer_norm,
     torch.layer_norm: norm.layer_norm,
-    norm_relu_dropout: fused.norm_relu_dropout,
+    nn.norm_relu_dropout: norm_relu_dropout.norm_relu_dropout,
     F.log_softmax: loss.log_softmax,
     torch.log_softmax: loss.torch_log_softmax,
     Tensor.log_softmax: loss.torch_log_softmax,

@@ -14,7 +14,7 @@ from dibit.engine.noise.meter import Meter
 from dibit.residuals.base import load, save
 from dibit.residuals.constant_csr import Graph
 from dibit.residuals.exact import Reference
-from dibit.rules import large
+from dibit.rules import large_outputs
 from dibit.rules.common import dense, first_order, flat, own
 from dibit.rules.product import bmm
 
@@ -31,7 +31,7 @@ class Linear(torch.autograd.Function):
         save(ctx, residual, weight if ctx.needs_input_grad[0] else None)
         _measure(ctx, meter)
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        return own(large.linear(*copies(low, x, weight, bias)))
+        return own(large_outputs.linear(*copies(low, x, weight, bias)))
 
     @staticmethod
     @first_order
@@ -39,7 +39,11 @@ class Linear(torch.autograd.Function):
         residual, weight = load(ctx)
         x_dtype, w_dtype, b_dtype = ctx.dtypes
         rows = flat(dy)
-        dx = input_gradient(ctx, large.mm(dy, weight.to(dy.dtype))).to(x_dtype) if ctx.needs_input_grad[0] else None
+        dx = (
+            input_gradient(ctx, large_outputs.mm(dy, weight.to(dy.dtype))).to(x_dtype)
+            if ctx.needs_input_grad[0]
+            else None
+        )
         dw = weight_gradient(ctx, residual, rows).to(w_dtype) if ctx.needs_input_grad[1] else None
         db = bias_gradient(ctx, rows).to(b_dtype) if ctx.needs_input_grad[2] else None
         return dx, dw, db, None, None, None
@@ -62,7 +66,7 @@ class AggregatedLinear(torch.autograd.Function):
         save(ctx, residual, weight, *graph.parts)
         ctx.graph, ctx.aggregate, ctx.matrix = graph.bind(()), watched, graph.pattern
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        return own(large.linear(*copies(low, aggregate, weight, bias)))
+        return own(large_outputs.linear(*copies(low, aggregate, weight, bias)))
 
     @staticmethod
     @first_order
@@ -79,7 +83,11 @@ class AggregatedLinear(torch.autograd.Function):
         dw = (
             weight_gradient(ctx, residual, z).to(w_dtype) if ctx.needs_input_grad[1] else None
         )  # before dX is written over z
-        dx = input_gradient(ctx, large.mm_over(z, weight.to(z.dtype))).to(x_dtype) if ctx.needs_input_grad[0] else None
+        dx = (
+            input_gradient(ctx, large_outputs.mm_over(z, weight.to(z.dtype))).to(x_dtype)
+            if ctx.needs_input_grad[0]
+            else None
+        )
         db = bias_gradient(ctx, dy).to(b_dtype) if ctx.needs_input_grad[2] else None
         return dx, dw, db, None, None, None, None, None, None
 
@@ -98,7 +106,7 @@ class MatMul(torch.autograd.Function):
         ctx.scale = beta, alpha
         ctx.types = x.dtype, weight.dtype, None if c is None else (c.dtype, c.shape)
         x, weight, c = copies(low, x, weight, c)
-        return own(large.mm(x, weight) if c is None else torch.addmm(c, x, weight, beta=beta, alpha=alpha))
+        return own(large_outputs.mm(x, weight) if c is None else torch.addmm(c, x, weight, beta=beta, alpha=alpha))
 
     @staticmethod
     @first_order
@@ -109,7 +117,7 @@ class MatMul(torch.autograd.Function):
         scaled = dy if alpha == 1 else dy * alpha
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = input_gradient(ctx, large.mm(scaled, weight.T.to(dy.dtype))).to(x_dtype)
+            dx = input_gradient(ctx, large_outputs.mm(scaled, weight.T.to(dy.dtype))).to(x_dtype)
         dw = weight_gradient(ctx, residual, flat(scaled)).T.to(w_dtype) if ctx.needs_input_grad[1] else None
         dc = None
         if ctx.needs_input_grad[2]:

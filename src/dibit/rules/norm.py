@@ -24,7 +24,7 @@ from dibit.engine.forward_pass import Step
 from dibit.engine.noise.meter import Meter
 from dibit.residuals.base import load, save
 from dibit.residuals.compressed import Compressed
-from dibit.rules import large
+from dibit.rules import large_outputs
 from dibit.rules.common import dense, first_order, own, unreduced
 
 
@@ -53,7 +53,7 @@ class BatchNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Any, bias: Any, running: tuple[Any, Any], training: bool, momentum: float,
         eps: float, step: Step,
     ) -> Tensor:  # fmt: skip
-        y, mean, inverse = large.batch_norm(x, weight, bias, *running, training, momentum, eps)
+        y, mean, inverse = large_outputs.batch_norm(x, weight, bias, *running, training, momentum, eps)
         step.plain(mean.nbytes + inverse.nbytes if training else 0)
         mean, inverse = at_least_single(mean), at_least_single(inverse)
         outer = inner = None

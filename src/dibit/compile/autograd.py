@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dibit.codec import ops as codec
 from dibit.compile import ops
-from dibit.compile.spec import LEAF, NORM
+from dibit.compile.config_text import LEAF, NORM
 from dibit.rules.common import flat
 
 
