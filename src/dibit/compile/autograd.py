@@ -16,7 +16,7 @@ from torch import Tensor
 from dibit.codec import ops as codec
 from dibit.compile import ops
 from dibit.compile.config_text import LEAF, NORM
-from dibit.rules.common import flat
+from dibit.rules.common import as_rows
 
 
 class Linear(torch.autograd.Function):
@@ -26,7 +26,7 @@ class Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, product: bool, key: Tensor, draw: int, text: str
     ) -> Tensor:
-        kept = ops.keep(flat(x), None, None, key, draw, text, LEAF)
+        kept = ops.keep(as_rows(x), None, None, key, draw, text, LEAF)
         ctx.save_for_backward(weight, key, *kept)
         ctx.product, ctx.draw, ctx.text = product, draw, text
         ctx.width, ctx.dtypes = x.shape[-1], (x.dtype, None if bias is None else bias.dtype)
@@ -35,7 +35,7 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         weight, key, *kept = ctx.saved_tensors
-        rows = flat(dy)
+        rows = as_rows(dy)
         dw = ops.outer(rows, kept, key, ctx.draw, ctx.width, ctx.dtypes[0], ctx.text).to(weight.dtype)
         return *_rest(ctx, dy, rows, weight, dw, ctx.dtypes), None, None, None, None
 
@@ -55,7 +55,7 @@ class DroppedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         weight, key, x = ctx.saved_tensors
-        rows = flat(dy)
+        rows = as_rows(dy)
         dw = ops.dropped_outer(rows, x, key, ctx.draw, ctx.p).to(weight.dtype)
         return *_rest(ctx, dy, rows, weight, dw, ctx.dtypes), None, None, None, None
 
@@ -106,7 +106,7 @@ class Smooth(torch.autograd.Function):
         ctx: Any, x: Tensor, plain: Callable[..., Tensor], derivative: Callable[..., Tensor], options: Any, key: Tensor,
         draw: int, text: str, use: str,
     ) -> Tensor:  # fmt: skip
-        kept = ops.keep(flat(derivative(x, *options)), None, None, key, draw, text, use)
+        kept = ops.keep(as_rows(derivative(x, *options)), None, None, key, draw, text, use)
         ctx.save_for_backward(key, *kept)
         ctx.draw, ctx.text, ctx.use, ctx.dtype = draw, text, use, x.dtype
         return plain(x, *options)
@@ -161,7 +161,7 @@ class BatchNorm(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         y, mean, inverse = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
         mean, inverse = _statistics(mean), _statistics(inverse)
-        rows = flat(x.movedim(1, -1))
+        rows = as_rows(x.movedim(1, -1))
         inner = ops.keep(rows, mean, inverse, key, draw, text, NORM)
         outer = ops.keep(rows, mean, inverse, key, draw + 1, text, NORM) if two else []
         ctx.save_for_backward(weight, inverse, key, *inner, *outer)
@@ -172,7 +172,7 @@ class BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         weight, inverse, key, *kept = ctx.saved_tensors
         g = dy.movedim(1, -1)
-        rows = flat(g).to(inverse.dtype)
+        rows = as_rows(g).to(inverse.dtype)
         dx, dw, db = ops.batch_norm_backward(rows, inverse, weight, kept[:4], kept[4:], key, ctx.draw, ctx.text)
         dx = dx.view(g.shape).movedim(-1, 1).to(ctx.dtypes[0])
         affine = ctx.dtypes[1] is not None

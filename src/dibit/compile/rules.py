@@ -13,10 +13,10 @@ from dibit.compile.config_text import PATH, RELATIVE, SATURATING
 from dibit.rules import activation
 
 
-def dense(x: Any) -> bool:
-    """A plain strided floating-point tensor of at least one dimension."""
+def is_plain_float(x: Any) -> bool:
+    """What `dibit.rules.common.is_plain_float` asks, as far as Dynamo can trace it."""
     plain = isinstance(x, Tensor) and type(x) in (Tensor, nn.Parameter)
-    return plain and x.layout == torch.strided and x.is_floating_point() and x.dim() > 0
+    return plain and x.layout == torch.strided and x.is_floating_point()
 
 
 def draw(mode: Any, count: int = 1) -> int:
@@ -67,9 +67,9 @@ def rmatmul(mode: Any, input: Tensor, other: Tensor) -> Any:
 
 
 def _product(mode: Any, x: Any, weight: Any, bias: Any, product: bool) -> Any:
-    if not (isinstance(weight, nn.Parameter) and weight.requires_grad and weight.dim() == 2 and dense(weight)):
+    if not (isinstance(weight, nn.Parameter) and weight.requires_grad and weight.dim() == 2 and is_plain_float(weight)):
         return NotImplemented  # a frozen weight keeps no input, in plain torch too
-    if not dense(x) or x.dim() < 2:
+    if not is_plain_float(x) or x.dim() < 2:
         return NotImplemented
     if mode.settings[-1].by_reference:
         if held(mode, x):
@@ -101,7 +101,7 @@ def leaky_relu_(mode: Any, input: Tensor, negative_slope: float = 0.01) -> Any:
 
 
 def _differs(x: Any) -> bool:
-    return dense(x) and x.requires_grad
+    return is_plain_float(x) and x.requires_grad and x.dim() > 0
 
 
 def _placed(x: Tensor, y: Tensor, inplace: bool) -> Tensor:
@@ -154,7 +154,7 @@ def elu_(mode: Any, input: Tensor, alpha: float = 1.0) -> Any:
 
 
 def dropout(mode: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-    if not training or not 0 < p < 1 or not dense(input):
+    if not training or not 0 < p < 1 or not is_plain_float(input) or not input.dim():
         return NotImplemented
     if mode.settings[-1].masked:
         return (
@@ -211,7 +211,7 @@ def layer_norm(
 
 def new_zeros(mode: Any, input: Tensor, *size: Any, **options: Any) -> Any:
     """What a scatter begins with: torch's partitioner would keep it for the backward pass, which needs zeros too."""
-    if options or not size or not dense(input):
+    if options or not size or not is_plain_float(input) or not input.dim():
         return NotImplemented
     return ops.zeros(input.detach(), list(size[0] if isinstance(size[0], tuple | list) else size))
 

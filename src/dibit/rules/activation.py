@@ -23,7 +23,7 @@ from dibit.config import Config
 from dibit.engine.forward_pass import Step
 from dibit.residuals.base import Residual, load, save
 from dibit.residuals.masks import Mask
-from dibit.rules.common import FEW, dense, first_order, unreduced
+from dibit.rules.common import MIN_ELEMENTS, first_order, is_plain_float, without_reduction
 from dibit.rules.relative import relative, saturating, whole
 from dibit.rules.returned import Slope
 
@@ -84,7 +84,7 @@ def masked(plain: Callable[..., Tensor], slope_at: float, saves: str) -> Callabl
     """A rule for a piecewise linear activation; `saves`: what plain torch keeps, "input" or "output"."""
 
     def rule(step: Step, input: Tensor, negative_slope: float = slope_at, inplace: bool = False) -> Any:
-        if not dense(input) or not input.requires_grad or negative_slope < 0:
+        if not is_plain_float(input) or not input.requires_grad or negative_slope < 0:
             return NotImplemented
         mask = step.note(Mask(ops.pack_mask(input.detach().contiguous()), float(negative_slope)))
         if saves == "input" and not inplace:
@@ -106,7 +106,7 @@ leaky_relu = masked(lambda x, slope, inplace: F.leaky_relu(x, slope, inplace), 0
 def relu(step: Step, input: Tensor, inplace: bool = False) -> Any:
     if inplace:
         return _relu_in_place(step, input, 0.0, True)
-    if not dense(input) or not input.requires_grad:
+    if not is_plain_float(input) or not input.requires_grad:
         return NotImplemented
     x = input.detach()
     if x.is_contiguous():
@@ -130,7 +130,7 @@ def leaky_relu_(step: Step, input: Tensor, negative_slope: float = 0.01) -> Any:
 
 @lower
 def prelu(step: Step, input: Tensor, weight: Tensor) -> Any:
-    if not dense(input, weight) or not (input.requires_grad or weight.requires_grad) or input.dim() < 2:
+    if not is_plain_float(input, weight) or not (input.requires_grad or weight.requires_grad) or input.dim() < 2:
         return NotImplemented
     step.plain(input, weight)
     x = copies(step.low, input.detach())[0]
@@ -145,9 +145,9 @@ def smooth(plain: Callable[..., Tensor], derivative: Callable[..., Tensor], save
 
     def rule(step: Step, input: Tensor, *args: Any, inplace: bool = False) -> Any:
         config = step.config
-        if config is None or not dense(input) or not input.requires_grad or input.numel() < FEW:
+        if config is None or not is_plain_float(input) or not input.requires_grad or input.numel() < MIN_ELEMENTS:
             return NotImplemented
-        kept = step.keep_factor(derivative(input.detach(), *args), unreduced(config))
+        kept = step.keep_factor(derivative(input.detach(), *args), without_reduction(config))
         if saves == "input":
             step.plain(input)
         elif saves == "copy in place":
@@ -173,7 +173,7 @@ def saturating_rule(
 
     def rule(step: Step, input: Tensor, *args: Any, inplace: bool = False) -> Any:
         config = step.config
-        if config is None or not dense(input) or not input.requires_grad or input.numel() < FEW:
+        if config is None or not is_plain_float(input) or not input.requires_grad or input.numel() < MIN_ELEMENTS:
             return NotImplemented
         codec = relative(config, levels(config))
         if not inplace and step.cheap(input, codec):

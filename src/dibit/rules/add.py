@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from dibit._torch.huge_pages import empty_like, large
 from dibit.engine.accounting import Accounting
 from dibit.engine.forward_pass import Step
-from dibit.rules.common import dense, first_order
+from dibit.rules.common import first_order, is_plain_float
 
 
 class Add(torch.autograd.Function):
@@ -38,7 +38,7 @@ class Add(torch.autograd.Function):
 
 
 def add(step: Step, input: Any, other: Any, *, alpha: Any = 1, out: Any = None) -> Any:
-    if out is not None or alpha != 1 or not (dense(input, other) and large(input, other)):
+    if out is not None or alpha != 1 or not (is_plain_float(input, other) and large(input, other)):
         return NotImplemented
     if input.shape != other.shape or input.dtype != other.dtype:
         return NotImplemented

@@ -15,7 +15,7 @@ from dibit.residuals.base import load, save
 from dibit.residuals.constant_csr import Graph
 from dibit.residuals.derived import Aggregated
 from dibit.residuals.exact import Reference
-from dibit.rules.common import dense, first_order
+from dibit.rules.common import first_order, is_plain_float
 from dibit.rules.linear import addmm as dense_addmm
 from dibit.rules.linear import matmul as dense_matmul
 
@@ -147,7 +147,7 @@ class ScatterExtreme(torch.autograd.Function):
 def sparse_mm(step: Step, mat1: Tensor, mat2: Tensor, reduce: str | None = None) -> Any:
     if type(mat1) is not Tensor or mat1.layout == torch.strided or mat1.requires_grad:
         return NotImplemented
-    if mat1.dim() != 2 or not dense(mat2) or mat2.dim() != 2 or mat1.dtype != mat2.dtype:
+    if mat1.dim() != 2 or not is_plain_float(mat2) or mat2.dim() != 2 or mat1.dtype != mat2.dtype:
         return NotImplemented
     if reduce not in (None, "sum", "mean", "max", "min", "amax", "amin"):
         return NotImplemented
@@ -189,7 +189,7 @@ def addmm(step: Step, input: Tensor, mat1: Tensor, mat2: Tensor, **kwargs: Any) 
 def scatter_reduce_(
     step: Step, input: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True
 ) -> Any:
-    if reduce not in ("amax", "amin") or include_self or not dense(input, src) or input.requires_grad:
+    if reduce not in ("amax", "amin") or include_self or not is_plain_float(input, src) or input.requires_grad:
         return NotImplemented
     if not src.requires_grad or src.shape != index.shape:
         return NotImplemented

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dibit.engine.forward_pass import Step
 
 
-FEW = 64  # elements; of a smaller tensor the codes, with a seed and a range, win nothing
+MIN_ELEMENTS = 64  # below this compressing does not pay: seed and range cost more than the codes save
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,30 +42,34 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def dense(*tensors: Any) -> bool:
+def is_plain_float(*tensors: Any) -> bool:
     """Whether all are plain strided floating-point tensors: subclasses and other layouts stay with torch."""
     return all(type(x) in (Tensor, torch.nn.Parameter) and strided(x) and x.is_floating_point() for x in tensors)
 
 
-def flat(x: Tensor) -> Tensor:
-    """(..., D) as rows (N, D)."""
+def as_rows(x: Tensor) -> Tensor:
+    """x (..., D) as rows (N, D)."""
     return x.reshape(-1, x.shape[-1])
 
 
-def unreduced(config: Config) -> Config:
+def running_config(step: Step) -> Config:
+    """The config of the module that is running: a rule is called only where there is one."""
+    assert step.config is not None
+    return step.config
+
+
+def without_reduction(config: Config) -> Config:
     """For a factor that differs from element to element: every element is kept."""
     return replace(config, reduce=None) if config.reduce else config
 
 
-def fine(step: Step) -> Config:
+def eight_bit(config: Config) -> Config:
     """For factors with long tails that enter everything before them: 8 bits, every element."""
-    config = step.config
-    assert config is not None
     return replace(config, bits=8, reduce=None, levels="uniform", block=1024, norm=None)
 
 
-def write(x: Tensor, value: Tensor, inplace: bool) -> Tensor:
-    """A contiguous value written over x, or in the layout that torch gives a function of x element by element."""
+def copy_or_return(x: Tensor, value: Tensor, inplace: bool) -> Tensor:
+    """Copy a contiguous value over x if `inplace`; else return it in the strides of torch's element-wise results."""
     if inplace:
         return x.copy_(value)
     if x.is_contiguous():

@@ -12,7 +12,7 @@ from dibit.codec.seed_stream import dropout_seed
 from dibit.engine.forward_pass import Step
 from dibit.residuals.base import load, save
 from dibit.residuals.masks import Mask, Reseeded
-from dibit.rules.common import dense, first_order, write
+from dibit.rules.common import copy_or_return, first_order, is_plain_float
 
 
 class SeededDropout(torch.autograd.Function):
@@ -24,7 +24,7 @@ class SeededDropout(torch.autograd.Function):
         save(ctx, residual)
         if inplace:
             ctx.mark_dirty(x)
-        return write(x, ops.dropout(x.contiguous(), residual.seed, residual.p), inplace)
+        return copy_or_return(x, ops.dropout(x.contiguous(), residual.seed, residual.p), inplace)
 
     @staticmethod
     @first_order
@@ -42,7 +42,7 @@ class ExactDropout(torch.autograd.Function):
         ctx.p = p
         if inplace:
             ctx.mark_dirty(x)
-        return write(x, ops.dropout(x.contiguous(), seed, p), inplace)
+        return copy_or_return(x, ops.dropout(x.contiguous(), seed, p), inplace)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
@@ -84,7 +84,7 @@ class MaskedDropout(torch.autograd.Function):
 
 def dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """What `SeededDropout` gives, once more."""
-    return write(x, ops.dropout(x.contiguous(), seed, p), False)
+    return copy_or_return(x, ops.dropout(x.contiguous(), seed, p), False)
 
 
 def drops(x: Any, p: float) -> bool:
@@ -92,7 +92,7 @@ def drops(x: Any, p: float) -> bool:
 
     It may depend on nothing that differs when the forward pass is run again, such as whether x requires a gradient.
     """
-    return 0 < p < 1 and dense(x) and bool(x.numel())
+    return 0 < p < 1 and is_plain_float(x) and bool(x.numel())
 
 
 def seeded(x: Tensor, p: float, inplace: bool = False) -> Any:

@@ -15,7 +15,7 @@ from dibit.residuals.base import load, save
 from dibit.residuals.constant_csr import Graph
 from dibit.residuals.exact import Reference
 from dibit.rules import large_outputs
-from dibit.rules.common import dense, first_order, flat, own
+from dibit.rules.common import as_rows, first_order, is_plain_float, own
 from dibit.rules.product import bmm
 
 
@@ -38,7 +38,7 @@ class Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         residual, weight = load(ctx)
         x_dtype, w_dtype, b_dtype = ctx.dtypes
-        rows = flat(dy)
+        rows = as_rows(dy)
         dx = (
             input_gradient(ctx, large_outputs.mm(dy, weight.to(dy.dtype))).to(x_dtype)
             if ctx.needs_input_grad[0]
@@ -118,7 +118,7 @@ class MatMul(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = input_gradient(ctx, large_outputs.mm(scaled, weight.T.to(dy.dtype))).to(x_dtype)
-        dw = weight_gradient(ctx, residual, flat(scaled)).T.to(w_dtype) if ctx.needs_input_grad[1] else None
+        dw = weight_gradient(ctx, residual, as_rows(scaled)).T.to(w_dtype) if ctx.needs_input_grad[1] else None
         dc = None
         if ctx.needs_input_grad[2]:
             dc = (dy if beta == 1 else dy * beta).sum_to_size(c_type[1]).to(c_type[0])
@@ -168,7 +168,7 @@ def _meter(step: Step, kept: Any) -> Meter | None:
 
 @lower
 def linear(step: Step, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    if not (dense(input, weight) and weight.dim() == 2 and weight.requires_grad):
+    if not (is_plain_float(input, weight) and weight.dim() == 2 and weight.requires_grad):
         return NotImplemented  # a frozen weight keeps no input, in plain torch too
     if weight.is_leaf and (found := step.source(aggregate := step.origin(input))) is not None:
         graph, x = found
@@ -187,7 +187,9 @@ def linear(step: Step, input: Tensor, weight: Tensor, bias: Tensor | None = None
 def matmul(step: Step, input: Tensor, other: Tensor, *, out: Any = None) -> Any:
     if isinstance(other, Tensor) and not other.is_leaf and (other.dim() != 2 or other.numel() >= input.numel()):
         return bmm(step, input, other, out=out)  # two activations
-    if out is not None or not (dense(input, other) and input.dim() >= 2 and other.dim() == 2 and other.requires_grad):
+    if out is not None or not is_plain_float(input, other) or not other.requires_grad:
+        return NotImplemented
+    if input.dim() < 2 or other.dim() != 2:
         return NotImplemented
     kept = keep_input(step, input, other)
     return MatMul.apply(input, other, None, 1, 1, kept, step.low, _meter(step, kept))
@@ -208,7 +210,7 @@ def addmm(
     alpha: float = 1,
     out: Any = None,
 ) -> Any:
-    if out is not None or not (dense(input, mat1, mat2) and mat2.requires_grad):
+    if out is not None or not (is_plain_float(input, mat1, mat2) and mat2.requires_grad):
         return NotImplemented
     kept = keep_input(step, mat1, mat2)
     return MatMul.apply(mat1, mat2, input, beta, alpha, kept, step.low, _meter(step, kept))

@@ -15,18 +15,11 @@ from torch import Tensor
 
 from dibit._torch.autocast import HALF, at_least_single, full
 from dibit._torch.storage_identity import storage_key
-from dibit.config import Config
 from dibit.engine.forward_pass import Step
 from dibit.residuals.base import Residual, load, save
 from dibit.residuals.exact import Exact, exact
-from dibit.rules.common import dense, first_order
+from dibit.rules.common import eight_bit, first_order, is_plain_float, running_config
 from dibit.rules.returned import Cell
-
-
-def probability_config(step: Step) -> Config:
-    config = step.config
-    assert config is not None
-    return replace(config, bits=8, reduce=None, levels="uniform", block=1024)
 
 
 class Deferred(Cell):
@@ -35,7 +28,7 @@ class Deferred(Cell):
     def __init__(self, step: Step, y: Tensor) -> None:
         self.exact: Exact | None = exact(y.detach())  # y itself will hold the graph, and with it this object
         self.residual: Residual | None = None
-        self.config = probability_config(step)
+        self.config = eight_bit(running_config(step))
         self.row = step.row
         step.deferred.append(self)
 
@@ -90,7 +83,7 @@ class CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, target: Tensor, weight: Any, ignore: int, reduction: str, step: Step) -> Tensor:
         loss = F.cross_entropy(x, target, weight, ignore_index=ignore, reduction=reduction)
         probabilities = torch.softmax(at_least_single(x.detach()), 1)
-        p = step.keep(probabilities, leaf=False, config=probability_config(step))
+        p = step.keep(probabilities, leaf=False, config=eight_bit(running_config(step)))
         scale = _target_scale(target, weight, ignore, reduction, probabilities.dtype)
         ctx.dtype = x.dtype
         kept = step.pack_index(target)
@@ -159,7 +152,7 @@ class BinaryCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, target: Tensor, weight: Any, reduction: str, step: Step) -> Tensor:
         loss = F.binary_cross_entropy_with_logits(x, target, weight, reduction=reduction)
-        kept = step.keep_factor(torch.sigmoid(x.detach()) - target, probability_config(step), fixed=True)
+        kept = step.keep_factor(torch.sigmoid(x.detach()) - target, eight_bit(running_config(step)), fixed=True)
         save(ctx, kept, weight)
         ctx.scale = 1 / x.numel() if reduction == "mean" else 1
         return loss
@@ -183,7 +176,7 @@ def _target_scale(target: Tensor, weight: Any, ignore: int, reduction: str, dtyp
 def log_softmax(
     step: Step, input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> Any:
-    if dim is None or not dense(input) or not input.requires_grad or input.dim() == 0:
+    if dim is None or not is_plain_float(input) or not input.requires_grad or input.dim() == 0:
         return NotImplemented
     y = LogSoftmax.apply(input, dim, dtype, step)
     step.plain(y)
@@ -196,7 +189,7 @@ def torch_log_softmax(step: Step, input: Tensor, dim: int, dtype: torch.dtype | 
 
 def _indexed(input: Tensor, target: Tensor, reductions: tuple[Any, Any], reduction: str) -> bool:
     return (
-        dense(input)
+        is_plain_float(input)
         and input.requires_grad
         and input.dim() == 2
         and target.dtype == torch.int64
@@ -245,7 +238,7 @@ def mse_loss(
     config = step.config
     if config is None or (size_average, reduce, weight) != (None, None, None) or input.shape != target.shape:
         return NotImplemented
-    if not dense(input, target) or not (input.requires_grad or target.requires_grad):
+    if not is_plain_float(input, target) or not (input.requires_grad or target.requires_grad):
         return NotImplemented
     step.plain(input, target)
     kept = step.keep_factor(input.detach() - target.detach(), replace(config, reduce=None))
@@ -259,7 +252,7 @@ def binary_cross_entropy_with_logits(
 ) -> Any:  # fmt: skip
     if (size_average, reduce, pos_weight) != (None, None, None) or input.shape != target.shape:
         return NotImplemented
-    if not dense(input, target) or not input.requires_grad or target.requires_grad:
+    if not is_plain_float(input, target) or not input.requires_grad or target.requires_grad:
         return NotImplemented
     if weight is not None and (weight.requires_grad or weight.shape != input.shape):
         return NotImplemented

@@ -25,7 +25,7 @@ from dibit.engine.noise.meter import Meter
 from dibit.residuals.base import load, save
 from dibit.residuals.compressed import Compressed
 from dibit.rules import large_outputs
-from dibit.rules.common import dense, first_order, own, unreduced
+from dibit.rules.common import first_order, is_plain_float, own, running_config, without_reduction
 
 
 def norm_config(step: Step, shape: torch.Size, columns: bool, place: str) -> Config:
@@ -34,9 +34,8 @@ def norm_config(step: Step, shape: torch.Size, columns: bool, place: str) -> Con
     Args:
         place: the norm's name, see `Step.place`.
     """
-    config = step.config
-    assert config is not None
-    own = config.norm or unreduced(config)
+    config = running_config(step)
+    own = config.norm or without_reduction(config)
     if config.noise is not None:
         own = step.state.scores.plan.norm_config(place, own, shape, columns, step.state.root)
     return own.settled(shape[:-1].numel())
@@ -287,7 +286,7 @@ def batch_norm(
     training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
 ) -> Any:  # fmt: skip
     needs = any(t is not None and t.requires_grad for t in (input, weight, bias))
-    if not needs or not dense(input) or input.dim() < 2 or (not training and running_mean is None):
+    if not needs or not is_plain_float(input) or input.dim() < 2 or (not training and running_mean is None):
         return NotImplemented
     if training and input.numel() <= input.shape[1]:
         return NotImplemented  # torch's own error, or an empty batch
@@ -311,7 +310,7 @@ def instance_norm(
     Of several instances, or of few positions, whose x_hat is nearly the same whatever x is, it stays exact.
     """
     needs = any(t is not None and t.requires_grad for t in (input, weight, bias))
-    if not needs or not dense(input) or not rows_of_one(input) or step.low is not None:
+    if not needs or not is_plain_float(input) or not rows_of_one(input) or step.low is not None:
         return NotImplemented
     if weight is None and running_mean is not None and running_mean.dtype != input.dtype:
         return NotImplemented  # torch's own result then is that of no running statistics
@@ -343,7 +342,7 @@ def layer_norm(
     cudnn_enable: bool = True,
 ) -> Any:  # fmt: skip
     needs = any(t is not None and t.requires_grad for t in (input, weight, bias))
-    if not needs or not dense(input) or input.numel() == 0:
+    if not needs or not is_plain_float(input) or input.numel() == 0:
         return NotImplemented
     step.plain(input)
     return LayerNorm.apply(input, list(normalized_shape), weight, bias, eps, step)

@@ -13,7 +13,7 @@ from dibit.codec.seed_stream import dropout_seed
 from dibit.engine.forward_pass import Step
 from dibit.residuals.base import load, save
 from dibit.residuals.masks import Mask, Reseeded
-from dibit.rules.common import dense, first_order
+from dibit.rules.common import first_order, is_plain_float
 from dibit.rules.dropout import dropout
 from dibit.rules.norm import batch_norm_gradient, keep_normalised
 
@@ -79,7 +79,9 @@ def norm_relu_dropout(
     momentum: float, eps: float,
 ) -> Any:  # fmt: skip
     config, given = step.config, [t for t in (weight, bias) if t is not None]
-    if config is None or not dense(input, *given) or input.dim() != 2 or input.shape[0] < 2 or not input.numel():
+    if config is None or not is_plain_float(input, *given):
+        return NotImplemented
+    if input.dim() != 2 or input.shape[0] < 2 or not input.numel():
         return NotImplemented
     if not training or not 0 <= p < 1 or not any(t.requires_grad for t in (input, *given)):
         return NotImplemented

@@ -17,6 +17,7 @@ from dibit.engine.forward_pass import Step
 from dibit.recompute.nodes import Node
 from dibit.recompute.program import functions
 from dibit.recompute.recorder import Tape
+from dibit.rules.common import running_config
 from dibit.rules.relative import geometric, octaves_of, relative, whole
 
 _MADE = functions("exp exp_ sigmoid sigmoid_")
@@ -39,16 +40,16 @@ def codec(step: Step, x: Tensor, by: Tensor, both: bool) -> Config | None:
     Args:
         both: `by` must have a wide range, too.
     """
-    assert step.config is not None
+    config = running_config(step)
     if not x.numel() or not by.numel():
         return None
     if not _at_hand(x):
         certain = all(_positive(step.tape, step.origin(part)) for part in (x, by))
-        return relative(step.config, whole()) if certain else None
+        return relative(config, whole()) if certain else None
     octaves = _octaves(x.detach())
     if octaves is None or (_octaves(by.detach()) is None if both else not bool(by.detach().amin() >= 0)):
         return None
-    return relative(step.config, geometric(octaves_of(octaves)))
+    return relative(config, geometric(octaves_of(octaves)))
 
 
 def _at_hand(x: Tensor) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 from dibit._torch.autocast import at_least_single, full
 from dibit.engine.forward_pass import Step
 from dibit.rules.activation import Elementwise
-from dibit.rules.common import FEW, dense, fine
+from dibit.rules.common import MIN_ELEMENTS, eight_bit, is_plain_float
 from dibit.rules.relative import keep_relative
 from dibit.rules.returned import Slope
 
@@ -36,16 +36,16 @@ def rule(
     """
 
     def apply(step: Step, input: Tensor, *args: Any, out: Any = None) -> Any:
-        if out is not None or not isinstance(input, Tensor) or not dense(input) or not input.requires_grad:
+        if out is not None or not isinstance(input, Tensor) or not is_plain_float(input) or not input.requires_grad:
             return NotImplemented
-        if step.config is None or input.numel() < FEW or step.cheap(input, fine(step), uses=uses):
+        if step.config is None or input.numel() < MIN_ELEMENTS or step.cheap(input, eight_bit(step.config), uses=uses):
             return NotImplemented
         y = plain(input.detach(), *args)
         if y.dtype != input.dtype:
             return NotImplemented
         slope = derivative(at_least_single(input.detach()), at_least_single(y), *args)
         if bounded:
-            kept: Any = step.keep(slope, leaf=False, config=fine(step)) if slope.isfinite().all() else None
+            kept: Any = step.keep(slope, leaf=False, config=eight_bit(step.config)) if slope.isfinite().all() else None
         else:
             kept = keep_relative(step, slope)
         if kept is None:

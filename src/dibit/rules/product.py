@@ -24,7 +24,15 @@ from dibit.recompute.mean_pattern import made_by_reciprocal
 from dibit.recompute.nodes import nbytes
 from dibit.residuals.base import load, save
 from dibit.rules import positive
-from dibit.rules.common import FEW, dense, fine, first_order, flat, unreduced
+from dibit.rules.common import (
+    MIN_ELEMENTS,
+    as_rows,
+    eight_bit,
+    first_order,
+    is_plain_float,
+    running_config,
+    without_reduction,
+)
 from dibit.rules.relative import keep_relative, keep_signed
 
 _BROADCAST = 4  # a factor that is at least so many times smaller than the product stays exact
@@ -53,7 +61,7 @@ def _seen(kept: Any, dy: Tensor) -> Tensor:
     """The factor, after it has been told what it is multiplied with."""
     watch = getattr(kept, "watch", None)
     if watch is not None:
-        watch.observe(flat(dy))
+        watch.observe(as_rows(dy))
     return kept.value()
 
 
@@ -71,16 +79,15 @@ def mul(step: Step, input: Tensor, other: Any, *, out: Any = None) -> Any:
 
 def _operands(a: Any, b: Any) -> bool:
     """Whether a and b are floating-point tensors, and a gradient is wanted."""
-    return dense(a, b) and (a.requires_grad or b.requires_grad)
+    return is_plain_float(a, b) and (a.requires_grad or b.requires_grad)
 
 
 def _factors(step: Step, a: Tensor, b: Tensor, count: int) -> tuple[Any, Any] | None:
     """What is kept of both factors of a product of `count` elements (0: no broadcasting); `None`: nothing is lossy."""
-    config = step.config
-    assert config is not None
+    config = running_config(step)
     pairs = (a, b), (b, a)
     needed = [x for x, by in pairs if by.requires_grad]
-    if all(_exact(step, x, count, unreduced(config)) for x in needed):
+    if all(_exact(step, x, count, without_reduction(config)) for x in needed):
         return None  # torch's own operation, kept by the hooks
     step.plain(*needed)
     kept_a, kept_b = (_factor(step, x, by, count) if by.requires_grad else None for x, by in pairs)
@@ -94,18 +101,17 @@ def _exact(step: Step, x: Tensor, count: int, config: Config, gathers: bool = Tr
         gathers: otherwise the codes may be those of what it was gathered from.
     """
     distinct = nbytes(x) // x.element_size()  # an expanded tensor is as small as what it was expanded from
-    few = distinct < FEW or (count and distinct * _BROADCAST <= count)
+    few = distinct < MIN_ELEMENTS or (count and distinct * _BROADCAST <= count)
     return bool(few) or step.held(x) or step.cheap(x, config, at_least_4_bits(config) if gathers else None)
 
 
 def _factor(step: Step, x: Tensor, by: Tensor, count: int) -> Any:
-    config = step.config
-    assert config is not None
-    if _exact(step, x, count, unreduced(config)):
+    config = running_config(step)
+    if _exact(step, x, count, without_reduction(config)):
         return step.exact(x)
     if by.is_leaf:  # a parameter: x enters its gradient and no other, as a linear layer's input does
         many = isinstance(config.reduce, Sample) and x.dim() > 1 and by.numel() * _BROADCAST <= x.numel()
-        return step.keep(x, leaf=True, config=None if many else unreduced(config))
+        return step.keep(x, leaf=True, config=None if many else without_reduction(config))
     if (not count or x.numel() == count) and (wide := positive.codec(step, x, by, both=not count)) is not None:
         return step.gathered(x, wide)
     config = at_least_4_bits(config)
@@ -124,7 +130,7 @@ def _factor(step: Step, x: Tensor, by: Tensor, count: int) -> Any:
 def at_least_4_bits(config: Config) -> Config:
     """For what enters everything before it: with 2 bits GAT's gradient error doubled, with 4 it hardly moved."""
     bits = config.bits if isinstance(config.levels, tuple) else max(config.bits, 4)
-    return replace(unreduced(config), bits=bits)
+    return replace(without_reduction(config), bits=bits)
 
 
 class Quotient(torch.autograd.Function):
@@ -171,7 +177,7 @@ def div(step: Step, input: Tensor, other: Any, *, rounding_mode: Any = None, out
         return NotImplemented
     count = torch.broadcast_shapes(input.shape, other.shape).numel()
     needed = [other, input] if other.requires_grad else [other]
-    exact = [_exact(step, x, count, fine(step), gathers=False) for x in needed]
+    exact = [_exact(step, x, count, eight_bit(running_config(step)), gathers=False) for x in needed]
     if all(exact):
         return NotImplemented
     a, b = at_least_single(input.detach()), at_least_single(other.detach())

@@ -20,6 +20,7 @@ from dibit.codec import ops
 from dibit.config import Config
 from dibit.engine.forward_pass import Step
 from dibit.residuals.base import GradientMap, Residual
+from dibit.rules.common import running_config
 
 _FINE, _ALL = 40, 124  # octaves below the largest element: a sigmoid's at +-28, and all that float32 has
 _MOST, _STEP = 128, 8  # of float32 there are no more; few different tables
@@ -115,7 +116,6 @@ def keep_relative(step: Step, x: Tensor) -> Signed | None:
 
     On a GPU this waits for three numbers.
     """
-    assert step.config is not None
     if not x.numel():
         return None
     low, high = x.aminmax()
@@ -125,7 +125,8 @@ def keep_relative(step: Step, x: Tensor) -> Signed | None:
     largest = max(-low, high)
     if not math.isfinite(low + high):
         return None  # one pole would spoil the block it lies in
-    config = relative(step.config, geometric(octaves_of(math.log2(largest) - math.log2(least) if largest else 0.0)))
+    octaves = octaves_of(math.log2(largest) - math.log2(least) if largest else 0.0)
+    config = relative(running_config(step), geometric(octaves))
     if low >= 0 or high <= 0:
         return Signed(step.keep_factor(magnitude, config, fixed=True), None, 1.0 if low >= 0 else -1.0)
     return _with_signs(step, x, magnitude, config)
@@ -133,8 +134,7 @@ def keep_relative(step: Step, x: Tensor) -> Signed | None:
 
 def keep_signed(step: Step, x: Tensor) -> Signed:
     """The same by the levels `whole()`, with a sign for each element, whatever they are: no number is waited for."""
-    assert step.config is not None
-    return _with_signs(step, x, x.abs(), relative(step.config))
+    return _with_signs(step, x, x.abs(), relative(running_config(step)))
 
 
 def _with_signs(step: Step, x: Tensor, magnitude: Tensor, config: Config) -> Signed:
