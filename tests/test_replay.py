@@ -14,7 +14,8 @@ from torch_geometric.nn import GCN, GATConv, GATv2Conv, GraphSAGE, TransformerCo
 import dibit
 from dibit import Config
 from dibit._torch.storage_identity import storage_key
-from dibit.recompute.recorder import PURE, Tape
+from dibit.recompute.recorder import Tape
+from dibit.recompute.repeatable import PURE
 
 N, DEGREE = 1500, 14
 INDEX_SELECT = torch._C._VariableFunctions.index_select  # others may put a wrapper of their own in its place

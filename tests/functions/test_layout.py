@@ -91,7 +91,12 @@ OPERATIONS: list[tuple[list[Any], Callable[[Any, Tensor, Net], Any]]] = [
         for op in ("exp", "square", "abs", "sin", "cos", "sigmoid", "tanh", "relu")
     ],
     *[(names(op, torch, Tensor), lambda f, x, net: f(x.abs() + 0.1)) for op in ("sqrt", "rsqrt", "reciprocal", "log")],
-    ([*names("pow", torch, Tensor), Tensor.__pow__], lambda f, x, net: f(x, 3)),
+    *[(names(op, torch, Tensor), lambda f, x, net: f(x)) for op in ("exp_", "square_", "abs_", "sin_", "cos_")],
+    *[
+        (names(op, torch, Tensor), lambda f, x, net: f(x.abs() + 0.1))
+        for op in ("sqrt_", "rsqrt_", "reciprocal_", "log_")
+    ],
+    ([*names("pow", torch, Tensor), Tensor.__pow__, Tensor.pow_], lambda f, x, net: f(x, 3)),
     ([F.softplus, F.relu, F.leaky_relu, F.elu, F.gelu, F.silu], lambda f, x, net: f(x)),
     ([F.leaky_relu_, F.relu_, torch.relu_, Tensor.relu_, F.elu_], lambda f, x, net: f(x)),
     ([torch.sigmoid_, Tensor.sigmoid_, torch.tanh_, Tensor.tanh_], lambda f, x, net: f(x)),
@@ -140,6 +145,7 @@ OPERATIONS: list[tuple[list[Any], Callable[[Any, Tensor, Net], Any]]] = [
     ([F.cross_entropy, F.nll_loss], lambda f, x, net: f(x, _index(x), reduction="none")),
     ([F.mse_loss], lambda f, x, net: f(x, net.other, reduction="none")),
     ([F.binary_cross_entropy_with_logits], lambda f, x, net: f(x, net.other.clamp(0, 1), reduction="none")),
+    ([torch.binary_cross_entropy_with_logits], lambda f, x, net: f(x, net.other.clamp(0, 1), reduction=0)),
     ([F.softmax, torch.softmax], lambda f, x, net: f(x, -1)),
 ]
 CALLS = [
@@ -149,7 +155,7 @@ CALLS = [
 
 
 def test_every_rule_is_called() -> None:
-    elsewhere = {Tensor.log_softmax}
+    elsewhere = {Tensor.log_softmax, F.sigmoid, F.tanh}
     assert set(RULES) - {function for functions, _ in OPERATIONS for function in functions} - elsewhere == set()
 
 

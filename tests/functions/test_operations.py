@@ -131,7 +131,7 @@ LOSSY = {
 }
 
 
-def aliases(operation: str, owners: str, *more: object, binary: bool = False) -> dict[str, Callable[[], Net]]:
+def aliases(operation: str, *more: object, binary: bool = False) -> dict[str, Callable[[], Net]]:
     """An operation by each of its names, on something positive that autograd does not keep anyway."""
 
     def make(function: Callable[..., Tensor]) -> Callable[[], Net]:
@@ -139,22 +139,27 @@ def aliases(operation: str, owners: str, *more: object, binary: bool = False) ->
             return functional(lambda x: function(x, x.flip(0).sigmoid() + 0.5))
         return functional(lambda x: function(x.sigmoid() + 0.5, *more))
 
-    found = {"torch": torch, "Tensor": Tensor, "F": F}
-    return {f"{owner}.{operation}": make(getattr(found[owner], operation)) for owner in owners.split()}
+    owners = {"torch": torch, "Tensor": Tensor, "F": F}
+    return {
+        f"{owner}.{name}": make(getattr(owners[owner], name))
+        for owner in owners
+        for name in (operation, f"{operation}_")
+        if getattr(owners[owner], name, None) in RULES
+    }
 
 
 LOSSY |= {
-    **aliases("mul", "torch Tensor", binary=True),
-    **aliases("div", "torch Tensor", binary=True),
-    **aliases("true_divide", "torch Tensor", binary=True),
+    **aliases("mul", binary=True),
+    **aliases("div", binary=True),
+    **aliases("true_divide", binary=True),
     **{
         name: case
         for operation in ("exp", "sqrt", "rsqrt", "reciprocal", "log", "square", "abs", "sin", "cos")
-        for name, case in aliases(operation, "torch Tensor").items()
+        for name, case in aliases(operation).items()
     },
-    **aliases("pow", "torch Tensor", 1.7),
-    **aliases("__pow__", "Tensor", 3),
-    **aliases("softplus", "F", 2.0),
+    **aliases("pow", 1.7),
+    **aliases("__pow__", 3),
+    **aliases("softplus", 2.0),
     "square of one tensor": functional(lambda x: x * x),
     "product with a parameter": with_weight(lambda x, w: x * w[0]),
     "product broadcast": functional(lambda x: x * x.sum(1, keepdim=True)),
@@ -250,6 +255,8 @@ def test_every_rule_is_exercised() -> None:
         net, x = build(make)
         dibit.compress(net, rules=rules)(x)
     elsewhere = {
+        F.sigmoid,  # where no compiler looks, F.sigmoid(x) is x.sigmoid()
+        F.tanh,
         torch.add,
         Tensor.__matmul__,
         torch.sparse.mm,
@@ -262,6 +269,7 @@ def test_every_rule_is_exercised() -> None:
     # torch.nn's own functions call these where no mode is active
     inner = {
         torch.prelu, Tensor.prelu, torch.batch_norm, torch.instance_norm, torch.layer_norm, Tensor.log_softmax,
+        torch.binary_cross_entropy_with_logits,
     }  # fmt: skip
     assert set(RULES) - called - elsewhere - inner == set()
 
@@ -281,6 +289,10 @@ def test_every_rule_is_exercised() -> None:
         ),
         (lambda x: torch.layer_norm(x, (D,)), lambda x: F.layer_norm(x, (D,))),
         (lambda x: x.log_softmax(1) * 1, lambda x: F.log_softmax(x, 1) * 1),
+        (
+            lambda x: torch.binary_cross_entropy_with_logits(x, WEIGHT[:, 0].abs().repeat(4)[:, None].expand(N, D)),
+            lambda x: F.binary_cross_entropy_with_logits(x, WEIGHT[:, 0].abs().repeat(4)[:, None].expand(N, D)),
+        ),
     ],
     ids=[
         "torch.prelu",
@@ -289,6 +301,7 @@ def test_every_rule_is_exercised() -> None:
         "torch.instance_norm",
         "torch.layer_norm",
         "Tensor.log_softmax",
+        "torch.binary_cross_entropy_with_logits",
     ],
 )
 def test_the_other_spelling_is_the_same(f: Callable[[Tensor], Tensor], twin: Callable[[Tensor], Tensor]) -> None:

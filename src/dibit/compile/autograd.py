@@ -98,23 +98,24 @@ class LeakyReLU(torch.autograd.Function):
         return codec.apply_mask(dy.contiguous(), ctx.saved_tensors[0], ctx.slope), None
 
 
-class Smooth(torch.autograd.Function):
+class Elementwise(torch.autograd.Function):
     """y = f(x), its exact derivative kept through the codec."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, plain: Callable[..., Tensor], derivative: Callable[..., Tensor], options: Any, key: Tensor,
-        draw: int, text: str, use: str,
+        ctx: Any, x: Tensor, plain: Callable[..., Tensor], slope: Callable[..., Tensor], of_result: bool, options: Any,
+        key: Tensor, draw: int, text: str, use: str,
     ) -> Tensor:  # fmt: skip
-        kept = ops.keep(as_rows(derivative(x, *options)), None, None, key, draw, text, use)
+        y = plain(x, *options)
+        kept = ops.keep(as_rows(slope(y if of_result else x, options, of_result)), None, None, key, draw, text, use)
         ctx.save_for_backward(key, *kept)
         ctx.draw, ctx.text, ctx.use, ctx.dtype = draw, text, use, x.dtype
-        return plain(x, *options)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         key, *kept = ctx.saved_tensors
-        return ops.slope(dy, kept, key, ctx.draw, ctx.dtype, ctx.text, ctx.use), *[None] * 7
+        return ops.slope(dy, kept, key, ctx.draw, ctx.dtype, ctx.text, ctx.use), *[None] * 8
 
 
 class SeededDropout(torch.autograd.Function):

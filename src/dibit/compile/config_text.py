@@ -10,10 +10,9 @@ from typing import NamedTuple
 import torch
 
 from dibit.config import Config, Project, Rows, Sample
-from dibit.rules.relative import relative, saturating
+from dibit.rules.elementwise import CODECS
 
-LEAF, PATH, NORM = "leaf", "path", "norm"  # what a residual is for; see `Step.keep`
-RELATIVE, SATURATING = "relative", "saturating"  # of sigmoid; tanh, ELU; see `dibit.rules.relative`
+LEAF, NORM = "leaf", "norm"  # what a residual is for: the input of a linear layer, of a norm; or a key of `CODECS`
 _REDUCE = {"Project": Project, "Sample": Sample}
 
 
@@ -64,10 +63,8 @@ def settings(text: str, use: str) -> Config:
     config = config_of(text)
     if use == NORM:
         config = config.norm or dataclasses.replace(config, reduce=None)
-    elif use == PATH:
-        config = dataclasses.replace(config, reduce=None)
-    elif use in (RELATIVE, SATURATING):
-        config = relative(config, saturating(config) if use == SATURATING else None)
+    elif use in CODECS:
+        config = CODECS[use](config)
     reduce = config.reduce
     if isinstance(reduce, Sample) and reduce.by == "gradient":
         reduce = dataclasses.replace(reduce, by="norm" if use == LEAF else "uniform")

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dibit.compile import autograd, ops
-from dibit.compile.config_text import PATH, RELATIVE, SATURATING
-from dibit.rules import activation
+from dibit.rules.elementwise import CODECS, POINTWISE, Pointwise
+from dibit.rules.spellings import table
 
 
 def is_plain_float(x: Any) -> bool:
@@ -62,10 +61,6 @@ def matmul(mode: Any, input: Tensor, other: Tensor, *, out: Any = None) -> Any:
     return NotImplemented if out is not None else _product(mode, input, other, None, True)
 
 
-def rmatmul(mode: Any, input: Tensor, other: Tensor) -> Any:
-    return _product(mode, other, input, None, True)
-
-
 def _product(mode: Any, x: Any, weight: Any, bias: Any, product: bool) -> Any:
     if not (isinstance(weight, nn.Parameter) and weight.requires_grad and weight.dim() == 2 and is_plain_float(weight)):
         return NotImplemented  # a frozen weight keeps no input, in plain torch too
@@ -86,18 +81,10 @@ def relu(mode: Any, input: Tensor, inplace: bool = False) -> Any:
     return _placed(input, autograd.ReLU.apply(input), inplace)
 
 
-def relu_(mode: Any, input: Tensor) -> Any:
-    return relu(mode, input, True)
-
-
 def leaky_relu(mode: Any, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
     if not _differs(input) or negative_slope < 0:
         return NotImplemented
     return _placed(input, autograd.LeakyReLU.apply(input, negative_slope), inplace)
-
-
-def leaky_relu_(mode: Any, input: Tensor, negative_slope: float = 0.01) -> Any:
-    return leaky_relu(mode, input, negative_slope, True)
 
 
 def _differs(x: Any) -> bool:
@@ -108,49 +95,20 @@ def _placed(x: Tensor, y: Tensor, inplace: bool) -> Tensor:
     return x.copy_(y) if inplace else y
 
 
-def _smooth(
-    mode: Any, x: Any, plain: Any, derivative: Any, *options: Any, inplace: bool = False, use: str = PATH
-) -> Any:
-    if not _differs(x):
-        return NotImplemented
-    y = autograd.Smooth.apply(x, plain, derivative, options, mode.key, draw(mode), mode.settings[-1].text, use)
-    return _placed(x, y, inplace)
+def elementwise_rule(f: Pointwise) -> Any:
+    """The rule of an element-wise function in compiled code."""
+    of_result = f.derivative is None
 
+    def apply(mode: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = f.arguments(args, kwargs)
+        if found is None or not _differs(input):
+            return NotImplemented
+        options, inplace = found
+        text = mode.settings[-1].text
+        y = autograd.Elementwise.apply(input, f.plain, f.slope, of_result, options, mode.key, draw(mode), text, f.codec)
+        return _placed(input, y, inplace)
 
-def sigmoid(mode: Any, input: Tensor, *, out: Any = None) -> Any:
-    return NotImplemented if out is not None else _smooth(mode, input, torch.sigmoid, _sigmoid_slope, use=RELATIVE)
-
-
-def _sigmoid_slope(x: Tensor) -> Tensor:
-    return activation.sigmoid_slope(torch.sigmoid(x))
-
-
-def tanh(mode: Any, input: Tensor, *, out: Any = None) -> Any:
-    return NotImplemented if out is not None else _smooth(mode, input, torch.tanh, _tanh_slope, use=SATURATING)
-
-
-def _tanh_slope(x: Tensor) -> Tensor:
-    return activation.tanh_slope(torch.tanh(x))
-
-
-def _gelu(x: Tensor, approximate: str) -> Tensor:
-    return F.gelu(x, approximate=approximate)
-
-
-def gelu(mode: Any, input: Tensor, *, approximate: str = "none") -> Any:
-    return _smooth(mode, input, _gelu, activation.gelu_slope, approximate)
-
-
-def silu(mode: Any, input: Tensor, inplace: bool = False) -> Any:
-    return _smooth(mode, input, F.silu, activation.silu_slope, inplace=inplace)
-
-
-def elu(mode: Any, input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Any:
-    return _smooth(mode, input, F.elu, activation.elu_slope, alpha, inplace=inplace, use=SATURATING)
-
-
-def elu_(mode: Any, input: Tensor, alpha: float = 1.0) -> Any:
-    return elu(mode, input, alpha, True)
+    return apply
 
 
 def dropout(mode: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
@@ -167,14 +125,6 @@ def dropout(mode: Any, input: Tensor, p: float = 0.5, training: bool = True, inp
     if not inplace and held(mode, input):
         mode.dropped.append((y, input, number, p))
     return _placed(input, y, inplace)
-
-
-def torch_dropout(mode: Any, input: Tensor, p: float, train: bool) -> Any:
-    return dropout(mode, input, p, train)
-
-
-def torch_dropout_(mode: Any, input: Tensor, p: float, train: bool) -> Any:
-    return dropout(mode, input, p, train, True)
 
 
 def batch_norm(
@@ -216,36 +166,17 @@ def new_zeros(mode: Any, input: Tensor, *size: Any, **options: Any) -> Any:
     return ops.zeros(input.detach(), list(size[0] if isinstance(size[0], tuple | list) else size))
 
 
-RULES: dict[Any, Any] = {
-    F.linear: linear,
-    torch.matmul: matmul,
-    torch.mm: matmul,
-    Tensor.matmul: matmul,
-    Tensor.mm: matmul,
-    Tensor.__matmul__: matmul,
-    Tensor.__rmatmul__: rmatmul,
-    F.relu: relu,
-    F.relu_: relu_,
-    torch.relu: relu,
-    torch.relu_: relu_,
-    Tensor.relu: relu,
-    Tensor.relu_: relu_,
-    F.leaky_relu: leaky_relu,
-    F.leaky_relu_: leaky_relu_,
-    F.elu: elu,
-    F.elu_: elu_,
-    F.gelu: gelu,
-    F.silu: silu,
-    F.sigmoid: sigmoid,
-    F.tanh: tanh,
-    torch.sigmoid: sigmoid,
-    Tensor.sigmoid: sigmoid,
-    torch.tanh: tanh,
-    Tensor.tanh: tanh,
-    F.dropout: dropout,
-    torch.dropout: torch_dropout,
-    torch.dropout_: torch_dropout_,
-    F.batch_norm: batch_norm,
-    F.layer_norm: layer_norm,
-    Tensor.new_zeros: new_zeros,
+# By name: `dibit.rules.spellings` has the functions of each. Those of `dibit.rules` that are missing here are left to
+# torch; docs/compile.md says why.
+_RULES = {
+    **{name: elementwise_rule(f) for name, f in POINTWISE.items() if f.codec in CODECS},
+    "linear": linear,
+    "matmul": matmul,
+    "relu": relu,
+    "leaky_relu": leaky_relu,
+    "dropout": dropout,
+    "batch_norm": batch_norm,
+    "layer_norm": layer_norm,
+    "new_zeros": new_zeros,
 }
+RULES: dict[Any, Any] = table(_RULES)

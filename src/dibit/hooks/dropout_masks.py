@@ -31,6 +31,7 @@ from dibit.engine.module_stack import ModuleStack
 from dibit.hooks.inner_gradients import ASKING
 from dibit.nn import norm_relu_dropout
 from dibit.rules.dropout import seeded
+from dibit.rules.spellings import table
 
 _interpreters = torch._C._functorch.peek_interpreter_stack
 # Frames below which a function is run that may be run again elsewhere: checkpoints, reversible layers.
@@ -52,20 +53,12 @@ def transformed() -> bool:
     return _interpreters() is not None or forward_ad._current_level >= 0
 
 
-def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+def _dropout(calls: Calls, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     return seeded(input, p, inplace) if training else NotImplemented
 
 
-def _torch_dropout(input: Tensor, p: float, train: bool) -> Any:
-    return _dropout(input, p, train)
-
-
-def _torch_dropout_(input: Tensor, p: float, train: bool) -> Any:
-    return _dropout(input, p, train, True)
-
-
 def _norm_relu_dropout(
-    input: Tensor, running_mean: Any, running_var: Any, weight: Any, bias: Any, p: float, training: bool,
+    calls: Calls, input: Tensor, running_mean: Any, running_var: Any, weight: Any, bias: Any, p: float, training: bool,
     momentum: float, eps: float,
 ) -> Any:  # fmt: skip
     if not training or not 0 < p < 1:
@@ -75,12 +68,7 @@ def _norm_relu_dropout(
     return F.dropout(y, p) if masked is NotImplemented else masked
 
 
-DROPOUTS: Mapping[Any, Callable[..., Any]] = {
-    F.dropout: _dropout,
-    torch.dropout: _torch_dropout,
-    torch.dropout_: _torch_dropout_,
-    norm_relu_dropout: _norm_relu_dropout,
-}
+DROPOUTS: Mapping[Any, Callable[..., Any]] = table({"dropout": _dropout, "norm_relu_dropout": _norm_relu_dropout})
 
 
 class Calls:
@@ -107,7 +95,7 @@ class Calls:
         """The result of a dropout, exactly kept, with Dibit's mask; `NotImplemented` where torch draws it."""
         if config is None or config.dropout != "seed" or func in self.state.rules or transformed():
             return NotImplemented
-        return NotImplemented if self._run_again_unseen() else DROPOUTS[func](*args, **kwargs)
+        return NotImplemented if self._run_again_unseen() else DROPOUTS[func](self, *args, **kwargs)
 
     def torchs(self, config: Config, func: Any) -> bool:
         """Whether torch draws the mask of a dropout although Dibit could keep a seed of its own."""

@@ -25,8 +25,7 @@ from dibit.engine.holdings import tensors_in
 from dibit.engine.model_state import Rule
 from dibit.hooks import inner_gradients as inner_gradient
 from dibit.hooks.dropout_masks import DROPOUTS, Calls, hooks_free, run_away, transformed
-from dibit.recompute.program import functions
-from dibit.recompute.recorder import PURE
+from dibit.recompute.repeatable import PURE, functions
 
 _EXPOSES = functions("numpy data_ptr __array__ __dlpack__ untyped_storage storage share_memory_")
 _FROM_OUTSIDE = functions("as_tensor asarray from_numpy frombuffer from_dlpack")  # may share somebody else's memory

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from dibit.recompute.nodes import Node
-from dibit.recompute.program import functions
 from dibit.recompute.recorder import Tape
+from dibit.recompute.repeatable import functions
 
 _DIVISIONS = functions("div true_divide __truediv__")
 _AT_LEAST = functions("clamp clamp_ clamp_min clamp_min_")

@@ -7,29 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dibit._torch.autocast import exact_dtypes
-
-_IN_PLACE = (
-    "add_ sub_ mul_ div_ pow_ neg_ exp_ relu_ clamp_ masked_fill_ fill_ zero_ scatter_add_ scatter_reduce_ index_add_ "
-    "__iadd__ __isub__ __imul__ __itruediv__"
-)
-
-
-def functions(names: str) -> set[Any]:
-    """All functions of torch by these names."""
-    # PyTorch Geometric puts a wrapper in the place of torch.index_select; the mode sees what the wrapper calls
-    found = (
-        getattr(owner, name, None)
-        for name in names.split()
-        for owner in (torch, torch._C._VariableFunctions, Tensor, F)
-    )
-    return {function for function in found if function is not None}
-
-
-IN_PLACE = functions(_IN_PLACE)
+from dibit.recompute.repeatable import IN_PLACE
 
 
 @dataclass(frozen=True)

@@ -18,33 +18,19 @@ from dibit._torch.storage_identity import storage_key, strided
 from dibit._torch.user_objects import is_a
 from dibit.recompute.cut import CutSearch
 from dibit.recompute.nodes import SMALL, Node
-from dibit.recompute.program import IN_PLACE, Program, Shared, functions
+from dibit.recompute.program import Program, Shared
 from dibit.recompute.program_writer import write_program
-
-_SHAPES = (
-    "view reshape unsqueeze squeeze expand expand_as transpose permute t flatten contiguous narrow select detach flip "
-    "repeat view_as reshape_as __getitem__ index_select gather unflatten"
+from dibit.recompute.repeatable import (
+    AUTOCAST,
+    CREATED,
+    IN_PLACE,
+    LIKE,
+    PURE,
+    SAVES_RESULT,
+    SELECTIONS,
+    SIZES_ONLY,
+    UNIFORM,
 )
-_ARITHMETIC = (
-    "add sub mul div true_divide neg exp log sqrt rsqrt reciprocal pow abs clamp clamp_min square relu leaky_relu "
-    "sigmoid tanh where masked_fill __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ "
-    "__rdiv__ __neg__ __pow__ __rpow__ rsub"
-)
-_LOGIC = (
-    "eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ logical_and logical_or logical_not isinf isnan "
-    "__and__ __or__ __invert__"
-)
-_MADE = "zeros ones full arange new_zeros new_ones new_full zeros_like ones_like full_like"
-_COMBINED = "cat stack scatter_add scatter_reduce index_add cumsum"
-_CASTS = "to long int float double bool half bfloat16"
-PURE = functions(" ".join((_SHAPES, _ARITHMETIC, _LOGIC, _MADE, _COMBINED, _CASTS))) | IN_PLACE
-_CREATED = functions("zeros ones full arange")
-_UNIFORM = {function: value for value, name in enumerate(("zeros", "ones")) for function in functions(name)}
-_AUTOCAST = functions("exp exp_ log pow pow_ __pow__ __rpow__ rsqrt reciprocal cumsum cat stack")
-_SELECTIONS = functions(_SHAPES)
-_SAVES_RESULT = functions("exp sqrt rsqrt reciprocal sigmoid tanh relu exp_ relu_ __rpow__")
-_SIZES_ONLY = functions("new_zeros new_ones new_full zeros_like ones_like full_like")  # read no element of their input
-_LIKE = {Tensor.expand_as: Tensor.expand, Tensor.view_as: Tensor.view, Tensor.reshape_as: Tensor.reshape}
 
 
 class Tape:
@@ -64,7 +50,7 @@ class Tape:
         owned: Callable[[Node, Tensor], None] = lambda node, x: None,
     ) -> None:
         self.key, self.owned = key, owned
-        self.search = CutSearch(free, _SELECTIONS)
+        self.search = CutSearch(free, SELECTIONS)
         self.nodes: dict[Any, Node] = {}
         self.shared = Shared()
         self.cuts: dict[Node, dict[Node, None] | None] = {}  # the best of each node, until something more is kept
@@ -82,7 +68,7 @@ class Tape:
         """The node of a tensor that is about to be read; a source if nothing is known of it."""
         key = self.key(x)
         found = self.nodes.get(key)
-        if found is not None and found.call is not None and found.call[0] in _CREATED and not _as_created(found, x):
+        if found is not None and found.call is not None and found.call[0] in CREATED and not _as_created(found, x):
             found = None  # a kernel out of torch's sight has filled it
         if found is None:
             found = self.nodes[key] = Node(x, None)
@@ -95,12 +81,12 @@ class Tape:
         """The call as the tape will note it, tensors as nodes; `None` for what cannot be repeated."""
         if function not in PURE or "out" in kwargs:
             return None
-        if function in _AUTOCAST and not _on_cpu(args) and torch.is_autocast_enabled("cuda"):
+        if function in AUTOCAST and not _on_cpu(args) and torch.is_autocast_enabled("cuda"):
             return None  # the dtype would differ when it is done again, outside of autocast; on the CPU it does not
-        if function in _SIZES_ONLY:
+        if function in SIZES_ONLY:
             return _made(function, args, kwargs)
-        if function in _LIKE and len(args) == 2:
-            function, args = _LIKE[function], (args[0], *args[1].shape)
+        if function in LIKE and len(args) == 2:
+            function, args = LIKE[function], (args[0], *args[1].shape)
         try:
             return function, _noded(args, self.node), _noded(kwargs, self.node)
         except TypeError:
@@ -109,7 +95,7 @@ class Tape:
     def after(self, call: tuple[Any, Any, Any] | None, result: Any) -> None:
         """Note what the call gave."""
         if call is not None and type(result) is Tensor and strided(result):
-            if call[0] in _CREATED:  # defaults may be others when it is done again
+            if call[0] in CREATED:  # defaults may be others when it is done again
                 call = call[0], call[1], {**call[2], "dtype": result.dtype, "device": result.device}
             key = self.key(result)
             found = self.nodes.get(key)
@@ -147,7 +133,7 @@ class Tape:
     def saved(self, x: Tensor) -> None:
         """Autograd saves x while a call runs: some operations save their own result before they return it."""
         call = self.running
-        if call is not None and call[0] in _SAVES_RESULT and self.key(x) not in self.nodes:
+        if call is not None and call[0] in SAVES_RESULT and self.key(x) not in self.nodes:
             self.nodes[self.key(x)] = Node(x, call)
 
     def cut(self, x: Tensor, limit: float) -> list[Node] | None:
@@ -185,9 +171,9 @@ def _as_created(node: Node, x: Tensor) -> bool:
     if x.numel() == 0 or x.device.type != "cpu":
         return True
     with torch.no_grad():
-        if function in _UNIFORM and not x.is_complex():
+        if function in UNIFORM and not x.is_complex():
             low, high = x.aminmax()
-            return bool((low == high) & (low == _UNIFORM[function]))
+            return bool((low == high) & (low == UNIFORM[function]))
         return torch.equal(x, function(*args, **kwargs))
 
 

@@ -1,102 +1,27 @@
-"""The table: each function of torch that has a rule. One file a family of operations.
+"""The rules: what is kept for each function of torch. One file a family of operations.
 
 A rule takes the `Step` and the function's own arguments. It computes the plain forward, keeps a residual, and returns
-the result; or it returns `NotImplemented`, and the function runs as it is, kept exactly.
+the result; or it returns `NotImplemented`, and the function runs as it is, kept exactly. `RULES` has the rule of each
+function under each of its spellings (`dibit.rules.spellings`).
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from dibit import nn
 from dibit.engine.model_state import Rule
-from dibit.rules import activation, add, aggregate, dropout, linear, loss, norm, norm_relu_dropout, power, product
+from dibit.engine.module_stack import function_name
 
-RULES: Mapping[Any, Rule] = {
-    F.linear: linear.linear,
-    torch.matmul: aggregate.matmul,
-    Tensor.matmul: aggregate.matmul,
-    Tensor.__matmul__: aggregate.matmul,
-    Tensor.__rmatmul__: linear.rmatmul,
-    torch.mm: aggregate.matmul,
-    Tensor.mm: aggregate.matmul,
-    torch.addmm: aggregate.addmm,
-    Tensor.addmm: aggregate.addmm,
-    torch.sparse.mm: aggregate.sparse_mm,
-    Tensor.scatter_reduce_: aggregate.scatter_reduce_,
-    torch.add: add.add,
-    Tensor.add: add.add,
-    torch.mul: product.mul,
-    Tensor.mul: product.mul,
-    torch.div: product.div,
-    Tensor.div: product.div,
-    torch.true_divide: product.div,
-    Tensor.true_divide: product.div,
-    torch.bmm: product.bmm,
-    Tensor.bmm: product.bmm,
-    torch.exp: power.exp,
-    Tensor.exp: power.exp,
-    torch.sqrt: power.sqrt,
-    Tensor.sqrt: power.sqrt,
-    torch.rsqrt: power.rsqrt,
-    Tensor.rsqrt: power.rsqrt,
-    torch.reciprocal: power.reciprocal,
-    Tensor.reciprocal: power.reciprocal,
-    torch.log: power.log,
-    Tensor.log: power.log,
-    torch.square: power.square,
-    Tensor.square: power.square,
-    torch.abs: power.absolute,
-    Tensor.abs: power.absolute,
-    torch.sin: power.sine,
-    Tensor.sin: power.sine,
-    torch.cos: power.cosine,
-    Tensor.cos: power.cosine,
-    torch.pow: power.power,
-    Tensor.pow: power.power,
-    Tensor.__pow__: power.power,
-    F.softplus: power.softplus,
-    F.relu: activation.relu,
-    F.relu_: activation.relu_,
-    torch.relu: activation.relu,
-    torch.relu_: activation.relu_,
-    Tensor.relu: activation.relu,
-    Tensor.relu_: activation.relu_,
-    F.leaky_relu: activation.leaky_relu,
-    F.leaky_relu_: activation.leaky_relu_,
-    F.prelu: activation.prelu,
-    torch.prelu: activation.prelu,
-    Tensor.prelu: activation.prelu,
-    F.elu: activation.elu,
-    F.elu_: activation.elu_,
-    F.gelu: activation.gelu,
-    F.silu: activation.silu,
-    torch.sigmoid: activation.sigmoid,
-    torch.sigmoid_: activation.sigmoid_,
-    Tensor.sigmoid: activation.sigmoid,
-    Tensor.sigmoid_: activation.sigmoid_,
-    torch.tanh: activation.tanh,
-    torch.tanh_: activation.tanh_,
-    Tensor.tanh: activation.tanh,
-    Tensor.tanh_: activation.tanh_,
-    F.dropout: dropout.dropout,
-    torch.dropout: dropout.torch_dropout,
-    torch.dropout_: dropout.torch_dropout_,
-    F.batch_norm: norm.batch_norm,
-    torch.batch_norm: norm.torch_batch_norm,
-    F.instance_norm: norm.instance_norm,
-    torch.instance_norm: norm.torch_instance_norm,
-    F.layer_norm: norm.layer_norm,
-    torch.layer_norm: norm.layer_norm,
-    nn.norm_relu_dropout: norm_relu_dropout.norm_relu_dropout,
-    F.log_softmax: loss.log_softmax,
-    torch.log_softmax: loss.torch_log_softmax,
-    Tensor.log_softmax: loss.torch_log_softmax,
-    F.cross_entropy: loss.cross_entropy,
-    F.nll_loss: loss.nll_loss,
-    F.mse_loss: loss.mse_loss,
-    F.binary_cross_entropy_with_logits: loss.binary_cross_entropy_with_logits,
+# Each enters its rules in `OPERATIONS`.
+from dibit.rules import activation, add, aggregate, dropout, linear, loss, norm, norm_relu_dropout, power, product
+from dibit.rules.spellings import OPERATIONS, spellings, table
+
+__all__ = [
+    "KINDS", "RULES", "activation", "add", "aggregate", "dropout", "linear", "loss", "norm", "norm_relu_dropout",
+    "power", "product",
+]  # fmt: skip
+
+RULES: Mapping[Any, Rule] = table({name: operation.rule for name, operation in OPERATIONS.items()})
+# What the ledger's rows hold, by the name that they have there; see `dibit.rules.spellings.Operation.kind`.
+KINDS: Mapping[str, str] = {
+    function_name(function): operation.kind for name, operation in OPERATIONS.items() for function in spellings(name)
 }

@@ -1,15 +1,17 @@
-"""Element-wise activations.
+"""Activations: ReLU, LeakyReLU and PReLU; GELU, SiLU; sigmoid, tanh, ELU.
 
-Piecewise linear ones keep one exact bit an element. Smooth ones keep their *derivative*, computed exactly in the
-forward pass: its estimate enters dX once, so dX is unbiased; from a quantised input it would not be.
+Piecewise linear ones keep one exact bit an element: which of two slopes the gradient is multiplied by. Smooth ones keep
+their derivative, of which dX has one estimate (`dibit.rules.elementwise`).
 
-The derivatives of sigmoid, tanh and ELU fall towards 0 where these saturate, and that is where a logarithm that follows
-has a large one: they are kept with an error that is a part of each element (`dibit.rules.relative`), or by
-reference to the result where plain torch keeps it too and the model returns it.
+The derivatives of sigmoid, tanh and ELU fall towards 0 where these saturate, and that is where a logarithm that
+follows has a large one: they are kept with an error that is a part of each element (`dibit.rules.relative`), or by
+reference to the result where plain torch keeps it too and the model returns it. PReLU's weight has a gradient, too, the
+sum of dy min(x, 0): it enters nothing else, so that a code of min(x, 0) serves.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,41 +19,64 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dibit._torch.autocast import at_least_single, copies, lower
+from dibit._torch.autocast import copies, lower
 from dibit.codec import ops
-from dibit.config import Config
 from dibit.engine.forward_pass import Step
-from dibit.residuals.base import Residual, load, save
+from dibit.engine.model_state import Rule
+from dibit.residuals.base import load, save
 from dibit.residuals.masks import Mask
-from dibit.rules.common import MIN_ELEMENTS, first_order, is_plain_float, without_reduction
-from dibit.rules.relative import relative, saturating, whole
-from dibit.rules.returned import Slope
+from dibit.rules.common import first_order, is_plain_float
+from dibit.rules.elementwise import (
+    RECIPE,
+    RELATIVE,
+    SATURATING,
+    Elementwise,
+    Pointwise,
+    elementwise,
+    elementwise_rule,
+)
+from dibit.rules.spellings import rule
 
 aten = torch.ops.aten
 
 
-class Elementwise(torch.autograd.Function):
-    """dx = dy * f'(x), from an exact mask of a piecewise linear f or from the kept derivative of a smooth one."""
+@rule(kind="ReLU", in_place=True, runs_again=True, saves_result=True)
+def relu(step: Step, input: Tensor, inplace: bool = False) -> Any:
+    if not is_plain_float(input) or not input.requires_grad:
+        return NotImplemented
+    x = input.detach()
+    if inplace:
+        return _masked(step, input, ops.pack_mask(x.contiguous()), 0.0, torch.relu_, True)
+    if x.is_contiguous():
+        result, bits = ops.relu(x)
+    else:  # torch's own layout
+        result, bits = torch.relu(x), ops.pack_mask(x.contiguous())
+    return _masked(step, input, bits, 0.0, lambda _: result, False)
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, plain: Callable[[Tensor], Tensor], slope: Mask | Residual | Slope, inplace: bool
-    ) -> Tensor:
-        ctx.hops = 0
-        ctx.cell = None
-        if isinstance(slope, Slope):
-            ctx.cell = slope
-        else:
-            save(ctx, slope)
-        if inplace:
-            ctx.mark_dirty(x)
-        return plain(x)
 
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        slope = ctx.cell or load(ctx)[0]
-        return slope.apply(dy), None, None, None
+@rule(in_place=True, runs_again=True)
+def leaky_relu(step: Step, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
+    if not is_plain_float(input) or not input.requires_grad or negative_slope < 0:
+        return NotImplemented
+    if not inplace:
+        step.plain(input)
+    bits = ops.pack_mask(input.detach().contiguous())
+    compute = functools.partial(F.leaky_relu, negative_slope=negative_slope, inplace=inplace)
+    return _masked(step, input, bits, float(negative_slope), compute, inplace, saves_result=inplace)
+
+
+def _masked(
+    step: Step, input: Tensor, bits: Tensor, slope: float, compute: Callable[[Tensor], Tensor], inplace: bool,
+    saves_result: bool = True,
+) -> Any:  # fmt: skip
+    """The result of a piecewise linear function whose derivative is 1 where `bits` says x > 0, else `slope`."""
+    mask = step.note(Mask(bits, slope))
+    source = step.estimate_before_change(input) if inplace else step.estimate(input)
+    y = Elementwise.apply(input, compute, mask, inplace)
+    step.passed(source, y, mask)
+    if saves_result:
+        step.plain(y)
+    return y
 
 
 class PReLU(torch.autograd.Function):
@@ -80,55 +105,7 @@ class PReLU(torch.autograd.Function):
         return dx, dw, None, None, None
 
 
-def masked(plain: Callable[..., Tensor], slope_at: float, saves: str) -> Callable[..., Any]:
-    """A rule for a piecewise linear activation; `saves`: what plain torch keeps, "input" or "output"."""
-
-    def rule(step: Step, input: Tensor, negative_slope: float = slope_at, inplace: bool = False) -> Any:
-        if not is_plain_float(input) or not input.requires_grad or negative_slope < 0:
-            return NotImplemented
-        mask = step.note(Mask(ops.pack_mask(input.detach().contiguous()), float(negative_slope)))
-        if saves == "input" and not inplace:
-            step.plain(input)
-        source = step.estimate_before_change(input) if inplace else step.estimate(input)
-        y = Elementwise.apply(input, lambda x: plain(x, negative_slope, inplace), mask, inplace)
-        step.passed(source, y, mask)
-        if saves == "output" or inplace:
-            step.plain(y)
-        return y
-
-    return rule
-
-
-_relu_in_place = masked(lambda x, _, inplace: torch.relu_(x), 0.0, "output")
-leaky_relu = masked(lambda x, slope, inplace: F.leaky_relu(x, slope, inplace), 0.01, "input")
-
-
-def relu(step: Step, input: Tensor, inplace: bool = False) -> Any:
-    if inplace:
-        return _relu_in_place(step, input, 0.0, True)
-    if not is_plain_float(input) or not input.requires_grad:
-        return NotImplemented
-    x = input.detach()
-    if x.is_contiguous():
-        result, bits = ops.relu(x)
-    else:  # torch's own layout
-        result, bits = torch.relu(x), ops.pack_mask(x.contiguous())
-    mask = step.note(Mask(bits, 0.0))
-    y = Elementwise.apply(input, lambda _: result, mask, False)
-    step.plain(y)
-    step.passed(step.estimate(input), y, mask)
-    return y
-
-
-def relu_(step: Step, input: Tensor) -> Any:
-    return relu(step, input, True)
-
-
-def leaky_relu_(step: Step, input: Tensor, negative_slope: float = 0.01) -> Any:
-    return leaky_relu(step, input, negative_slope, True)
-
-
-@lower
+@rule(autocast=lower)
 def prelu(step: Step, input: Tensor, weight: Tensor) -> Any:
     if not is_plain_float(input, weight) or not (input.requires_grad or weight.requires_grad) or input.dim() < 2:
         return NotImplemented
@@ -140,126 +117,42 @@ def prelu(step: Step, input: Tensor, weight: Tensor) -> Any:
     return PReLU.apply(input, weight, mask, negative, step.low)
 
 
-def smooth(plain: Callable[..., Tensor], derivative: Callable[..., Tensor], saves: str = "input") -> Callable[..., Any]:
-    """A rule for a smooth activation. `plain(x, inplace, *args)`, `derivative(x, *args)`, as exact as plain or more."""
-
-    def rule(step: Step, input: Tensor, *args: Any, inplace: bool = False) -> Any:
-        config = step.config
-        if config is None or not is_plain_float(input) or not input.requires_grad or input.numel() < MIN_ELEMENTS:
-            return NotImplemented
-        kept = step.keep_factor(derivative(input.detach(), *args), without_reduction(config))
-        if saves == "input":
-            step.plain(input)
-        elif saves == "copy in place":
-            step.plain(input.nbytes if inplace else input)
-        return Elementwise.apply(input, lambda x: plain(x, inplace, *args), kept, inplace)
-
-    return rule
-
-
-def saturating_rule(
-    plain: Callable[..., Tensor],
-    of_result: Callable[..., Tensor],
-    levels: Callable[[Config], tuple[float, ...]],
-    of_input: Callable[..., Tensor] | None = None,
-) -> Callable[..., Any]:
-    """A rule for an activation that saturates, whose derivative is kept by these levels.
+def smooth(plain: Callable[..., Tensor], derivative: Callable[..., Tensor]) -> Rule:
+    """A rule of your own for a smooth element-wise function, for `dibit.compress(model, rules={function: rule})`.
 
     Args:
-        plain: of (x, inplace, *args).
-        of_result: the derivative as a function of (result, *args).
-        of_input: of (x, *args), where plain torch keeps x; but in place it keeps the result.
+        plain: the function of (x, inplace, *options).
+        derivative: of (x, *options), bounded, as exact as the function or more; it is kept at the recipe's bits.
     """
-
-    def rule(step: Step, input: Tensor, *args: Any, inplace: bool = False) -> Any:
-        config = step.config
-        if config is None or not is_plain_float(input) or not input.requires_grad or input.numel() < MIN_ELEMENTS:
-            return NotImplemented
-        codec = relative(config, levels(config))
-        if not inplace and step.cheap(input, codec):
-            return NotImplemented  # torch's own, kept exactly
-        x = input.detach()
-        slope = None if of_input is None else of_input(x, *args)  # before x is overwritten
-        if slope is not None and not inplace:  # the caller may change the result
-            step.plain(input)
-            kept = step.keep_factor(slope, codec)
-            return Elementwise.apply(input, lambda x: plain(x, False, *args), kept, False)
-        y = plain(x, False, *args)
-        kept = step.keep_factor(of_result(y, *args) if slope is None else slope, codec)
-        cell = Slope(step, kept, lambda y: of_result(y, *args))
-        y = Elementwise.apply(input, (lambda x: plain(x, True, *args)) if inplace else (lambda _: y), cell, inplace)
-        cell.watch(y)
-        step.plain(y)
-        return y
-
-    return rule
+    return elementwise_rule(
+        Pointwise(
+            lambda x, *options: plain(x, False, *options),
+            derivative,
+            None,
+            RECIPE,
+            lambda x, *options: plain(x, True, *options),
+        )
+    )
 
 
-def sigmoid_slope(y: Tensor) -> Tensor:
-    """Of a sigmoid's result, in single precision at least."""
-    y = at_least_single(y)
-    return y * (1 - y)
+def _gelu(x: Tensor, approximate: str) -> Tensor:
+    return F.gelu(x, approximate=approximate)
 
 
-def tanh_slope(y: Tensor) -> Tensor:
-    """Of a tanh's result, in single precision at least."""
-    return 1 - at_least_single(y) ** 2
-
-
-def silu_slope(x: Tensor) -> Tensor:
-    return aten.silu_backward(torch.ones_like(x), x)
-
-
-def gelu_slope(x: Tensor, approximate: str) -> Tensor:
+def _gelu_slope(x: Tensor, approximate: str = "none") -> Tensor:
     return aten.gelu_backward(torch.ones_like(x), x, approximate=approximate)
 
 
-def elu_slope(x: Tensor, alpha: float) -> Tensor:
+def _elu_slope(x: Tensor, alpha: float = 1.0) -> Tensor:
     return aten.elu_backward(torch.ones_like(x), alpha, 1, 1, False, x)
 
 
-def _elu_slope_of_result(y: Tensor, alpha: float) -> Tensor:
+def _elu_slope_of_result(y: Tensor, alpha: float = 1.0) -> Tensor:
     return aten.elu_backward(torch.ones_like(y), alpha, 1, 1, True, y)
 
 
-_sigmoid = saturating_rule(
-    lambda x, inplace: x.sigmoid_() if inplace else torch.sigmoid(x), sigmoid_slope, lambda _: whole()
-)
-_tanh = saturating_rule(lambda x, inplace: x.tanh_() if inplace else torch.tanh(x), tanh_slope, saturating)
-_silu = smooth(lambda x, inplace: F.silu(x, inplace), silu_slope, "copy in place")
-_gelu = smooth(lambda x, _, approximate: F.gelu(x, approximate=approximate), gelu_slope)
-_elu = saturating_rule(
-    lambda x, inplace, alpha: F.elu(x, alpha, inplace), _elu_slope_of_result, saturating, of_input=elu_slope
-)
-
-
-def sigmoid(step: Step, input: Tensor, *, out: Any = None) -> Any:
-    return _sigmoid(step, input) if out is None else NotImplemented
-
-
-def tanh(step: Step, input: Tensor, *, out: Any = None) -> Any:
-    return _tanh(step, input) if out is None else NotImplemented
-
-
-def sigmoid_(step: Step, input: Tensor) -> Any:
-    return _sigmoid(step, input, inplace=True)
-
-
-def tanh_(step: Step, input: Tensor) -> Any:
-    return _tanh(step, input, inplace=True)
-
-
-def silu(step: Step, input: Tensor, inplace: bool = False) -> Any:
-    return _silu(step, input, inplace=inplace)
-
-
-def gelu(step: Step, input: Tensor, *, approximate: str = "none") -> Any:
-    return _gelu(step, input, approximate)
-
-
-def elu(step: Step, input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Any:
-    return _elu(step, input, alpha, inplace=inplace)
-
-
-def elu_(step: Step, input: Tensor, alpha: float = 1.0) -> Any:
-    return _elu(step, input, alpha, inplace=True)
+gelu = elementwise("gelu", _gelu, _gelu_slope, codec=RECIPE)
+silu = elementwise("silu", F.silu, lambda x: aten.silu_backward(torch.ones_like(x), x), codec=RECIPE)
+elu = elementwise("elu", F.elu, _elu_slope, _elu_slope_of_result, codec=SATURATING)
+sigmoid = elementwise("sigmoid", torch.sigmoid, of_result=lambda y: y * (1 - y), codec=RELATIVE, runs_again=True)
+tanh = elementwise("tanh", torch.tanh, of_result=lambda y: 1 - y**2, codec=SATURATING, runs_again=True)

@@ -18,6 +18,7 @@ from dibit._torch.huge_pages import empty_like, large
 from dibit.engine.accounting import Accounting
 from dibit.engine.forward_pass import Step
 from dibit.rules.common import first_order, is_plain_float
+from dibit.rules.spellings import rule
 
 
 class Add(torch.autograd.Function):
@@ -37,6 +38,7 @@ class Add(torch.autograd.Function):
         return dy, dy, None
 
 
+@rule(runs_again=True)
 def add(step: Step, input: Any, other: Any, *, alpha: Any = 1, out: Any = None) -> Any:
     if out is not None or alpha != 1 or not (is_plain_float(input, other) and large(input, other)):
         return NotImplemented

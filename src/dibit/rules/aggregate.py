@@ -18,6 +18,7 @@ from dibit.residuals.exact import Reference
 from dibit.rules.common import first_order, is_plain_float
 from dibit.rules.linear import addmm as dense_addmm
 from dibit.rules.linear import matmul as dense_matmul
+from dibit.rules.spellings import rule
 
 _ARG = {"max": "amax", "min": "amin", "amax": "amax", "amin": "amin"}
 
@@ -144,6 +145,7 @@ class ScatterExtreme(torch.autograd.Function):
         return won * (dy / winners).gather(ctx.dim, index), None, None, None, None, None
 
 
+@rule(kind="linear inputs")  # for a mean plain torch keeps the input, which is the linear layer's, too
 def sparse_mm(step: Step, mat1: Tensor, mat2: Tensor, reduce: str | None = None) -> Any:
     if type(mat1) is not Tensor or mat1.layout == torch.strided or mat1.requires_grad:
         return NotImplemented
@@ -174,18 +176,21 @@ def aggregate_features(step: Step, matrix: Tensor, x: Tensor, reduce: str | None
     return y
 
 
+@rule(kind="linear inputs")
 def matmul(step: Step, input: Tensor, other: Tensor, *, out: Any = None) -> Any:
     if out is None and isinstance(input, Tensor) and input.layout != torch.strided:
         return sparse_mm(step, input, other)
     return dense_matmul(step, input, other, out=out)
 
 
+@rule(kind="linear inputs")
 def addmm(step: Step, input: Tensor, mat1: Tensor, mat2: Tensor, **kwargs: Any) -> Any:
     if isinstance(mat1, Tensor) and mat1.layout != torch.strided:
         return NotImplemented
     return dense_addmm(step, input, mat1, mat2, **kwargs)
 
 
+@rule()
 def scatter_reduce_(
     step: Step, input: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True
 ) -> Any:

@@ -13,6 +13,7 @@ from dibit.engine.forward_pass import Step
 from dibit.residuals.base import load, save
 from dibit.residuals.masks import Mask, Reseeded
 from dibit.rules.common import copy_or_return, first_order, is_plain_float
+from dibit.rules.spellings import rule
 
 
 class SeededDropout(torch.autograd.Function):
@@ -100,6 +101,7 @@ def seeded(x: Tensor, p: float, inplace: bool = False) -> Any:
     return ExactDropout.apply(x, dropout_seed(x.device), float(p), inplace) if drops(x, p) else NotImplemented
 
 
+@rule(kind="dropout")
 def dropout(step: Step, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     config = step.config
     if config is None or not training or not drops(input, p):
@@ -123,11 +125,3 @@ def dropout(step: Step, input: Tensor, p: float = 0.5, training: bool = True, in
         step.derived(y, Reseeded(residual.seed, residual.p, input))
     step.passed(source, y, residual)
     return y
-
-
-def torch_dropout(step: Step, input: Tensor, p: float, train: bool) -> Any:
-    return dropout(step, input, p, train)
-
-
-def torch_dropout_(step: Step, input: Tensor, p: float, train: bool) -> Any:
-    return dropout(step, input, p, train, True)

@@ -17,6 +17,7 @@ from dibit.residuals.exact import Reference
 from dibit.rules import large_outputs
 from dibit.rules.common import as_rows, first_order, is_plain_float, own
 from dibit.rules.product import bmm
+from dibit.rules.spellings import rule
 
 
 class Linear(torch.autograd.Function):
@@ -166,7 +167,7 @@ def _meter(step: Step, kept: Any) -> Meter | None:
     return step.meter(getattr(kept, "key", "") or step.place("input"))
 
 
-@lower
+@rule(kind="linear inputs", autocast=lower)
 def linear(step: Step, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if not (is_plain_float(input, weight) and weight.dim() == 2 and weight.requires_grad):
         return NotImplemented  # a frozen weight keeps no input, in plain torch too
@@ -193,10 +194,6 @@ def matmul(step: Step, input: Tensor, other: Tensor, *, out: Any = None) -> Any:
         return NotImplemented
     kept = keep_input(step, input, other)
     return MatMul.apply(input, other, None, 1, 1, kept, step.low, _meter(step, kept))
-
-
-def rmatmul(step: Step, input: Tensor, other: Tensor) -> Any:
-    return matmul(step, other, input)
 
 
 @lower

@@ -20,6 +20,7 @@ from dibit.residuals.base import Residual, load, save
 from dibit.residuals.exact import Exact, exact
 from dibit.rules.common import eight_bit, first_order, is_plain_float, running_config
 from dibit.rules.returned import Cell
+from dibit.rules.spellings import rule
 
 
 class Deferred(Cell):
@@ -172,7 +173,7 @@ def _target_scale(target: Tensor, weight: Any, ignore: int, reduction: str, dtyp
     return scale / scale.sum() if reduction == "mean" else scale
 
 
-@full(lambda x: torch.log_softmax(x, 1))
+@rule(autocast=full(lambda x: torch.log_softmax(x, 1)))
 def log_softmax(
     step: Step, input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> Any:
@@ -181,10 +182,6 @@ def log_softmax(
     y = LogSoftmax.apply(input, dim, dtype, step)
     step.plain(y)
     return y
-
-
-def torch_log_softmax(step: Step, input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Any:
-    return log_softmax(step, input, dim, dtype=dtype)
 
 
 def _indexed(input: Tensor, target: Tensor, reductions: tuple[Any, Any], reduction: str) -> bool:
@@ -208,7 +205,7 @@ def _whole_cross_entropy(x: Tensor) -> Tensor:
     return loss if torch.equal(loss, F.cross_entropy(x.float(), target)) else x
 
 
-@full(_whole_cross_entropy)
+@rule(autocast=full(_whole_cross_entropy))
 def cross_entropy(
     step: Step, input: Tensor, target: Tensor, weight: Any = None, size_average: Any = None,
     ignore_index: int = -100, reduce: Any = None, reduction: str = "mean", label_smoothing: float = 0.0,
@@ -219,7 +216,7 @@ def cross_entropy(
     return CrossEntropy.apply(input, target, weight, ignore_index, reduction, step)
 
 
-@full(lambda x: F.nll_loss(x, torch.zeros(2, dtype=torch.int64, device=x.device)))
+@rule(autocast=full(lambda x: F.nll_loss(x, torch.zeros(2, dtype=torch.int64, device=x.device))))
 def nll_loss(
     step: Step, input: Tensor, target: Tensor, weight: Any = None, size_average: Any = None,
     ignore_index: int = -100, reduce: Any = None, reduction: str = "mean",
@@ -230,7 +227,7 @@ def nll_loss(
     return NLL.apply(input, target, weight, ignore_index, reduction, step)
 
 
-@full(lambda x: F.mse_loss(x, x))
+@rule(autocast=full(lambda x: F.mse_loss(x, x)))
 def mse_loss(
     step: Step, input: Tensor, target: Tensor, size_average: Any = None, reduce: Any = None,
     reduction: str = "mean", weight: Any = None,
@@ -245,7 +242,7 @@ def mse_loss(
     return SquaredError.apply(input, target, reduction, kept)
 
 
-@full(lambda x: F.binary_cross_entropy_with_logits(x, x))
+@rule(autocast=full(lambda x: F.binary_cross_entropy_with_logits(x, x)))
 def binary_cross_entropy_with_logits(
     step: Step, input: Tensor, target: Tensor, weight: Any = None, size_average: Any = None, reduce: Any = None,
     reduction: str = "mean", pos_weight: Any = None,

@@ -26,6 +26,7 @@ from dibit.residuals.base import load, save
 from dibit.residuals.compressed import Compressed
 from dibit.rules import large_outputs
 from dibit.rules.common import first_order, is_plain_float, own, running_config, without_reduction
+from dibit.rules.spellings import rule
 
 
 def norm_config(step: Step, shape: torch.Size, columns: bool, place: str) -> Config:
@@ -281,6 +282,7 @@ def norm_gradient(g: Tensor, mean: Tensor, kept: Any, product: Tensor, gain: Ten
     return dx.mul_(gain)
 
 
+@rule(kind="norm inputs")
 def batch_norm(
     step: Step, input: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
     training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
@@ -294,13 +296,7 @@ def batch_norm(
     return BatchNorm.apply(input, weight, bias, (running_mean, running_var), training, momentum, eps, step)
 
 
-def torch_batch_norm(
-    step: Step, input: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool,
-    momentum: float, eps: float, cudnn_enabled: bool,
-) -> Any:  # fmt: skip
-    return batch_norm(step, input, running_mean, running_var, weight, bias, training, momentum, eps)
-
-
+@rule(kind="norm inputs")
 def instance_norm(
     step: Step, input: Tensor, running_mean: Any = None, running_var: Any = None, weight: Any = None, bias: Any = None,
     use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
@@ -329,17 +325,9 @@ def instance_norm(
     return y
 
 
-def torch_instance_norm(
-    step: Step, input: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, use_input_stats: bool,
-    momentum: float, eps: float, cudnn_enabled: bool,
-) -> Any:  # fmt: skip
-    return instance_norm(step, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-
-
-@full(lambda x: F.layer_norm(x, (2,)))
+@rule(kind="norm inputs", autocast=full(lambda x: F.layer_norm(x, (2,))))
 def layer_norm(
     step: Step, input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5,
-    cudnn_enable: bool = True,
 ) -> Any:  # fmt: skip
     needs = any(t is not None and t.requires_grad for t in (input, weight, bias))
     if not needs or not is_plain_float(input) or input.numel() == 0:

@@ -16,6 +16,7 @@ from dibit.residuals.masks import Mask, Reseeded
 from dibit.rules.common import first_order, is_plain_float
 from dibit.rules.dropout import dropout
 from dibit.rules.norm import batch_norm_gradient, keep_normalised
+from dibit.rules.spellings import rule
 
 
 class NormReLUDropout(torch.autograd.Function):
@@ -74,6 +75,7 @@ def _statistics(x: Tensor, running: tuple[Any, Any], momentum: float, eps: float
     return mean, torch.rsqrt(var + eps)
 
 
+@rule(kind="norm inputs")
 def norm_relu_dropout(
     step: Step, input: Tensor, running_mean: Any, running_var: Any, weight: Any, bias: Any, p: float, training: bool,
     momentum: float, eps: float,

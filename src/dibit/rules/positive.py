@@ -15,8 +15,8 @@ from torch import Tensor
 from dibit.config import Config
 from dibit.engine.forward_pass import Step
 from dibit.recompute.nodes import Node
-from dibit.recompute.program import functions
 from dibit.recompute.recorder import Tape
+from dibit.recompute.repeatable import functions
 from dibit.rules.common import running_config
 from dibit.rules.relative import geometric, octaves_of, relative, whole
 

@@ -34,6 +34,7 @@ from dibit.rules.common import (
     without_reduction,
 )
 from dibit.rules.relative import keep_relative, keep_signed
+from dibit.rules.spellings import rule
 
 _BROADCAST = 4  # a factor that is at least so many times smaller than the product stays exact
 _ROW = 16  # elements for which a range of their own pays
@@ -70,6 +71,7 @@ def _gradient(g: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return g.sum_to_size(shape).to(dtype)
 
 
+@rule(runs_again=True)
 def mul(step: Step, input: Tensor, other: Any, *, out: Any = None) -> Any:
     if out is not None or not _operands(input, other):
         return NotImplemented
@@ -172,6 +174,7 @@ class MatrixProduct(torch.autograd.Function):
         return da, db, None, None, None
 
 
+@rule(runs_again=True)
 def div(step: Step, input: Tensor, other: Any, *, rounding_mode: Any = None, out: Any = None) -> Any:
     if out is not None or rounding_mode is not None or not _operands(input, other):
         return NotImplemented
@@ -193,7 +196,7 @@ def div(step: Step, input: Tensor, other: Any, *, rounding_mode: Any = None, out
     return Quotient.apply(input, other, divisor, inverse, slope)
 
 
-@lower
+@rule(autocast=lower)
 def bmm(step: Step, input: Tensor, mat2: Tensor, *, out: Any = None) -> Any:
     """Products of two activations; a product with a weight is a linear layer's."""
     if out is not None or not _operands(input, mat2) or (step.low is None and input.dtype != mat2.dtype):

@@ -1,0 +1,73 @@
+"""Which functions of torch can be run again for the same bits: cheap and deterministic ones, by their names.
+
+Those that have no rule are listed here. A function that has one says so at its rule (`dibit.rules.spellings.rule`),
+which enters all its spellings by `repeatable`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def functions(names: str) -> set[Any]:
+    """All functions of torch by these names: functions of `torch`, of `torch.nn.functional`, methods of tensors."""
+    # PyTorch Geometric puts a wrapper in the place of torch.index_select; the mode sees what the wrapper calls
+    found = (
+        getattr(owner, name, None)
+        for name in names.split()
+        for owner in (torch, torch._C._VariableFunctions, Tensor, F)
+    )
+    return {function for function in found if function is not None}
+
+
+_SHAPES = (
+    "view reshape unsqueeze squeeze expand expand_as transpose permute t flatten contiguous narrow select detach flip "
+    "repeat view_as reshape_as __getitem__ index_select gather unflatten"
+)
+_ARITHMETIC = (
+    "sub neg clamp clamp_min where masked_fill __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ "
+    "__rtruediv__ __rdiv__ __neg__ __rpow__ rsub"
+)
+_LOGIC = (
+    "eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ logical_and logical_or logical_not isinf isnan "
+    "__and__ __or__ __invert__"
+)
+_MADE = "zeros ones full arange new_zeros new_ones new_full zeros_like ones_like full_like"
+_COMBINED = "cat stack scatter_add scatter_reduce index_add cumsum"
+_CASTS = "to long int float double bool half bfloat16"
+
+IN_PLACE = functions(
+    "add_ sub_ mul_ div_ neg_ clamp_ masked_fill_ fill_ zero_ scatter_add_ scatter_reduce_ index_add_ __iadd__ "
+    "__isub__ __imul__ __itruediv__"
+)
+PURE = functions(" ".join((_SHAPES, _ARITHMETIC, _LOGIC, _MADE, _COMBINED, _CASTS))) | IN_PLACE
+CREATED = functions("zeros ones full arange")
+UNIFORM = {function: value for value, name in enumerate(("zeros", "ones")) for function in functions(name)}
+SELECTIONS = functions(_SHAPES)
+SIZES_ONLY = functions("new_zeros new_ones new_full zeros_like ones_like full_like")  # read no element of their input
+LIKE = {Tensor.expand_as: Tensor.expand, Tensor.view_as: Tensor.view, Tensor.reshape_as: Tensor.reshape}
+AUTOCAST = functions("__rpow__ cumsum cat stack")  # their result may have another dtype under autocast
+SAVES_RESULT = functions("__rpow__")  # their backward pass needs what they gave
+
+
+def repeatable(plain: Set[Any], in_place: Set[Any], *, autocast: bool, saves_result: bool) -> None:
+    """Enter a function with a rule, by all its spellings.
+
+    Args:
+        plain: those that return a new tensor.
+        in_place: those that write over their first argument.
+        autocast: autocast may run it in another dtype.
+        saves_result: plain torch keeps its result for the backward pass.
+    """
+    spellings = plain | in_place
+    PURE.update(spellings)
+    IN_PLACE.update(in_place)
+    if autocast:
+        AUTOCAST.update(spellings)
+    if saves_result:
+        SAVES_RESULT.update(spellings)

@@ -1,0 +1,164 @@
+"""Every function of torch that has a rule, under all its spellings: `torch.relu`, `Tensor.relu_`, `F.relu` ...
+
+A rule is written once, for one spelling, and says by `rule` at its head what others must know of the function. The
+tables of eager and of compiled code (`dibit.rules.RULES`, `dibit.compile.rules.RULES`) are both made by `table`, which
+finds the spellings by the rule's name. What the name does not tell, `_MORE` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dibit import nn
+from dibit.engine.model_state import Rule
+from dibit.recompute.repeatable import functions, repeatable
+
+Adapter = Callable[[Rule], Rule]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A function with a rule.
+
+    Attributes:
+        name: of the function and of its rule, such as "relu".
+        rule: takes the pass and the function's arguments.
+        kind: of what it keeps, in reports of memory: "linear inputs", "norm inputs", "ReLU", "dropout" or "other".
+        in_place: the rule has an argument `inplace`, and so serves `torch.relu_`, too.
+    """
+
+    name: str
+    rule: Rule
+    kind: str
+    in_place: bool
+
+
+OPERATIONS: dict[str, Operation] = {}
+
+
+def rule(
+    name: str = "",
+    *,
+    kind: str = "other",
+    in_place: bool = False,
+    autocast: Callable[[Rule], Rule] | None = None,
+    runs_again: bool = False,
+    saves_result: bool = False,
+) -> Callable[[Rule], Rule]:
+    """Register the rule of a function, and say what others must know of the function.
+
+    How far a gradient goes in it, the rule's `torch.autograd.Function` says: `ctx.hops`, see `dibit.engine.loss_reach`.
+
+    Args:
+        name: of the function; default: that of the rule.
+        kind, in_place: see `Operation`.
+        autocast: `lower` or `full` of `dibit._torch.autocast`, if autocast may run the function in another dtype.
+        runs_again: the function is cheap and gives the same bits when it is run again, so that results need not be
+            kept that can be computed from something smaller.
+        saves_result: plain torch keeps the result, not the input.
+    """
+
+    def register(function: Rule) -> Rule:
+        made = function if autocast is None else autocast(function)
+        operation = Operation(name or function.__name__, made, kind, in_place)
+        OPERATIONS[operation.name] = operation
+        if runs_again:
+            found = spellings(operation.name)
+            written = {each for each, adapter in found.items() if adapter is _in_place}
+            repeatable(found.keys() - written, written, autocast=autocast is not None, saves_result=saves_result)
+        return made
+
+    return register
+
+
+def spellings(name: str) -> dict[Any, Adapter | None]:
+    """The functions of torch by this name, each with what makes its own rule of the rule of this name."""
+    found: dict[Any, Adapter | None] = dict.fromkeys(functions(name))
+    if name in OPERATIONS and OPERATIONS[name].in_place:
+        found |= dict.fromkeys(functions(f"{name}_"), _in_place)
+    return found | _MORE.get(name, {})
+
+
+def table(rules: Mapping[str, Rule]) -> dict[Any, Rule]:
+    """Rules by function, from rules by name."""
+    return {
+        function: own if adapter is None else adapter(own)
+        for name, own in rules.items()
+        for function, adapter in spellings(name).items()
+    }
+
+
+def _in_place(rule: Rule) -> Rule:
+    return lambda where, *args, **kwargs: rule(where, *args, inplace=True, **kwargs)
+
+
+def _swapped(rule: Rule) -> Rule:
+    return lambda where, input, other: rule(where, other, input)
+
+
+def _torch_dropout(rule: Rule) -> Rule:
+    return lambda where, input, p, train: rule(where, input, p, train)
+
+
+def _torch_dropout_(rule: Rule) -> Rule:
+    return lambda where, input, p, train: rule(where, input, p, train, True)
+
+
+def _torch_norm(rule: Rule) -> Rule:
+    """Of BatchNorm and InstanceNorm, whose functions of `torch` have other arguments than those of `F`."""
+
+    def spelled(
+        where: Any, input: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool,
+        momentum: float, eps: float, cudnn_enabled: bool,
+    ) -> Any:  # fmt: skip
+        return rule(where, input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+    return spelled
+
+
+def _torch_layer_norm(rule: Rule) -> Rule:
+    def spelled(
+        where: Any, input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5,
+        cudnn_enable: bool = True,
+    ) -> Any:  # fmt: skip
+        return rule(where, input, normalized_shape, weight, bias, eps)
+
+    return spelled
+
+
+def _torch_log_softmax(rule: Rule) -> Rule:
+    def spelled(where: Any, input: Tensor, dim: int, dtype: Any = None, *, out: Any = None) -> Any:
+        return rule(where, input, dim, dtype=dtype) if out is None else NotImplemented
+
+    return spelled
+
+
+def _torch_binary_cross_entropy(rule: Rule) -> Rule:
+    def spelled(
+        where: Any, input: Tensor, target: Tensor, weight: Any = None, pos_weight: Any = None, reduction: int = 1
+    ) -> Any:
+        named = ("none", "mean", "sum")[reduction]
+        return rule(where, input, target, weight, reduction=named, pos_weight=pos_weight)
+
+    return spelled
+
+
+# By the name of a rule: functions of other names, and those whose arguments are others, with their adapters.
+_MORE: dict[str, dict[Any, Adapter | None]] = {
+    "matmul": {torch.mm: None, Tensor.mm: None, Tensor.__matmul__: None, Tensor.__rmatmul__: _swapped},
+    "sparse_mm": {torch.sparse.mm: None},
+    "div": {torch.true_divide: None, Tensor.true_divide: None},
+    "pow": {Tensor.__pow__: None},
+    "dropout": {torch.dropout: _torch_dropout, torch.dropout_: _torch_dropout_},
+    "batch_norm": {torch.batch_norm: _torch_norm},
+    "instance_norm": {torch.instance_norm: _torch_norm},
+    "layer_norm": {torch.layer_norm: _torch_layer_norm},
+    "norm_relu_dropout": {nn.norm_relu_dropout: None},
+    "log_softmax": {torch.log_softmax: _torch_log_softmax, Tensor.log_softmax: _torch_log_softmax},
+    "binary_cross_entropy_with_logits": {torch.binary_cross_entropy_with_logits: _torch_binary_cross_entropy},
+}
