@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -75,6 +76,41 @@ def test_in_place_steps_are_repeated_on_a_copy() -> None:
     program = t.program(weight, leaves)
     for _ in range(2):
         assert torch.equal(program.run([leaf.tensor() for leaf in leaves], t.shared), weight)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda e: F.relu(e, True), lambda e: F.relu(e, inplace=True), lambda e: F.leaky_relu(e, 0.1, True), torch.relu_],
+)
+def test_what_is_written_in_place_is_not_lost_to_others_when_it_is_repeated(
+    function: Callable[[Tensor], Tensor],
+) -> None:
+    """The messages enter `exp` before they are written over, and what is kept needs both."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(16, 64)
+
+        def forward(self, x: Tensor, index: Tensor) -> Tensor:
+            h = self.lin(x)
+            messages = h[index] * 2
+            before = messages.exp()
+            y = function(messages) + before
+            return y * y.sigmoid()
+
+    torch.manual_seed(0)
+    layer, x, index = Layer(), torch.randn(100, 16), torch.randint(100, (4000,))
+    layer(x, index).sum().backward()
+    truth = layer.lin.bias.grad.clone()
+    dibit.compress(layer, Config(bits=8))
+    for _ in range(2):
+        layer.zero_grad()
+        with dibit.track(layer) as saved:
+            y = layer(x, index)
+        y.sum().backward()
+        assert "computed again" in {row.how for row in saved.rows if row.operation == "mul"}
+        torch.testing.assert_close(layer.lin.bias.grad, truth)
 
 
 def test_a_tensor_that_changed_is_no_leaf() -> None:

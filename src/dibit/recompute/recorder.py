@@ -30,6 +30,7 @@ from dibit.recompute.repeatable import (
     SELECTIONS,
     SIZES_ONLY,
     UNIFORM,
+    without_option,
 )
 
 
@@ -81,6 +82,7 @@ class Tape:
         """The call as the tape will note it, tensors as nodes; `None` for what cannot be repeated."""
         if function not in PURE or "out" in kwargs:
             return None
+        function, args, kwargs = without_option(function, args, kwargs)
         if function in AUTOCAST and not _on_cpu(args) and torch.is_autocast_enabled("cuda"):
             return None  # the dtype would differ when it is done again, outside of autocast; on the CPU it does not
         if function in SIZES_ONLY:

@@ -6,7 +6,9 @@ which enters all its spellings by `repeatable`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Set
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -53,6 +55,8 @@ SIZES_ONLY = functions("new_zeros new_ones new_full zeros_like ones_like full_li
 LIKE = {Tensor.expand_as: Tensor.expand, Tensor.view_as: Tensor.view, Tensor.reshape_as: Tensor.reshape}
 AUTOCAST = functions("__rpow__ cumsum cat stack")  # their result may have another dtype under autocast
 SAVES_RESULT = functions("__rpow__")  # their backward pass needs what they gave
+# Functions with an `inplace` option: its place among the arguments, and the function that it stands for.
+OPTION: dict[Any, tuple[int, Any]] = {}
 
 
 def repeatable(plain: Set[Any], in_place: Set[Any], *, autocast: bool, saves_result: bool) -> None:
@@ -71,3 +75,16 @@ def repeatable(plain: Set[Any], in_place: Set[Any], *, autocast: bool, saves_res
         AUTOCAST.update(spellings)
     if saves_result:
         SAVES_RESULT.update(spellings)
+    for function in plain:
+        if in_place and isinstance(function, FunctionType):
+            names = list(inspect.signature(function, follow_wrapped=False).parameters)
+            if "inplace" in names:
+                OPTION[function] = names.index("inplace"), next(iter(in_place))
+
+
+def without_option(function: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+    """A call, with `inplace=True` as the function that it stands for: `F.relu(x, True)` as `torch.relu_(x)`."""
+    place, stands_for = OPTION.get(function, (0, None))
+    if stands_for is None or not (kwargs.get("inplace") or any(args[place : place + 1])):
+        return function, args, kwargs
+    return stands_for, args[:place], {name: value for name, value in kwargs.items() if name != "inplace"}
