@@ -48,6 +48,7 @@ def test_measured_is_the_closed_form_less_the_projections(shapes: Any, shape: st
         assert row["measured_mb"] == pytest.approx(expected, abs=0.01)
         assert row["allocator_mb"] == pytest.approx(row["measured_mb"], abs=0.1)
         assert sum(row["by_kind"].values()) == pytest.approx(row["measured_mb"])
+        assert not row["by_kind"].get("other"), "each operation of the papers' model has a kind"
 
 
 def test_plain_fp32(shapes: Any) -> None:

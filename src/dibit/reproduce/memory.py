@@ -14,9 +14,8 @@ from dibit.experiments.shapes import ARXIV, SHAPES, Shape, random_graph, sage
 from dibit.reproduce.paper import LOG_MB
 from dibit.reproduce.plan import Measurement, Reproduction, Results, key
 from dibit.reproduce.variants import MEMORY, variants
+from dibit.rules import KINDS
 from dibit.tools.units import MB
-
-KINDS = {"linear": "linear inputs", "batch_norm": "norm inputs", "relu": "ReLU", "dropout": "dropout"}
 
 
 def closed_form(shape: Shape, config: Config | None, mask_bytes: int = 4) -> float:
@@ -104,8 +103,7 @@ def measure(shape: Shape, config: Config | None) -> dict[str, Any]:
     held = None if before is None or after is None else (after - before - out.nbytes + targets) / MB
     kinds: dict[str, float] = defaultdict(float)
     for row in saved.rows:
-        # the plain mean keeps the layer's input, which is the linear layer's input too
-        kinds[KINDS.get(row.operation, KINDS["linear"])] += row.kept / MB
+        kinds[KINDS.get(row.operation, "other")] += row.kept / MB
     kinds["targets"] = targets / MB
     return {
         "measured_mb": (saved.total + targets) / MB,
