@@ -33,7 +33,7 @@ def test_example(name: str) -> None:
     if name == "own_layer":
         without, with_rule = (float(x) for x in re.findall(r"kept ([\d.]+) MB", done.stdout))
         assert with_rule < without - 2 * 4000 * 64 * 3 / 2**20, (
-            "of 4 bytes an element of Mish's input 3 and more are saved"
+            "of 4 bytes an element of arsinh's input 3 and more are saved"
         )
 
 

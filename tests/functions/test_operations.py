@@ -76,6 +76,8 @@ LOSSY = {
     "F.gelu tanh": functional(lambda x: F.gelu(x, approximate="tanh")),
     "nn.SiLU": module(nn.SiLU),
     "nn.SiLU inplace": module(lambda: nn.SiLU(inplace=True)),
+    "F.mish": functional(F.mish),
+    "F.hardswish": functional(lambda x: F.hardswish(4 * x)),
     "torch.sigmoid": functional(torch.sigmoid),
     "torch.sigmoid_": functional(torch.sigmoid_),
     "Tensor.sigmoid": functional(lambda x: x.sigmoid()),
@@ -154,7 +156,7 @@ LOSSY |= {
     **aliases("true_divide", binary=True),
     **{
         name: case
-        for operation in ("exp", "sqrt", "rsqrt", "reciprocal", "log", "square", "abs", "sin", "cos")
+        for operation in ("exp", "sqrt", "rsqrt", "reciprocal", "log", "square", "abs", "sin", "cos", "erf")
         for name, case in aliases(operation).items()
     },
     **aliases("pow", 1.7),

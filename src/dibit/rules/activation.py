@@ -1,9 +1,9 @@
-"""Activations: ReLU, LeakyReLU and PReLU; GELU, SiLU; sigmoid, tanh, ELU.
+"""Activations: ReLU, LeakyReLU and PReLU; GELU, SiLU, Mish and Hardswish; ELU, sigmoid, tanh and erf.
 
 Piecewise linear ones keep one exact bit an element: which of two slopes the gradient is multiplied by. Smooth ones keep
 their derivative, of which dX has one estimate (`dibit.rules.elementwise`).
 
-The derivatives of sigmoid, tanh and ELU fall towards 0 where these saturate, and that is where a logarithm that
+The derivatives of ELU, sigmoid, tanh and erf fall towards 0 where these saturate, and that is where a logarithm that
 follows has a large one: they are kept with an error that is a part of each element (`dibit.rules.relative`), or by
 reference to the result where plain torch keeps it too and the model returns it. PReLU's weight has a gradient, too, the
 sum of dy min(x, 0): it enters nothing else, so that a code of min(x, 0) serves.
@@ -12,6 +12,7 @@ sum of dy min(x, 0): it enters nothing else, so that a code of min(x, 0) serves.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -153,6 +154,11 @@ def _elu_slope_of_result(y: Tensor, alpha: float = 1.0) -> Tensor:
 
 gelu = elementwise("gelu", _gelu, _gelu_slope, codec=RECIPE)
 silu = elementwise("silu", F.silu, lambda x: aten.silu_backward(torch.ones_like(x), x), codec=RECIPE)
+mish = elementwise("mish", F.mish, lambda x: aten.mish_backward(torch.ones_like(x), x), codec=RECIPE)
+hardswish = elementwise(
+    "hardswish", F.hardswish, lambda x: aten.hardswish_backward(torch.ones_like(x), x), codec=RECIPE
+)
 elu = elementwise("elu", F.elu, _elu_slope, _elu_slope_of_result, codec=SATURATING)
 sigmoid = elementwise("sigmoid", torch.sigmoid, of_result=lambda y: y * (1 - y), codec=RELATIVE, runs_again=True)
+erf = elementwise("erf", torch.erf, lambda x: 2 / math.pi**0.5 * torch.exp(-x * x), codec=SATURATING)
 tanh = elementwise("tanh", torch.tanh, of_result=lambda y: 1 - y**2, codec=SATURATING, runs_again=True)
