@@ -2,27 +2,32 @@
 
 import copy
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch.overrides import _get_current_function_mode_stack
+from torch.overrides import _get_current_function_mode_stack, get_overridable_functions
 from torch.utils.checkpoint import checkpoint
 from torch_geometric import EdgeIndex
 from torch_geometric.nn.models import GAT, GCN, GIN, GraphSAGE
 
 import dibit
 from dibit.compile.config_text import config_of, text_of
+from dibit.compile.rules import COMPILED, RULES
 from dibit.recipes import RECIPES
+from dibit.rules.spellings import OPERATIONS, spellings
 from tests.unbiased import bias_of, gradient
 
 N, D = 2000, 64
@@ -119,6 +124,105 @@ def test_a_dense_model_is_one_graph_with_the_plain_forward_and_keeps_codes_alone
     assert all(p.grad is not None for p in model.parameters())
     for mine, theirs in zip(model.buffers(), plain.buffers(), strict=True):  # running statistics
         assert torch.equal(mine, theirs)
+
+
+def _rows_of_one(h: Tensor) -> Tensor:
+    return h.t().unsqueeze(0)
+
+
+# How the functions that have a rule in compiled code are called, by its name, on h (N, D); by default f(h).
+CALLS: dict[str, Callable[[Any, Tensor, nn.Module], Tensor]] = {
+    "linear": lambda f, h, net: f(h, net.weight, net.bias),
+    "matmul": lambda f, h, net: f(net.weight, h) if f is Tensor.__rmatmul__ else f(h, net.weight),
+    "addmm": lambda f, h, net: f(h, h, net.weight, beta=0.3, alpha=0.7),
+    "prelu": lambda f, h, net: f(h, net.slopes),
+    "dropout": lambda f, h, net: f(h, 0.5, True),
+    "batch_norm": lambda f, h, net: (
+        f(h, None, None, None, None, True, 0.1, 1e-5, False)
+        if f is torch.batch_norm
+        else f(h, net.mean, net.var, net.gain, net.bias, training=True)
+    ),
+    "instance_norm": lambda f, h, net: (
+        f(_rows_of_one(h), None, None, None, None, True, 0.1, 1e-5, False)
+        if f is torch.instance_norm
+        else f(_rows_of_one(h), net.mean, net.var, net.gain, net.bias)
+    )[0].t(),
+    "layer_norm": lambda f, h, net: f(h, (D,), net.gain, net.bias),
+}  # fmt: skip
+
+
+class One(nn.Module):
+    """One function between two layers."""
+
+    def __init__(self, name: str, function: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.function, self.call = function, CALLS.get(name, lambda f, h, net: f(h))
+        self.first, self.last = nn.Linear(16, D, bias=False), nn.Linear(D, 4)
+        self.weight, self.bias = nn.Parameter(torch.randn(D, D) / 8), nn.Parameter(torch.rand(D))
+        self.slopes, self.gain = nn.Parameter(torch.rand(D)), nn.Parameter(torch.rand(D))
+        self.register_buffer("mean", torch.zeros(D))
+        self.register_buffer("var", torch.ones(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.call(self.function, self.first(x) * 2, self) * 1)
+
+
+SEEN = {function for functions in get_overridable_functions().values() for function in functions}
+
+
+def by_name(name: str) -> list[Any]:
+    """The spellings that Dynamo shows to a mode: no `torch.relu_`, no `F.sigmoid`, no `F.hardswish`."""
+    return [function for function in spellings(name) if function in RULES and function in SEEN]
+
+
+COVERED = sorted(name for name in COMPILED if by_name(name) and name != "new_zeros")
+
+
+@pytest.mark.parametrize("name", COVERED)
+def test_every_spelling_is_compressed(name: str) -> None:
+    x = torch.randn(N, 16)
+    for function in by_name(name):
+        plain = One(name, function)
+        model = dibit.compress(copy.deepcopy(plain), dibit.Config(bits=2, dropout="mask"))
+        torch._dynamo.reset()
+        torch.manual_seed(1)
+        expected = compiled(plain)(x)
+        torch.manual_seed(1)
+        y = compiled(model)(x)
+        assert torch.equal(y, expected), function
+        own = kept(y, *held(model, x))
+        dense = [t.shape for t in own.values() if t.is_floating_point() and t.numel() >= N * 8]
+        assert not dense, (function, dense)
+        assert nbytes(own) < 0.4 * nbytes(kept(expected, *held(plain, x))), function
+        for mine, theirs in zip(model.buffers(), plain.buffers(), strict=True):
+            assert torch.equal(mine, theirs), function
+
+
+@pytest.mark.parametrize("name", [name for name in COVERED if name != "dropout"])
+def test_the_gradient_of_every_function_is_unbiased(name: str) -> None:
+    x, readout = torch.randn(48, 16), torch.randn(48, 4)
+    plain = One(name, by_name(name)[0])
+    truth = gradient(plain, x, readout)
+    model = compiled(dibit.compress(copy.deepcopy(plain), dibit.Config(bits=2, block=64)))
+    bias = bias_of(lambda _: gradient(model, x, readout), truth, 100)
+    assert bias.unbiased, bias
+    assert not bias.exact
+    torch._dynamo.reset()
+    near = dibit.compress(copy.deepcopy(plain), dibit.Config(bits=8, block=64))
+    gradient(compiled(near), x, readout)
+    for mine, theirs in zip(near.parameters(), plain.parameters(), strict=True):  # no factor is wrong
+        assert (mine.grad is None) == (theirs.grad is None)
+        assert mine.grad is None or (mine.grad - theirs.grad).norm() < 0.1 * theirs.grad.norm()
+
+
+def test_functions_without_a_rule_in_compiled_code_are_those_of_the_documentation() -> None:
+    missing = {*OPERATIONS} - {*COVERED}
+    print("eager code alone has rules for", *sorted(missing))
+    page = (Path(__file__).parents[1] / "docs" / "compile.md").read_text()
+    (section,) = re.findall(r"\| only without `torch.compile` \| why \|\n(.*?)\n\n", page, re.S)
+    documented = {name for row in section.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert missing == documented
 
 
 def test_masks_are_one_bit_and_dropout_is_nothing() -> None:

@@ -70,6 +70,32 @@ def _rest(ctx: Any, dy: Tensor, rows: Tensor, weight: Tensor, dw: Tensor, dtypes
     return dx, dw.T if ctx.product else dw, db
 
 
+class AddMM(torch.autograd.Function):
+    """y = alpha x W + beta c, W (D, O)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, c: Tensor, beta: float, alpha: float, key: Tensor, draw: int, text: str
+    ) -> Tensor:
+        kept = ops.keep(as_rows(x), None, None, key, draw, text, LEAF)
+        ctx.save_for_backward(weight, key, *kept)
+        ctx.beta, ctx.alpha, ctx.draw, ctx.text = beta, alpha, draw, text
+        ctx.width, ctx.dtype, ctx.of = x.shape[-1], x.dtype, (c.shape, c.dtype)
+        return torch.addmm(c, x, weight, beta=beta, alpha=alpha)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        weight, key, *kept = ctx.saved_tensors
+        scaled = dy * ctx.alpha
+        dx = dc = None
+        if ctx.needs_input_grad[0]:
+            dx = (scaled @ weight.T.to(dy.dtype)).to(ctx.dtype)
+        dw = ops.outer(scaled, kept, key, ctx.draw, ctx.width, ctx.dtype, ctx.text).T.to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            dc = (dy * ctx.beta).sum_to_size(ctx.of[0]).to(ctx.of[1])
+        return dx, dw, dc, None, None, None, None, None
+
+
 class ReLU(torch.autograd.Function):
     """One bit an element."""
 
@@ -96,6 +122,30 @@ class LeakyReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         return codec.apply_mask(dy.contiguous(), ctx.saved_tensors[0], ctx.slope), None
+
+
+class PReLU(torch.autograd.Function):
+    """One bit an element for dx, and min(x, 0) through the codec for dw."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, key: Tensor, draw: int, text: str) -> Tensor:
+        bits = codec.pack_mask((x > 0).to(torch.float32).contiguous())
+        kept = ops.keep(as_rows(x.clamp(max=0)), None, None, key, draw, text, LEAF)
+        ctx.save_for_backward(weight, bits, key, *kept)
+        ctx.draw, ctx.text, ctx.dtype = draw, text, x.dtype
+        return F.prelu(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        weight, bits, key, *kept = ctx.saved_tensors
+        shape = [1] * dy.dim()
+        if weight.numel() > 1:
+            shape[1] = -1
+        slopes = weight.view(shape)
+        positive = codec.apply_mask(dy.contiguous(), bits, 0.0)
+        dx = positive + (dy - positive) * slopes.to(dy.dtype)
+        dw = ops.slope(dy, kept, key, ctx.draw, ctx.dtype, ctx.text, LEAF).sum_to_size(slopes.shape)
+        return dx.to(ctx.dtype), dw.view(weight.shape).to(weight.dtype), None, None, None
 
 
 class Elementwise(torch.autograd.Function):

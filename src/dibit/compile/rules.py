@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dibit.compile import autograd, ops
 from dibit.rules.elementwise import CODECS, POINTWISE, Pointwise
+from dibit.rules.norm import FEW_POSITIONS, rows_of_one
 from dibit.rules.spellings import table
 
 
@@ -61,10 +62,28 @@ def matmul(mode: Any, input: Tensor, other: Tensor, *, out: Any = None) -> Any:
     return NotImplemented if out is not None else _product(mode, input, other, None, True)
 
 
-def _product(mode: Any, x: Any, weight: Any, bias: Any, product: bool) -> Any:
+def addmm(
+    mode: Any, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, out: Any = None
+) -> Any:
+    if out is not None or not _weighs(mat1, mat2) or not is_plain_float(input):
+        return NotImplemented
+    if mode.settings[-1].by_reference and held(mode, mat1):
+        return NotImplemented
+    if input is mat1:
+        input = input.view_as(input)  # Dynamo takes no tensor twice
+    text = mode.settings[-1].text
+    return autograd.AddMM.apply(mat1, mat2, input, beta, alpha, mode.key, draw_for(mode, mat1), text)
+
+
+def _weighs(x: Any, weight: Any) -> bool:
+    """Whether this is a product of an activation with a weight that has a gradient: a frozen one keeps no input."""
     if not (isinstance(weight, nn.Parameter) and weight.requires_grad and weight.dim() == 2 and is_plain_float(weight)):
-        return NotImplemented  # a frozen weight keeps no input, in plain torch too
-    if not is_plain_float(x) or x.dim() < 2:
+        return False
+    return is_plain_float(x) and x.dim() >= 2
+
+
+def _product(mode: Any, x: Any, weight: Any, bias: Any, product: bool) -> Any:
+    if not _weighs(x, weight):
         return NotImplemented
     if mode.settings[-1].by_reference:
         if held(mode, x):
@@ -85,6 +104,12 @@ def leaky_relu(mode: Any, input: Tensor, negative_slope: float = 0.01, inplace: 
     if not _differs(input) or negative_slope < 0:
         return NotImplemented
     return _placed(input, autograd.LeakyReLU.apply(input, negative_slope), inplace)
+
+
+def prelu(mode: Any, input: Tensor, weight: Tensor) -> Any:
+    if not _differs(input) or input.dim() < 2 or not is_plain_float(weight) or not weight.requires_grad:
+        return NotImplemented
+    return autograd.PReLU.apply(input, weight, mode.key, draw(mode), mode.settings[-1].text)
 
 
 def _differs(x: Any) -> bool:
@@ -149,6 +174,19 @@ def batch_norm(
     )
 
 
+def instance_norm(
+    mode: Any, input: Tensor, running_mean: Any = None, running_var: Any = None, weight: Any = None, bias: Any = None,
+    use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
+) -> Any:  # fmt: skip
+    """InstanceNorm of one matrix (1, D, N) is BatchNorm of it, as `dibit.rules.norm.instance_norm` says."""
+    if not is_plain_float(input) or not rows_of_one(input) or input.shape[2] < FEW_POSITIONS:
+        return NotImplemented
+    if running_mean is not None and running_mean.dtype != input.dtype:
+        return NotImplemented
+    x = input.contiguous()  # as torch does, to the same bits
+    return batch_norm(mode, x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
 def layer_norm(
     mode: Any, input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5,
 ) -> Any:  # fmt: skip
@@ -168,15 +206,18 @@ def new_zeros(mode: Any, input: Tensor, *size: Any, **options: Any) -> Any:
 
 # By name: `dibit.rules.spellings` has the functions of each. Those of `dibit.rules` that are missing here are left to
 # torch; docs/compile.md says why.
-_RULES = {
+COMPILED: dict[str, Any] = {
     **{name: elementwise_rule(f) for name, f in POINTWISE.items() if f.codec in CODECS},
     "linear": linear,
     "matmul": matmul,
+    "addmm": addmm,
     "relu": relu,
     "leaky_relu": leaky_relu,
+    "prelu": prelu,
     "dropout": dropout,
     "batch_norm": batch_norm,
+    "instance_norm": instance_norm,
     "layer_norm": layer_norm,
     "new_zeros": new_zeros,
 }
-RULES: dict[Any, Any] = table(_RULES)
+RULES: dict[Any, Any] = table(COMPILED)

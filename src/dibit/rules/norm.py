@@ -42,7 +42,7 @@ def norm_config(step: Step, shape: torch.Size, columns: bool, place: str) -> Con
     return own.settled(shape[:-1].numel())
 
 
-_FEW_POSITIONS = 8  # of an instance
+FEW_POSITIONS = 8  # of an instance
 
 
 class BatchNorm(torch.autograd.Function):
@@ -310,7 +310,7 @@ def instance_norm(
         return NotImplemented
     if weight is None and running_mean is not None and running_mean.dtype != input.dtype:
         return NotImplemented  # torch's own result then is that of no running statistics
-    if input.shape[2] < _FEW_POSITIONS or not input.numel() or (not use_input_stats and running_mean is None):
+    if input.shape[2] < FEW_POSITIONS or not input.numel() or (not use_input_stats and running_mean is None):
         return NotImplemented
     x = input.contiguous()
     given = running_mean, running_var
