@@ -1,7 +1,6 @@
-"""The `autograd.Function`s of compiled code: plain forward, codes kept by `dibit.compile.ops`, traceable throughout.
+"""The `autograd.Function`s of compiled code: plain forward, codes by `dibit.compile.ops`, all of it traceable.
 
-Where a tensor that is kept comes from is told by `key`, `draw` and `text`: the pass, the number of the residual in it,
-and the config.
+`key`, `draw` and `text` identify a residual: which pass, which residual in the pass, which config.
 """
 
 from __future__ import annotations

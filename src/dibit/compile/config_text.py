@@ -1,4 +1,5 @@
-"""A `Config` as text: operators of a compiled graph take no objects. What each use makes of it under compile."""
+"""A `Config` as text, since the operators of a compiled graph take no objects; and the codec for each use of a
+config."""
 
 from __future__ import annotations
 

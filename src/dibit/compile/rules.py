@@ -1,4 +1,7 @@
-"""What compiled code does with each function of torch: `rule(mode, ...)`, or `NotImplemented` to leave it to torch."""
+"""What compiled code does with each function of torch: `rule(mode, ...)`, or `NotImplemented` to leave it to torch.
+
+Functions and their spellings are those of `dibit.rules`. docs/compile.md lists the ones that are missing here, and why.
+"""
 
 from __future__ import annotations
 
@@ -204,8 +207,7 @@ def new_zeros(mode: Any, input: Tensor, *size: Any, **options: Any) -> Any:
     return ops.zeros(input.detach(), list(size[0] if isinstance(size[0], tuple | list) else size))
 
 
-# By name: `dibit.rules.spellings` has the functions of each. Those of `dibit.rules` that are missing here are left to
-# torch; docs/compile.md says why.
+# By name; `dibit.rules.spellings` has the functions of each.
 COMPILED: dict[str, Any] = {
     **{name: elementwise_rule(f) for name, f in POINTWISE.items() if f.codec in CODECS},
     "linear": linear,

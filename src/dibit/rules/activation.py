@@ -1,12 +1,14 @@
 """Activations: ReLU, LeakyReLU and PReLU; GELU, SiLU, Mish and Hardswish; ELU, sigmoid, tanh and erf.
 
-Piecewise linear ones keep one exact bit an element: which of two slopes the gradient is multiplied by. Smooth ones keep
-their derivative, of which dX has one estimate (`dibit.rules.elementwise`).
+*ReLU, LeakyReLU, PReLU* keep one bit an element, which of the two slopes the gradient is multiplied by: dX is exact.
+PReLU's weight has the gradient sum(dy min(x, 0)). A code of min(x, 0) enters that gradient and no other, so it is
+unbiased.
 
-The derivatives of ELU, sigmoid, tanh and erf fall towards 0 where these saturate, and that is where a logarithm that
-follows has a large one: they are kept with an error that is a part of each element (`dibit.rules.relative`), or by
-reference to the result where plain torch keeps it too and the model returns it. PReLU's weight has a gradient, too, the
-sum of dy min(x, 0): it enters nothing else, so that a code of min(x, 0) serves.
+*The others* keep their derivative, and dX has one estimate of it (`dibit.rules.elementwise`).
+
+The derivatives of ELU, sigmoid, tanh and erf fall towards 0 where these functions saturate. A logarithm that follows
+has a large derivative just there, so their error is a part of each element, not of the range of a block
+(`dibit.rules.relative`). If the model returns the result of a sigmoid or tanh, the derivative is computed from that.
 """
 
 from __future__ import annotations

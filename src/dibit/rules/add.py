@@ -1,7 +1,8 @@
-"""Additions keep nothing, in plain torch either. Their buffer counts: the peak of a forward pass is often a sum.
+"""Sums of two activations: `a + b`, which keep nothing, in plain torch either. What counts is the buffer of the result.
 
-`out + self.lin(x)` leaves its second operand to nobody: the sum can be written over it. That an operand is such a
-temporary is told by its reference counts, and only where Dibit made it and autograd keeps nothing of it.
+The peak of a forward pass is often a sum. In `out + self.lin(x)` nobody needs the second operand any more, so the sum
+is written over it. Reference counts show that an operand is such a temporary; it must also be Dibit's own result, of
+which autograd keeps nothing. The gradient is that of plain torch, exactly.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""Aggregation with constant weights keeps the graph alone; max and min keep who won. Forward: torch's own bits."""
+"""Aggregation over neighbours: products with a sparse matrix of constant weights, and `scatter_reduce_` of max and min.
+
+*Sum and mean* keep the graph alone, since dX = A^T dY: exact. *Max and min* keep which element won, in a byte or two or
+as one bit a message: exact, too. The forward result has torch's own bits. Products with a dense matrix are handed on to
+`dibit.rules.linear`.
+"""
 
 from __future__ import annotations
 
@@ -166,7 +171,7 @@ def sparse_mm(step: Step, mat1: Tensor, mat2: Tensor, reduce: str | None = None)
 
 
 def aggregate_features(step: Step, matrix: Tensor, x: Tensor, reduce: str | None) -> Any:
-    """Features that the caller holds, aggregated: had again from both for nothing, so a linear layer keeps neither."""
+    """A x of features that the caller holds, too: it can be computed again, so that the next layer keeps nothing."""
     if reduce in _ARG or not (step.held(matrix) and step.held(x)):
         return NotImplemented
     steady = step.steady(matrix) and step.steady(x)

@@ -1,4 +1,4 @@
-"""What the rules share."""
+"""What the rules share: checks of arguments, codecs for factors, layouts."""
 
 from __future__ import annotations
 

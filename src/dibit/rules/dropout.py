@@ -1,4 +1,7 @@
-"""Dropout: nothing but a seed, from which the mask is drawn again; or one bit an element of the mask torch drew."""
+"""Dropout keeps a seed, from which the mask is drawn again; or one bit an element of the mask that torch has drawn.
+
+Either way the backward pass has the mask of the forward pass, and the gradient is exact.
+"""
 
 from __future__ import annotations
 

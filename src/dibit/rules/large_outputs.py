@@ -1,4 +1,8 @@
-"""Plain operations whose large result goes into a buffer of our own: the same bits, fewer page faults."""
+"""Linear layers, products and BatchNorm of plain torch, whose large result goes into a buffer of Dibit's own.
+
+The bits are the same, with fewer page faults. Nothing is kept here; `dibit.rules.linear` and `dibit.rules.norm` call
+these functions.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Linear layers and products with a weight. dX is exact; dW = dY^T X needs the input, which enters nothing else."""
+"""Linear layers and products with a weight: `F.linear`, `x @ W`, `addmm`.
+
+dX = dY W needs the weight alone and is exact. dW = dY^T X needs the input, which is kept through the codec. That code
+enters dW and no other gradient, linearly, so dW is unbiased, and layers with the same input may share one code. A layer
+that is fed by an aggregate A x keeps x: dW = (A^T dY)^T x.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""Softmax, log-softmax and losses called inside the model: their gradients are linear in the probabilities.
+"""Log-softmax and losses inside the model: cross-entropy, NLL, MSE, binary cross-entropy with logits.
 
-Probabilities are kept at 8 bits whatever the recipe: they lie in [0, 1], and a trained model's gradient p - y is small.
-What the model returns is the caller's, so a log-softmax whose result is returned keeps nothing of its own.
+The gradients of log-softmax and of both cross-entropies are linear in the probabilities p, that of MSE in the
+difference. An unbiased code of p, never of log p, gives an unbiased gradient. p has 8 bits whatever the recipe: it lies
+in [0, 1], and the gradient p - y of a trained model is small. NLL needs the targets alone. If the model returns the
+result of a log-softmax, p is computed from that, exactly.
 """
 
 from __future__ import annotations

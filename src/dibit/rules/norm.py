@@ -1,11 +1,13 @@
-r"""BatchNorm and LayerNorm keep the normalised input :math:`\hat x`, never x.
+r"""BatchNorm, InstanceNorm and LayerNorm keep the normalised input :math:`\hat x`, never x.
 
 .. math:: dx = \gamma / \sigma \, (dy - \mathrm{mean}(dy) - \hat x \, \mathrm{mean}(dy \, \hat x))
 
-uses it twice. Where one draw serves both uses (no reduction), an element's error meets itself. With dither the variance
-of that is known, a twelfth of a bin's square, and taken off; without, the two decode the same codes with dither 0 and
-2, whose errors are uncorrelated; other levels than uniform subtract an estimate of the variance. A reduction takes two
-independent draws.
+has :math:`\hat x` twice. With a reduction (`Project`, `Sample`) the two uses take two independent draws, and the
+product is unbiased. Without, one draw serves both, and the error of an element would meet itself, so that is corrected:
+
+- With dither, the variance of the error is known: a twelfth of a bin's square, which is subtracted.
+- With stochastic rounding, the codes are decoded twice, with dither 0 and 2. The errors of the two are uncorrelated.
+- With other levels than uniform ones, an estimate of the variance is subtracted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""BatchNorm, ReLU and dropout in one pass: `dibit.nn.norm_relu_dropout`."""
+"""BatchNorm, ReLU and dropout in one pass over the data: `dibit.nn.norm_relu_dropout`.
+
+Kept are the normalised input, one bit an element for ReLU, and a seed for dropout, as the three rules keep them. The
+gradient is unbiased for the reasons given in `dibit.rules.norm`; masks are exact.
+"""
 
 from __future__ import annotations
 

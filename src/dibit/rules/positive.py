@@ -1,8 +1,8 @@
-"""Factors that are positive and of a wide range: softmaxes, exponentials, gates.
+"""The codec for factors that are positive and have a wide range: softmaxes, exponentials, gates.
 
-What is made of two of them meets a logarithm or a reciprocal, as a rule (a mixture, a product of experts), where the
-smallest elements of each factor count as much as the largest: levels in geometric progression fit them. The result of
-a ReLU is not meant, whose elements lie about evenly between its zeros and its largest.
+A product of two such factors usually meets a logarithm or a reciprocal (a mixture, a product of experts). There the
+smallest elements of each factor count as much as the largest, so their levels are in geometric progression. A ReLU's
+result does not qualify: its elements lie about evenly between 0 and the largest.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _RARE = 32  # one in so many elements below the `_WIDE`th part of the largest: a
 def codec(step: Step, x: Tensor, by: Tensor, both: bool) -> Config | None:
     """Relative levels for a factor x that is multiplied by another, if both are positive and x has a wide range.
 
-    The numbers are looked at on the CPU alone. A GPU would be waited for: there the tape tells.
+    On the CPU the numbers themselves decide. That would wait for a GPU: there the tape shows how they came about.
 
     Args:
         both: `by` must have a wide range, too.

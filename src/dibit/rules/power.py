@@ -1,9 +1,10 @@
 """Roots, powers, exponentials, logarithms; softplus, absolute values, sine and cosine: 8 bits of the derivative.
 
 The derivative is computed exactly in the forward pass, and dX has one estimate of it (`dibit.rules.elementwise`). Most
-have long tails (1/x, x^3), and what follows multiplies the small ones by large numbers (a root after a square): they
-get 8 bits whatever the recipe, with an error that is a part of each element. A result that the model returns gives the
-derivative itself. Where the input can be computed again for fewer bytes, torch's own operation runs and stays exact.
+derivatives have long tails (1/x, x^3), and what follows multiplies the small ones by large numbers (a root after a
+square). So they have 8 bits whatever the recipe, with an error that is a part of each element. If the model returns the
+result of exp or a root, the derivative is computed from that. Where the input can be computed again for fewer bytes,
+torch's own operation runs and stays exact.
 """
 
 from __future__ import annotations

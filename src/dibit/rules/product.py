@@ -1,12 +1,16 @@
-"""Products of two activations: attention times messages, queries times keys, gates. Each factor by a draw of its own.
+"""Products and quotients of two activations: attention times messages, queries times keys, gates.
 
-da = dy * b and db = dy * a: what is kept of a enters only gradients that flow through b, and the other way round, so
-independent draws are unbiased. A factor that was gathered from fewer rows is kept as those rows, once a node and not
-once an edge; one that can be computed again for less than its codes is kept exactly.
+*Products*: da = dy b and db = dy a. What is kept of a enters only gradients that flow through b, and the other way
+round. Each factor has its own independent draw, so both gradients are unbiased. A factor that was gathered from fewer
+rows is kept as those rows, once a node and not once an edge. One that can be computed again for less than its codes is
+kept exactly.
 
-Squares, dot products and what is scaled by a reciprocal end in norms: there dy is largest where a factor is smallest,
-in a row of zeros above all. Such factors are kept with an error that is a part of the element, or of its row. So are
-positive ones of a wide range (`dibit.rules.positive`).
+*Quotients*: da = dy (1 / b) and db = -dy (a / b^2). Of a code of b there is no unbiased 1 / b, so 1 / b and a / b^2 are
+encoded themselves, each by its own draw.
+
+Squares, dot products and factors that are scaled by a reciprocal end in norms: there dy is largest where a factor is
+smallest, above all in a row of zeros. The error of such a factor is a part of the element, or of its row. So is that of
+positive factors with a wide range (`dibit.rules.positive`).
 """
 
 from __future__ import annotations
@@ -97,7 +101,7 @@ def _factors(step: Step, a: Tensor, b: Tensor, count: int) -> tuple[Any, Any] | 
 
 
 def _exact(step: Step, x: Tensor, count: int, config: Config, gathers: bool = True) -> bool:
-    """Whether a factor is kept exactly: held by others, small, or had again for less than its codes.
+    """Whether a factor is kept exactly: held by others, small, or computed again for less than its codes.
 
     Args:
         gathers: otherwise the codes may be those of what it was gathered from.

@@ -1,9 +1,9 @@
-"""Codes whose error is a small part of each element, however small it is beside the others of its block.
+"""Codes whose error is a small part of each element, however small the element is beside the others of its block.
 
-A derivative may meet a reciprocal later on: the loss divides by what a sigmoid gave, a norm by what squares gave. There
-the smallest elements count as much as the largest, and an error that is a part of the block's range would drown them.
-Levels in geometric progression keep the error a part of the element itself. They are levels like any other: the draw is
-unbiased, and zero stays zero.
+A derivative may meet a reciprocal later on: the loss divides by the result of a sigmoid, a norm by the root of squares.
+Then the smallest elements count as much as the largest, and an error that is a part of the block's range would be far
+larger than they are. Levels in geometric progression keep the error a part of the element itself. Rounding to them is
+unbiased like to any others, and zero stays zero.
 """
 
 from __future__ import annotations

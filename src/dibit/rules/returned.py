@@ -1,7 +1,7 @@
-"""Residuals whose form is settled when the forward pass ends: what the model returns is the caller's.
+"""Residuals whose form is settled when the forward pass ends, since it depends on what the model returns.
 
-Where a function's own result tells its derivative and the model returns that result, it is kept by reference: exact,
-and free. Plain torch keeps the same tensor.
+If the derivative of a function can be computed from its result, and the model returns that result, the result is kept
+by reference. That is exact and costs nothing: the caller has it anyway, and plain torch keeps the same tensor.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Every function of torch that has a rule, under all its spellings: `torch.relu`, `Tensor.relu_`, `F.relu` ...
 
-A rule is written once, for one spelling, and says by `rule` at its head what others must know of the function. The
-tables of eager and of compiled code (`dibit.rules.RULES`, `dibit.compile.rules.RULES`) are both made by `table`, which
-finds the spellings by the rule's name. What the name does not tell, `_MORE` does.
+A rule is written once, for one spelling. The decorator `rule` above it says what others must know of the function.
+`table` makes the tables of eager and of compiled code (`dibit.rules.RULES`, `dibit.compile.rules.RULES`). It finds the
+spellings by the name of the rule; names and arguments that differ are in `_MORE`.
 """
 
 from __future__ import annotations
