@@ -334,11 +334,13 @@ def _kernels(device: torch.device, nodes: int) -> dict[str, tuple[Callable[[], A
         codes, ranges, _ = own.quantize(flat, seed, bits, block, [], torch.bfloat16, 0)
         moved, text = size + codes.nbytes + ranges.nbytes, f"{bits} bit, block {block}"
         found[f"quantise + pack, {text}"] = (
-            partial(own.quantize, flat, seed, bits, block, [], torch.bfloat16, 0), moved,
-        )  # fmt: skip
+            partial(own.quantize, flat, seed, bits, block, [], torch.bfloat16, 0),
+            moved,
+        )
         found[f"unpack, {text}"] = (
-            partial(own.dequantize, codes, ranges, seed, flat.numel(), bits, block, [], 0.0, torch.float32), moved,
-        )  # fmt: skip
+            partial(own.dequantize, codes, ranges, seed, flat.numel(), bits, block, [], 0.0, torch.float32),
+            moved,
+        )
     m = nodes // 6
     index = torch.randperm(nodes, device=device)[:m].sort().values
     weight, vector = torch.full((m,), 6.0, device=device), torch.rand(width, device=device)
@@ -352,19 +354,22 @@ def _kernels(device: torch.device, nodes: int) -> dict[str, tuple[Callable[[], A
     kept = codes.nbytes + ranges.nbytes
     found["column sums"] = partial(own.column_sums, codes, ranges, seed, dy, 2, 1024, 1.0), size + kept
     found["norm gradient"] = (
-        partial(own.norm_gradient, codes, ranges, seed, dy, vector, vector, vector, 2, 1024, 1.0), 2 * size + kept,
-    )  # fmt: skip
+        partial(own.norm_gradient, codes, ranges, seed, dy, vector, vector, vector, 2, 1024, 1.0),
+        2 * size + kept,
+    )
     mask = own.pack_mask(x)
     found["pack a mask"] = partial(own.pack_mask, x), size + mask.nbytes
     found["ReLU + mask"] = partial(own.relu, x), 2 * size + mask.nbytes
     found["apply a mask"] = partial(own.apply_mask, dy, mask, 0.0), 2 * size + mask.nbytes
     found["dropout from a seed"] = partial(own.dropout, x, seed, 0.5), 2 * size
     found["norm + ReLU + dropout + mask"] = (
-        partial(own.norm_relu_dropout, x, vector, vector, vector, seed, 0.5), 2 * size + mask.nbytes,
-    )  # fmt: skip
+        partial(own.norm_relu_dropout, x, vector, vector, vector, seed, 0.5),
+        2 * size + mask.nbytes,
+    )
     found["back through dropout and ReLU"] = (
-        partial(own.relu_dropout_gradient, dy, mask, seed, 0.5), 2 * size + mask.nbytes,
-    )  # fmt: skip
+        partial(own.relu_dropout_gradient, dy, mask, seed, 0.5),
+        2 * size + mask.nbytes,
+    )
     scores = own.row_scores(x)
     found["scores of rows"] = partial(own.row_scores, x), size + scores.nbytes
     found["pick a sixth of the rows"] = partial(own.pick_rows, scores, seed, m), 2 * scores.nbytes + 12 * m

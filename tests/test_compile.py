@@ -148,7 +148,7 @@ CALLS: dict[str, Callable[[Any, Tensor, nn.Module], Tensor]] = {
         else f(_rows_of_one(h), net.mean, net.var, net.gain, net.bias)
     )[0].t(),
     "layer_norm": lambda f, h, net: f(h, (D,), net.gain, net.bias),
-}  # fmt: skip
+}
 
 
 class One(nn.Module):

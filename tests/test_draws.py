@@ -120,12 +120,23 @@ class TestSeeds:
     @pytest.mark.parametrize(
         "layer",
         [
-            nn.BatchNorm1d(D), nn.LayerNorm(D), nn.LayerNorm(D, elementwise_affine=False), g.GraphNorm(D),
-            g.LayerNorm(D), g.InstanceNorm(D, affine=True), g.PairNorm(), nn.GroupNorm(2, D), nn.RMSNorm(D), nn.GELU(),
-            nn.Sigmoid(), nn.Softmax(-1), nn.PReLU(), nn.Linear(D, D),
+            nn.BatchNorm1d(D),
+            nn.LayerNorm(D),
+            nn.LayerNorm(D, elementwise_affine=False),
+            g.GraphNorm(D),
+            g.LayerNorm(D),
+            g.InstanceNorm(D, affine=True),
+            g.PairNorm(),
+            nn.GroupNorm(2, D),
+            nn.RMSNorm(D),
+            nn.GELU(),
+            nn.Sigmoid(),
+            nn.Softmax(-1),
+            nn.PReLU(),
+            nn.Linear(D, D),
         ],
         ids=lambda layer: f"{type(layer).__module__.split('.')[0]}-{type(layer).__name__}",
-    )  # fmt: skip
+    )
     @pytest.mark.parametrize("recipe", ["default", "iexact"])
     def test_so_it_is_whatever_the_one_lossy_residual_is(self, layer: nn.Module, recipe: str) -> None:
         x, w = torch.randn(3 * N, D), torch.randn(3 * N, D)

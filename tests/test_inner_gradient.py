@@ -186,14 +186,18 @@ def _vjp_twice(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 TRANSFORMS |= {
     "vjp twice": _vjp_twice,
     "vjp of vjp": lambda f, x: _vjp_twice(lambda y: _vjp_twice(f, y), x),
-    "vjp by parameters": lambda f, x: x + sum(
-        g.sum() for g in torch.func.vjp(
-            lambda values: torch.func.functional_call(f, values, (x,)), dict(f.named_parameters())
-        )[1](torch.ones_like(x))[0].values()
+    "vjp by parameters": lambda f, x: (
+        x
+        + sum(
+            g.sum()
+            for g in torch.func.vjp(
+                lambda values: torch.func.functional_call(f, values, (x,)), dict(f.named_parameters())
+            )[1](torch.ones_like(x))[0].values()
+        )
     ),
     "jacrev of jacrev": lambda f, x: x + torch.func.jacrev(torch.func.jacrev(lambda y: f(y).sum()))(x[:2]).sum(),
     "jacrev of jacfwd": lambda f, x: x + torch.func.jacrev(torch.func.jacfwd(lambda y: f(y).sum()))(x[:2]).sum(),
-}  # fmt: skip
+}
 
 
 class Transformed(nn.Module):

@@ -145,9 +145,11 @@ def of_plain(model: Reader, change: Callable[[Tensor], None]) -> Tensor:
 
 
 @given(
-    place=st.sampled_from(PLACES), read=st.sampled_from(list(READ)), change=st.sampled_from(CHANGE),
+    place=st.sampled_from(PLACES),
+    read=st.sampled_from(list(READ)),
+    change=st.sampled_from(CHANGE),
     passes=st.integers(1, 3),
-)  # fmt: skip
+)
 @settings(deadline=None, max_examples=120, derandomize=True)
 def test_changed_between_the_passes(place: str, read: str, change: Callable[[Tensor], None], passes: int) -> None:
     plain, model = pair(place, read)
@@ -157,9 +159,11 @@ def test_changed_between_the_passes(place: str, read: str, change: Callable[[Ten
 
 
 @given(
-    place=st.sampled_from(PLACES), read=st.sampled_from(list(READ)), change=st.sampled_from(CHANGE),
+    place=st.sampled_from(PLACES),
+    read=st.sampled_from(list(READ)),
+    change=st.sampled_from(CHANGE),
     quiet=st.integers(1, 2),
-)  # fmt: skip
+)
 @settings(deadline=None, max_examples=80, derandomize=True)
 def test_changed_for_the_first_time_in_a_later_pass(
     place: str, read: str, change: Callable[[Tensor], None], quiet: int
@@ -329,9 +333,10 @@ def test_filled_from_outside(make: Callable[..., Tensor], through: str) -> None:
 
 
 @given(
-    first=st.sampled_from(["ones", "zeros"]), writes=st.sampled_from(["data", "numpy", "kernel", "in place"]),
+    first=st.sampled_from(["ones", "zeros"]),
+    writes=st.sampled_from(["data", "numpy", "kernel", "in place"]),
     size=st.sampled_from([16, 600, 2000]),
-)  # fmt: skip
+)
 @settings(deadline=None, max_examples=40, derandomize=True)
 def test_equal_constants_stay_apart(first: str, writes: str, size: int) -> None:
     """One of two tensors of the same content is written to; the other, kept for the backward pass, is what it was."""
@@ -364,12 +369,29 @@ def test_equal_constants_stay_apart(first: str, writes: str, size: int) -> None:
 def test_losses_without_a_backward_pass_are_freed() -> None:
     """What a hook keeps must not hold the graph that it belongs to: a cycle that the collector cannot see."""
     operations: list[Callable[[Tensor], Tensor]] = [
-        lambda h: h.softmax(-1), F.normalize, lambda h: h / h.norm(dim=-1, keepdim=True),
-        lambda h: h.sigmoid().cumprod(-1), lambda h: h / h.std(), lambda h: h - h.logsumexp(-1, keepdim=True),
-        lambda h: h.amax(-1), lambda h: h.tanh().prod(-1), lambda h: h.cummax(0)[0], lambda h: h.svd()[1],
-        lambda h: nn.LSTM(D, D)(h)[0], lambda h: nn.GRU(D, D)(h)[0], lambda h: h.log_softmax(-1), torch.sigmoid,
-        torch.exp, torch.tanh, F.gelu, F.elu, lambda h: h.abs().sqrt(), lambda h: 1 / h, F.dropout, F.relu,
-    ]  # fmt: skip
+        lambda h: h.softmax(-1),
+        F.normalize,
+        lambda h: h / h.norm(dim=-1, keepdim=True),
+        lambda h: h.sigmoid().cumprod(-1),
+        lambda h: h / h.std(),
+        lambda h: h - h.logsumexp(-1, keepdim=True),
+        lambda h: h.amax(-1),
+        lambda h: h.tanh().prod(-1),
+        lambda h: h.cummax(0)[0],
+        lambda h: h.svd()[1],
+        lambda h: nn.LSTM(D, D)(h)[0],
+        lambda h: nn.GRU(D, D)(h)[0],
+        lambda h: h.log_softmax(-1),
+        torch.sigmoid,
+        torch.exp,
+        torch.tanh,
+        F.gelu,
+        F.elu,
+        lambda h: h.abs().sqrt(),
+        lambda h: 1 / h,
+        F.dropout,
+        F.relu,
+    ]
 
     class Model(nn.Module):
         def __init__(self, body: Callable[[Tensor], Tensor]) -> None:

@@ -38,10 +38,16 @@ def plan_of(count: int, seed: int) -> RowPlan:
     for i in range(count):
         terms = rng.uniform(0.1, 2)
         leaves[f"{i}"] = Leaf(
-            noise=terms * rng.uniform(0.3, 1), terms=terms, rounding=0.1 * terms, signal=rng.uniform(0.5, 3),
-            elements=rng.choice((64, 128, 512)), most=rng.choice((4, 6)), sampled=rng.uniform(0, 0.2), all_rows=0.01,
+            noise=terms * rng.uniform(0.3, 1),
+            terms=terms,
+            rounding=0.1 * terms,
+            signal=rng.uniform(0.5, 3),
+            elements=rng.choice((64, 128, 512)),
+            most=rng.choice((4, 6)),
+            sampled=rng.uniform(0, 0.2),
+            all_rows=0.01,
             served=rng.random() < 0.5,
-        )  # fmt: skip
+        )
     return RowPlan(bound=0.5, leaves=leaves)
 
 
@@ -123,12 +129,19 @@ class TestFormulas:
     @pytest.mark.parametrize(
         ("name", "values"),
         [
-            ("plan", [1.0]), ("plan", [7.0, 0.0, 1.0, 1.0, 4.0]), ("plan", [0.0, 1.0]), ("factor/a", [1.0]),
+            ("plan", [1.0]),
+            ("plan", [7.0, 0.0, 1.0, 1.0, 4.0]),
+            ("plan", [0.0, 1.0]),
+            ("factor/a", [1.0]),
             ("plan", [math.inf, 0.0, 2.0, 2.0, 4.0]),
-            ("leaf/a", [1.0] * 3), ("leaf/a", [math.nan] * len(vars(Leaf()))), ("norm/a", []), ("ratio/a", [1.0, 2.0]),
-            ("seen/a", [1.0] * 5), ("x", [1.0]),
+            ("leaf/a", [1.0] * 3),
+            ("leaf/a", [math.nan] * len(vars(Leaf()))),
+            ("norm/a", []),
+            ("ratio/a", [1.0, 2.0]),
+            ("seen/a", [1.0] * 5),
+            ("x", [1.0]),
         ],
-    )  # fmt: skip
+    )
     def test_a_state_that_does_not_fit_is_measured_anew(self, name: str, values: list[float]) -> None:
         plan = plan_of(3, 2)
         plan.level, plan.passes = Level.ALL, 9
@@ -348,9 +361,10 @@ class TestWhereGradientsMeet:
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
                 module.register_full_backward_hook(
-                    lambda _, gi, __, name=name: sums.update({name: float(gi[0].square().sum())}) if gi[0] is not None
-                    else None
-                )  # fmt: skip
+                    lambda _, gi, __, name=name: (
+                        sums.update({name: float(gi[0].square().sum())}) if gi[0] is not None else None
+                    )
+                )
         dibit.compress(model, "default")
         state = state_of(model)
         assert state is not None

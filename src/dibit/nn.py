@@ -37,9 +37,7 @@ def norm_relu_dropout(
         return handle_torch_function(
             norm_relu_dropout, (input,), input, running_mean, running_var, weight, bias, p, training, momentum, eps
         )
-    y = F.batch_norm(
-        input, running_mean, running_var, weight, bias, training or running_mean is None, momentum, eps
-    )  # fmt: skip
+    y = F.batch_norm(input, running_mean, running_var, weight, bias, training or running_mean is None, momentum, eps)
     return F.dropout(F.relu(y), p, training)
 
 
@@ -55,9 +53,14 @@ class NormReLUDropout(nn.BatchNorm1d):
     """
 
     def __init__(
-        self, num_features: int, p: float = 0.5, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
+        self,
+        num_features: int,
+        p: float = 0.5,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
         track_running_stats: bool = True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats)
         self.p = p
 
@@ -71,9 +74,7 @@ class NormReLUDropout(nn.BatchNorm1d):
                 factor = 1.0 / float(self.num_batches_tracked)
         keeps = not self.training or self.track_running_stats
         mean, var = (self.running_mean, self.running_var) if keeps else (None, None)
-        return norm_relu_dropout(
-            input, mean, var, self.weight, self.bias, self.p, self.training, factor, self.eps
-        )  # fmt: skip
+        return norm_relu_dropout(input, mean, var, self.weight, self.bias, self.p, self.training, factor, self.eps)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, p={self.p}"

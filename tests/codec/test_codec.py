@@ -430,45 +430,93 @@ SAMPLES = {
     "quantize": lambda: (torch.randn(100), seed_tensor(1), 2, 16, [], torch.bfloat16, 0),
     "dequantize": lambda: (
         *ops.quantize(torch.randn(100), seed_tensor(1), 2, 16, [], torch.bfloat16, 0)[:2],
-        seed_tensor(1), 100, 2, 16, [], 0.0, torch.float32,
+        seed_tensor(1),
+        100,
+        2,
+        16,
+        [],
+        0.0,
+        torch.float32,
     ),
     "column_sums": lambda: (
         *ops.quantize(torch.randn(100), seed_tensor(1), 2, 16, [], torch.bfloat16, 0)[:2],
-        seed_tensor(1), torch.randn(10, 10), 2, 16, 2.0,
+        seed_tensor(1),
+        torch.randn(10, 10),
+        2,
+        16,
+        2.0,
     ),
     "norm_gradient": lambda: (
         *ops.quantize(torch.randn(100), seed_tensor(1), 2, 16, [], torch.bfloat16, 0)[:2],
-        seed_tensor(1), torch.randn(10, 10), torch.randn(10), torch.randn(10), torch.rand(10), 2, 16, 1.0,
+        seed_tensor(1),
+        torch.randn(10, 10),
+        torch.randn(10),
+        torch.randn(10),
+        torch.rand(10),
+        2,
+        16,
+        1.0,
     ),
     "pack_mask": lambda: (torch.randn(5, 9),),
     "relu": lambda: (torch.randn(5, 9),),
     "apply_mask": lambda: (torch.randn(5, 9), ops.pack_mask(torch.randn(5, 9)), 0.1),
     "dropout": lambda: (torch.randn(5, 9), seed_tensor(1), 0.5),
     "signs": lambda: (seed_tensor(1), 100),
-    "aggregate": lambda: (
-        torch.tensor([0, 2, 2, 5]), torch.tensor([0, 3, 1, 2, 3]), torch.rand(5), torch.randn(4, 9)
-    ),
+    "aggregate": lambda: (torch.tensor([0, 2, 2, 5]), torch.tensor([0, 3, 1, 2, 3]), torch.rand(5), torch.randn(4, 9)),
     "row_scores": lambda: (torch.randn(5, 9),),
     "pick_rows": lambda: (torch.arange(9, dtype=torch.uint8), seed_tensor(1), 2),
     "quantize_rows": lambda: (
-        torch.randn(20, 6), torch.tensor([3, 4, 19]), torch.randn(6), torch.rand(6), seed_tensor(1), 2, 16, [],
-        torch.bfloat16, 0,
+        torch.randn(20, 6),
+        torch.tensor([3, 4, 19]),
+        torch.randn(6),
+        torch.rand(6),
+        seed_tensor(1),
+        2,
+        16,
+        [],
+        torch.bfloat16,
+        0,
     ),
     "weight_gradient": lambda: (
         *ops.quantize(torch.randn(100), seed_tensor(1), 2, 16, [], torch.bfloat16, 0)[:2],
-        seed_tensor(1), torch.randn(20, 3), torch.arange(10), torch.rand(10), 10, 10, 2, 16, [], 1.0,
+        seed_tensor(1),
+        torch.randn(20, 3),
+        torch.arange(10),
+        torch.rand(10),
+        10,
+        10,
+        2,
+        16,
+        [],
+        1.0,
     ),
     "norm_relu_dropout": lambda: (
-        torch.randn(5, 9), torch.randn(9), torch.rand(9), torch.randn(9), seed_tensor(1), 0.5
+        torch.randn(5, 9),
+        torch.randn(9),
+        torch.rand(9),
+        torch.randn(9),
+        seed_tensor(1),
+        0.5,
     ),
     "relu_dropout_gradient": lambda: (torch.randn(5, 9), ops.pack_mask(torch.randn(5, 9)), seed_tensor(1), 0.5),
     "passed_rows": lambda: (
-        *ops.quantize(torch.randn(60), seed_tensor(1), 2, 16, [], torch.bfloat16, 0)[:2], seed_tensor(1),
-        torch.randn(6), torch.randn(6), ops.pack_mask(torch.randn(10, 6)), 0.0, seed_tensor(2), 0.5, 0, 10, 10, 2, 16,
+        *ops.quantize(torch.randn(60), seed_tensor(1), 2, 16, [], torch.bfloat16, 0)[:2],
+        seed_tensor(1),
+        torch.randn(6),
+        torch.randn(6),
+        ops.pack_mask(torch.randn(10, 6)),
+        0.0,
+        seed_tensor(2),
+        0.5,
+        0,
+        10,
+        10,
+        2,
+        16,
         1.0,
     ),
     "finite": lambda: (torch.randn(5, 9),),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -544,9 +592,15 @@ def test_norm_relu_and_dropout_in_one_pass(n: tuple[int, int], p: float) -> None
 @pytest.mark.parametrize("block", [16, 33 * 8, 10_000])
 @pytest.mark.parametrize(("slope", "masked", "dropped"), [(0.0, False, False), (0.2, True, False), (0.0, True, True)])
 def test_rows_that_pass_a_norm_relu_and_dropout(
-    monkeypatch: pytest.MonkeyPatch, rows: int, width: int, bits: int, block: int, slope: float, masked: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int,
+    width: int,
+    bits: int,
+    block: int,
+    slope: float,
+    masked: bool,
     dropped: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Part by part as the definition has the whole, a block that is not finite among them."""
     monkeypatch.setattr(layout, "PART", 500)
     x = torch.randn(rows, width)

@@ -134,14 +134,19 @@ def _hooked(net: Net, h: Tensor, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "join",
     [
-        _local, _attribute, _view, _detached, _retained, _hooked,
+        _local,
+        _attribute,
+        _view,
+        _detached,
+        _retained,
+        _hooked,
         lambda net, h, x: h + h,
         lambda net, h, x: torch.add(h, net.skip(x)),
         lambda net, h, x: h + x,
         lambda net, h, x: sum([h, net.skip(x)][1:], h),
         lambda net, h, x: h + F.leaky_relu(x),
     ],
-)  # fmt: skip
+)
 def test_over_nothing_that_someone_has(monkeypatch: pytest.MonkeyPatch, join: Callable[..., Tensor]) -> None:
     assert not any(written_over(monkeypatch, join))
 

@@ -270,9 +270,14 @@ def test_every_rule_is_exercised() -> None:
     }
     # torch.nn's own functions call these where no mode is active
     inner = {
-        torch.prelu, Tensor.prelu, torch.batch_norm, torch.instance_norm, torch.layer_norm, Tensor.log_softmax,
+        torch.prelu,
+        Tensor.prelu,
+        torch.batch_norm,
+        torch.instance_norm,
+        torch.layer_norm,
+        Tensor.log_softmax,
         torch.binary_cross_entropy_with_logits,
-    }  # fmt: skip
+    }
     assert set(RULES) - called - elsewhere - inner == set()
 
 

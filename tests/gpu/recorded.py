@@ -21,9 +21,14 @@ from dibit.config import Config, Sample
 from dibit.recipes import RECIPES
 
 _TYPES = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8", torch.int16: "*i16",
-    torch.int32: "*i32", torch.int64: "*i64",
-}  # fmt: skip
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 
 
 @dataclass(frozen=True)
@@ -69,9 +74,13 @@ def configurations() -> list[Configuration]:
                     aligned.append(i)
         signature |= dict.fromkeys(meta, "constexpr")
         own = Configuration(
-            kernel, tuple((name, signature[name]) for name in kernel.arg_names), tuple(constants.items()),
-            tuple(aligned), chosen["num_warps"], chosen.get("maxnreg"),
-        )  # fmt: skip
+            kernel,
+            tuple((name, signature[name]) for name in kernel.arg_names),
+            tuple(constants.items()),
+            tuple(aligned),
+            chosen["num_warps"],
+            chosen.get("maxnreg"),
+        )
         found[own] = None
 
     with mock.patch.object(launch, "_run", note):

@@ -26,8 +26,11 @@ WITHOUT = (
 def run(*args: str, without: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", WITHOUT, without, str(SCRIPT), *args],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
 
 
 def test_kernels_and_steps(tmp_path: Path) -> None:

@@ -24,10 +24,25 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 KERNELS = (
-    "apply_mask", "column_sums", "count_scores", "dequantize", "dropout", "ends", "finite", "keep_probabilities",
-    "norm_gradient", "norm_relu_dropout", "pack_mask", "pick_rows", "quantize", "relu_dropout_gradient",
-    "row_scores", "signs", "sum_probabilities", "weight_gradient",
-)  # fmt: skip
+    "apply_mask",
+    "column_sums",
+    "count_scores",
+    "dequantize",
+    "dropout",
+    "ends",
+    "finite",
+    "keep_probabilities",
+    "norm_gradient",
+    "norm_relu_dropout",
+    "pack_mask",
+    "pick_rows",
+    "quantize",
+    "relu_dropout_gradient",
+    "row_scores",
+    "signs",
+    "sum_probabilities",
+    "weight_gradient",
+)
 
 
 @pytest.fixture(scope="module")

@@ -200,10 +200,17 @@ def recbole() -> Builds:
         def build() -> Program:
             folder = tempfile.mkdtemp()
             given = {
-                "train_batch_size": 256, "use_gpu": False, "checkpoint_dir": folder, "show_progress": False,
-                "embedding_size": 32, "state": "ERROR", "log_wandb": False, "seed": 0, "reproducibility": True,
+                "train_batch_size": 256,
+                "use_gpu": False,
+                "checkpoint_dir": folder,
+                "show_progress": False,
+                "embedding_size": 32,
+                "state": "ERROR",
+                "log_wandb": False,
+                "seed": 0,
+                "reproducibility": True,
                 **settings,
-            }  # fmt: skip
+            }
             config = Config(model=name, dataset="ml-100k", config_dict=given)
             init_seed(0, True)
             torch.use_deterministic_algorithms(False)

@@ -73,10 +73,17 @@ def _heterogeneous() -> HeteroData:
         data[kind].x = torch.rand(size, FEATURES, generator=generator)
         data[kind].num_nodes = size
     kinds = [
-        ("user", "rates", "movie"), ("movie", "rev_rates", "user"), ("movie", "metapath_0", "movie"),
-        ("author", "writes", "paper"), ("paper", "rev_writes", "author"), ("item", "to", "item"),
-        ("item", "rev_to", "user"), ("user", "to", "item"), ("director", "to", "movie"), ("movie", "to", "director"),
-    ]  # fmt: skip
+        ("user", "rates", "movie"),
+        ("movie", "rev_rates", "user"),
+        ("movie", "metapath_0", "movie"),
+        ("author", "writes", "paper"),
+        ("paper", "rev_writes", "author"),
+        ("item", "to", "item"),
+        ("item", "rev_to", "user"),
+        ("user", "to", "item"),
+        ("director", "to", "movie"),
+        ("movie", "to", "director"),
+    ]
     for a, relation, b in kinds:
         pair = [torch.randint(sizes[end], (160,), generator=generator) for end in (a, b)]
         data[a, relation, b].edge_index = torch.stack(pair)
@@ -92,84 +99,152 @@ _MOLECULES = "model(torch.randint(1, 9, (NODES,)), data.pos * 4, data.batch)"
 
 EXAMPLES = [
     Example("agnn", "Net()", "model()"),
-    Example("ar_link_pred", "torch.nn.ModuleList([GCNEncoder(16, 32, 16), LinkPredictor(16, 32), ARLinkPredictor(16)])",
-            "[model[1](*(z := model[0](data.x, data.edge_index))[data.pairs]), model[2](*z[data.pairs])]"),
-    Example("argva_node_clustering", "ARGVA(Encoder(16, 32, 32), Discriminator(32, 64, 32))",
-            "[model.discriminator_loss(z := model.encode(data.x, data.edge_index)),"
-            " model.recon_loss(z, data.edge_index) + model.reg_loss(z) + model.kl_loss() / NODES]"),
+    Example(
+        "ar_link_pred",
+        "torch.nn.ModuleList([GCNEncoder(16, 32, 16), LinkPredictor(16, 32), ARLinkPredictor(16)])",
+        "[model[1](*(z := model[0](data.x, data.edge_index))[data.pairs]), model[2](*z[data.pairs])]",
+    ),
+    Example(
+        "argva_node_clustering",
+        "ARGVA(Encoder(16, 32, 32), Discriminator(32, 64, 32))",
+        "[model.discriminator_loss(z := model.encode(data.x, data.edge_index)),"
+        " model.recon_loss(z, data.edge_index) + model.reg_loss(z) + model.kl_loss() / NODES]",
+    ),
     Example("arma", "Net(16, 16, 4)"),
-    Example("attentive_fp", "AttentiveFP(16, 64, 1, edge_dim=5, num_layers=2, num_timesteps=2, dropout=0.2)",
-            "model(data.x, data.edge_index, data.edge_features, data.batch)"),
-    Example("autoencoder", "GAE(GCNEncoder(16, 16))",
-            "model.recon_loss(model.encode(data.x, data.edge_index), data.edge_index)"),
-    Example("autoencoder", "VGAE(VariationalGCNEncoder(16, 16))",
-            "model.recon_loss(model.encode(data.x, data.edge_index), data.edge_index) + model.kl_loss() / NODES"),
-    Example("autoencoder", "GAE(LinearEncoder(16, 16))",
-            "model.recon_loss(model.encode(data.x, data.edge_index), data.edge_index)"),
-    Example("autoencoder", "VGAE(VariationalLinearEncoder(16, 16))",
-            "model.recon_loss(model.encode(data.x, data.edge_index), data.edge_index) + model.kl_loss() / NODES"),
+    Example(
+        "attentive_fp",
+        "AttentiveFP(16, 64, 1, edge_dim=5, num_layers=2, num_timesteps=2, dropout=0.2)",
+        "model(data.x, data.edge_index, data.edge_features, data.batch)",
+    ),
+    Example(
+        "autoencoder",
+        "GAE(GCNEncoder(16, 16))",
+        "model.recon_loss(model.encode(data.x, data.edge_index), data.edge_index)",
+    ),
+    Example(
+        "autoencoder",
+        "VGAE(VariationalGCNEncoder(16, 16))",
+        "model.recon_loss(model.encode(data.x, data.edge_index), data.edge_index) + model.kl_loss() / NODES",
+    ),
+    Example(
+        "autoencoder",
+        "GAE(LinearEncoder(16, 16))",
+        "model.recon_loss(model.encode(data.x, data.edge_index), data.edge_index)",
+    ),
+    Example(
+        "autoencoder",
+        "VGAE(VariationalLinearEncoder(16, 16))",
+        "model.recon_loss(model.encode(data.x, data.edge_index), data.edge_index) + model.kl_loss() / NODES",
+    ),
     Example("cluster_gcn_ppi", "Net(16, 128, 4, 4)"),
     Example("cluster_gcn_reddit", "Net(16, 4)"),
     Example("colors_topk_pool", "Net(16)", "model(data)[:2]"),
     Example("cora", "Net()", "model()", "data.edge_attr = torch.rand(data.num_edges, 1)"),
-    Example("correct_and_smooth", "MLP([16, 64, 64, 4], dropout=0.5, norm='batch_norm', act_first=True)",
-            "model(data.x)"),
+    Example(
+        "correct_and_smooth", "MLP([16, 64, 64, 4], dropout=0.5, norm='batch_norm', act_first=True)", "model(data.x)"
+    ),
     Example("dir_gnn", "DirGNN(16, 32, 4, 0.5)", _NODE, "Conv = SAGEConv"),
     Example("dir_gnn", "DirGNN(16, 32, 4, 0.3)", _NODE, "Conv = GCNConv"),
     Example("dna", "Net(16, 64, 4, num_layers=3, heads=4, groups=8)"),
-    Example("equilibrium_median", "EquilibriumAggregation(1, 10, [64, 64], 1)",
-            "(model(x := torch.rand(100, 1)) - x.median()).norm(2)"),
-    Example("faust", "Net()", "model(data)",
-            "d = data; data.x = torch.ones(NODES, 1); data.edge_attr = torch.rand(data.num_edges, 3)"),
+    Example(
+        "equilibrium_median",
+        "EquilibriumAggregation(1, 10, [64, 64], 1)",
+        "(model(x := torch.rand(100, 1)) - x.median()).norm(2)",
+    ),
+    Example(
+        "faust",
+        "Net()",
+        "model(data)",
+        "d = data; data.x = torch.ones(NODES, 1); data.edge_attr = torch.rand(data.num_edges, 3)",
+    ),
     Example("film", "Net(16, 64, 4, 3, dropout=0.1)"),
     Example("gat", "GAT(16, 8, 4, 8)"),
-    Example("gcn", "GCN(16, 16, 4)", "model(data.x, data.edge_index, data.edge_attr)",
-            "args = Namespace(use_gdc=False)"),
-    Example("gcn", "GCN(16, 16, 4)", "model(data.x, data.edge_index, data.edge_attr)",
-            "args = Namespace(use_gdc=True)"),
+    Example(
+        "gcn", "GCN(16, 16, 4)", "model(data.x, data.edge_index, data.edge_attr)", "args = Namespace(use_gdc=False)"
+    ),
+    Example(
+        "gcn", "GCN(16, 16, 4)", "model(data.x, data.edge_index, data.edge_attr)", "args = Namespace(use_gdc=True)"
+    ),
     Example("gcn2_cora", "Net(64, 16, 0.1, 0.5, True, dropout=0.6)", "model(data.x, data.edge_index)"),
     Example("gcn2_ppi", "Net(96, 5, 0.5, 1.0, False, dropout=0.2)", "model(data.x, data.edge_index)"),
     Example("geniepath", "GeniePath(16, 4)", _NODE, "dim = 32; lstm_hidden = 32; layer_num = 3"),
     Example("geniepath", "GeniePathLazy(16, 4)", _NODE, "dim = 32; lstm_hidden = 32; layer_num = 3"),
-    Example("graph_gps", "GPS(64, 8, 2, 'multihead', {'dropout': 0.5})",
-            "model(data.y[:, None], data.pe, data.edge_index, data.edge_type, data.batch)"),
-    Example("graph_gps", "GPS(64, 8, 2, 'performer', {})",
-            "model(data.y[:, None], data.pe, data.edge_index, data.edge_type, data.batch)"),
-    Example("graph_sage_unsup", "GraphSAGE(16, 64, num_layers=2)",
-            "F.binary_cross_entropy_with_logits((h := model(data.x, data.edge_index))[data.pairs].prod(0).sum(-1),"
-            " torch.arange(80) % 2.0)"),
+    Example(
+        "graph_gps",
+        "GPS(64, 8, 2, 'multihead', {'dropout': 0.5})",
+        "model(data.y[:, None], data.pe, data.edge_index, data.edge_type, data.batch)",
+    ),
+    Example(
+        "graph_gps",
+        "GPS(64, 8, 2, 'performer', {})",
+        "model(data.y[:, None], data.pe, data.edge_index, data.edge_type, data.batch)",
+    ),
+    Example(
+        "graph_sage_unsup",
+        "GraphSAGE(16, 64, num_layers=2)",
+        "F.binary_cross_entropy_with_logits((h := model(data.x, data.edge_index))[data.pairs].prod(0).sum(-1),"
+        " torch.arange(80) % 2.0)",
+    ),
     Example("graph_saint", "Net(64)", "model(data.x, data.edge_index, data.edge_attr)"),
     Example("graph_unet", "Net()", "model()"),
     Example("graphland", "Model(16, 64, 4)"),
-    Example("infomax_inductive", "DeepGraphInfomax(64, Encoder(16, 64), summary=_mean, corruption=corruption)",
-            "model.loss(*model(data.x, data.edge_index, 50))"),
-    Example("infomax_transductive", "DeepGraphInfomax(64, Encoder(16, 64), summary=_mean, corruption=corruption)",
-            "model.loss(*model(data.x, data.edge_index))"),
-    *[Example("kge_fb15k_237", f"{kind}(NODES, RELATIONS, hidden_channels=32)",
-              "model.loss(data.edge_index[0], data.edge_type, data.edge_index[1])")
-      for kind in ("TransE", "DistMult", "ComplEx", "RotatE")],
-    Example("lcm_aggr_2nd_min", "LCM(64)", "model(torch.randint(2, (NODES, 8)), data.batch)",
-            "args = Namespace(num_bits=8)"),
-    Example("lightgcn", "LightGCN(NODES, 32, num_layers=2)",
-            "model.recommendation_loss(*model(data.edge_index, data.pairs).chunk(2), node_id=data.pairs.unique())"),
+    Example(
+        "infomax_inductive",
+        "DeepGraphInfomax(64, Encoder(16, 64), summary=_mean, corruption=corruption)",
+        "model.loss(*model(data.x, data.edge_index, 50))",
+    ),
+    Example(
+        "infomax_transductive",
+        "DeepGraphInfomax(64, Encoder(16, 64), summary=_mean, corruption=corruption)",
+        "model.loss(*model(data.x, data.edge_index))",
+    ),
+    *[
+        Example(
+            "kge_fb15k_237",
+            f"{kind}(NODES, RELATIONS, hidden_channels=32)",
+            "model.loss(data.edge_index[0], data.edge_type, data.edge_index[1])",
+        )
+        for kind in ("TransE", "DistMult", "ComplEx", "RotatE")
+    ],
+    Example(
+        "lcm_aggr_2nd_min", "LCM(64)", "model(torch.randint(2, (NODES, 8)), data.batch)", "args = Namespace(num_bits=8)"
+    ),
+    Example(
+        "lightgcn",
+        "LightGCN(NODES, 32, num_layers=2)",
+        "model.recommendation_loss(*model(data.edge_index, data.pairs).chunk(2), node_id=data.pairs.unique())",
+    ),
     Example("link_pred", "Net(16, 64, 32)", "model.decode(model.encode(data.x, data.edge_index), data.pairs)"),
     Example("linkx", "LINKX(NODES, 16, 32, 4, num_layers=1, num_edge_layers=1, num_node_layers=1, dropout=0.5)"),
-    Example("lpformer", "LPFormer(16, 32, num_gnn_layers=2, gnn_dropout=0.1, transformer_dropout=0.1)",
-            "model(data.pairs, data.x, data.edge_index, torch.rand(NODES, NODES).to_sparse())"),
+    Example(
+        "lpformer",
+        "LPFormer(16, 32, num_gnn_layers=2, gnn_dropout=0.1, transformer_dropout=0.1)",
+        "model(data.pairs, data.x, data.edge_index, torch.rand(NODES, NODES).to_sparse())",
+    ),
     Example("mem_pool", "Net(16, 32, 4, 0.1)", _GRAPH),
     Example("mixhop", "MixHop()"),
     Example("mutag_gin", "GIN(16, 32, 4, 5)", _GRAPH),
-    Example("ogbn_proteins_deepgcn", "DeeperGCN(32, 7)", "model(data.x, data.edge_index, data.edge_attr)",
-            "data.edge_attr = data.edge_features; data.y = torch.rand(NODES, 6)"),
+    Example(
+        "ogbn_proteins_deepgcn",
+        "DeeperGCN(32, 7)",
+        "model(data.x, data.edge_index, data.edge_attr)",
+        "data.edge_attr = data.edge_features; data.y = torch.rand(NODES, 6)",
+    ),
     Example("ogbn_train", "GAT(16, 32, 3, 4, heads=2, dropout=0.5, v2=True)"),
-    Example("ogbn_train", "SGFormer(16, 32, 4, trans_num_layers=2, trans_dropout=0.5, gnn_num_layers=2,"
-            " gnn_dropout=0.5)",
-            "model(data.x, data.edge_index, data.batch)"),
+    Example(
+        "ogbn_train",
+        "SGFormer(16, 32, 4, trans_num_layers=2, trans_dropout=0.5, gnn_num_layers=2, gnn_dropout=0.5)",
+        "model(data.x, data.edge_index, data.batch)",
+    ),
     Example("ogbn_train", "Polynormer(16, 32, 4, local_layers=2)", "model(data.x, data.edge_index, data.batch)"),
     Example("ogc", "LinearNeuralNetwork(16, 4)", "model(data.x)"),
     Example("pmlp", "PMLP(16, 32, 4, num_layers=2, dropout=0.5, norm=False)", "model(data.x)"),
-    Example("pna", "Net()", "model(data.y[:, None], data.edge_index, data.edge_type, data.batch)",
-            "deg = torch.bincount(torch.bincount(data.edge_index[1], minlength=NODES))"),
+    Example(
+        "pna",
+        "Net()",
+        "model(data.y[:, None], data.edge_index, data.edge_type, data.batch)",
+        "deg = torch.bincount(torch.bincount(data.edge_index[1], minlength=NODES))",
+    ),
     Example("ppi", "Net()"),
     Example("proteins_diff_pool", "Net()", "model(data.dense, data.adj, data.mask)", "max_nodes = 16"),
     Example("proteins_dmon_pool", "Net(16, 4)", _GRAPH, "avg_num_nodes = 16"),
@@ -187,37 +262,52 @@ EXAMPLES = [
     Example("rgat", "RGAT(16, 16, 4, 3)", "model(data.x, data.edge_index, data.edge_type)"),
     Example("rgcn", "Net()", "model(data.edge_index, data.edge_type)", "Conv = RGCNConv"),
     Example("rgcn", "Net()", "model(data.edge_index, data.edge_type)", "Conv = FastRGCNConv"),
-    Example("rgcn_link_pred", "GAE(RGCNEncoder(NODES, 30, RELATIONS), DistMultDecoder(RELATIONS // 2 + 2, 30))",
-            "model.decode(model.encode(data.edge_index, data.edge_type), data.edge_index, data.edge_type)"),
+    Example(
+        "rgcn_link_pred",
+        "GAE(RGCNEncoder(NODES, 30, RELATIONS), DistMultDecoder(RELATIONS // 2 + 2, 30))",
+        "model.decode(model.encode(data.edge_index, data.edge_type), data.edge_index, data.edge_type)",
+    ),
     Example("seal_link_pred", "DGCNN(32, 3, k=12)", _GRAPH),
     Example("sgc", "Net()", "model()"),
     Example("shadow", "GNN(16, 64, 4)", "model(data.x, data.edge_index, data.batch, data.ptr[:-1])"),
     Example("sign", "Net()", "model([data.x, data.x.square(), data.x.sqrt()])", "K = 2"),
-    Example("signed_gcn", "SignedGCN(16, 32, num_layers=2, lamb=5)",
-            "model.loss(model(data.x, data.edge_index[:, ::2], data.edge_index[:, 1::2]), data.edge_index[:, ::2],"
-            " data.edge_index[:, 1::2])"),
+    Example(
+        "signed_gcn",
+        "SignedGCN(16, 32, num_layers=2, lamb=5)",
+        "model.loss(model(data.x, data.edge_index[:, ::2], data.edge_index[:, 1::2]), data.edge_index[:, ::2],"
+        " data.edge_index[:, 1::2])",
+    ),
     Example("super_gat", "Net()"),
     Example("tagcn", "Net()", "model()"),
     Example("tensorboard_logging", "Net()"),
-    Example("tgn", "_tgn(TGNMemory, IdentityMessage, LastAggregator, GraphAttentionEmbedding, LinkPredictor)",
-            "_tgn_step(model, data)"),
+    Example(
+        "tgn",
+        "_tgn(TGNMemory, IdentityMessage, LastAggregator, GraphAttentionEmbedding, LinkPredictor)",
+        "_tgn_step(model, data)",
+    ),
     Example("triangles_sag_pool", "Net(16)", "model(data)[:2]"),
     Example("unimp_arxiv", "UniMP(16, 4, 64, 3, 2)", "model(data.x, data.y, data.edge_index, data.train_mask)"),
     *[Example("upfd", f"Net({kind!r}, 16, 64, 4, concat=True)", _GRAPH) for kind in ("GCN", "SAGE", "GAT")],
     Example("hetero/bipartite_sage", "Model(40, 32, 32)", _USERS),
     Example("hetero/bipartite_sage_unsup", "Model(40, 45, 32, 32)", _USERS, "device = None"),
-    Example("hetero/dmgi_unsup", "DMGI(50, 16, 32, 2)",
-            "model.loss(*model(data['movie'].x, [data['movie', 'metapath_0', 'movie'].edge_index] * 2))"),
+    Example(
+        "hetero/dmgi_unsup",
+        "DMGI(50, 16, 32, 2)",
+        "model.loss(*model(data['movie'].x, [data['movie', 'metapath_0', 'movie'].edge_index] * 2))",
+    ),
     Example("hetero/han_imdb", "HAN(-1, 3, 32, 4)", _HETERO),
     Example("hetero/hetero_conv_dblp", "HeteroGNN(data.metadata(), 32, 4, 2)", _HETERO),
     Example("hetero/hetero_link_pred", "Model(32)", _LINKS),
     Example("hetero/hgt_dblp", "HGT(32, 4, 2, 2)", _HETERO),
-    Example("hetero/hierarchical_sage", "HierarchicalHeteroGraphSage(data.edge_types, 32, 4, 2)",
-            "model(dict(data.x_dict), data.edge_index_dict, {k: [80, 80] for k in data.edge_types},"
-            " {k: [data[k].num_nodes, 0, 0] for k in data.node_types})"),
+    Example(
+        "hetero/hierarchical_sage",
+        "HierarchicalHeteroGraphSage(data.edge_types, 32, 4, 2)",
+        "model(dict(data.x_dict), data.edge_index_dict, {k: [80, 80] for k in data.edge_types},"
+        " {k: [data[k].num_nodes, 0, 0] for k in data.node_types})",
+    ),
     Example("hetero/recommender_system", "Model(32)", _LINKS),
     Example("hetero/temporal_link_pred", "Model(32)", _LINKS),
-]  # fmt: skip
+]
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -74,10 +74,29 @@ def _report(passed: int, failed: dict[str, dict[str, str]], missing: list[str]) 
 def _pytest(checkout: Path, tests: str, log: Path, limit: float, *options: str) -> None:
     log.unlink(missing_ok=True)
     command = [
-        sys.executable, "-m", "pytest", "-p", "tests.peers.plugin", "-p", "no:cacheprovider", "-q", "--timeout", "120",
-        "-c", str(checkout / "pyproject.toml"), "--rootdir", str(checkout), "-o", "addopts=",
-        "-m", "not rag and not dataset", "--peers-log", str(log), *options, str(checkout / tests),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "tests.peers.plugin",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+        "--timeout",
+        "120",
+        "-c",
+        str(checkout / "pyproject.toml"),
+        "--rootdir",
+        str(checkout),
+        "-o",
+        "addopts=",
+        "-m",
+        "not rag and not dataset",
+        "--peers-log",
+        str(log),
+        *options,
+        str(checkout / tests),
+    ]
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
     began = time.monotonic()

@@ -87,7 +87,11 @@ def test_the_plugin_compresses_what_a_test_builds(tmp_path: Path) -> None:
     for how, ending in {"plain": "2 failed, 1 passed", "compressed": "1 failed, 2 passed"}.items():
         done = subprocess.run(
             [*command, "--peers", how, "--peers-log", str(tmp_path / how)],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280,
-        )  # fmt: skip
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
         assert ending in done.stdout, done.stdout
         assert (tmp_path / how).read_text().count('"outcome": "started"') == 3

@@ -89,8 +89,14 @@ def test_odd_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         if isinstance(found, NodeDataset):
             accepted.append(name)
             assert found.fingerprint() == whole.fingerprint(), name
-    fine = ["deflate", "bzip2", "lzma", *(f"{m}, another array: {o}" for m in ("deflate", "bzip2", "lzma")
-            for o in ("10**12", "a bomb")), "names without .npy", "with a comment before it"]  # fmt: skip
+    fine = [
+        "deflate",
+        "bzip2",
+        "lzma",
+        *(f"{m}, another array: {o}" for m in ("deflate", "bzip2", "lzma") for o in ("10**12", "a bomb")),
+        "names without .npy",
+        "with a comment before it",
+    ]
     assert set(fine) <= set(accepted)
     assert not [name for name in accepted if "twice" in name or "x.npy shape" in name or "type" in name]
     assert sorted(os.listdir(tmp_path)) == ["g.npz", "whole.npz"]  # nothing in a header was run

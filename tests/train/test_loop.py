@@ -75,9 +75,13 @@ def test_the_bound_of_the_noise(flags: dict[str, Any], bound: float) -> None:
     ],
 )
 def test_much_noise_is_said_once(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    flags: dict[str, Any], advice: str,
-) -> None:  # fmt: skip
+    small: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: dict[str, Any],
+    advice: str,
+) -> None:
     monkeypatch.setattr(Task, "noise", lambda *_: 7.0)
     task = _task(small, quiet=False, epochs=30, **flags)
     config = compression_config(task.settings.compression)

@@ -162,8 +162,13 @@ def test_a_processed_file_that_would_run_code_is_refused(
 def test_object_arrays_that_would_run_code_are_refused(tmp_path: Path, name: str) -> None:
     """PyTorch Geometric reads these with ``allow_pickle=True``."""
     marker = tmp_path / "marker"
-    file = {"twitch-de": "DE/raw/DE.npz", "github": "raw/github.npz", "facebookpagepage": "raw/facebook.npz",
-            "lastfmasia": "raw/lastfm_asia.npz", "deezereurope": "raw/deezer_europe.npz"}[name]  # fmt: skip
+    file = {
+        "twitch-de": "DE/raw/DE.npz",
+        "github": "raw/github.npz",
+        "facebookpagepage": "raw/facebook.npz",
+        "lastfmasia": "raw/lastfm_asia.npz",
+        "deezereurope": "raw/deezer_europe.npz",
+    }[name]
     path = tmp_path / name / file
     path.parent.mkdir(parents=True)
     arrays = {"edges": np.array([[0, 1], [1, 2]]), "features": np.eye(3), "target": np.array([0, 1, 0])}

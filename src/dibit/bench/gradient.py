@@ -11,13 +11,23 @@ from dibit import Config, Sample
 
 
 def _rows(
-    ratio: int, norm_ratio: int, by: str = "gradient", norm_by: str | None = None, *, bits: int = 2, block: int = 128,
-    rounding: str = "stochastic", levels: str = "uniform", norm_bits: int = 2, norm_rounding: str = "dither",
-) -> Config:  # fmt: skip
+    ratio: int,
+    norm_ratio: int,
+    by: str = "gradient",
+    norm_by: str | None = None,
+    *,
+    bits: int = 2,
+    block: int = 128,
+    rounding: str = "stochastic",
+    levels: str = "uniform",
+    norm_bits: int = 2,
+    norm_rounding: str = "dither",
+) -> Config:
     norm = Config(
-        bits=norm_bits, reduce=Sample(norm_ratio, by=norm_by or ("uniform" if by == "norm" else by)),  # type: ignore[arg-type]
+        bits=norm_bits,
+        reduce=Sample(norm_ratio, by=norm_by or ("uniform" if by == "norm" else by)),  # type: ignore[arg-type]
         rounding=norm_rounding,  # type: ignore[arg-type]
-    )  # fmt: skip
+    )
     reduce = Sample(ratio, by=by)  # type: ignore[arg-type]
     return Config(bits=bits, block=block, reduce=reduce, norm=norm, rounding=rounding, levels=levels)  # type: ignore[arg-type]
 

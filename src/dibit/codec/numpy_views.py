@@ -9,9 +9,15 @@ import torch
 from torch import Tensor
 
 _TYPES = {
-    torch.float32: "<f4", torch.float64: "<f8", torch.uint8: "|u1", torch.int8: "|i1", torch.int16: "<i2",
-    torch.int32: "<i4", torch.int64: "<i8", torch.bool: "|b1",
-}  # fmt: skip
+    torch.float32: "<f4",
+    torch.float64: "<f8",
+    torch.uint8: "|u1",
+    torch.int8: "|i1",
+    torch.int16: "<i2",
+    torch.int32: "<i4",
+    torch.int64: "<i8",
+    torch.bool: "|b1",
+}
 
 
 class _Memory:
@@ -22,8 +28,11 @@ class _Memory:
     def __init__(self, x: Tensor) -> None:
         self.owner = x
         self.__array_interface__: dict[str, Any] = {
-            "version": 3, "shape": tuple(x.shape), "typestr": _TYPES[x.dtype], "data": (x.data_ptr(), False)
-        }  # fmt: skip
+            "version": 3,
+            "shape": tuple(x.shape),
+            "typestr": _TYPES[x.dtype],
+            "data": (x.data_ptr(), False),
+        }
 
 
 def array(x: Tensor) -> np.ndarray:

@@ -32,9 +32,25 @@ row_scores = operator(reference.row_scores)
 pick_rows = operator(reference.pick_rows)
 
 OPS = (
-    quantize, quantize_rows, dequantize, weight_gradient, column_sums, norm_gradient, aggregate, pack_mask, relu,
-    apply_mask, dropout, norm_relu_dropout, relu_dropout_gradient, passed_rows, signs, finite, row_scores, pick_rows,
-)  # fmt: skip
+    quantize,
+    quantize_rows,
+    dequantize,
+    weight_gradient,
+    column_sums,
+    norm_gradient,
+    aggregate,
+    pack_mask,
+    relu,
+    apply_mask,
+    dropout,
+    norm_relu_dropout,
+    relu_dropout_gradient,
+    passed_rows,
+    signs,
+    finite,
+    row_scores,
+    pick_rows,
+)
 
 
 def _contiguous(x: Tensor) -> Tensor:

@@ -110,9 +110,16 @@ class Packed:
         """The reduced tensor, unpacked, of shape `reduced_shape`; `dither` and `dtype` as in `ops.dequantize`."""
         elements, block, bits = self.layout
         return ops.dequantize(
-            self.codes, self.ranges, self.seed, elements, bits, block, levels_of(self.config, block),
-            self.dither if dither is None else dither, dtype or self.dtype,
-        ).view(self.reduced_shape)  # fmt: skip
+            self.codes,
+            self.ranges,
+            self.seed,
+            elements,
+            bits,
+            block,
+            levels_of(self.config, block),
+            self.dither if dither is None else dither,
+            dtype or self.dtype,
+        ).view(self.reduced_shape)
 
     def outer(self, dy: Tensor, sample: tuple[Tensor, Tensor] | None) -> Tensor:
         """dY^T R: (O, columns kept) for dy (N, O) and the reduced tensor R, which is never formed.
@@ -122,9 +129,18 @@ class Packed:
         """
         block, (index, weight) = self.block, sample or (None, None)
         return ops.weight_gradient(
-            self.codes, self.ranges, self.seed, dy.contiguous(), index, weight, *self.reduced_shape, self.config.bits,
-            block, levels_of(self.config, block), self.dither,
-        )  # fmt: skip
+            self.codes,
+            self.ranges,
+            self.seed,
+            dy.contiguous(),
+            index,
+            weight,
+            *self.reduced_shape,
+            self.config.bits,
+            block,
+            levels_of(self.config, block),
+            self.dither,
+        )
 
     @property
     def dither(self) -> float:

@@ -152,9 +152,17 @@ class Elementwise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, plain: Callable[..., Tensor], slope: Callable[..., Tensor], of_result: bool, options: Any,
-        key: Tensor, draw: int, text: str, use: str,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        plain: Callable[..., Tensor],
+        slope: Callable[..., Tensor],
+        of_result: bool,
+        options: Any,
+        key: Tensor,
+        draw: int,
+        text: str,
+        use: str,
+    ) -> Tensor:
         y = plain(x, *options)
         kept = ops.keep(as_rows(slope(y if of_result else x, options, of_result)), None, None, key, draw, text, use)
         ctx.save_for_backward(key, *kept)
@@ -206,9 +214,19 @@ class BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, momentum: float, eps: float,
-        two: bool, key: Tensor, draw: int, text: str,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        weight: Any,
+        bias: Any,
+        running_mean: Any,
+        running_var: Any,
+        momentum: float,
+        eps: float,
+        two: bool,
+        key: Tensor,
+        draw: int,
+        text: str,
+    ) -> Tensor:
         y, mean, inverse = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
         mean, inverse = _statistics(mean), _statistics(inverse)
         rows = as_rows(x.movedim(1, -1))
@@ -235,9 +253,17 @@ class LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, shape: list[int], weight: Any, bias: Any, eps: float, two: bool, key: Tensor, draw: int,
+        ctx: Any,
+        x: Tensor,
+        shape: list[int],
+        weight: Any,
+        bias: Any,
+        eps: float,
+        two: bool,
+        key: Tensor,
+        draw: int,
         text: str,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         y, mean, inverse = torch.native_layer_norm(x, shape, weight, bias, eps)
         mean, inverse = _statistics(mean), _statistics(inverse)
         width = 1

@@ -171,9 +171,15 @@ def _(like, size):  # type: ignore[no-untyped-def]
 
 @custom_op("dibit::batch_norm_backward", mutates_args=())
 def batch_norm_backward(
-    dy: Tensor, inverse: Tensor, weight: Tensor | None, inner: list[Tensor], outer: list[Tensor], key: Tensor,
-    draw: int, text: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dy: Tensor,
+    inverse: Tensor,
+    weight: Tensor | None,
+    inner: list[Tensor],
+    outer: list[Tensor],
+    key: Tensor,
+    draw: int,
+    text: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dw, db of a BatchNorm in training.
 
     Args:
@@ -197,9 +203,15 @@ def _(dy, inverse, weight, inner, outer, key, draw, text):  # type: ignore[no-un
 
 @custom_op("dibit::layer_norm_backward", mutates_args=())
 def layer_norm_backward(
-    dy: Tensor, inverse: Tensor, weight: Tensor | None, outer: list[Tensor], inner: list[Tensor], key: Tensor,
-    draw: int, text: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dy: Tensor,
+    inverse: Tensor,
+    weight: Tensor | None,
+    outer: list[Tensor],
+    inner: list[Tensor],
+    key: Tensor,
+    draw: int,
+    text: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dw, db of a LayerNorm over rows.
 
     Args:

@@ -156,9 +156,16 @@ def dropout(mode: Any, input: Tensor, p: float = 0.5, training: bool = True, inp
 
 
 def batch_norm(
-    mode: Any, input: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
-    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
-) -> Any:  # fmt: skip
+    mode: Any,
+    input: Tensor,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
     if not training or not _differs(input) or input.dim() < 2 or input.numel() <= input.shape[1]:
         return NotImplemented
     setting = mode.settings[-1]
@@ -178,9 +185,16 @@ def batch_norm(
 
 
 def instance_norm(
-    mode: Any, input: Tensor, running_mean: Any = None, running_var: Any = None, weight: Any = None, bias: Any = None,
-    use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
-) -> Any:  # fmt: skip
+    mode: Any,
+    input: Tensor,
+    running_mean: Any = None,
+    running_var: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
     """InstanceNorm of one matrix (1, D, N) is BatchNorm of it, as `dibit.rules.norm.instance_norm` says."""
     if not is_plain_float(input) or not rows_of_one(input) or input.shape[2] < FEW_POSITIONS:
         return NotImplemented
@@ -191,8 +205,13 @@ def instance_norm(
 
 
 def layer_norm(
-    mode: Any, input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5,
-) -> Any:  # fmt: skip
+    mode: Any,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+) -> Any:
     if not _differs(input) or input.numel() == 0:
         return NotImplemented
     setting, shape = mode.settings[-1], list(normalized_shape)

@@ -68,9 +68,17 @@ class ForwardPass:
         self.draws = Draws(self.stack, state.seeds)
         self.measuring = Measuring(self.stack, state.scores.plan)
         self.keeper = Keeper(
-            state, batch, only_matrix(inputs) if batch.loss_rows is not None else None, self.stack, self.holdings,
-            self.lossless, self.sources, self.accounting, self.draws, self.measuring,
-        )  # fmt: skip
+            state,
+            batch,
+            only_matrix(inputs) if batch.loss_rows is not None else None,
+            self.stack,
+            self.holdings,
+            self.lossless,
+            self.sources,
+            self.accounting,
+            self.draws,
+            self.measuring,
+        )
         self.seen = 0
         self.inside = False
         self.low: torch.dtype | None = None

@@ -40,9 +40,18 @@ class Keeper:
     """
 
     def __init__(
-        self, state: State, batch: Batch, matrix: Tensor | None, stack: ModuleStack, holdings: Holdings,
-        lossless: LosslessForms, sources: KnownSources, accounting: Accounting, draws: Draws, measuring: Measuring,
-    ) -> None:  # fmt: skip
+        self,
+        state: State,
+        batch: Batch,
+        matrix: Tensor | None,
+        stack: ModuleStack,
+        holdings: Holdings,
+        lossless: LosslessForms,
+        sources: KnownSources,
+        accounting: Accounting,
+        draws: Draws,
+        measuring: Measuring,
+    ) -> None:
         self.state, self.batch, self.matrix, self.stack = state, batch, matrix, stack
         self.holdings, self.lossless, self.sources = holdings, lossless, sources
         self.accounting, self.draws, self.measuring = accounting, draws, measuring
@@ -156,9 +165,14 @@ class Keeper:
         return self._encode(x, config, "leaf", watched=True, name=name)
 
     def _encode(
-        self, x: Tensor, config: Config, purpose: str, affine: Affine | None = None, watched: bool = False,
+        self,
+        x: Tensor,
+        config: Config,
+        purpose: str,
+        affine: Affine | None = None,
+        watched: bool = False,
         name: str = "",
-    ) -> Compressed:  # fmt: skip
+    ) -> Compressed:
         salt = (self.state.salt,) if self.state.salt else ()
         scores = watch = candidates = None
         key = name

@@ -58,9 +58,17 @@ def _dropout(calls: Calls, input: Tensor, p: float = 0.5, training: bool = True,
 
 
 def _norm_relu_dropout(
-    calls: Calls, input: Tensor, running_mean: Any, running_var: Any, weight: Any, bias: Any, p: float, training: bool,
-    momentum: float, eps: float,
-) -> Any:  # fmt: skip
+    calls: Calls,
+    input: Tensor,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any,
+    bias: Any,
+    p: float,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Any:
     if not training or not 0 < p < 1:
         return NotImplemented
     y = norm_relu_dropout(input, running_mean, running_var, weight, bias, 0.0, training, momentum, eps)

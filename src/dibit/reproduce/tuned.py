@@ -71,9 +71,18 @@ def _pair(seeds: Sequence[int], **more: Sequence[int]) -> dict[str, tuple[int, .
 
 
 def _cell(
-    graph: str, model: str, hidden: int, layers: int, dropout: float, published: float | None,
-    recipes: dict[str, tuple[int, ...]], *groups: dict[str, Any], label: str = "", split: bool = False, **more: Any,
-) -> Cell:  # fmt: skip
+    graph: str,
+    model: str,
+    hidden: int,
+    layers: int,
+    dropout: float,
+    published: float | None,
+    recipes: dict[str, tuple[int, ...]],
+    *groups: dict[str, Any],
+    label: str = "",
+    split: bool = False,
+    **more: Any,
+) -> Cell:
     settings = {"hidden": hidden, "layers": layers, "dropout": dropout}
     for group in groups:
         settings |= group

@@ -115,10 +115,26 @@ def parts(kept: Residual) -> Iterator[tuple[slice, Tensor]]:
     bits, slope = (None, 0.0) if relu is None else (relu.bits, relu.slope)
     seed, p = (None, 0.0) if drop is None else (drop.seed, drop.p)
     for start, stop in packed.parts():
-        yield slice(start, stop), ops.passed_rows(
-            packed.codes, packed.ranges, packed.seed, weight, bias, bits, slope, seed, p, start, stop, packed.rows,
-            packed.config.bits, packed.block, packed.dither,
-        )  # fmt: skip
+        yield (
+            slice(start, stop),
+            ops.passed_rows(
+                packed.codes,
+                packed.ranges,
+                packed.seed,
+                weight,
+                bias,
+                bits,
+                slope,
+                seed,
+                p,
+                start,
+                stop,
+                packed.rows,
+                packed.config.bits,
+                packed.block,
+                packed.dither,
+            ),
+        )
 
 
 def _outer_by_parts(kept: Residual, dy: Tensor) -> Tensor:

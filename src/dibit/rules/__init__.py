@@ -16,9 +16,19 @@ from dibit.rules import activation, add, aggregate, dropout, linear, loss, norm,
 from dibit.rules.spellings import OPERATIONS, spellings, table
 
 __all__ = [
-    "KINDS", "RULES", "activation", "add", "aggregate", "dropout", "linear", "loss", "norm", "norm_relu_dropout",
-    "power", "product",
-]  # fmt: skip
+    "KINDS",
+    "RULES",
+    "activation",
+    "add",
+    "aggregate",
+    "dropout",
+    "linear",
+    "loss",
+    "norm",
+    "norm_relu_dropout",
+    "power",
+    "product",
+]
 
 RULES: Mapping[Any, Rule] = table({name: operation.rule for name, operation in OPERATIONS.items()})
 # What the ledger's rows hold, by the name that they have there; see `dibit.rules.spellings.Operation.kind`.

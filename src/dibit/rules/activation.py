@@ -69,9 +69,14 @@ def leaky_relu(step: Step, input: Tensor, negative_slope: float = 0.01, inplace:
 
 
 def _masked(
-    step: Step, input: Tensor, bits: Tensor, slope: float, compute: Callable[[Tensor], Tensor], inplace: bool,
+    step: Step,
+    input: Tensor,
+    bits: Tensor,
+    slope: float,
+    compute: Callable[[Tensor], Tensor],
+    inplace: bool,
     saves_result: bool = True,
-) -> Any:  # fmt: skip
+) -> Any:
     """The result of a piecewise linear function whose derivative is 1 where `bits` says x > 0, else `slope`."""
     mask = step.note(Mask(bits, slope))
     source = step.estimate_before_change(input) if inplace else step.estimate(input)

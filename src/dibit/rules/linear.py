@@ -30,9 +30,14 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Any, low: torch.dtype | None,
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Any,
+        low: torch.dtype | None,
         meter: Meter | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         ctx.hops, ctx.fresh_result = 0, True
         save(ctx, residual, weight if ctx.needs_input_grad[0] else None)
         _measure(ctx, meter)
@@ -63,9 +68,17 @@ class AggregatedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, aggregate: Tensor, watched: Any, residual: Any,
-        graph: Graph, low: torch.dtype | None, meter: Meter | None,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        aggregate: Tensor,
+        watched: Any,
+        residual: Any,
+        graph: Graph,
+        low: torch.dtype | None,
+        meter: Meter | None,
+    ) -> Tensor:
         ctx.hops = ctx.residual_hops = 1
         ctx.fresh_result = True
         _measure(ctx, meter)
@@ -103,9 +116,16 @@ class MatMul(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, c: Tensor | None, beta: float, alpha: float, residual: Any,
-        low: torch.dtype | None, meter: Meter | None,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        c: Tensor | None,
+        beta: float,
+        alpha: float,
+        residual: Any,
+        low: torch.dtype | None,
+        meter: Meter | None,
+    ) -> Tensor:
         ctx.fresh_result = True
         save(ctx, residual, weight if ctx.needs_input_grad[0] else None)
         _measure(ctx, meter)

@@ -209,9 +209,16 @@ def _whole_cross_entropy(x: Tensor) -> Tensor:
 
 @rule(autocast=full(_whole_cross_entropy))
 def cross_entropy(
-    step: Step, input: Tensor, target: Tensor, weight: Any = None, size_average: Any = None,
-    ignore_index: int = -100, reduce: Any = None, reduction: str = "mean", label_smoothing: float = 0.0,
-) -> Any:  # fmt: skip
+    step: Step,
+    input: Tensor,
+    target: Tensor,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
     if label_smoothing or not _indexed(input, target, (size_average, reduce), reduction):
         return NotImplemented
     step.plain(input.nbytes, target, weight, input.element_size())  # the last: the sum of weights
@@ -220,9 +227,15 @@ def cross_entropy(
 
 @rule(autocast=full(lambda x: F.nll_loss(x, torch.zeros(2, dtype=torch.int64, device=x.device))))
 def nll_loss(
-    step: Step, input: Tensor, target: Tensor, weight: Any = None, size_average: Any = None,
-    ignore_index: int = -100, reduce: Any = None, reduction: str = "mean",
-) -> Any:  # fmt: skip
+    step: Step,
+    input: Tensor,
+    target: Tensor,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+) -> Any:
     if not _indexed(input, target, (size_average, reduce), reduction):
         return NotImplemented
     step.plain(input, target, weight, input.element_size())  # the last: the sum of weights
@@ -231,9 +244,14 @@ def nll_loss(
 
 @rule(autocast=full(lambda x: F.mse_loss(x, x)))
 def mse_loss(
-    step: Step, input: Tensor, target: Tensor, size_average: Any = None, reduce: Any = None,
-    reduction: str = "mean", weight: Any = None,
-) -> Any:  # fmt: skip
+    step: Step,
+    input: Tensor,
+    target: Tensor,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    weight: Any = None,
+) -> Any:
     config = step.config
     if config is None or (size_average, reduce, weight) != (None, None, None) or input.shape != target.shape:
         return NotImplemented
@@ -246,9 +264,15 @@ def mse_loss(
 
 @rule(autocast=full(lambda x: F.binary_cross_entropy_with_logits(x, x)))
 def binary_cross_entropy_with_logits(
-    step: Step, input: Tensor, target: Tensor, weight: Any = None, size_average: Any = None, reduce: Any = None,
-    reduction: str = "mean", pos_weight: Any = None,
-) -> Any:  # fmt: skip
+    step: Step,
+    input: Tensor,
+    target: Tensor,
+    weight: Any = None,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    pos_weight: Any = None,
+) -> Any:
     if (size_average, reduce, pos_weight) != (None, None, None) or input.shape != target.shape:
         return NotImplemented
     if not is_plain_float(input, target) or not input.requires_grad or target.requires_grad:

@@ -52,9 +52,16 @@ class BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Any, bias: Any, running: tuple[Any, Any], training: bool, momentum: float,
-        eps: float, step: Step,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        weight: Any,
+        bias: Any,
+        running: tuple[Any, Any],
+        training: bool,
+        momentum: float,
+        eps: float,
+        step: Step,
+    ) -> Tensor:
         y, mean, inverse = large_outputs.batch_norm(x, weight, bias, *running, training, momentum, eps)
         step.plain(mean.nbytes + inverse.nbytes if training else 0)
         mean, inverse = at_least_single(mean), at_least_single(inverse)
@@ -181,9 +188,14 @@ def batch_norm_gradient(
 
 
 def layer_norm_gradient(
-    rows: Tensor, outer: Any, inner: Any, inverse: Tensor, weight: Tensor | None,
-    needed: tuple[bool, ...] = (True, True, True), meter: Meter | None = None,
-) -> tuple[Any, Any, Any]:  # fmt: skip
+    rows: Tensor,
+    outer: Any,
+    inner: Any,
+    inverse: Tensor,
+    weight: Tensor | None,
+    needed: tuple[bool, ...] = (True, True, True),
+    meter: Meter | None = None,
+) -> tuple[Any, Any, Any]:
     """dx (N, D), dw and db (D,) of a norm over rows, for dY (N, D); `inner` may be `None`: one draw."""
     dx = None
     if needed[0]:
@@ -274,9 +286,17 @@ def norm_gradient(g: Tensor, mean: Tensor, kept: Any, product: Tensor, gain: Ten
         return dx.index_add_(0, index, packed.reduced() * weight[:, None] * (product * gain), alpha=-1)
     if packed.config.levels == "uniform" and (shared or packed.config.rounding != "dither"):
         return ops.norm_gradient(
-            packed.codes, packed.ranges, packed.seed, g.contiguous(), mean, product, gain, packed.config.bits,
-            packed.block, float(packed.config.rounding == "dither"),
-        )  # fmt: skip
+            packed.codes,
+            packed.ranges,
+            packed.seed,
+            g.contiguous(),
+            mean,
+            product,
+            gain,
+            packed.config.bits,
+            packed.block,
+            float(packed.config.rounding == "dither"),
+        )
     dx = g - mean
     if shared and correction(kept):
         dx += g / g.shape[0] * packed.variance()
@@ -286,9 +306,16 @@ def norm_gradient(g: Tensor, mean: Tensor, kept: Any, product: Tensor, gain: Ten
 
 @rule(kind="norm inputs")
 def batch_norm(
-    step: Step, input: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
-    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
-) -> Any:  # fmt: skip
+    step: Step,
+    input: Tensor,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
     needs = any(t is not None and t.requires_grad for t in (input, weight, bias))
     if not needs or not is_plain_float(input) or input.dim() < 2 or (not training and running_mean is None):
         return NotImplemented
@@ -300,9 +327,16 @@ def batch_norm(
 
 @rule(kind="norm inputs")
 def instance_norm(
-    step: Step, input: Tensor, running_mean: Any = None, running_var: Any = None, weight: Any = None, bias: Any = None,
-    use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
-) -> Any:  # fmt: skip
+    step: Step,
+    input: Tensor,
+    running_mean: Any = None,
+    running_var: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
     """InstanceNorm of one matrix (1, D, N), as PyTorch Geometric gives a graph: torch's own BatchNorm of it.
 
     Of several instances, or of few positions, whose x_hat is nearly the same whatever x is, it stays exact.
@@ -329,8 +363,13 @@ def instance_norm(
 
 @rule(kind="norm inputs", autocast=full(lambda x: F.layer_norm(x, (2,))))
 def layer_norm(
-    step: Step, input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5,
-) -> Any:  # fmt: skip
+    step: Step,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+) -> Any:
     needs = any(t is not None and t.requires_grad for t in (input, weight, bias))
     if not needs or not is_plain_float(input) or input.numel() == 0:
         return NotImplemented

@@ -28,9 +28,16 @@ class NormReLUDropout(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Any, bias: Any, running: tuple[Any, Any], momentum: float, eps: float, p: float,
+        ctx: Any,
+        x: Tensor,
+        weight: Any,
+        bias: Any,
+        running: tuple[Any, Any],
+        momentum: float,
+        eps: float,
+        p: float,
         step: Step,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         mean, inverse = _statistics(x, running, momentum, eps)
         gain = inverse if weight is None else inverse * weight
         shift = torch.zeros_like(mean) if bias is None else bias.detach().to(mean.dtype)
@@ -65,8 +72,12 @@ class NormReLUDropout(torch.autograd.Function):
             dx.to(x_dtype) if needs[0] else None,
             dw.to(w_dtype) if needs[1] else None,
             db.to(w_dtype) if needs[2] else None,
-            None, None, None, None, None,
-        )  # fmt: skip
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _statistics(x: Tensor, running: tuple[Any, Any], momentum: float, eps: float) -> tuple[Tensor, Tensor]:
@@ -81,9 +92,17 @@ def _statistics(x: Tensor, running: tuple[Any, Any], momentum: float, eps: float
 
 @rule(kind="norm inputs")
 def norm_relu_dropout(
-    step: Step, input: Tensor, running_mean: Any, running_var: Any, weight: Any, bias: Any, p: float, training: bool,
-    momentum: float, eps: float,
-) -> Any:  # fmt: skip
+    step: Step,
+    input: Tensor,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any,
+    bias: Any,
+    p: float,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Any:
     config, given = step.config, [t for t in (weight, bias) if t is not None]
     if config is None or not is_plain_float(input, *given):
         return NotImplemented

@@ -113,9 +113,17 @@ def _torch_norm(rule: Rule) -> Rule:
     """Of BatchNorm and InstanceNorm, whose functions of `torch` have other arguments than those of `F`."""
 
     def spelled(
-        where: Any, input: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool,
-        momentum: float, eps: float, cudnn_enabled: bool,
-    ) -> Any:  # fmt: skip
+        where: Any,
+        input: Tensor,
+        weight: Any,
+        bias: Any,
+        running_mean: Any,
+        running_var: Any,
+        training: bool,
+        momentum: float,
+        eps: float,
+        cudnn_enabled: bool,
+    ) -> Any:
         return rule(where, input, running_mean, running_var, weight, bias, training, momentum, eps)
 
     return spelled
@@ -123,9 +131,14 @@ def _torch_norm(rule: Rule) -> Rule:
 
 def _torch_layer_norm(rule: Rule) -> Rule:
     def spelled(
-        where: Any, input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5,
+        where: Any,
+        input: Tensor,
+        normalized_shape: Any,
+        weight: Any = None,
+        bias: Any = None,
+        eps: float = 1e-5,
         cudnn_enable: bool = True,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         return rule(where, input, normalized_shape, weight, bias, eps)
 
     return spelled

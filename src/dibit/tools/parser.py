@@ -35,9 +35,15 @@ class Parser(argparse.ArgumentParser):
         self.flags: dict[str, Flag] = {}  # by each spelling, such as --bias and --no-bias
 
     def flag(
-        self, name: str, kind: Any, text: str, metavar: str | None = None, group: Any = None, action: Any = None,
+        self,
+        name: str,
+        kind: Any,
+        text: str,
+        metavar: str | None = None,
+        group: Any = None,
+        action: Any = None,
         **how: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Add a flag.
 
         Args:

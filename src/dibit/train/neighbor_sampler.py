@@ -133,9 +133,13 @@ def _sample(seeds: Any, colptr: Any, row: Any, hops: Any, local: Any, key: Any) 
     for i in range(count):
         local[node[i]] = -1
     return (
-        node[:count].copy(), edges_from[:edges].copy(), edges_to[:edges].copy(), positions[:edges].copy(),
-        new_nodes, new_edges,
-    )  # fmt: skip
+        node[:count].copy(),
+        edges_from[:edges].copy(),
+        edges_to[:edges].copy(),
+        positions[:edges].copy(),
+        new_nodes,
+        new_edges,
+    )
 
 
 @numba.njit(cache=True, nogil=True)

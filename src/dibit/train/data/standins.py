@@ -211,8 +211,9 @@ def _allowed() -> dict[tuple[str, str], Callable[..., Any]]:
         ("copyreg", "copy_reg"): {"_reconstructor": new},
         ("_codecs",): {"encode": encode},
     }
-    return {(module, name): thing for names, things in modules.items() for module in names
-            for name, thing in things.items()}  # fmt: skip
+    return {
+        (module, name): thing for names, things in modules.items() for module in names for name, thing in things.items()
+    }
 
 
 def _complex(real: Any, imaginary: Any) -> complex:

@@ -19,7 +19,22 @@ from dibit.codec.backends.cpu.products import aggregate, column_sums, norm_gradi
 from dibit.codec.backends.cpu.sampling import pick_rows, row_scores
 
 __all__ = [
-    "aggregate", "apply_mask", "column_sums", "dequantize", "dropout", "finite", "norm_gradient", "norm_relu_dropout",
-    "pack_mask", "passed_rows", "pick_rows", "quantize", "quantize_rows", "relu", "relu_dropout_gradient", "row_scores",
-    "signs", "weight_gradient",
-]  # fmt: skip
+    "aggregate",
+    "apply_mask",
+    "column_sums",
+    "dequantize",
+    "dropout",
+    "finite",
+    "norm_gradient",
+    "norm_relu_dropout",
+    "pack_mask",
+    "passed_rows",
+    "pick_rows",
+    "quantize",
+    "quantize_rows",
+    "relu",
+    "relu_dropout_gradient",
+    "row_scores",
+    "signs",
+    "weight_gradient",
+]

@@ -31,9 +31,15 @@ def _search(levels: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 @kernel(x=torch.float32)
 def quantize(
-    x: Tensor, seed: Tensor, bits: int, block: int, levels: list[float], stats: torch.dtype, rounding: int,
+    x: Tensor,
+    seed: Tensor,
+    bits: int,
+    block: int,
+    levels: list[float],
+    stats: torch.dtype,
+    rounding: int,
     number: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     n, half = x.numel(), stats == torch.bfloat16
     layout = Layout(n, block, bits)
     codes = torch.empty(layout.code_bytes, dtype=torch.uint8)
@@ -44,16 +50,36 @@ def quantize(
         packed = array(ranges.view(torch.int16)) if half else np.empty((0, 2), np.int16)
         data = array(x.contiguous())
         kernels.quantize(
-            n, data, data.view(np.int32), array(codes), plain, packed, array(widths), *keys(seed), bits, block,
-            *_search(tuple(levels)), half, rounding, number,
-        )  # fmt: skip
+            n,
+            data,
+            data.view(np.int32),
+            array(codes),
+            plain,
+            packed,
+            array(widths),
+            *keys(seed),
+            bits,
+            block,
+            *_search(tuple(levels)),
+            half,
+            rounding,
+            number,
+        )
     return codes, ranges, widths
 
 
 def quantize_rows(
-    x: Tensor, index: Tensor | None, shift: Tensor | None, scale: Tensor | None, seed: Tensor, bits: int, block: int,
-    levels: list[float], stats: torch.dtype, rounding: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    index: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    seed: Tensor,
+    bits: int,
+    block: int,
+    levels: list[float],
+    stats: torch.dtype,
+    rounding: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     """In parts, so that no tensor of full size is made."""
     rows, width = x.shape[0] if index is None else index.shape[0], x.shape[1]
     if index is None and shift is None and x.dtype not in HALF:
@@ -71,13 +97,29 @@ def quantize_rows(
 
 @kernel(dtype=(torch.float32, *HALF))
 def dequantize(
-    codes: Tensor, ranges: Tensor, seed: Tensor, numel: int, bits: int, block: int, levels: list[float], dither: float,
-    dtype: torch.dtype, number: int = 0,
-) -> Tensor:  # fmt: skip
+    codes: Tensor,
+    ranges: Tensor,
+    seed: Tensor,
+    numel: int,
+    bits: int,
+    block: int,
+    levels: list[float],
+    dither: float,
+    dtype: torch.dtype,
+    number: int = 0,
+) -> Tensor:
     out = empty((numel,), torch.float32)
     if numel:
         kernels.dequantize(
-            numel, array(codes), float32_ranges(ranges), array(out), *keys(seed), bits, block,
-            np.array(levels, np.float32), np.float32(dither), number,
-        )  # fmt: skip
+            numel,
+            array(codes),
+            float32_ranges(ranges),
+            array(out),
+            *keys(seed),
+            bits,
+            block,
+            np.array(levels, np.float32),
+            np.float32(dither),
+            number,
+        )
     return reference.cast_clamped(out, dtype)

@@ -68,9 +68,15 @@ def norm_relu_dropout(
         vectors = (array(part.contiguous()) for part in (mean, gain, bias))
         scale = np.float32(dropout_scale(p, x.dtype))
         kernels.norm_relu_dropout(
-            x.numel(), array(x).reshape(-1), *vectors, array(y).reshape(-1), array(mask), *keys(seed), np.float32(p),
+            x.numel(),
+            array(x).reshape(-1),
+            *vectors,
+            array(y).reshape(-1),
+            array(mask),
+            *keys(seed),
+            np.float32(p),
             scale,
-        )  # fmt: skip
+        )
     return y, mask
 
 
@@ -80,27 +86,58 @@ def relu_dropout_gradient(grad: Tensor, mask: Tensor, seed: Tensor, p: float) ->
     if grad.numel():
         scale = np.float32(dropout_scale(p, grad.dtype))
         kernels.relu_dropout_gradient(
-            grad.numel(), array(grad).reshape(-1), array(mask), array(out).reshape(-1), *keys(seed), np.float32(p),
+            grad.numel(),
+            array(grad).reshape(-1),
+            array(mask),
+            array(out).reshape(-1),
+            *keys(seed),
+            np.float32(p),
             scale,
-        )  # fmt: skip
+        )
     return out
 
 
 @kernel(weight=torch.float32)
 def passed_rows(
-    codes: Tensor, ranges: Tensor, seed: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None, slope: float,
-    drop: Tensor | None, p: float, start: int, stop: int, rows: int, bits: int, block: int, dither: float,
-) -> Tensor:  # fmt: skip
+    codes: Tensor,
+    ranges: Tensor,
+    seed: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    slope: float,
+    drop: Tensor | None,
+    p: float,
+    start: int,
+    stop: int,
+    rows: int,
+    bits: int,
+    block: int,
+    dither: float,
+) -> Tensor:
     width = weight.shape[0]
     out = empty((stop - start, width), torch.float32)
     if out.numel():
         kernels.passed_rows(
-            out.numel(), array(codes), float32_ranges(ranges), array(out).reshape(-1), array(weight.contiguous()),
-            array(bias.contiguous()), _NOTHING if mask is None else array(mask), np.float32(slope), *keys(seed),
-            *((np.uint32(0), np.uint32(0)) if drop is None else keys(drop)), drop is not None, np.float32(p),
-            np.float32(1 if drop is None else dropout_scale(p, weight.dtype)), start * width, rows * width, bits,
-            block, np.float32(dither),
-        )  # fmt: skip
+            out.numel(),
+            array(codes),
+            float32_ranges(ranges),
+            array(out).reshape(-1),
+            array(weight.contiguous()),
+            array(bias.contiguous()),
+            _NOTHING if mask is None else array(mask),
+            np.float32(slope),
+            *keys(seed),
+            *((np.uint32(0), np.uint32(0)) if drop is None else keys(drop)),
+            drop is not None,
+            np.float32(p),
+            np.float32(1 if drop is None else dropout_scale(p, weight.dtype)),
+            start * width,
+            rows * width,
+            bits,
+            block,
+            np.float32(dither),
+        )
     return out
 
 

@@ -17,9 +17,19 @@ from dibit.codec.numpy_views import array
 
 
 def weight_gradient(
-    codes: Tensor, ranges: Tensor, seed: Tensor, dy: Tensor, index: Tensor | None, weight: Tensor | None, rows: int,
-    width: int, bits: int, block: int, levels: list[float], dither: float,
-) -> Tensor:  # fmt: skip
+    codes: Tensor,
+    ranges: Tensor,
+    seed: Tensor,
+    dy: Tensor,
+    index: Tensor | None,
+    weight: Tensor | None,
+    rows: int,
+    width: int,
+    bits: int,
+    block: int,
+    levels: list[float],
+    dither: float,
+) -> Tensor:
     """In parts, so that no tensor of full size is made."""
     dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
     grad = dy.new_zeros((dy.shape[1], width), dtype=dtype)
@@ -28,9 +38,17 @@ def weight_gradient(
         begin, size = first // block, part.block_bytes
         end = begin + part.blocks
         x = dequantize(
-            codes[begin * size : end * size], ranges[begin:end], seed, part.elements, bits, block, levels, dither,
-            dtype, first,
-        ).view(-1, width)  # fmt: skip
+            codes[begin * size : end * size],
+            ranges[begin:end],
+            seed,
+            part.elements,
+            bits,
+            block,
+            levels,
+            dither,
+            dtype,
+            first,
+        ).view(-1, width)
         if index is None or weight is None:
             own = dy[start:stop].to(dtype)
         else:
@@ -45,24 +63,47 @@ def column_sums(codes: Tensor, ranges: Tensor, seed: Tensor, g: Tensor, bits: in
     sums = torch.zeros(tasks, g.shape[1])
     if g.numel():
         kernels.column_sums(
-            g.numel(), array(codes), float32_ranges(ranges), array(g).reshape(-1), array(sums), *keys(seed), bits,
-            block, np.float32(dither),
-        )  # fmt: skip
+            g.numel(),
+            array(codes),
+            float32_ranges(ranges),
+            array(g).reshape(-1),
+            array(sums),
+            *keys(seed),
+            bits,
+            block,
+            np.float32(dither),
+        )
     return sums.sum(0)
 
 
 @kernel(g=torch.float32)
 def norm_gradient(
-    codes: Tensor, ranges: Tensor, seed: Tensor, g: Tensor, shift: Tensor, factor: Tensor, gain: Tensor, bits: int,
-    block: int, dither: float,
-) -> Tensor:  # fmt: skip
+    codes: Tensor,
+    ranges: Tensor,
+    seed: Tensor,
+    g: Tensor,
+    shift: Tensor,
+    factor: Tensor,
+    gain: Tensor,
+    bits: int,
+    block: int,
+    dither: float,
+) -> Tensor:
     out = empty_like(g)
     if g.numel():
         rows = (array(part.contiguous()) for part in (shift, factor, gain))
         kernels.norm_gradient(
-            g.numel(), array(codes), float32_ranges(ranges), array(g).reshape(-1), array(out).reshape(-1), *rows,
-            *keys(seed), bits, block, np.float32(dither),
-        )  # fmt: skip
+            g.numel(),
+            array(codes),
+            float32_ranges(ranges),
+            array(g).reshape(-1),
+            array(out).reshape(-1),
+            *rows,
+            *keys(seed),
+            bits,
+            block,
+            np.float32(dither),
+        )
     return out
 
 
@@ -70,7 +111,5 @@ def norm_gradient(
 def aggregate(crow: Tensor, col: Tensor, values: Tensor, x: Tensor) -> Tensor:
     out = empty((crow.shape[0] - 1, x.shape[1]), x.dtype)
     if out.numel():
-        kernels.aggregate(
-            max(out.numel(), col.numel()), array(crow), array(col), array(values), array(x), array(out)
-        )  # fmt: skip
+        kernels.aggregate(max(out.numel(), col.numel()), array(crow), array(col), array(values), array(x), array(out))
     return out

@@ -14,9 +14,15 @@ STOCHASTIC, NEAREST = 0, 1  # rounding modes as the operators take them
 
 
 def quantize(
-    x: Tensor, seed: Tensor, bits: int, block: int, levels: list[float], stats: torch.dtype, rounding: int,
+    x: Tensor,
+    seed: Tensor,
+    bits: int,
+    block: int,
+    levels: list[float],
+    stats: torch.dtype,
+    rounding: int,
     number: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise a flat tensor block by block, and pack the codes (i-EXACT, section 3.1).
 
     Args:
@@ -48,9 +54,17 @@ def quantize(
 
 
 def quantize_rows(
-    x: Tensor, index: Tensor | None, shift: Tensor | None, scale: Tensor | None, seed: Tensor, bits: int, block: int,
-    levels: list[float], stats: torch.dtype, rounding: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    index: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    seed: Tensor,
+    bits: int,
+    block: int,
+    levels: list[float],
+    stats: torch.dtype,
+    rounding: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     """`quantize` of rows of a matrix, which are gathered, shifted and scaled on the way.
 
     Args:
@@ -67,9 +81,17 @@ def quantize_rows(
 
 
 def dequantize(
-    codes: Tensor, ranges: Tensor, seed: Tensor, numel: int, bits: int, block: int, levels: list[float], dither: float,
-    dtype: torch.dtype, number: int = 0,
-) -> Tensor:  # fmt: skip
+    codes: Tensor,
+    ranges: Tensor,
+    seed: Tensor,
+    numel: int,
+    bits: int,
+    block: int,
+    levels: list[float],
+    dither: float,
+    dtype: torch.dtype,
+    number: int = 0,
+) -> Tensor:
     """The inverse of `quantize`: an unbiased estimate of x, flat (numel,), of `dtype`.
 
     Args:
@@ -179,9 +201,16 @@ def _quantize_rows(
 
 
 def _dequantize_rows(
-    packed: Tensor, ranges: Tensor, start: int, count: int, seed: Tensor, bits: int, levels: list[float],
-    dither: float, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    packed: Tensor,
+    ranges: Tensor,
+    start: int,
+    count: int,
+    seed: Tensor,
+    bits: int,
+    levels: list[float],
+    dither: float,
+    dtype: torch.dtype,
+) -> Tensor:
     """`dequantize` of blocks of one size, (blocks, count)."""
     work = torch.float64 if dtype == torch.float64 else torch.float32
     codes = unpack(packed, count, bits)

@@ -61,9 +61,22 @@ def relu_dropout_gradient(grad: Tensor, mask: Tensor, seed: Tensor, p: float) ->
 
 
 def passed_rows(
-    codes: Tensor, ranges: Tensor, seed: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None, slope: float,
-    drop: Tensor | None, p: float, start: int, stop: int, rows: int, bits: int, block: int, dither: float,
-) -> Tensor:  # fmt: skip
+    codes: Tensor,
+    ranges: Tensor,
+    seed: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    slope: float,
+    drop: Tensor | None,
+    p: float,
+    start: int,
+    stop: int,
+    rows: int,
+    bits: int,
+    block: int,
+    dither: float,
+) -> Tensor:
     """Rows start ... stop of dropout(relu(x_hat * weight + bias)), (stop - start, D), x_hat (N, D) as it was encoded.
 
     Args:

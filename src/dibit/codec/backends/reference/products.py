@@ -7,9 +7,19 @@ from dibit.codec.backends.reference.blocks import dequantize, dither_variance
 
 
 def weight_gradient(
-    codes: Tensor, ranges: Tensor, seed: Tensor, dy: Tensor, index: Tensor | None, weight: Tensor | None, rows: int,
-    width: int, bits: int, block: int, levels: list[float], dither: float,
-) -> Tensor:  # fmt: skip
+    codes: Tensor,
+    ranges: Tensor,
+    seed: Tensor,
+    dy: Tensor,
+    index: Tensor | None,
+    weight: Tensor | None,
+    rows: int,
+    width: int,
+    bits: int,
+    block: int,
+    levels: list[float],
+    dither: float,
+) -> Tensor:
     """dY^T X, (O, width), for what was encoded of X (rows, width): float32, or float64 for such a dy.
 
     Args:
@@ -32,9 +42,17 @@ def column_sums(codes: Tensor, ranges: Tensor, seed: Tensor, g: Tensor, bits: in
 
 
 def norm_gradient(
-    codes: Tensor, ranges: Tensor, seed: Tensor, g: Tensor, shift: Tensor, factor: Tensor, gain: Tensor, bits: int,
-    block: int, dither: float,
-) -> Tensor:  # fmt: skip
+    codes: Tensor,
+    ranges: Tensor,
+    seed: Tensor,
+    g: Tensor,
+    shift: Tensor,
+    factor: Tensor,
+    gain: Tensor,
+    bits: int,
+    block: int,
+    dither: float,
+) -> Tensor:
     """(g - shift - x * factor) * gain for a contiguous g (N, D), rows of it (D,), and x as `dequantize` gives it.
 
     With `dither` 1 (else 0) g in the first place is g (1 + v / N), v the variance of x by rounding: where `factor` is

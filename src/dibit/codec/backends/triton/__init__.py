@@ -20,7 +20,21 @@ from dibit.codec.backends.triton.products import column_sums, norm_gradient, wei
 from dibit.codec.backends.triton.sampling import pick_rows, row_scores
 
 __all__ = [
-    "apply_mask", "column_sums", "dequantize", "dropout", "finite", "norm_gradient", "norm_relu_dropout", "pack_mask",
-    "passed_rows", "pick_rows", "quantize", "quantize_rows", "relu", "relu_dropout_gradient", "row_scores", "signs",
+    "apply_mask",
+    "column_sums",
+    "dequantize",
+    "dropout",
+    "finite",
+    "norm_gradient",
+    "norm_relu_dropout",
+    "pack_mask",
+    "passed_rows",
+    "pick_rows",
+    "quantize",
+    "quantize_rows",
+    "relu",
+    "relu_dropout_gradient",
+    "row_scores",
+    "signs",
     "weight_gradient",
-]  # fmt: skip
+]

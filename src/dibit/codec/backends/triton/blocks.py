@@ -20,17 +20,31 @@ _ELEMENTS = 4096  # that a program takes of whole blocks
 
 @kernel(x=SINGLE)
 def quantize(
-    x: Tensor, seed: Tensor, bits: int, block: int, levels: list[float], stats: torch.dtype, rounding: int,
+    x: Tensor,
+    seed: Tensor,
+    bits: int,
+    block: int,
+    levels: list[float],
+    stats: torch.dtype,
+    rounding: int,
     number: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     return _quantize(x, None, None, None, x.numel(), 0, seed, bits, block, levels, stats, rounding, number)
 
 
 @kernel(x=SINGLE, shift=torch.float32)
 def quantize_rows(
-    x: Tensor, index: Tensor | None, shift: Tensor | None, scale: Tensor | None, seed: Tensor, bits: int, block: int,
-    levels: list[float], stats: torch.dtype, rounding: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    index: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    seed: Tensor,
+    bits: int,
+    block: int,
+    levels: list[float],
+    stats: torch.dtype,
+    rounding: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     if index is None and shift is None:
         return quantize(x.reshape(-1), seed, bits, block, levels, stats, rounding)
     n = x.numel() if index is None else index.shape[0] * x.shape[1]
@@ -38,9 +52,20 @@ def quantize_rows(
 
 
 def _quantize(
-    x: Tensor, index: Tensor | None, shift: Tensor | None, scale: Tensor | None, n: int, width: int, seed: Tensor,
-    bits: int, block: int, levels: list[float], stats: torch.dtype, rounding: int, number: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    index: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    n: int,
+    width: int,
+    seed: Tensor,
+    bits: int,
+    block: int,
+    levels: list[float],
+    stats: torch.dtype,
+    rounding: int,
+    number: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Equal blocks in one launch, the short one at the end in another."""
     layout = Layout(n, block, bits)
     size = layout.block_bytes
@@ -49,9 +74,14 @@ def _quantize(
     widths = x.new_empty(layout.blocks, dtype=torch.float32)
     table = on_device(levels, x.device, widths)
     meta = {
-        "BITS": bits, "LEVELS": bool(levels), "NEAREST": rounding == NEAREST,
-        "HALF": stats == torch.bfloat16, "WIDTH": width, "GATHER": index is not None, "AFFINE": shift is not None,
-    }  # fmt: skip
+        "BITS": bits,
+        "LEVELS": bool(levels),
+        "NEAREST": rounding == NEAREST,
+        "HALF": stats == torch.bfloat16,
+        "WIDTH": width,
+        "GATHER": index is not None,
+        "AFFINE": shift is not None,
+    }
     moved = tuple(x if part is None else part.contiguous() for part in (index, shift, scale))
     source = x.contiguous()
     for count, own, start, at, row in _launches(layout):
@@ -64,11 +94,30 @@ def _quantize(
             pieces = parts(own, _TILE)
             launch(kernels.ends, (count * pieces,), x.device, source, *moved, ends, own, start, pieces, **some, T=_TILE)
         launch(
-            kernels.quantize, (parts(count, b) * chunks,), x.device, source, *moved, seed, ends, table,
-            codes[at:], as_bits(ranges[row:]), widths[row:], count, own, start, number + start, chunks,
-            BLOCK=fixed, SHARED=chunks > 1, **meta,
-            RUN=size if fixed and width and width % size == 0 else 0, B=b, T=t, warps=8,
-        )  # fmt: skip
+            kernels.quantize,
+            (parts(count, b) * chunks,),
+            x.device,
+            source,
+            *moved,
+            seed,
+            ends,
+            table,
+            codes[at:],
+            as_bits(ranges[row:]),
+            widths[row:],
+            count,
+            own,
+            start,
+            number + start,
+            chunks,
+            BLOCK=fixed,
+            SHARED=chunks > 1,
+            **meta,
+            RUN=size if fixed and width and width % size == 0 else 0,
+            B=b,
+            T=t,
+            warps=8,
+        )
     return codes, ranges, widths
 
 
@@ -98,19 +147,44 @@ def _shape(layout: Layout, count: int, own: int) -> tuple[int, int, int, int]:
 
 @kernel(ranges=SINGLE, dtype=SINGLE)
 def dequantize(
-    codes: Tensor, ranges: Tensor, seed: Tensor, numel: int, bits: int, block: int, levels: list[float], dither: float,
-    dtype: torch.dtype, number: int = 0,
-) -> Tensor:  # fmt: skip
+    codes: Tensor,
+    ranges: Tensor,
+    seed: Tensor,
+    numel: int,
+    bits: int,
+    block: int,
+    levels: list[float],
+    dither: float,
+    dtype: torch.dtype,
+    number: int = 0,
+) -> Tensor:
     out = codes.new_empty(numel, dtype=dtype)
     layout = Layout(numel, block, bits)
     table = on_device(levels, codes.device, out)
     for count, own, start, at, row in _launches(layout):
         t, b, chunks, fixed = _shape(layout, count, own)
         launch(
-            kernels.dequantize, (parts(count, b) * chunks,), codes.device, codes[at:], as_bits(ranges[row:]), seed,
-            table, out[start:], count, own, number + start, float(dither), chunks,
-            BLOCK=fixed, SHARED=chunks > 1, BITS=bits, LEVELS=bool(levels),
-            DITHERED=dither != 0, HALF=ranges.dtype == torch.bfloat16, CLAMP=65504.0 if dtype == torch.float16 else 0.0,
-            B=b, T=t,
-        )  # fmt: skip
+            kernels.dequantize,
+            (parts(count, b) * chunks,),
+            codes.device,
+            codes[at:],
+            as_bits(ranges[row:]),
+            seed,
+            table,
+            out[start:],
+            count,
+            own,
+            number + start,
+            float(dither),
+            chunks,
+            BLOCK=fixed,
+            SHARED=chunks > 1,
+            BITS=bits,
+            LEVELS=bool(levels),
+            DITHERED=dither != 0,
+            HALF=ranges.dtype == torch.bfloat16,
+            CLAMP=65504.0 if dtype == torch.float16 else 0.0,
+            B=b,
+            T=t,
+        )
     return out

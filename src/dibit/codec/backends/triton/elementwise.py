@@ -81,9 +81,22 @@ def relu_dropout_gradient(grad: Tensor, mask: Tensor, seed: Tensor, p: float) ->
 
 
 def passed_rows(
-    codes: Tensor, ranges: Tensor, seed: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None, slope: float,
-    drop: Tensor | None, p: float, start: int, stop: int, rows: int, bits: int, block: int, dither: float,
-) -> Tensor:  # fmt: skip
+    codes: Tensor,
+    ranges: Tensor,
+    seed: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    slope: float,
+    drop: Tensor | None,
+    p: float,
+    start: int,
+    stop: int,
+    rows: int,
+    bits: int,
+    block: int,
+    dither: float,
+) -> Tensor:
     """By the kernels above, all rows at once."""
     width = weight.shape[0]
     x = dequantize(codes, ranges, seed, rows * width, bits, block, [], dither, weight.dtype).view(rows, width)

@@ -25,16 +25,29 @@ def _packing(
     layout = Layout(rows * width, block, bits)
     numbers = rows, block, layout.full, max(1, layout.tail_bytes)
     return numbers, {
-        "WIDTH": width, "BLOCK": constant(block), "BITS": bits, "HALF": ranges.dtype == torch.bfloat16,
+        "WIDTH": width,
+        "BLOCK": constant(block),
+        "BITS": bits,
+        "HALF": ranges.dtype == torch.bfloat16,
         "TAIL": layout.tail != 0,
-    }  # fmt: skip
+    }
 
 
 @kernel(ranges=SINGLE, dy=SINGLE)
 def weight_gradient(
-    codes: Tensor, ranges: Tensor, seed: Tensor, dy: Tensor, index: Tensor | None, weight: Tensor | None, rows: int,
-    width: int, bits: int, block: int, levels: list[float], dither: float,
-) -> Tensor:  # fmt: skip
+    codes: Tensor,
+    ranges: Tensor,
+    seed: Tensor,
+    dy: Tensor,
+    index: Tensor | None,
+    weight: Tensor | None,
+    rows: int,
+    width: int,
+    bits: int,
+    block: int,
+    levels: list[float],
+    dither: float,
+) -> Tensor:
     packing = _packing(ranges, rows, width, bits, block)
     if packing is None or not dy.numel():
         return NotImplemented
@@ -45,12 +58,30 @@ def weight_gradient(
     share = parts(parts(rows, max(1, _PROGRAMS // tiles)), r) * r
     slabs = dy.new_empty((parts(rows, share), columns, width), dtype=torch.float32)
     launch(
-        kernels.weight_gradient, (tiles, slabs.shape[0]), dy.device, codes, as_bits(ranges),
+        kernels.weight_gradient,
+        (tiles, slabs.shape[0]),
+        dy.device,
+        codes,
+        as_bits(ranges),
         on_device(levels, dy.device, slabs),
-        seed, dy.contiguous(), *((dy, dy) if index is None else (index, weight)), slabs, *numbers, share,
-        columns, float(dither), **meta, LEVELS=bool(levels), DITHERED=dither != 0, SAMPLED=index is not None,
-        PRECISION=_PRECISION, R=r, C=c, D=d, warps=8,
-    )  # fmt: skip
+        seed,
+        dy.contiguous(),
+        *((dy, dy) if index is None else (index, weight)),
+        slabs,
+        *numbers,
+        share,
+        columns,
+        float(dither),
+        **meta,
+        LEVELS=bool(levels),
+        DITHERED=dither != 0,
+        SAMPLED=index is not None,
+        PRECISION=_PRECISION,
+        R=r,
+        C=c,
+        D=d,
+        warps=8,
+    )
     return slabs.sum(0)
 
 
@@ -66,17 +97,40 @@ def column_sums(codes: Tensor, ranges: Tensor, seed: Tensor, g: Tensor, bits: in
     share = parts(parts(rows, max(1, 4 * _PROGRAMS // tiles)), r) * r
     sums = g.new_empty((parts(rows, share), width))
     launch(
-        kernels.column_sums, (tiles, sums.shape[0]), g.device, codes, as_bits(ranges), sums, seed, g.contiguous(), sums,
-        *numbers, share, float(dither), **meta, LEVELS=False, DITHERED=dither != 0, R=r, D=d,
-    )  # fmt: skip
+        kernels.column_sums,
+        (tiles, sums.shape[0]),
+        g.device,
+        codes,
+        as_bits(ranges),
+        sums,
+        seed,
+        g.contiguous(),
+        sums,
+        *numbers,
+        share,
+        float(dither),
+        **meta,
+        LEVELS=False,
+        DITHERED=dither != 0,
+        R=r,
+        D=d,
+    )
     return sums.sum(0)
 
 
 @kernel(ranges=SINGLE, g=torch.float32)
 def norm_gradient(
-    codes: Tensor, ranges: Tensor, seed: Tensor, g: Tensor, shift: Tensor, factor: Tensor, gain: Tensor, bits: int,
-    block: int, dither: float,
-) -> Tensor:  # fmt: skip
+    codes: Tensor,
+    ranges: Tensor,
+    seed: Tensor,
+    g: Tensor,
+    shift: Tensor,
+    factor: Tensor,
+    gain: Tensor,
+    bits: int,
+    block: int,
+    dither: float,
+) -> Tensor:
     packing = _packing(ranges, g.shape[0], g.shape[1], bits, block)
     if packing is None:
         return NotImplemented
@@ -86,7 +140,21 @@ def norm_gradient(
     d = power(width, 16, 128)
     vectors = (part.contiguous() for part in (shift, factor, gain))
     launch(
-        kernels.norm_gradient, (parts(rows, _TILE // d), parts(width, d)), g.device, codes, as_bits(ranges), out, seed,
-        g.contiguous(), *vectors, out, *numbers, float(dither), **meta, DITHERED=dither != 0, R=_TILE // d, D=d,
-    )  # fmt: skip
+        kernels.norm_gradient,
+        (parts(rows, _TILE // d), parts(width, d)),
+        g.device,
+        codes,
+        as_bits(ranges),
+        out,
+        seed,
+        g.contiguous(),
+        *vectors,
+        out,
+        *numbers,
+        float(dither),
+        **meta,
+        DITHERED=dither != 0,
+        R=_TILE // d,
+        D=d,
+    )
     return out

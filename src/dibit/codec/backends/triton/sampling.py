@@ -20,9 +20,16 @@ def row_scores(x: Tensor) -> Tensor:
     out = x.new_empty(rows, dtype=torch.uint8)
     c = power(width, 16, 256)
     launch(
-        kernels.row_scores, (parts(rows, _TILE // c),), x.device, x.contiguous(), out, rows, width,
-        R=_TILE // c, C=c,
-    )  # fmt: skip
+        kernels.row_scores,
+        (parts(rows, _TILE // c),),
+        x.device,
+        x.contiguous(),
+        out,
+        rows,
+        width,
+        R=_TILE // c,
+        C=c,
+    )
     return out
 
 
@@ -40,12 +47,31 @@ def pick_rows(scores: Tensor, seed: Tensor, count: int) -> tuple[Tensor, Tensor]
     weight = scores.new_empty(count, dtype=torch.float32)
     launch(kernels.count_scores, (tiles,), device, scores, counts, rows, T=_RUN)
     launch(
-        kernels.keep_probabilities, (1,), device, counts, seed, probabilities, start, count, SALT=SAMPLING_SALT,
+        kernels.keep_probabilities,
+        (1,),
+        device,
+        counts,
+        seed,
+        probabilities,
+        start,
+        count,
+        SALT=SAMPLING_SALT,
         FLOOR=FLOOR,
-    )  # fmt: skip
+    )
     launch(kernels.sum_probabilities, (tiles,), device, scores, probabilities, sums, rows, T=_RUN)
     launch(
-        kernels.pick_rows, (tiles,), device, scores, probabilities, start, sums, sums.cumsum(0), index, weight, rows,
-        count, T=_RUN,
-    )  # fmt: skip
+        kernels.pick_rows,
+        (tiles,),
+        device,
+        scores,
+        probabilities,
+        start,
+        sums,
+        sums.cumsum(0),
+        index,
+        weight,
+        rows,
+        count,
+        T=_RUN,
+    )
     return index, weight

@@ -128,9 +128,26 @@ def relu_dropout_gradient(grad, mask, out, key0, key1, p, scale):
 
 @Kernel
 def passed_rows(
-    codes, ranges, out, weight, bias, mask, slope, key0, key1, key2, key3, drops, p, scale, number, total, bits, block,
+    codes,
+    ranges,
+    out,
+    weight,
+    bias,
+    mask,
+    slope,
+    key0,
+    key1,
+    key2,
+    key3,
+    drops,
+    p,
+    scale,
+    number,
+    total,
+    bits,
+    block,
     dither,
-):  # fmt: skip
+):
     n, width, slots, top = out.size, weight.size, 8 // bits, f32((1 << bits) - 1)
     stride = (block + slots - 1) // slots
     group = max(1, CHUNK // block)

@@ -21,16 +21,26 @@ from dibit.codec.backends.triton.kernels.numbers import (
     rounded,
     stored_range,
     uniform,
-)  # fmt: skip
+)
 
 _UPPER, _NEXT, _LARGEST = tl.constexpr(-65536), tl.constexpr(65536), tl.constexpr(2147483647)
 
 
 @triton.jit
 def _element(
-    x_ptr, index_ptr, shift_ptr, scale_ptr, first, j, mask, there,
-    WIDTH: tl.constexpr, GATHER: tl.constexpr, AFFINE: tl.constexpr, RUN: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    index_ptr,
+    shift_ptr,
+    scale_ptr,
+    first,
+    j,
+    mask,
+    there,
+    WIDTH: tl.constexpr,
+    GATHER: tl.constexpr,
+    AFFINE: tl.constexpr,
+    RUN: tl.constexpr,
+):
     """Elements `first` (int64) + j of the matrix that is encoded: of rows `index` of x, moved and scaled.
 
     RUN: how many elements from `first` on lie in one row, which is then looked up once; 0 where they may not.
@@ -60,9 +70,19 @@ def _element(
 
 @triton.jit
 def ends(
-    x_ptr, index_ptr, shift_ptr, scale_ptr, ends_ptr, block, start, chunks,
-    WIDTH: tl.constexpr, GATHER: tl.constexpr, AFFINE: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    index_ptr,
+    shift_ptr,
+    scale_ptr,
+    ends_ptr,
+    block,
+    start,
+    chunks,
+    WIDTH: tl.constexpr,
+    GATHER: tl.constexpr,
+    AFFINE: tl.constexpr,
+    T: tl.constexpr,
+):
     """Smallest and largest element of large blocks, as ordered int32, from `T` elements a program."""
     program = tl.program_id(0).to(tl.int64)
     b, c = program // chunks, program % chunks
@@ -77,12 +97,34 @@ def ends(
 
 @triton.jit
 def quantize(
-    x_ptr, index_ptr, shift_ptr, scale_ptr, seed_ptr, ends_ptr, levels_ptr, codes_ptr, ranges_ptr, widths_ptr,
-    blocks, own, start, number, chunks,
-    BLOCK: tl.constexpr, SHARED: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, NEAREST: tl.constexpr,
-    HALF: tl.constexpr, WIDTH: tl.constexpr, GATHER: tl.constexpr, AFFINE: tl.constexpr, RUN: tl.constexpr,
-    B: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    index_ptr,
+    shift_ptr,
+    scale_ptr,
+    seed_ptr,
+    ends_ptr,
+    levels_ptr,
+    codes_ptr,
+    ranges_ptr,
+    widths_ptr,
+    blocks,
+    own,
+    start,
+    number,
+    chunks,
+    BLOCK: tl.constexpr,
+    SHARED: tl.constexpr,
+    BITS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    NEAREST: tl.constexpr,
+    HALF: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GATHER: tl.constexpr,
+    AFFINE: tl.constexpr,
+    RUN: tl.constexpr,
+    B: tl.constexpr,
+    T: tl.constexpr,
+):
     """`reference.quantize` of equal blocks, of BLOCK elements, or of `own` ones where BLOCK is 0.
 
     Args:
@@ -168,10 +210,26 @@ def quantize(
 
 @triton.jit
 def dequantize(
-    codes_ptr, ranges_ptr, seed_ptr, levels_ptr, out_ptr, blocks, own, number, dither, chunks,
-    BLOCK: tl.constexpr, SHARED: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, DITHERED: tl.constexpr,
-    HALF: tl.constexpr, CLAMP: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
+    codes_ptr,
+    ranges_ptr,
+    seed_ptr,
+    levels_ptr,
+    out_ptr,
+    blocks,
+    own,
+    number,
+    dither,
+    chunks,
+    BLOCK: tl.constexpr,
+    SHARED: tl.constexpr,
+    BITS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    DITHERED: tl.constexpr,
+    HALF: tl.constexpr,
+    CLAMP: tl.constexpr,
+    B: tl.constexpr,
+    T: tl.constexpr,
+):
     """`reference.dequantize` of equal blocks; CLAMP: the largest number of the result's dtype, 0 for none."""
     SLOTS: tl.constexpr = 8 // BITS
     program = tl.program_id(0).to(tl.int64)

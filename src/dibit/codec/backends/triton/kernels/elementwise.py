@@ -59,9 +59,22 @@ def dropout(x_ptr, out_ptr, seed_ptr, n, p, scale, T: tl.constexpr):
 
 @triton.jit
 def norm_relu_dropout(
-    x_ptr, mean_ptr, gain_ptr, bias_ptr, seed_ptr, y_ptr, bits_ptr, n, size, p, scale,
-    WIDTH: tl.constexpr, ALIGNED: tl.constexpr, DROPS: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    mean_ptr,
+    gain_ptr,
+    bias_ptr,
+    seed_ptr,
+    y_ptr,
+    bits_ptr,
+    n,
+    size,
+    p,
+    scale,
+    WIDTH: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    DROPS: tl.constexpr,
+    T: tl.constexpr,
+):
     """Dropout of the ReLU of (x - mean) * gain + bias, and the ReLU's mask, in one pass.
 
     ALIGNED: WIDTH and size are multiples of 4, so that four elements in a row have four columns in a row.

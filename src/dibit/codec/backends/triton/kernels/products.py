@@ -14,10 +14,27 @@ from dibit.codec.backends.triton.kernels.numbers import decoded, keys, stored_ra
 
 @triton.jit
 def _unpacked(
-    codes_ptr, ranges_ptr, levels_ptr, key0, key1, row, r, d, rows, own, last, short, dither,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, DITHERED: tl.constexpr,
-    HALF: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
+    codes_ptr,
+    ranges_ptr,
+    levels_ptr,
+    key0,
+    key1,
+    row,
+    r,
+    d,
+    rows,
+    own,
+    last,
+    short,
+    dither,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BITS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    DITHERED: tl.constexpr,
+    HALF: tl.constexpr,
+    TAIL: tl.constexpr,
+):
     """The tile of elements (row + r, d) for row int64, r (R, 1) and d (1, C) int32; 0 outside of the matrix."""
     SLOTS: tl.constexpr = 8 // BITS
     if BLOCK:
@@ -41,12 +58,34 @@ def _unpacked(
 
 @triton.jit
 def weight_gradient(
-    codes_ptr, ranges_ptr, levels_ptr, seed_ptr, dy_ptr, index_ptr, weight_ptr, out_ptr, rows, own, last, short,
-    share, columns, dither,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, DITHERED: tl.constexpr,
-    HALF: tl.constexpr, TAIL: tl.constexpr, SAMPLED: tl.constexpr, PRECISION: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
+    codes_ptr,
+    ranges_ptr,
+    levels_ptr,
+    seed_ptr,
+    dy_ptr,
+    index_ptr,
+    weight_ptr,
+    out_ptr,
+    rows,
+    own,
+    last,
+    short,
+    share,
+    columns,
+    dither,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BITS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    DITHERED: tl.constexpr,
+    HALF: tl.constexpr,
+    TAIL: tl.constexpr,
+    SAMPLED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+):
     """A part of dY^T X: rows `share * program` onwards, to the slab of `out` (parts, columns, WIDTH) of that program.
 
     SAMPLED: row k of X belongs to row index[k] of dY, and counts weight[k] times.
@@ -69,9 +108,27 @@ def weight_gradient(
         else:
             rows_of_dy = tl.load(dy_ptr + (row + r) * columns + o, mask=mask & (o < columns), other=0.0).to(tl.float32)
         x = _unpacked(
-            codes_ptr, ranges_ptr, levels_ptr, key0, key1, row, r, d, rows, own, last, short, dither,
-            WIDTH, BLOCK, BITS, LEVELS, DITHERED, HALF, TAIL,
-        )  # fmt: skip
+            codes_ptr,
+            ranges_ptr,
+            levels_ptr,
+            key0,
+            key1,
+            row,
+            r,
+            d,
+            rows,
+            own,
+            last,
+            short,
+            dither,
+            WIDTH,
+            BLOCK,
+            BITS,
+            LEVELS,
+            DITHERED,
+            HALF,
+            TAIL,
+        )
         total += tl.dot(tl.trans(rows_of_dy), x, input_precision=PRECISION)
     o = tl.program_id(0) // tiles * C + tl.arange(0, C)[:, None]
     to = out_ptr + (part * columns + o) * WIDTH + d
@@ -80,10 +137,28 @@ def weight_gradient(
 
 @triton.jit
 def column_sums(
-    codes_ptr, ranges_ptr, levels_ptr, seed_ptr, g_ptr, out_ptr, rows, own, last, short, share, dither,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, DITHERED: tl.constexpr,
-    HALF: tl.constexpr, TAIL: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
+    codes_ptr,
+    ranges_ptr,
+    levels_ptr,
+    seed_ptr,
+    g_ptr,
+    out_ptr,
+    rows,
+    own,
+    last,
+    short,
+    share,
+    dither,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BITS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    DITHERED: tl.constexpr,
+    HALF: tl.constexpr,
+    TAIL: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+):
     """A part of sum_n g_n x_n: rows `share * program` onwards, to the row of `out` (parts, WIDTH) of that program."""
     part = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * D + tl.arange(0, D)[None, :]
@@ -96,9 +171,27 @@ def column_sums(
         mask = (row + r < stop) & (d < WIDTH)
         g = tl.load(g_ptr + (row + r) * WIDTH + d, mask=mask, other=0.0).to(tl.float32)
         x = _unpacked(
-            codes_ptr, ranges_ptr, levels_ptr, key0, key1, row, r, d, rows, own, last, short, dither,
-            WIDTH, BLOCK, BITS, LEVELS, DITHERED, HALF, TAIL,
-        )  # fmt: skip
+            codes_ptr,
+            ranges_ptr,
+            levels_ptr,
+            key0,
+            key1,
+            row,
+            r,
+            d,
+            rows,
+            own,
+            last,
+            short,
+            dither,
+            WIDTH,
+            BLOCK,
+            BITS,
+            LEVELS,
+            DITHERED,
+            HALF,
+            TAIL,
+        )
         total += tl.where(mask, g * x, 0.0)
     column = tl.program_id(0) * D + tl.arange(0, D)
     tl.store(out_ptr + part * WIDTH + column, tl.sum(total, axis=0), mask=column < WIDTH)
@@ -106,11 +199,29 @@ def column_sums(
 
 @triton.jit
 def norm_gradient(
-    codes_ptr, ranges_ptr, levels_ptr, seed_ptr, g_ptr, shift_ptr, factor_ptr, gain_ptr, out_ptr,
-    rows, own, last, short, dither,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr,
-    DITHERED: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
+    codes_ptr,
+    ranges_ptr,
+    levels_ptr,
+    seed_ptr,
+    g_ptr,
+    shift_ptr,
+    factor_ptr,
+    gain_ptr,
+    out_ptr,
+    rows,
+    own,
+    last,
+    short,
+    dither,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BITS: tl.constexpr,
+    HALF: tl.constexpr,
+    TAIL: tl.constexpr,
+    DITHERED: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+):
     """(g (1 + v / N) - shift - x * factor) * gain, v the variance of dither 1; 0 where there is none."""
     row = tl.program_id(0).to(tl.int64) * R
     r = tl.arange(0, R)[:, None]
@@ -118,9 +229,27 @@ def norm_gradient(
     mask = (row + r < rows) & (d < WIDTH)
     key0, key1 = keys(seed_ptr, 0)
     x = _unpacked(
-        codes_ptr, ranges_ptr, levels_ptr, key0, key1, row, r, d, rows, own, last, short, dither,
-        WIDTH, BLOCK, BITS, False, DITHERED, HALF, TAIL,
-    )  # fmt: skip
+        codes_ptr,
+        ranges_ptr,
+        levels_ptr,
+        key0,
+        key1,
+        row,
+        r,
+        d,
+        rows,
+        own,
+        last,
+        short,
+        dither,
+        WIDTH,
+        BLOCK,
+        BITS,
+        False,
+        DITHERED,
+        HALF,
+        TAIL,
+    )
     inside = d < WIDTH
     shift = tl.load(shift_ptr + d, mask=inside, other=0.0)
     factor = tl.load(factor_ptr + d, mask=inside, other=0.0)
