@@ -14,7 +14,7 @@ from torch import nn
 from dibit._torch.module_call import check
 from dibit.config import Config, Sample, nearest
 from dibit.engine.ledger import Ledger, Row
-from dibit.engine.model_state import Found, Rule, State, state_of, states_in
+from dibit.engine.model_state import Found, ModelState, Rule, state_of, states_in
 from dibit.engine.row_scores import Scores
 from dibit.hooks import dlpack as outside
 from dibit.hooks import nothing_compressed as unseen
@@ -64,7 +64,7 @@ def compress(
     check()
     settings = _bounded(_resolve(model, config), noise)
     decompress(model)
-    state = State(model, dict(rules or {}))
+    state = ModelState(model, dict(rules or {}))
     attach(model, state, settings)
     prepare_scripting(model)
     if any(setting is not None for setting in settings.values()):
@@ -110,7 +110,7 @@ def track(model: nn.Module) -> Iterator[Ledger]:
     found = states_in(model) or [each for each in states_in(model, passive=True) if each.state is state_of(model)]
     observed = None
     if not found:
-        observed = State(model, passive=True)
+        observed = ModelState(model, passive=True)
         attach(model, observed, {name: None for name, _ in model.named_modules()})
         found = [Found(observed, "", {""})]
     trackers = []

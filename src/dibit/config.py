@@ -67,7 +67,7 @@ class Sample:
         _choice("Sample.by", self.by, ("uniform", "norm", "gradient"))
         _positive("Sample.least", self.least)
 
-    def of(self, rows: int) -> Sample:
+    def resolve(self, rows: int) -> Sample:
         """What is done to a matrix of so many rows: a whole number of them for each row kept."""
         return self if self.least == 1 else Sample(max(1, int(min(self.ratio, rows // self.least))), self.by)
 
@@ -151,7 +151,7 @@ class Config:
         if self.rounding == "dither" and self.levels != "uniform":
             raise ValueError("rounding='dither' needs levels='uniform'; use rounding='stochastic' with other levels.")
 
-    def elements(self, rows: int, width: int) -> int:
+    def block_size(self, rows: int, width: int) -> int:
         """Elements that share one range in a reduced matrix of this size (G; at least 1)."""
         match self.block:
             case "tensor":
@@ -163,9 +163,9 @@ class Config:
             case _:
                 return int(self.block)
 
-    def settled(self, rows: int) -> Config:
+    def resolve(self, rows: int) -> Config:
         """For a matrix of so many rows: how many of them are kept is decided, and all of anything is no reduction."""
-        reduce = self.reduce.of(rows) if isinstance(self.reduce, Sample) else self.reduce
+        reduce = self.reduce.resolve(rows) if isinstance(self.reduce, Sample) else self.reduce
         if reduce is not None and reduce.ratio == 1:
             reduce = None
         return self if reduce is self.reduce else replace(self, reduce=reduce)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dibit._torch.storage_identity import strided
-from dibit.engine.model_state import State, states_in
+from dibit.engine.model_state import ModelState, states_in
 from dibit.engine.row_scores import Scores
 
 
@@ -143,7 +143,7 @@ def as_before(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _learnt_as_before(states: list[State]) -> Iterator[None]:
+def _learnt_as_before(states: list[ModelState]) -> Iterator[None]:
     """Put back what the states have learnt, and which draws they make."""
     learnt = [(state, state.scores, state.salt) for state in states]
     try:

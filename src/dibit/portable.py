@@ -36,9 +36,11 @@ class Portable:
     """Base of hooks and of what they share."""
 
     kinds: ClassVar[dict[str, type[Portable]]] = {}
+    kind: ClassVar[str]  # the class's name in pickles, which stays when the class is renamed
 
-    def __init_subclass__(cls) -> None:
-        Portable.kinds[cls.__name__] = cls
+    def __init_subclass__(cls, kind: str = "") -> None:
+        cls.kind = kind or cls.__name__
+        Portable.kinds[cls.kind] = cls
 
     def packed(self) -> dict[str, Any]:
         """What a pickle holds, of builtin types, torch's, and other `Portable`s."""
@@ -53,7 +55,7 @@ class Portable:
 
     def __reduce__(self) -> Any:
         # the state is that of a partial: (function, arguments, keywords, attributes)
-        return _revive, (_nothing, type(self).__name__), (_nothing, (), {}, self.packed())
+        return _revive, (_nothing, type(self).kind), (_nothing, (), {}, self.packed())
 
     def __setstate__(self, state: Any) -> None:
         self.unpacked(state[3])

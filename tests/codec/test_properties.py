@@ -74,7 +74,7 @@ def tensors(draw: st.DrawFn, special: bool = False, dtypes: tuple[torch.dtype, .
 
 
 def block_of(x: Tensor, config: Config) -> int:
-    return config.elements(x.shape[:-1].numel(), x.shape[-1] if x.ndim else 1)
+    return config.block_size(x.shape[:-1].numel(), x.shape[-1] if x.ndim else 1)
 
 
 @given(x=tensors(), config=configs(), seed=seeds)

@@ -116,11 +116,11 @@ def _codec() -> None:
         for dtype in (torch.float32, *HALF) if config == Config() else (torch.float32,):
             x, vector = torch.randn(333, width).to(dtype), torch.randn(width)
             for rows, moved in itertools.product((None, index) if sampled else (None,), (False, True)):
-                block = config.elements(333 if rows is None else 160, width)
+                block = config.block_size(333 if rows is None else 160, width)
                 levels = levels_of(config, block)
                 moves = (vector, vector) if moved else (None, None)
                 cuda.quantize_rows(x, rows, *moves, seed, config.bits, block, levels, config.stats, rounding)
-            block = config.elements(333, width)
+            block = config.block_size(333, width)
             levels = levels_of(config, block)
             kept = reference.quantize(x.view(-1), seed, config.bits, block, levels, config.stats, 0)
             for dither in {0.0, 2.0 if not levels else 0.0, float(config.rounding == "dither")}:
@@ -130,7 +130,7 @@ def _codec() -> None:
 def _products() -> None:
     seed, index = seed_tensor(1), torch.arange(333)
     for config, width in _used():
-        block = config.elements(333, width)
+        block = config.block_size(333, width)
         levels = levels_of(config, block)
         x, dy = torch.randn(333, width), torch.randn(999, 40)
         kept = reference.quantize(x.view(-1), seed, config.bits, block, levels, config.stats, 0)

@@ -1,8 +1,8 @@
 """Mixed precision: the copies that `torch.autocast` makes unseen are made here, where a rule can tell what they are of.
 
-A rule for a function that autocast runs in another dtype is marked `lower` or `full`. It then gets copies of its
-tensors in that dtype, made on autograd's record as plain torch makes them, and runs with autocast off, so that nothing
-which Dibit computes beside (codes, derivatives) changes its dtype.
+A rule for a function that autocast runs in another dtype is marked `low_precision` or `full_precision`. It
+then gets copies of its tensors in that dtype, made on autograd's record as plain torch makes them, and runs with
+autocast off, so that nothing which Dibit computes beside (codes, derivatives) changes its dtype.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def copies(dtype: torch.dtype | None, *tensors: Tensor | None) -> tuple[Any, ...
     return tensors if dtype is None else tuple(None if x is None else x.to(dtype) for x in tensors)
 
 
-def lower(rule: Callable[..., Any]) -> Callable[..., Any]:
+def low_precision(rule: Callable[..., Any]) -> Callable[..., Any]:
     """Of a rule for a function that autocast runs in its own dtype: linear layers and products of matrices.
 
     Leaves of autograd's graph, parameters first of all, are handed on as they are, with `step.low` for the dtype of
@@ -47,10 +47,10 @@ def lower(rule: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(rule)
-    def cast(step: Any, *args: Any, **kwargs: Any) -> Any:
+    def cast(forward: Any, *args: Any, **kwargs: Any) -> Any:
         device = _device(args, kwargs)
         if device is None or not autocast_on(device):
-            return rule(step, *args, **kwargs)
+            return rule(forward, *args, **kwargs)
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         if not all(type(x) in (Tensor, torch.nn.Parameter) and strided(x) for x in tensors):
             return NotImplemented
@@ -61,14 +61,14 @@ def lower(rule: Callable[..., Any]) -> Callable[..., Any]:
         def copy(x: Any) -> Any:
             if not isinstance(x, Tensor) or not x.is_floating_point() or (x.is_leaf and x.requires_grad):
                 return x
-            return step.cast(x, low)
+            return forward.cast(x, low)
 
-        return _without_autocast(rule, step, args, kwargs, copy, device, low)
+        return _without_autocast(rule, forward, args, kwargs, copy, device, low)
 
     return cast
 
 
-def full(sample: Callable[[Tensor], Tensor]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def full_precision(sample: Callable[[Tensor], Tensor]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Of a rule for a function that autocast may run in float32: which ones, differs by device and version.
 
     Args:
@@ -82,15 +82,15 @@ def full(sample: Callable[[Tensor], Tensor]) -> Callable[[Callable[..., Any]], C
                 return sample(torch.zeros(2, 2, dtype=torch.bfloat16, device=device)).dtype == torch.float32
 
         @functools.wraps(rule)
-        def cast(step: Any, *args: Any, **kwargs: Any) -> Any:
+        def cast(forward: Any, *args: Any, **kwargs: Any) -> Any:
             device = _device(args, kwargs)
             if device is None or not autocast_on(device) or not in_single(device.type):
-                return rule(step, *args, **kwargs)
+                return rule(forward, *args, **kwargs)
 
             def copy(x: Any) -> Any:
-                return step.cast(x, torch.float32) if isinstance(x, Tensor) and x.dtype in HALF else x
+                return forward.cast(x, torch.float32) if isinstance(x, Tensor) and x.dtype in HALF else x
 
-            return _without_autocast(rule, step, args, kwargs, copy, device, None)
+            return _without_autocast(rule, forward, args, kwargs, copy, device, None)
 
         return cast
 
@@ -103,7 +103,7 @@ def _device(args: Any, kwargs: Any) -> torch.device | None:
 
 def _without_autocast(
     rule: Callable[..., Any],
-    step: Any,
+    forward: Any,
     args: Any,
     kwargs: Any,
     copy: Callable[[Any], Any],
@@ -113,9 +113,9 @@ def _without_autocast(
     try:
         cached = torch.is_autocast_cache_enabled()
         with exact_dtypes(device):
-            step.low, step.low_cached = low, cached
+            forward.low, forward.low_cached = low, cached
             args, kwargs = tuple(map(copy, args)), {name: copy(x) for name, x in kwargs.items()}
-            return rule(step, *args, **kwargs)
+            return rule(forward, *args, **kwargs)
     finally:
-        step.low = None
-        step.forget_copies()
+        forward.low = None
+        forward.forget_copies()

@@ -33,7 +33,7 @@ def empty_like(x: Tensor) -> Tensor:
     return empty(x.shape, x.dtype, x.device)
 
 
-def large(*tensors: Tensor) -> bool:
+def worth_huge_pages(*tensors: Tensor) -> bool:
     """Whether a result of these tensors' size is worth a buffer of its own: large, on the CPU."""
     return all(x.nbytes >= LEAST and x.device.type == "cpu" for x in tensors)
 

@@ -78,9 +78,9 @@ def encode(
     if not isinstance(seed, Tensor):
         seed = seed_tensor(seed, x.device)
     if candidates is None:
-        config = config.settled(x.shape[:-1].numel())
+        config = config.resolve(x.shape[:-1].numel())
     elif isinstance(config.reduce, Sample):
-        config = replace(config, reduce=config.reduce.of(candidates))
+        config = replace(config, reduce=config.reduce.resolve(candidates))
     with exact_dtypes(x.device):
         return _encode(x.detach(), config, seed, affine, scores, candidates)
 
@@ -126,7 +126,7 @@ def _quantize(
     """Codes, ranges and true widths (`ops.quantize`) of a matrix, of its projection, or of its rows `index`."""
     x = reduced(x, config, seed)
     rows = x.shape[0] if index is None else index.shape[0]
-    block = config.elements(rows, x.shape[1])
+    block = config.block_size(rows, x.shape[1])
     rounding = reference.NEAREST if config.rounding == "nearest" else reference.STOCHASTIC
     shift, scale = (None, None) if affine is None else (affine.shift, affine.scale)
     return ops.quantize_rows(

@@ -34,7 +34,7 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, rows: int, width: int, config: Config) -> Layout:
         """The layout in which a config stores a matrix (rows, width); a reduced one where the config reduces."""
-        return cls(rows * width, config.elements(rows, width), config.bits)
+        return cls(rows * width, config.block_size(rows, width), config.bits)
 
     @property
     def full(self) -> int:
@@ -84,7 +84,7 @@ def reduced_shape(rows: int, width: int, config: Config) -> tuple[int, int]:
         case Project(ratio) if ratio > 1:
             return rows, max(1, width // ratio)
         case Sample():
-            return -(-rows // config.reduce.of(rows).ratio), width
+            return -(-rows // config.reduce.resolve(rows).ratio), width
     return rows, width
 
 

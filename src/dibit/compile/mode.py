@@ -26,7 +26,7 @@ from dibit.compile.rules import RULES
 set_callback = eval_frame.set_eval_frame
 
 
-class Traced(TorchFunctionMode):
+class CompiledMode(TorchFunctionMode):
     """One compiled forward pass of a compressed model.
 
     Attributes:
@@ -70,7 +70,7 @@ class Traced(TorchFunctionMode):
 
 class _Local(threading.local):
     def __init__(self) -> None:
-        self.mode = Traced()
+        self.mode = CompiledMode()
 
 
 local = _Local()
@@ -111,7 +111,7 @@ def leave() -> None:
             end(mode)
 
 
-def begin(mode: Traced, state: Any, key: Tensor, held: list[Tensor]) -> None:
+def begin(mode: CompiledMode, state: Any, key: Tensor, held: list[Tensor]) -> None:
     """Start a pass."""
     mode.key, mode.draws, mode.held, mode.used = key, 0, tuple(held), True
     mode.inputs, mode.dropped, mode.older = [], [], 0
@@ -119,7 +119,7 @@ def begin(mode: Traced, state: Any, key: Tensor, held: list[Tensor]) -> None:
     _push_mode(mode)
 
 
-def end(mode: Traced) -> None:
+def end(mode: CompiledMode) -> None:
     """End a pass, also one that was interrupted."""
     above = []
     while torch._C._len_torch_function_stack():

@@ -74,7 +74,7 @@ def keep(
 
 @keep.register_fake
 def _(x, shift, scale, key, draw, text, use):  # type: ignore[no-untyped-def]
-    config = settings(text, use).settled(x.shape[0])
+    config = settings(text, use).resolve(x.shape[0])
     layout = Layout.of(*reduced_shape(x.shape[0], x.shape[1], config), config)
     dtype = torch.float64 if (x if shift is None else shift).dtype == torch.float64 else torch.float32
     sample = config.reduce if isinstance(config.reduce, Sample) else None
@@ -91,7 +91,7 @@ def residual(
 ) -> Compressed:
     """What `keep` returned, as the residual that it is."""
     codes, ranges, flag, scores = kept
-    config = config.settled(rows)
+    config = config.resolve(rows)
     sample = config.reduce if isinstance(config.reduce, Sample) else None
     by_scores = sample is not None and sample.by == "norm"
     count = -(-rows // sample.ratio) if sample is not None and by_scores else 0

@@ -11,7 +11,7 @@ from dibit.engine.holdings import Holdings
 from dibit.engine.ledger import Ledger, Row
 from dibit.engine.module_stack import ModuleStack, function_name
 from dibit.residuals.base import Residual
-from dibit.residuals.exact import Kept, Recomputed
+from dibit.residuals.exact import LosslessForm, Recomputed
 
 
 class Accounting:
@@ -74,7 +74,7 @@ class Accounting:
                 self.ledger.plain_tensor(self.row, x)
                 self.row.shape = self.row.shape or tuple(x.shape)
 
-    def saved(self, x: Tensor, kept: Kept) -> None:
+    def saved(self, x: Tensor, kept: LosslessForm) -> None:
         """An operation of torch saves x itself, in this form."""
         if self.ledger is not None:
             row = Row(self.stack.module, function_name(self.stack.function), kept.how, tuple(x.shape))

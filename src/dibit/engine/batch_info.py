@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from dibit._torch.storage_identity import storages
-from dibit.engine.model_state import Found, State, states_in
+from dibit.engine.model_state import Found, ModelState, states_in
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)  # return what is returned inside
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchInfo:
     """Told by `batch`.
 
     Attributes:
@@ -32,7 +32,7 @@ class Batch:
     loss_rows: Tensor | None = None
     least: int = 0
 
-    def check_inputs(self, state: State, given: list[Tensor]) -> None:
+    def check_inputs(self, state: ModelState, given: list[Tensor]) -> None:
         """A pass of a compressed model begins with these tensors.
 
         Raises:
@@ -52,7 +52,7 @@ class Batch:
                 if x.layout == torch.sparse_csr and x.shape[0] == x.shape[1]:
                     self._compare(x.shape[0], "the matrix has")
 
-    def check_output(self, state: State, returned: list[Tensor]) -> None:
+    def check_output(self, state: ModelState, returned: list[Tensor]) -> None:
         """The same pass has returned these.
 
         Raises:
@@ -79,11 +79,11 @@ class Batch:
 
 class _Local(threading.local):
     def __init__(self) -> None:
-        self.batches: list[tuple[list[nn.Module], Batch]] = []
+        self.batches: list[tuple[list[nn.Module], BatchInfo]] = []
 
 
 _local = _Local()
-_NOTHING = Batch()
+_NOTHING = BatchInfo()
 
 
 @contextlib.contextmanager
@@ -129,7 +129,7 @@ def batch(model: nn.Module, node_ids: Tensor | None = None, loss_rows: Tensor | 
     if loss_rows is not None:
         least = _check("loss_rows", loss_rows, "the rows of the output, or a mask of them", torch.int64, torch.bool)
         _check_returns(model, found)
-    told = [model, *(each.state.root for each in found)], Batch(node_ids, loss_rows, least)
+    told = [model, *(each.state.root for each in found)], BatchInfo(node_ids, loss_rows, least)
     batches = _local.batches  # of this thread: a generator may be closed in another
     batches.append(told)
     try:
@@ -167,7 +167,7 @@ def _check(name: str, value: object, what: str, *dtypes: torch.dtype) -> int:
     return most + 1
 
 
-def told_of(model: nn.Module) -> Batch | None:
+def innermost(model: nn.Module) -> BatchInfo | None:
     """What the innermost `batch` block of this thread told of the compressed model."""
     for models, told in reversed(_local.batches):
         if any(each is model for each in models):
@@ -175,6 +175,6 @@ def told_of(model: nn.Module) -> Batch | None:
     return None
 
 
-def current(model: nn.Module) -> Batch:
+def current(model: nn.Module) -> BatchInfo:
     """The same, empty where nothing was told."""
-    return told_of(model) or _NOTHING
+    return innermost(model) or _NOTHING

@@ -22,15 +22,15 @@ from dibit.engine.known_sources import KnownSources
 from dibit.engine.ledger import Ledger, Row
 from dibit.engine.lossless import LosslessForms
 from dibit.engine.measuring import Measuring
-from dibit.engine.model_state import Rule, State
+from dibit.engine.model_state import ModelState, Rule
 from dibit.engine.module_stack import ModuleStack
 from dibit.engine.noise.meter import Meter
 from dibit.engine.owners import Owners
 from dibit.recompute.recorder import Tape
 from dibit.residuals.base import Residual
-from dibit.residuals.constant_csr import Graph
-from dibit.residuals.exact import Exact, Kept, Narrowed, exact
-from dibit.residuals.masks import Mask, Reseeded
+from dibit.residuals.constant_csr import ConstantCSR
+from dibit.residuals.exact import Exact, LosslessForm, Narrowed, exact
+from dibit.residuals.masks import Mask, SeededMask
 from dibit.residuals.norm_results import Normed, Passed
 
 
@@ -54,7 +54,7 @@ class ForwardPass:
         deferred: residuals whose form depends on what the model returns.
     """
 
-    def __init__(self, state: State, inputs: Any, name: str = "") -> None:
+    def __init__(self, state: ModelState, inputs: Any, name: str = "") -> None:
         self.state = state
         batch = current(state.root)
         batch = replace(batch, loss_rows=None) if name else batch
@@ -119,7 +119,7 @@ class ForwardPass:
         if self.measuring.metered:
             self.state.scores.plan.walk(outputs, self.holdings.began)
         if self.keeper.batch.loss_rows is not None:
-            self.state.reach.learn(outputs, self.keeper.matrix, self.keeper.reached)
+            self.state.reach.observe(outputs, self.keeper.matrix, self.keeper.reached)
         returned = {storage_key(part) for x in outputs for part in storages(x)}
         for cell in self.deferred:
             cell.settle(self, returned)
@@ -223,7 +223,7 @@ class ForwardPass:
         """A path residual: of the smaller tensor that x was gathered, viewed or expanded from, if there is one."""
         return self.keeper.gathered(x, config)
 
-    def cheap(self, x: Tensor, config: Config, gathered: Config | None = None, uses: int = 1) -> bool:
+    def cheaper_exact(self, x: Tensor, config: Config, gathered: Config | None = None, uses: int = 1) -> bool:
         """Whether x can be kept exactly for less than its codes would take, or those of what it was gathered from.
 
         Args:
@@ -232,7 +232,7 @@ class ForwardPass:
             gathered: of the codes of what it was gathered from; `None`: that does not count.
             uses: how often codes would be kept.
         """
-        return self.keeper.cheap(x, config, gathered, uses)
+        return self.keeper.cheaper_exact(x, config, gathered, uses)
 
     def share(self, x: Tensor) -> Tensor:
         """A constant of the graph structure, kept once for equal content; int64 as int32 where it fits."""
@@ -259,23 +259,23 @@ class ForwardPass:
         """y follows from what others hold: features, their dropout, their aggregate."""
         self.sources.derived(y, residual)
 
-    def aggregated(self, y: Tensor, graph: Graph, x: Tensor) -> None:
+    def aggregated(self, y: Tensor, graph: ConstantCSR, x: Tensor) -> None:
         """y = A x, which holds as long as somebody else keeps x alive."""
         self.sources.aggregated(y, graph, x)
 
-    def source(self, y: Tensor) -> tuple[Graph, Tensor] | None:
+    def source(self, y: Tensor) -> tuple[ConstantCSR, Tensor] | None:
         """A and x of a y = A x whose gradient nobody has asked for, where the recipe does not insist on keeping y."""
         if self.config is None or self.config.inputs != "reference":
             return None
         return self.sources.source(y)
 
     def normed(
-        self, y: Tensor, kept: Any, weight: Tensor | None, bias: Tensor | None, masks: Sequence[Mask | Reseeded] = ()
+        self, y: Tensor, kept: Any, weight: Tensor | None, bias: Tensor | None, masks: Sequence[Mask | SeededMask] = ()
     ) -> None:
         """A norm's result y, after masks, can be estimated from what the norm keeps, if that has every row."""
         self.sources.normed(y, kept, weight, bias, masks)
 
-    def passed(self, source: Normed | Passed | None, y: Tensor, mask: Mask | Reseeded, scale: float = 1.0) -> None:
+    def passed(self, source: Normed | Passed | None, y: Tensor, mask: Mask | SeededMask, scale: float = 1.0) -> None:
         """y is what a mask passes of what `estimate` gave, times scale."""
         self.sources.passed(source, y, mask, scale)
 
@@ -328,7 +328,7 @@ class ForwardPass:
 
     # -- what the hooks tell ----------------------------------------------------------------------------------------
 
-    def pack(self, x: Tensor) -> Kept:
+    def pack(self, x: Tensor) -> LosslessForm:
         """What is kept of a tensor that an operation saves: autograd calls it."""
         if self.inside:  # a rule's own tensors: entered in the ledger where they were made
             kept = exact(x)
@@ -373,6 +373,3 @@ def _name_node(result: Any, name: str) -> None:
     node = getattr(result, "grad_fn", None)
     if isinstance(node, torch.autograd.function.BackwardCFunction) and not getattr(node, "measured", ""):
         node.measured = name  # type: ignore[attr-defined]
-
-
-Step = ForwardPass

@@ -13,13 +13,13 @@ from dibit.codec import Affine, encode, encoded_bytes, norm_scores
 from dibit.codec.row_sampling import LEFT_OUT, by_length, unevenness
 from dibit.config import Config, Project, Sample
 from dibit.engine.accounting import Accounting
-from dibit.engine.batch_info import Batch
+from dibit.engine.batch_info import BatchInfo
 from dibit.engine.draws import Draws
 from dibit.engine.holdings import Holdings
 from dibit.engine.known_sources import KnownSources
 from dibit.engine.lossless import LosslessForms
 from dibit.engine.measuring import Measuring
-from dibit.engine.model_state import State
+from dibit.engine.model_state import ModelState
 from dibit.engine.module_stack import ModuleStack, function_name
 from dibit.engine.noise.meter import rounding_of
 from dibit.engine.noise.noise_flow import Leaf
@@ -41,8 +41,8 @@ class Keeper:
 
     def __init__(
         self,
-        state: State,
-        batch: Batch,
+        state: ModelState,
+        batch: BatchInfo,
         matrix: Tensor | None,
         stack: ModuleStack,
         holdings: Holdings,
@@ -92,7 +92,7 @@ class Keeper:
         """See `ForwardPass.keep_affine`."""
         return self._noted(self._encode(x, config, "path", affine, watched))
 
-    def cheap(self, x: Tensor, config: Config, gathered: Config | None, uses: int) -> bool:
+    def cheaper_exact(self, x: Tensor, config: Config, gathered: Config | None, uses: int) -> bool:
         """See `ForwardPass.cheaper_exact`."""
         x = self.holdings.origin(x)
         if self.lossless.free(x):
@@ -220,7 +220,7 @@ class Keeper:
         loss_rows, reduce = self.batch.loss_rows, config.reduce
         if loss_rows is None or self.matrix is None or isinstance(reduce, Project):
             return config, scores, None
-        found = self.state.reach.reached(key, self.matrix, loss_rows, rows.shape[0])
+        found = self.state.reach.rows_within(key, self.matrix, loss_rows, rows.shape[0])
         if found is None or not 0 < found[1] < rows.shape[0]:
             return config, scores, None
         self.reached[key] = self.state.reach.steps[key]

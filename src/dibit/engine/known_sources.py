@@ -10,14 +10,14 @@ from typing import Any
 from torch import Tensor
 
 from dibit.engine.holdings import Holdings
-from dibit.recompute.mean_pattern import counts, division
+from dibit.recompute.mean_pattern import is_degree_of, quotient_of
 from dibit.recompute.nodes import Node
 from dibit.recompute.recorder import Tape
 from dibit.residuals.base import Residual
 from dibit.residuals.compressed import Compressed
-from dibit.residuals.constant_csr import Graph
+from dibit.residuals.constant_csr import ConstantCSR
 from dibit.residuals.derived import Aggregated
-from dibit.residuals.masks import Mask, Reseeded
+from dibit.residuals.masks import Mask, SeededMask
 from dibit.residuals.norm_results import Normed, Passed
 
 
@@ -32,7 +32,7 @@ class KnownSources:
     def __init__(self, holdings: Holdings, tape: Tape) -> None:
         self.holdings, self.tape = holdings, tape
         self._derived: dict[Any, Residual] = {}  # tensors that follow from what others hold
-        self._aggregates: dict[Any, tuple[Graph, weakref.ref[Tensor], Any]] = {}
+        self._aggregates: dict[Any, tuple[ConstantCSR, weakref.ref[Tensor], Any]] = {}
         self._estimated: dict[Any, Normed | Passed] = {}  # tensors of which a norm has kept every row
         self._changing: tuple[Any, Normed | Passed] | None = None  # what is known of one that is about to be written to
 
@@ -40,13 +40,13 @@ class KnownSources:
         """y follows from what others hold: features, their dropout, their aggregate."""
         self._derived[self.holdings.key(y)] = residual
 
-    def aggregated(self, y: Tensor, graph: Graph, x: Tensor) -> None:
+    def aggregated(self, y: Tensor, graph: ConstantCSR, x: Tensor) -> None:
         """y = A x, which holds as long as somebody else keeps x alive."""
         if self.holdings.held(x):
             self.tape.node(x)  # remembers the content
         self._aggregates[self.holdings.key(y)] = graph, weakref.ref(x), self.holdings.key(x)
 
-    def source(self, y: Tensor) -> tuple[Graph, Tensor] | None:
+    def source(self, y: Tensor) -> tuple[ConstantCSR, Tensor] | None:
         """A and x of a y that was computed as A x, or as their mean, and whose gradient nobody has asked for."""
         if not self._aggregates:
             return None
@@ -64,7 +64,7 @@ class KnownSources:
         if not self._derived:
             return None
         found = self._derived.get(self.holdings.key(x))
-        parts = division(self.tape, x) if found is None else None
+        parts = quotient_of(self.tape, x) if found is None else None
         if parts is None:
             return found
         for key, source in self._derived.items():
@@ -72,25 +72,25 @@ class KnownSources:
                 return replace(source, graph=replace(source.graph, mean=True))
         return None
 
-    def _average(self, y: Tensor) -> tuple[Graph, weakref.ref[Tensor], Any] | None:
+    def _average(self, y: Tensor) -> tuple[ConstantCSR, weakref.ref[Tensor], Any] | None:
         """The aggregate of a y that is a sum over neighbours divided by their number."""
-        parts = division(self.tape, y)
+        parts = quotient_of(self.tape, y)
         if parts is not None:
             for key, (graph, ref, source) in self._aggregates.items():
                 if self._is_mean(parts, key, graph):
                     return replace(graph, mean=True), ref, source
         return None
 
-    def _is_mean(self, parts: tuple[Node, Node], key: Any, graph: Graph) -> bool:
-        """Whether a division is of the sum over a graph's neighbours that has this key, by their number."""
+    def _is_mean(self, parts: tuple[Node, Node], key: Any, graph: ConstantCSR) -> bool:
+        """Whether a quotient_of is of the sum over a graph's neighbours that has this key, by their number."""
         if graph.mean or parts[0] is not self.tape.nodes.get(key):
             return False
-        return counts(parts[1], self.tape.nodes.get(self.holdings.key(graph.parts[0])))
+        return is_degree_of(parts[1], self.tape.nodes.get(self.holdings.key(graph.parts[0])))
 
     # -- results of norms -------------------------------------------------------------------------------------------
 
     def normed(
-        self, y: Tensor, kept: Any, weight: Tensor | None, bias: Tensor | None, masks: Sequence[Mask | Reseeded] = ()
+        self, y: Tensor, kept: Any, weight: Tensor | None, bias: Tensor | None, masks: Sequence[Mask | SeededMask] = ()
     ) -> None:
         """A norm's result y, after masks, can be estimated from what the norm keeps, if that has every row."""
         if isinstance(kept, Compressed) and kept.packed.config.reduce is None and kept.packed.shape == y.shape:
@@ -100,7 +100,7 @@ class KnownSources:
                 found = Passed(found, mask)
             self._estimated[self.holdings.key(y)] = found
 
-    def passed(self, source: Normed | Passed | None, y: Tensor, mask: Mask | Reseeded, scale: float = 1.0) -> None:
+    def passed(self, source: Normed | Passed | None, y: Tensor, mask: Mask | SeededMask, scale: float = 1.0) -> None:
         """y is what a mask passes of what `estimate` gave, times scale."""
         if source is not None:
             self._estimated[self.holdings.key(y)] = Passed(source, mask, scale)

@@ -26,7 +26,7 @@ _LAST_DIMENSION = {"LogSoftmaxBackward0", "SoftmaxBackward0"}
 
 
 @dataclass
-class Field:
+class LossReach:
     """What one model's passes have shown.
 
     Attributes:
@@ -37,9 +37,9 @@ class Field:
     _alive: Alive = field(default_factory=Alive, repr=False)
     _of: Any = field(default=None, repr=False)
     _loss_rows: Tensor | None = field(default=None, repr=False)
-    _reached: list[tuple[Tensor, int]] = field(default_factory=list, repr=False)
+    _rows: list[tuple[Tensor, int]] = field(default_factory=list, repr=False)
 
-    def reached(self, key: str, matrix: Tensor, loss_rows: Tensor, rows: int) -> tuple[Tensor, int] | None:
+    def rows_within(self, key: str, matrix: Tensor, loss_rows: Tensor, rows: int) -> tuple[Tensor, int] | None:
         """Which rows of a residual the loss reaches, bool (rows,), and their number; `None`: all, for all we know."""
         steps = self.steps.get(key)
         if steps is None or matrix.shape[0] != matrix.shape[1] or matrix.shape[0] != rows:
@@ -52,15 +52,15 @@ class Field:
             self._alive.hold(col)
             first = torch.zeros(rows, dtype=torch.bool, device=crow.device)
             first[loss_rows] = True
-            self._of, self._loss_rows, self._reached = of, loss_rows, [(first, int(first.sum()))]
-        while len(self._reached) <= steps:
-            last = self._reached[-1][0]
+            self._of, self._loss_rows, self._rows = of, loss_rows, [(first, int(first.sum()))]
+        while len(self._rows) <= steps:
+            last = self._rows[-1][0]
             more = last.clone()
             more[col[last.repeat_interleave(crow.diff())]] = True
-            self._reached.append((more, int(more.sum())))
-        return self._reached[steps]
+            self._rows.append((more, int(more.sum())))
+        return self._rows[steps]
 
-    def learn(self, outputs: Iterable[Tensor], matrix: Tensor | None, assumed: dict[str, int]) -> None:
+    def observe(self, outputs: Iterable[Tensor], matrix: Tensor | None, assumed: dict[str, int]) -> None:
         """Read the distances off a finished forward pass.
 
         Raises:
@@ -84,7 +84,7 @@ class Field:
         self.steps = {key: int(steps) for key, steps in state.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"steps": dict(self.steps), "_alive": Alive(), "_of": None, "_loss_rows": None, "_reached": []}
+        return {"steps": dict(self.steps), "_alive": Alive(), "_of": None, "_loss_rows": None, "_rows": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

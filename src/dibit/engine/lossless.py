@@ -15,7 +15,7 @@ from dibit.engine.ledger import Ledger
 from dibit.engine.owners import is_whole
 from dibit.recompute.nodes import SMALL, Node, nbytes
 from dibit.recompute.recorder import Tape
-from dibit.residuals.exact import Exact, Kept, Narrowed, Recomputed, exact, narrow, own
+from dibit.residuals.exact import Exact, LosslessForm, Narrowed, Recomputed, exact, narrow, own
 
 
 class LosslessForms:
@@ -58,7 +58,7 @@ class LosslessForms:
         nodes = [self.tape.node(part) for part in parts]  # remembers the content
         return self.holdings.settled(x) and all(self.secure(node, copied=False) is not None for node in nodes)
 
-    def exactly(self, x: Tensor) -> Kept:
+    def exactly(self, x: Tensor) -> LosslessForm:
         """x in the fewest bytes that lose nothing: from what is kept anyway, narrowed, once for equal content."""
         if ("lossless", self.holdings.key(x)) not in self._forms:
             limit = nbytes(x) * (0.5 if x.dtype == torch.int64 else 1)
@@ -182,7 +182,7 @@ class LosslessForms:
         """A copy that nobody else can write to, once for equal content."""
         kept = narrow(x.detach())
         if storage_key(kept.x) == storage_key(x):
-            kept = kept.on(kept.x.clone())
+            kept = kept.with_tensor(kept.x.clone())
         self._forms["copy", self.holdings.key(x)] = kept = self._shared_content(kept)
         self.tape.cuts.clear()
         return kept
@@ -213,7 +213,7 @@ class LosslessForms:
             unchanged = not isinstance(other, Exact) or version(other.x) == other.version
             if unchanged and torch.equal(other.x, kept.x):
                 self._may_change(other)
-                return self._may_change(kept.on(other.x))
+                return self._may_change(kept.with_tensor(other.x))
         known.append(kept)
         return kept
 

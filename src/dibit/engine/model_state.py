@@ -17,7 +17,7 @@ from dibit._torch.storage_identity import storages
 from dibit._torch.user_objects import attributes, defines, is_a, items, static
 from dibit.codec import Packed
 from dibit.engine.ledger import Ledger, Row
-from dibit.engine.loss_reach import Field
+from dibit.engine.loss_reach import LossReach
 from dibit.engine.owners import History
 from dibit.engine.row_scores import Scores
 from dibit.portable import Portable
@@ -32,7 +32,7 @@ _NO_TENSORS = frozenset((type(None), bool, int, float, str, dict, OrderedDict))
 
 
 @dataclass(eq=False)
-class State(Portable):
+class ModelState(Portable, kind="State"):
     """Shared by the hooks of a model's modules; copied and pickled with them."""
 
     model: InitVar[nn.Module | None]
@@ -62,7 +62,7 @@ class State(Portable):
         return _NOTHING if model is None else model
 
     @property
-    def reach(self) -> Field:
+    def reach(self) -> LossReach:
         """How far the loss reaches, as passes with `loss_rows` have shown."""
         return self.scores.reach
 
@@ -95,8 +95,8 @@ class State(Portable):
     def copied(self) -> dict[str, Any]:
         return {**vars(self), "trackers": [], "observer": None}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> State:
-        twin: State = super().__deepcopy__(memo)
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelState:
+        twin: ModelState = super().__deepcopy__(memo)
         twin.belongs_to(memo.get(id(self.root)))  # not there if a part is copied alone
         return twin
 
@@ -130,7 +130,7 @@ class State(Portable):
         rules, known, steps = pickle.loads(packed["rules"]), packed["scores"], packed["steps"]
         names = ("passive", "warned", "seeds", "asks", "scripted")
         own = {name: packed[name] for name in names if name in packed}  # an older version wrote fewer
-        State.__init__(self, None, rules, **own)
+        ModelState.__init__(self, None, rules, **own)
         self.scores.load_state_dict(known)
         self.reach.steps = steps
 
@@ -148,7 +148,7 @@ def _parts(x: Any) -> list[Tensor]:
 class Hook(Portable):
     """A forward pre-hook of ours, which knows its module's name in the compressed model."""
 
-    def __init__(self, state: State, name: str) -> None:
+    def __init__(self, state: ModelState, name: str) -> None:
         self.state, self.name = state, name
 
     def called(self, module: nn.Module) -> None:
@@ -167,7 +167,7 @@ class Found:
         names: of its modules that were found, as the compressed model calls them.
     """
 
-    state: State
+    state: ModelState
     path: str
     names: set[str]
 
@@ -176,7 +176,7 @@ class Found:
         return "" in self.names
 
 
-def state_of(model: nn.Module) -> State | None:
+def state_of(model: nn.Module) -> ModelState | None:
     """What `compress` attached to this module, if anything."""
     hooks: Any = model._forward_pre_hooks.values()
     return next((hook.state for hook in hooks if is_a(hook, Hook)), None)

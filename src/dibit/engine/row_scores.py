@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from dibit._torch.storage_identity import strided, version
 from dibit.codec.seed_stream import capturing, given, go_on
-from dibit.engine.loss_reach import Field
+from dibit.engine.loss_reach import LossReach
 from dibit.engine.noise.row_plan import RowPlan
 from dibit.engine.owners import History
 from dibit.residuals.gradient_norms import GradientNormObserver, decayed
@@ -25,7 +25,7 @@ from dibit.residuals.gradient_norms import GradientNormObserver, decayed
 _PARAMETERS, _ELEMENTS = 16, 16  # whose values are compared, and how many of each
 _HISTORY = "steady/"  # before the roles of `History`
 _ROWS = "rows/"  # before the names of `RowPlan.state_dict`
-_REACH = "reach/"  # before the keys of `Field.state_dict`, beside those of the scores
+_REACH = "reach/"  # before the keys of `LossReach.state_dict`, beside those of the scores
 _DRAWS = "draws/"  # before the names of `stream.given`
 
 
@@ -45,7 +45,7 @@ class Scores:
     """
 
     known: dict[str, Tensor] = field(default_factory=dict)
-    reach: Field = field(default_factory=Field)
+    reach: LossReach = field(default_factory=LossReach)
     history: History = field(default_factory=History)
     plan: RowPlan = field(default_factory=RowPlan)
     _pending: dict[str, list[tuple[Tensor | None, GradientNormObserver]]] = field(default_factory=dict, repr=False)

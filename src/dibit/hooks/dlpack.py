@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.utils.dlpack
 
-from dibit.engine.forward_pass import Step
+from dibit.engine.forward_pass import ForwardPass
 from dibit.hooks.passes import running
 
 
@@ -21,8 +21,8 @@ def watch() -> None:
     @functools.wraps(given)
     def to_dlpack(x: Any, *args: Any, **kwargs: Any) -> Any:
         active = running()
-        if active is not None and isinstance(active.step, Step):
-            active.step.exposed(x)
+        if active is not None and isinstance(active.forward_pass, ForwardPass):
+            active.forward_pass.exposed(x)
         return given(x, *args, **kwargs)
 
     torch.utils.dlpack.to_dlpack = to_dlpack  # type: ignore[assignment]

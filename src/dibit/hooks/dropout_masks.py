@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from dibit.config import Config
-from dibit.engine.model_state import State
+from dibit.engine.model_state import ModelState
 from dibit.engine.module_stack import ModuleStack
 from dibit.hooks.inner_gradients import ASKING
 from dibit.nn import norm_relu_dropout
@@ -86,7 +86,7 @@ class Calls:
         own: the pack hook that the pass itself sets, where there are no others.
     """
 
-    def __init__(self, state: State, own: Any = None) -> None:
+    def __init__(self, state: ModelState, own: Any = None) -> None:
         self.state = state
         self._own = own
         self._calls: list[tuple[CodeType, Any]] = []  # innermost last: what runs it, and the hooks in which it does
@@ -128,7 +128,7 @@ class Calls:
 
 
 class Exactly:
-    """A forward pass in which nothing is compressed and masks alone are drawn; in the place of a `Step`."""
+    """A forward pass in which nothing is compressed and masks alone are drawn; in the place of a `ForwardPass`."""
 
     seen = 1  # it has no part in the warning that nothing was compressed
 
@@ -142,16 +142,16 @@ class Exactly:
 class Masks(TorchFunctionMode):
     """Draws dropout's masks in an `Exactly`; everything else is torch's own."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: ModelState) -> None:
         super().__init__()
-        self.step = Exactly()
+        self.forward_pass = Exactly()
         self.calls = Calls(state)
         self.away = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in DROPOUTS and not torch.compiler.is_dynamo_compiling():
-            result = self.calls.masked(self.step.stack.configs[-1], func, args, kwargs)
+            result = self.calls.masked(self.forward_pass.stack.configs[-1], func, args, kwargs)
             if result is not NotImplemented:
                 return result
         return run_away(self, func, args, kwargs) if func in ASKING else func(*args, **kwargs)

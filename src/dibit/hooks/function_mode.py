@@ -20,15 +20,15 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 
 from dibit._torch.storage_identity import storage_key, storages, strided
-from dibit.engine.forward_pass import Step
+from dibit.engine.forward_pass import ForwardPass
 from dibit.engine.holdings import tensors_in
 from dibit.engine.model_state import Rule
 from dibit.hooks import inner_gradients as inner_gradient
 from dibit.hooks.dropout_masks import DROPOUTS, Calls, hooks_free, run_away, transformed
-from dibit.recompute.repeatable import PURE, functions
+from dibit.recompute.repeatable import PURE, torch_functions
 
-_EXPOSES = functions("numpy data_ptr __array__ __dlpack__ untyped_storage storage share_memory_")
-_FROM_OUTSIDE = functions("as_tensor asarray from_numpy frombuffer from_dlpack")  # may share somebody else's memory
+_EXPOSES = torch_functions("numpy data_ptr __array__ __dlpack__ untyped_storage storage share_memory_")
+_FROM_OUTSIDE = torch_functions("as_tensor asarray from_numpy frombuffer from_dlpack")  # may share memory
 _push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
 _pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
 
@@ -65,34 +65,34 @@ def _has_statistics(function: Any) -> bool:
     return any(part in _name(function) for part in ("batch_norm", "instance_norm"))
 
 
-def tell_of_writes(step: Step, func: Any, args: Any, kwargs: Any) -> None:
+def tell_of_writes(forward_pass: ForwardPass, func: Any, args: Any, kwargs: Any) -> None:
     """What is kept must not change with a tensor that this call writes to, or lets somebody write to."""
     if _changes(func):
-        step.before_change(args[0] if args else kwargs.get("input", kwargs.get("self")))
+        forward_pass.before_change(args[0] if args else kwargs.get("input", kwargs.get("self")))
     elif func in _EXPOSES and args:
-        step.exposed(args[0])
+        forward_pass.exposed(args[0])
     elif _has_statistics(func):
         for x in (*args[1:], *kwargs.values()):
             if isinstance(x, Tensor) and not x.requires_grad:
-                step.before_change(x)
+                forward_pass.before_change(x)
     elif isinstance(func, OpOverload | OpOverloadPacket):
         for x in written(func, args):
-            step.before_change(x)
+            forward_pass.before_change(x)
     elif _option(func, "inplace") is not None and _given(func, "inplace", args, kwargs):
-        step.before_change(args[0] if args else kwargs.get("input"))
+        forward_pass.before_change(args[0] if args else kwargs.get("input"))
     elif _option(func, "max_norm") is not None and _given(func, "max_norm", args, kwargs) is not None:
-        step.before_change(_given(func, "weight", args, kwargs))  # rows of an embedding that are too long
+        forward_pass.before_change(_given(func, "weight", args, kwargs))  # rows of an embedding that are too long
     if kwargs and kwargs.get("out") is not None:
-        step.before_change(kwargs["out"])
+        forward_pass.before_change(kwargs["out"])
 
 
-def tell_of_results(step: Step, func: Any, args: Any, result: Any) -> None:
+def tell_of_results(forward_pass: ForwardPass, func: Any, args: Any, result: Any) -> None:
     """Note memory that this call has made. What has a gradient tells by itself."""
     for x in result if type(result) in (tuple, list) else (result,):
         if type(x) is Tensor and not x.requires_grad and strided(x) and func not in _FROM_OUTSIDE:
             storage = storage_key(x)
             if not any(storage == storage_key(part) for a in tensors_in(args) for part in storages(a)):
-                step.made(x)
+                forward_pass.made(x)
 
 
 def written(func: OpOverload | OpOverloadPacket, args: Any) -> Iterator[Any]:
@@ -107,23 +107,23 @@ def written(func: OpOverload | OpOverloadPacket, args: Any) -> Iterator[Any]:
 class Intercept(TorchFunctionMode):
     """Looks up each function of the forward pass in the table."""
 
-    def __init__(self, step: Step, rules: Mapping[Any, Rule]) -> None:
+    def __init__(self, forward_pass: ForwardPass, rules: Mapping[Any, Rule]) -> None:
         super().__init__()
-        self.step = step
+        self.forward_pass = forward_pass
         self.rules = rules
-        self.hooks = (step.pack, step.unpack)
-        self.calls = Calls(step.state, self.hooks[0])
+        self.hooks = (forward_pass.pack, forward_pass.unpack)
+        self.calls = Calls(forward_pass.state, self.hooks[0])
         self.away = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if _name(func) == "__get__" or torch.compiler.is_dynamo_compiling() or transformed():
             return func(*args, **kwargs)  # a property; within the model a compiled function, or a transform: exact
-        step = self.step
+        forward_pass = self.forward_pass
         if func in inner_gradient.ASKING:
             return self._asked(func, args, kwargs)
-        if step.state.asks is not False and inner_gradient.makes_leaf(func, args, kwargs):
-            step.stack.stay_exact()
+        if forward_pass.state.asks is not False and inner_gradient.makes_leaf(func, args, kwargs):
+            forward_pass.stack.stay_exact()
         # Hooks are there for the one operation: transforms of `torch.func` refuse to begin where there are any.
         keeps = torch.is_grad_enabled() and hooks_free()
         if not keeps:
@@ -136,25 +136,25 @@ class Intercept(TorchFunctionMode):
 
     def _run(self, func: Any, args: Any, kwargs: Any, keeps: bool) -> Any:
         """An operation; `keeps`: not within someone else's hooks (activation checkpoints), where all stays exact."""
-        step = self.step
-        step.stack.function = func
-        if step.config is None:
-            tell_of_writes(step, func, args, kwargs)
-            if func in DROPOUTS and step.stack.configs:
-                result = self.calls.masked(step.stack.configs[-1], func, args, kwargs)
+        forward_pass = self.forward_pass
+        forward_pass.stack.function = func
+        if forward_pass.config is None:
+            tell_of_writes(forward_pass, func, args, kwargs)
+            if func in DROPOUTS and forward_pass.stack.configs:
+                result = self.calls.masked(forward_pass.stack.configs[-1], func, args, kwargs)
                 if result is not NotImplemented:
                     return result
             return func(*args, **kwargs)
-        tape, rule = step.tape, self.rules.get(func)
+        tape, rule = forward_pass.tape, self.rules.get(func)
         # Under no_grad others may write to what is made, out of sight: a Function's own forward pass runs there.
         call = tape.before(func, args, kwargs) if func in PURE and torch.is_grad_enabled() else None
-        tell_of_writes(step, func, args, kwargs)
+        tell_of_writes(forward_pass, func, args, kwargs)
         result = NotImplemented
-        if rule is not None and keeps and not (func in DROPOUTS and self.calls.torchs(step.config, func)):
-            result = step.run_rule(func, rule, args, kwargs)
-            step.seen += result is not NotImplemented
+        if rule is not None and keeps and not (func in DROPOUTS and self.calls.torchs(forward_pass.config, func)):
+            result = forward_pass.run_rule(func, rule, args, kwargs)
+            forward_pass.seen += result is not NotImplemented
         if result is NotImplemented and func in DROPOUTS:
-            result = self.calls.masked(step.stack.configs[-1], func, args, kwargs)
+            result = self.calls.masked(forward_pass.stack.configs[-1], func, args, kwargs)
         if result is NotImplemented:
             tape.running = call
             try:
@@ -163,33 +163,39 @@ class Intercept(TorchFunctionMode):
                 tape.running = None
         tape.after(call, result)
         if call is None:
-            tell_of_results(step, func, args, result)
+            tell_of_results(forward_pass, func, args, result)
         return result
 
     def _asked(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A gradient is asked for inside the forward pass: exactly, or not at all."""
-        step = self.step
+        forward_pass = self.forward_pass
         outputs, inputs = inner_gradient.asked(func, args, kwargs)
         if inputs and all(map(torch._C._functorch.is_functorch_wrapped_tensor, inputs)):
             return run_away(self, func, args, kwargs)  # what `torch.func.vjp` gave back: its inside was exact
-        step.state.asks = True
+        forward_pass.state.asks = True
         nodes = inner_gradient.compressed_between(outputs, inputs)
         if nodes:
-            raise RuntimeError(inner_gradient.refusal(step.module, type(step.state.root).__name__, nodes))
-        step.stack.asked = True
-        if step.stack.exact_within is not None and step.stack.exact_within <= 1 and not step.state.told:
-            step.state.told = True
+            raise RuntimeError(
+                inner_gradient.refusal(forward_pass.module, type(forward_pass.state.root).__name__, nodes)
+            )
+        forward_pass.stack.asked = True
+        if (
+            forward_pass.stack.exact_within is not None
+            and forward_pass.stack.exact_within <= 1
+            and not forward_pass.state.told
+        ):
+            forward_pass.state.told = True
             warnings.warn(
-                f"dibit: {type(step.state.root).__name__} asks for a gradient inside its forward pass, which has to be "
-                "exact, so what it computes from the tensor that it differentiates by is not compressed.",
+                f"dibit: {type(forward_pass.state.root).__name__} asks for a gradient inside its forward pass, which "
+                "has to be exact, so what it computes from the tensor that it differentiates by is not compressed.",
                 stacklevel=3,
             )
-        step.seen += 1
-        before, step.stack.exact_within = (
-            step.stack.exact_within,
+        forward_pass.seen += 1
+        before, forward_pass.stack.exact_within = (
+            forward_pass.stack.exact_within,
             0,
         )  # what an activation checkpoint runs again meanwhile
         try:
             return run_away(self, func, args, kwargs)
         finally:
-            step.stack.exact_within = before
+            forward_pass.stack.exact_within = before

@@ -16,7 +16,7 @@ from dibit._torch.user_objects import is_a, static
 from dibit.compile import mode as traced
 from dibit.compile.config_text import setting_of
 from dibit.config import Config
-from dibit.engine.model_state import Hook, State, state_of
+from dibit.engine.model_state import Hook, ModelState, state_of
 from dibit.hooks import passes
 from dibit.hooks.dropout_masks import transformed
 from dibit.hooks.inner_gradients import asks
@@ -27,7 +27,7 @@ from dibit.portable import Portable
 class Enter(Hook):
     """Forward pre-hook: lets `passes.run` call the module's forward, where there is, or begins, a compressed pass."""
 
-    def __init__(self, state: State, name: str, config: Config | None) -> None:
+    def __init__(self, state: ModelState, name: str, config: Config | None) -> None:
         super().__init__(state, name)
         self.config = config
         state.scores.plan.expect(config)
@@ -80,7 +80,7 @@ class Enter(Hook):
 class Exit(Portable):
     """Forward hook, for compiled code: there a module's end is traced as its beginning is."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: ModelState) -> None:
         self.state = state
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -96,7 +96,7 @@ def _written_down() -> bool:
     return torch._C._get_tracing_state() is not None or _symbolic_trace._is_fx_tracing_flag
 
 
-def detach(model: nn.Module, which: Callable[[State], bool]) -> None:
+def detach(model: nn.Module, which: Callable[[ModelState], bool]) -> None:
     """Remove the hooks of these states."""
     for module in model.modules():
         found: tuple[Any, Any] = module._forward_pre_hooks, module._forward_hooks
@@ -108,7 +108,7 @@ def detach(model: nn.Module, which: Callable[[State], bool]) -> None:
                 module._forward_hooks_always_called.pop(key, None)
 
 
-def attach(model: nn.Module, state: State, settings: Mapping[str, Config | None]) -> None:
+def attach(model: nn.Module, state: ModelState, settings: Mapping[str, Config | None]) -> None:
     shared = _defaults(model)
     state.seeds = any(config is not None and config.dropout == "seed" for config in settings.values())
     state.asks = False if state.passive else asks(model) or None

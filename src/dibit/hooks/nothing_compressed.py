@@ -9,13 +9,14 @@ from typing import Any
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from dibit.compile import mode as traced
-from dibit.engine.model_state import State, state_of
+from dibit.engine.model_state import ModelState, state_of
 
-_waiting: dict[int, tuple[weakref.ref[State], bool]] = {}  # nothing of them was compressed yet; without gradients then
+# Models of which nothing was compressed yet, and whether they had no gradients then.
+_waiting: dict[int, tuple[weakref.ref[ModelState], bool]] = {}
 _handle: Any = None
 
 
-def expect(state: State) -> None:
+def expect(state: ModelState) -> None:
     """A model was compressed: an optimiser that steps its parameters expects that something of it was."""
     global _handle
     key = id(state)
@@ -24,7 +25,7 @@ def expect(state: State) -> None:
         _handle = register_optimizer_step_post_hook(_stepped)
 
 
-def passed(state: State, seen: int, whole: bool) -> None:
+def passed(state: ModelState, seen: int, whole: bool) -> None:
     """A training forward pass of the model (or, not `whole`, of a part of it) has ended; `seen`: what rules took over.
 
     A part may well have nothing to compress. It is said of parts when a backward pass has come by all the same.
@@ -37,7 +38,7 @@ def passed(state: State, seen: int, whole: bool) -> None:
         _say(state, "the training forward passes of the parts of", "had no operation that Dibit knows")
 
 
-def _has_gradient(state: State) -> bool:
+def _has_gradient(state: ModelState) -> bool:
     return any(p.grad is not None for p in state.root.parameters())
 
 
@@ -66,7 +67,7 @@ def _stepped(optimizer: Optimizer, *_: Any) -> None:
             )
 
 
-def _say(state: State, before: str, after: str, stacklevel: int = 8) -> None:
+def _say(state: ModelState, before: str, after: str, stacklevel: int = 8) -> None:
     _forget(id(state))
     if not state.warned:
         state.warned = True

@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 
 from dibit._torch.storage_identity import strided
 from dibit.compile import mode as traced
-from dibit.engine.batch_info import told_of
-from dibit.engine.forward_pass import Step
+from dibit.engine.batch_info import innermost
+from dibit.engine.forward_pass import ForwardPass
 from dibit.engine.holdings import tensors_in
 from dibit.hooks import nothing_compressed as unseen
 from dibit.hooks.dropout_masks import Exactly, Masks, hooks_free, top_hooks, transformed
@@ -36,14 +36,14 @@ class Pass:
         self.suspended = False
         self.mode: Intercept | Masks
         if compressed:
-            step = Step(state, inputs, hook.name)
+            forward_pass = ForwardPass(state, inputs, hook.name)
             if state.asks and any(x.requires_grad and x.is_leaf for x in tensors_in(inputs)):
-                step.stack.exact_within = 0
+                forward_pass.stack.exact_within = 0
             rules = {} if state.passive else {**RULES, **state.rules} if state.rules else RULES
-            self.mode = Intercept(step, rules)
+            self.mode = Intercept(forward_pass, rules)
         else:
             self.mode = Masks(state)
-        self.step: Step | Exactly = self.mode.step
+        self.forward_pass: ForwardPass | Exactly = self.mode.forward_pass
 
     def begin(self) -> None:
         traced.local.mode.used = False
@@ -58,10 +58,10 @@ class Pass:
             _remove_hooks(self.mode.hooks[0])
 
     def suspend(self) -> None:
-        """Step aside for a part of the model that is compiled: the mode and hooks of compiled code take over."""
+        """ForwardPass aside for a part of the model that is compiled: the mode and hooks of compiled code take over."""
         _remove_mode(self.mode)
         self.suspended = True
-        self.step.seen += 1
+        self.forward_pass.seen += 1
 
     def resume(self) -> None:
         self.suspended = False
@@ -103,11 +103,11 @@ def _eager(hook: Any, module: nn.Module, forward: Callable[..., Any], args: Any,
         return _part(active, hook, module, forward, args, kwargs)
     compressed = compresses()
     hook.called(module)
-    told = told_of(hook.state.root) if compressed and not (hook.name or hook.state.passive) else None
+    told = innermost(hook.state.root) if compressed and not (hook.name or hook.state.passive) else None
     if told is not None:
         told.check_inputs(hook.state, list(tensors_in((args, kwargs))))
     active = Pass(hook, (args, kwargs), compressed)
-    step = active.step
+    forward_pass = active.forward_pass
     try:
         try:
             active.begin()
@@ -118,12 +118,12 @@ def _eager(hook: Any, module: nn.Module, forward: Callable[..., Any], args: Any,
             finally:
                 active.end()  # where Ctrl-C came in the middle of the line above
     except BaseException:
-        step.end(None)
+        forward_pass.end(None)
         raise
-    step.end(output)
-    step.seen += traced.local.mode.used
-    if compressed and step.stack.compresses:
-        unseen.passed(hook.state, step.seen, whole=not hook.name)
+    forward_pass.end(output)
+    forward_pass.seen += traced.local.mode.used
+    if compressed and forward_pass.stack.compresses:
+        unseen.passed(hook.state, forward_pass.seen, whole=not hook.name)
     if told is not None:
         told.check_output(hook.state, list(tensors_in(output)))
     return output
@@ -131,14 +131,14 @@ def _eager(hook: Any, module: nn.Module, forward: Callable[..., Any], args: Any,
 
 def _part(active: Pass, hook: Any, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Run a forward with the name and config of its module on the step."""
-    step, mode, calls = active.step, active.mode, active.mode.calls
-    depth, away = len(step.stack.names), mode.away
+    forward_pass, mode, calls = active.forward_pass, active.mode, active.mode.calls
+    depth, away = len(forward_pass.stack.names), mode.away
     try:
         if away:  # run again by a gradient that is asked for in the pass
             _push_mode(mode)
             mode.away = False
         calls.enter()
-        step.stack.enter(hook.name, hook.config)
+        forward_pass.stack.enter(hook.name, hook.config)
         if scripted(module) and isinstance(mode, Intercept):
             return _unseen(mode, forward, args, kwargs)
         return forward(*args, **kwargs)
@@ -147,20 +147,20 @@ def _part(active: Pass, hook: Any, module: nn.Module, forward: Callable[..., Any
             _remove_mode(mode)
             mode.away = True
         calls.leave(depth)
-        if step.stack.leave(depth) and not depth and calls.state.asks is None:
+        if forward_pass.stack.leave(depth) and not depth and calls.state.asks is None:
             calls.state.asks = False  # a tensor was made to require a gradient, and none was asked for
 
 
 def _unseen(mode: Intercept, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """A forward that TorchScript runs: exact, and in the ledger under its name, as hooks are told what it keeps."""
-    step, keeps = mode.step, torch.is_grad_enabled() and hooks_free()
+    forward_pass, keeps = mode.forward_pass, torch.is_grad_enabled() and hooks_free()
     _remove_mode(mode)  # the hooks are called while it would be active
     mode.away = True
     try:
         for x in tensors_in((args, kwargs)):
-            if not step.held(x):
-                step.before_change(x)  # the forward may write to it
-        step.stack.function = "TorchScript"
+            if not forward_pass.held(x):
+                forward_pass.before_change(x)  # the forward may write to it
+        forward_pass.stack.function = "TorchScript"
         with torch.autograd.graph.saved_tensors_hooks(*mode.hooks) if keeps else nullcontext():
             return forward(*args, **kwargs)
     finally:

@@ -1,6 +1,6 @@
 """Recognising on the tape what a product or a quotient is for.
 
-A mean over neighbours may be made of a sum and a division, as PyTorch Geometric does on a GPU.
+A mean over neighbours may be made of a sum and a quotient_of, as PyTorch Geometric does on a GPU.
 
 There `torch.sparse.mm` has no mean: what it gives is divided by `ptr[1:] - ptr[:-1]`, at least 1. The tape knows how
 that divisor came about, so no element of it has to be looked at.
@@ -14,20 +14,20 @@ from torch import Tensor
 
 from dibit.recompute.nodes import Node
 from dibit.recompute.recorder import Tape
-from dibit.recompute.repeatable import functions
+from dibit.recompute.repeatable import torch_functions
 
-_DIVISIONS = functions("div true_divide __truediv__")
-_AT_LEAST = functions("clamp clamp_ clamp_min clamp_min_")
-_DIFFERENCES = functions("sub __sub__")
-_SHAPES = functions("view reshape unsqueeze")
-_RECIPROCALS = functions("rsqrt reciprocal")
-_POWERS = functions("pow __pow__")
-_DIVIDED = functions("__rtruediv__ __rdiv__")
+_DIVISIONS = torch_functions("div true_divide __truediv__")
+_AT_LEAST = torch_functions("clamp clamp_ clamp_min clamp_min_")
+_DIFFERENCES = torch_functions("sub __sub__")
+_SHAPES = torch_functions("view reshape unsqueeze")
+_RECIPROCALS = torch_functions("rsqrt reciprocal")
+_POWERS = torch_functions("pow __pow__")
+_DIVIDED = torch_functions("__rtruediv__ __rdiv__")
 _DEEPEST = 4  # changes of shape between a reciprocal and the product that it enters
 _UPPER, _LOWER = slice(1, None), slice(None, -1)
 
 
-def division(tape: Tape, y: Tensor) -> tuple[Node, Node] | None:
+def quotient_of(tape: Tape, y: Tensor) -> tuple[Node, Node] | None:
     """Dividend and divisor of y, if it is the quotient of two tensors."""
     call = _call(tape.nodes.get(tape.key(y)), _DIVISIONS)
     if call is None or len(call) != 2 or not all(isinstance(part, Node) for part in call):
@@ -35,7 +35,7 @@ def division(tape: Tape, y: Tensor) -> tuple[Node, Node] | None:
     return call  # type: ignore[return-value]
 
 
-def counts(divisor: Node, crow: Node | None) -> bool:
+def is_degree_of(divisor: Node, crow: Node | None) -> bool:
     """Whether a divisor is the number of elements of each row that `crow` (N + 1,) points to, at least 1."""
     clamped = _call(divisor, _AT_LEAST)
     if crow is None or clamped is None or clamped[1:] != (1,):

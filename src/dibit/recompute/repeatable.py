@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def functions(names: str) -> set[Any]:
+def torch_functions(names: str) -> set[Any]:
     """All functions of torch by these names: functions of `torch`, of `torch.nn.functional`, methods of tensors."""
     # PyTorch Geometric puts a wrapper in the place of torch.index_select; the mode sees what the wrapper calls
     found = (
@@ -43,18 +43,20 @@ _MADE = "zeros ones full arange new_zeros new_ones new_full zeros_like ones_like
 _COMBINED = "cat stack scatter_add scatter_reduce index_add cumsum"
 _CASTS = "to long int float double bool half bfloat16"
 
-IN_PLACE = functions(
+IN_PLACE = torch_functions(
     "add_ sub_ mul_ div_ neg_ clamp_ masked_fill_ fill_ zero_ scatter_add_ scatter_reduce_ index_add_ __iadd__ "
     "__isub__ __imul__ __itruediv__"
 )
-PURE = functions(" ".join((_SHAPES, _ARITHMETIC, _LOGIC, _MADE, _COMBINED, _CASTS))) | IN_PLACE
-CREATED = functions("zeros ones full arange")
-UNIFORM = {function: value for value, name in enumerate(("zeros", "ones")) for function in functions(name)}
-SELECTIONS = functions(_SHAPES)
-SIZES_ONLY = functions("new_zeros new_ones new_full zeros_like ones_like full_like")  # read no element of their input
+PURE = torch_functions(" ".join((_SHAPES, _ARITHMETIC, _LOGIC, _MADE, _COMBINED, _CASTS))) | IN_PLACE
+CREATED = torch_functions("zeros ones full arange")
+UNIFORM = {function: value for value, name in enumerate(("zeros", "ones")) for function in torch_functions(name)}
+SELECTIONS = torch_functions(_SHAPES)
+SIZES_ONLY = torch_functions(
+    "new_zeros new_ones new_full zeros_like ones_like full_like"
+)  # read no element of their input
 LIKE = {Tensor.expand_as: Tensor.expand, Tensor.view_as: Tensor.view, Tensor.reshape_as: Tensor.reshape}
-AUTOCAST = functions("__rpow__ cumsum cat stack")  # their result may have another dtype under autocast
-SAVES_RESULT = functions("__rpow__")  # their backward pass needs what they gave
+AUTOCAST = torch_functions("__rpow__ cumsum cat stack")  # their result may have another dtype under autocast
+SAVES_RESULT = torch_functions("__rpow__")  # their backward pass needs what they gave
 # Functions with an `inplace` option: its place among the arguments, and the function that it stands for.
 OPTION: dict[Any, tuple[int, Any]] = {}
 

@@ -37,7 +37,7 @@ def closed_form(shape: Shape, config: Config | None, mask_bytes: int = 4) -> flo
 
 def _packed(rows: int, width: int, config: Config) -> float:
     """q(w): codes of rows x width, and two numbers a block; a block of whole rows fills whole bytes."""
-    block = config.elements(rows, width)
+    block = config.block_size(rows, width)
     blocks, slots = -(-rows * width // block), 8 // config.bits
     last = rows * width - (blocks - 1) * block
     return (blocks - 1) * -(-block // slots) + -(-last // slots) + blocks * 2 * config.stats.itemsize

@@ -32,7 +32,7 @@ class Saved(ABC):
         """Everything that takes memory."""
 
     @abstractmethod
-    def bind(self, tensors: Sequence[Tensor]) -> Self:
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
         """The same on tensors that come back from autograd (an empty sequence: its description alone)."""
 
     def loaded(self) -> None:  # noqa: B027 - most have nothing to do
@@ -76,7 +76,7 @@ def save(ctx: Any, *parts: Saved | Tensor | None) -> None:
             layout.append((None, 1))
         else:
             tensors += part.tensors
-            layout.append((part.bind(()), len(part.tensors)))
+            layout.append((part.with_tensors(()), len(part.tensors)))
     ctx.layout = layout
     ctx.save_for_backward(*tensors)
 
@@ -95,7 +95,7 @@ def load(ctx: Any) -> list[Any]:
             found.append(held[0] if count else None)
         else:
             residual.loaded()
-            found.append(residual.bind(held))
+            found.append(residual.with_tensors(held))
     return found
 
 

@@ -48,7 +48,7 @@ class Compressed(Residual, GradientMap):
                 reduce += f" (one row of {self.packed.rows})"
         return f"{config.bits} bit, block {config.block}{reduce}"
 
-    def bind(self, tensors: Sequence[Tensor]) -> Compressed:
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Compressed:
         packed = self.packed.with_tensors(tuple(tensors)) if tensors else self.packed.without_tensors()
         return replace(self, packed=packed)
 

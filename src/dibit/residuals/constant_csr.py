@@ -16,7 +16,7 @@ from dibit.codec.numpy_views import array
 
 
 @dataclass(frozen=True)
-class Graph:
+class ConstantCSR:
     """A constant matrix in compressed rows, by its parts: autograd keeps those, and checks them.
 
     Attributes:
@@ -34,7 +34,7 @@ class Graph:
         """Identity of the pattern, while its parts live."""
         return pattern(*self.parts[:2])
 
-    def bind(self, parts: Sequence[Tensor]) -> Graph:
+    def with_tensors(self, parts: Sequence[Tensor]) -> ConstantCSR:
         """The same on parts that come back from autograd."""
         return replace(self, parts=tuple(parts))
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dibit.recompute.program import Program, Shared
 from dibit.residuals.base import Residual
-from dibit.residuals.constant_csr import Graph
-from dibit.residuals.exact import Exact, Narrowed, bind
+from dibit.residuals.constant_csr import ConstantCSR
+from dibit.residuals.exact import Exact, Narrowed, with_tensors
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,11 @@ class Gathered(Residual):
     def tensors(self) -> tuple[Tensor, ...]:
         return (*self.source.tensors, *(leaf.x for leaf in self.leaves))
 
-    def bind(self, tensors: Sequence[Tensor]) -> Gathered:
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Gathered:
         count = max(0, len(tensors) - len(self.leaves))  # a description alone may not know how many it has
-        return replace(self, source=self.source.bind(tensors[:count]), leaves=bind(self.leaves, tensors[count:]))
+        return replace(
+            self, source=self.source.with_tensors(tensors[:count]), leaves=with_tensors(self.leaves, tensors[count:])
+        )
 
     def value(self) -> Tensor:
         return self.program.run([self.source.value(), *(leaf.restore() for leaf in self.leaves)], self.shared)
@@ -42,7 +44,7 @@ class Gathered(Residual):
 class Aggregated(Residual):
     """A x of a constant graph, by what is kept of x: (A x)^T dY = x^T (A^T dY) needs no aggregate."""
 
-    graph: Graph
+    graph: ConstantCSR
     source: Residual
     how = "aggregate of the source"
 
@@ -50,8 +52,8 @@ class Aggregated(Residual):
     def tensors(self) -> tuple[Tensor, ...]:
         return (*self.graph.parts, *self.source.tensors)
 
-    def bind(self, tensors: Sequence[Tensor]) -> Aggregated:
-        return Aggregated(self.graph.bind(tensors[:3]), self.source.bind(tensors[3:]))
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Aggregated:
+        return Aggregated(self.graph.with_tensors(tensors[:3]), self.source.with_tensors(tensors[3:]))
 
     def value(self) -> Tensor:
         return self.graph.product(self.source.value())

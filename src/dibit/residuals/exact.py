@@ -34,7 +34,7 @@ class Exact:
             )
         return self.x
 
-    def on(self, x: Tensor) -> Exact:
+    def with_tensor(self, x: Tensor) -> Exact:
         return exact(x)
 
 
@@ -72,7 +72,7 @@ class Narrowed:
             return flat.expand(self.shape)
         return self.x.to(self.dtype).view(self.base).expand(self.shape)
 
-    def on(self, x: Tensor) -> Narrowed:
+    def with_tensor(self, x: Tensor) -> Narrowed:
         """The same on a tensor that comes back from autograd."""
         return Narrowed(x, self.dtype, self.base, self.shape)
 
@@ -90,8 +90,8 @@ class Recomputed(Residual):
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(leaf.x for leaf in self.leaves)
 
-    def bind(self, tensors: Sequence[Tensor]) -> Recomputed:
-        return replace(self, leaves=bind(self.leaves, tensors))
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Recomputed:
+        return replace(self, leaves=with_tensors(self.leaves, tensors))
 
     def restore(self) -> Tensor:
         return self.program.run([leaf.restore() for leaf in self.leaves], self.shared)
@@ -118,7 +118,7 @@ class Reference(Residual):
 
     how = "reference"
 
-    def bind(self, tensors: Sequence[Tensor]) -> Reference:
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Reference:
         return Reference(tensors[0] if tensors else None, self.shape, self.used)
 
     def value(self) -> Tensor:
@@ -142,20 +142,20 @@ class Lossless(Residual):
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.form.x,)
 
-    def bind(self, tensors: Sequence[Tensor]) -> Lossless:
-        return Lossless(*bind((self.form,), tensors))
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Lossless:
+        return Lossless(*with_tensors((self.form,), tensors))
 
     def value(self) -> Tensor:
         return self.form.restore()
 
 
-Kept = Exact | Narrowed | Recomputed
+LosslessForm = Exact | Narrowed | Recomputed
 
 
-def bind(forms: Sequence[Exact | Narrowed], tensors: Sequence[Tensor]) -> tuple[Exact | Narrowed, ...]:
+def with_tensors(forms: Sequence[Exact | Narrowed], tensors: Sequence[Tensor]) -> tuple[Exact | Narrowed, ...]:
     """The same forms on tensors that come back from autograd (none: their description alone)."""
     held = tensors or [torch.empty(0)] * len(forms)
-    return tuple(form.on(x) for form, x in zip(forms, held, strict=True))
+    return tuple(form.with_tensor(x) for form, x in zip(forms, held, strict=True))
 
 
 def narrow(x: Tensor) -> Exact | Narrowed:

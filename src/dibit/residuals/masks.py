@@ -24,7 +24,7 @@ class Mask(GradientMap):
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.bits,)
 
-    def bind(self, tensors: Sequence[Tensor]) -> Mask:
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Mask:
         return Mask(tensors[0] if tensors else torch.empty(0), self.slope)
 
     def apply(self, grad: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ class Mask(GradientMap):
 
 
 @dataclass(frozen=True)
-class Reseeded(Residual, GradientMap):
+class SeededMask(Residual, GradientMap):
     """Dropout: nothing but the seed, and the source where the dropped tensor itself is asked for."""
 
     seed: Tensor
@@ -44,9 +44,9 @@ class Reseeded(Residual, GradientMap):
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.seed,) if self.source is None else (self.seed, self.source)
 
-    def bind(self, tensors: Sequence[Tensor]) -> Reseeded:
+    def with_tensors(self, tensors: Sequence[Tensor]) -> SeededMask:
         seed, *source = tensors or (torch.empty(0),)
-        return Reseeded(seed, self.p, source[0] if source else None)
+        return SeededMask(seed, self.p, source[0] if source else None)
 
     def apply(self, grad: Tensor) -> Tensor:
         """The gradient of dropout: the mask is drawn again."""

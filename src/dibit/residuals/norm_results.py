@@ -11,7 +11,7 @@ from torch import Tensor
 from dibit.codec import ops
 from dibit.residuals.base import Residual, outer
 from dibit.residuals.compressed import Compressed
-from dibit.residuals.masks import Mask, Reseeded
+from dibit.residuals.masks import Mask, SeededMask
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Normed(Residual):
     def tensors(self) -> tuple[Tensor, ...]:
         return (*self.source.tensors, *(x for x in (self.weight, self.bias) if x is not None))
 
-    def bind(self, tensors: Sequence[Tensor]) -> Normed:
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Normed:
         rest = list(tensors[len(self.source.tensors) :])
         weight, bias = (
             None if x is None else rest.pop(0) if rest else torch.empty(0) for x in (self.weight, self.bias)
         )
-        return Normed(self.source.bind(tensors[: len(self.source.tensors)]), weight, bias, self.key)
+        return Normed(self.source.with_tensors(tensors[: len(self.source.tensors)]), weight, bias, self.key)
 
     def value(self) -> Tensor:
         y = self.source.value()
@@ -54,7 +54,7 @@ class Passed(Residual):
     """What ReLU or dropout make of a tensor, by what is kept of it and by their own mask: linear, so unbiased."""
 
     source: Normed | Passed
-    mask: Mask | Reseeded
+    mask: Mask | SeededMask
     scale: float = 1.0
     key: str = ""
     how = "codes of the norm"
@@ -63,22 +63,24 @@ class Passed(Residual):
     def tensors(self) -> tuple[Tensor, ...]:
         return (*self.source.tensors, *self.mask.tensors)
 
-    def bind(self, tensors: Sequence[Tensor]) -> Passed:
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Passed:
         count = len(self.source.tensors)
-        return replace(self, source=self.source.bind(tensors[:count]), mask=self.mask.bind(tensors[count:]))
+        return replace(
+            self, source=self.source.with_tensors(tensors[:count]), mask=self.mask.with_tensors(tensors[count:])
+        )
 
     def value(self) -> Tensor:
         source, mask = self.source, self.mask
-        if isinstance(mask, Reseeded) and isinstance(source, Passed) and source.plain:  # in one pass
+        if isinstance(mask, SeededMask) and isinstance(source, Passed) and source.plain:  # in one pass
             assert isinstance(source.mask, Mask)
             return ops.relu_dropout_gradient(source.source.value(), source.mask.bits, mask.seed, mask.p)
         y = mask.apply(source.value())
         return y if self.scale == 1 else y.mul_(self.scale)
 
     @property
-    def _chain(self) -> tuple[Normed, Mask | None, Reseeded | None] | None:
+    def _chain(self) -> tuple[Normed, Mask | None, SeededMask | None] | None:
         """The norm, a ReLU and dropout, where there is nothing else and they come in this order."""
-        drop = self.mask if isinstance(self.mask, Reseeded) else None
+        drop = self.mask if isinstance(self.mask, SeededMask) else None
         relu = self.source if drop is not None else self
         if isinstance(relu, Normed):
             return relu, None, drop

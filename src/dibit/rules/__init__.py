@@ -1,8 +1,8 @@
 """The rules: what is kept for each function of torch. One file a family of operations.
 
-A rule takes the `Step` and the function's own arguments. It computes the plain forward, keeps a residual, and returns
-the result; or it returns `NotImplemented`, and the function runs as it is, kept exactly. `RULES` has the rule of each
-function under each of its spellings (`dibit.rules.spellings`).
+A rule takes the `ForwardPass` and the function's own arguments. It computes the plain forward, keeps a residual, and
+returns the result; or it returns `NotImplemented`, and the function runs as it is, kept exactly. `RULES` has the rule
+of each function under each of its spellings (`dibit.rules.spellings`).
 """
 
 from collections.abc import Mapping

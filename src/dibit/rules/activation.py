@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dibit._torch.autocast import copies, lower
+from dibit._torch.autocast import copies, low_precision
 from dibit.codec import ops
-from dibit.engine.forward_pass import Step
+from dibit.engine.forward_pass import ForwardPass
 from dibit.engine.model_state import Rule
 from dibit.residuals.base import load, save
 from dibit.residuals.masks import Mask
@@ -44,32 +44,32 @@ aten = torch.ops.aten
 
 
 @rule(kind="ReLU", in_place=True, runs_again=True, saves_result=True)
-def relu(step: Step, input: Tensor, inplace: bool = False) -> Any:
+def relu(forward: ForwardPass, input: Tensor, inplace: bool = False) -> Any:
     if not is_plain_float(input) or not input.requires_grad:
         return NotImplemented
     x = input.detach()
     if inplace:
-        return _masked(step, input, ops.pack_mask(x.contiguous()), 0.0, torch.relu_, True)
+        return _masked(forward, input, ops.pack_mask(x.contiguous()), 0.0, torch.relu_, True)
     if x.is_contiguous():
         result, bits = ops.relu(x)
     else:  # torch's own layout
         result, bits = torch.relu(x), ops.pack_mask(x.contiguous())
-    return _masked(step, input, bits, 0.0, lambda _: result, False)
+    return _masked(forward, input, bits, 0.0, lambda _: result, False)
 
 
 @rule(in_place=True, runs_again=True)
-def leaky_relu(step: Step, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
+def leaky_relu(forward: ForwardPass, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
     if not is_plain_float(input) or not input.requires_grad or negative_slope < 0:
         return NotImplemented
     if not inplace:
-        step.plain(input)
+        forward.plain(input)
     bits = ops.pack_mask(input.detach().contiguous())
     compute = functools.partial(F.leaky_relu, negative_slope=negative_slope, inplace=inplace)
-    return _masked(step, input, bits, float(negative_slope), compute, inplace, saves_result=inplace)
+    return _masked(forward, input, bits, float(negative_slope), compute, inplace, saves_result=inplace)
 
 
 def _masked(
-    step: Step,
+    forward: ForwardPass,
     input: Tensor,
     bits: Tensor,
     slope: float,
@@ -78,12 +78,12 @@ def _masked(
     saves_result: bool = True,
 ) -> Any:
     """The result of a piecewise linear function whose derivative is 1 where `bits` says x > 0, else `slope`."""
-    mask = step.note(Mask(bits, slope))
-    source = step.estimate_before_change(input) if inplace else step.estimate(input)
+    mask = forward.note(Mask(bits, slope))
+    source = forward.estimate_before_change(input) if inplace else forward.estimate(input)
     y = Elementwise.apply(input, compute, mask, inplace)
-    step.passed(source, y, mask)
+    forward.passed(source, y, mask)
     if saves_result:
-        step.plain(y)
+        forward.plain(y)
     return y
 
 
@@ -113,16 +113,16 @@ class PReLU(torch.autograd.Function):
         return dx, dw, None, None, None
 
 
-@rule(autocast=lower)
-def prelu(step: Step, input: Tensor, weight: Tensor) -> Any:
+@rule(autocast=low_precision)
+def prelu(forward: ForwardPass, input: Tensor, weight: Tensor) -> Any:
     if not is_plain_float(input, weight) or not (input.requires_grad or weight.requires_grad) or input.dim() < 2:
         return NotImplemented
-    step.plain(input, weight)
-    x = copies(step.low, input.detach())[0]
+    forward.plain(input, weight)
+    x = copies(forward.low, input.detach())[0]
     # torch's rule here is x > 0, so NaN takes the weight: the 0/1 tensor packs just that
-    mask = step.note(Mask(ops.pack_mask((x > 0).to(torch.float32)), 0.0))
-    negative = step.keep(x.clamp(max=0), leaf=False) if weight.requires_grad else None
-    return PReLU.apply(input, weight, mask, negative, step.low)
+    mask = forward.note(Mask(ops.pack_mask((x > 0).to(torch.float32)), 0.0))
+    negative = forward.keep(x.clamp(max=0), leaf=False) if weight.requires_grad else None
+    return PReLU.apply(input, weight, mask, negative, forward.low)
 
 
 def smooth(plain: Callable[..., Tensor], derivative: Callable[..., Tensor]) -> Rule:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from dibit._torch.huge_pages import empty_like, large
+from dibit._torch.huge_pages import empty_like, worth_huge_pages
 from dibit.engine.accounting import Accounting
-from dibit.engine.forward_pass import Step
+from dibit.engine.forward_pass import ForwardPass
 from dibit.rules.common import first_order, is_plain_float
 from dibit.rules.spellings import rule
 
@@ -40,15 +40,15 @@ class Add(torch.autograd.Function):
 
 
 @rule(runs_again=True)
-def add(step: Step, input: Any, other: Any, *, alpha: Any = 1, out: Any = None) -> Any:
-    if out is not None or alpha != 1 or not (is_plain_float(input, other) and large(input, other)):
+def add(forward: ForwardPass, input: Any, other: Any, *, alpha: Any = 1, out: Any = None) -> Any:
+    if out is not None or alpha != 1 or not (is_plain_float(input, other) and worth_huge_pages(input, other)):
         return NotImplemented
     if input.shape != other.shape or input.dtype != other.dtype:
         return NotImplemented
     if not (input.is_contiguous() and other.is_contiguous()):
         return NotImplemented
-    step.seen -= 1  # no sign that the model has anything to compress
-    if step.function is Tensor.add and input is not other:  # `a + b`: for torch.add the counts are others
+    forward.seen -= 1  # no sign that the model has anything to compress
+    if forward.function is Tensor.add and input is not other:  # `a + b`: for torch.add the counts are others
         counts = sys.getrefcount(input), sys.getrefcount(other)
         for x, count, most in zip((other, input), counts[::-1], _counts_of_temporaries()[::-1], strict=True):
             if count <= most and _nobody_keeps(x):
@@ -93,9 +93,9 @@ class _Probe(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not Tensor.add:
             return func(*args, **kwargs)
-        return Step.run_rule(self, func, self.count, args, kwargs)  # type: ignore[arg-type]
+        return ForwardPass.run_rule(self, func, self.count, args, kwargs)  # type: ignore[arg-type]
 
     @staticmethod
-    def count(step: _Probe, input: Tensor, other: Tensor, *, alpha: Any = 1, out: Any = None) -> Tensor:
-        step.counts = sys.getrefcount(input), sys.getrefcount(other)
+    def count(forward: _Probe, input: Tensor, other: Tensor, *, alpha: Any = 1, out: Any = None) -> Tensor:
+        forward.counts = sys.getrefcount(input), sys.getrefcount(other)
         return input

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dibit._torch.huge_pages import large
+from dibit._torch.huge_pages import worth_huge_pages
 from dibit.codec import ops
-from dibit.engine.forward_pass import Step
+from dibit.engine.forward_pass import ForwardPass
 from dibit.residuals.base import load, save
-from dibit.residuals.constant_csr import Graph
+from dibit.residuals.constant_csr import ConstantCSR
 from dibit.residuals.derived import Aggregated
 from dibit.residuals.exact import Reference
 from dibit.rules.common import first_order, is_plain_float
@@ -28,23 +28,28 @@ from dibit.rules.spellings import rule
 _ARG = {"max": "amax", "min": "amin", "amax": "amax", "amin": "amin"}
 
 
-def constant_graph(step: Step, matrix: Tensor, reduce: str | None) -> Graph:
+def constant_graph(forward: ForwardPass, matrix: Tensor, reduce: str | None) -> ConstantCSR:
     """The parts of a sparse matrix, entered in the ledger where nobody else holds them."""
     csr = matrix if matrix.layout == torch.sparse_csr else matrix.to_sparse_csr()
     parts = csr.crow_indices(), csr.col_indices(), csr.values()
-    if not step.held(matrix):  # made in the forward pass: kept once for all layers, indices in int32
-        parts = step.share(parts[0]), step.share(parts[1]), step.share(parts[2])
+    if not forward.held(matrix):  # made in the forward pass: kept once for all layers, indices in int32
+        parts = forward.share(parts[0]), forward.share(parts[1]), forward.share(parts[2])
         if parts[0].dtype != parts[1].dtype:
             parts = parts[0].long(), parts[1].long(), parts[2]
-        if step.ledger is not None and step.row is not None:
+        if forward.ledger is not None and forward.row is not None:
             for part in parts:
-                step.ledger.kept_tensor(step.row, part)
-    return Graph(parts, matrix.shape, reduce == "mean")
+                forward.ledger.kept_tensor(forward.row, part)
+    return ConstantCSR(parts, matrix.shape, reduce == "mean")
 
 
 def product(matrix: Tensor, x: Tensor, reduce: str | None) -> Tensor:
     """A x, torch's own bits: with ones for weights sums alone are rounded, and our kernel adds in torch's order."""
-    if reduce not in ("sum", "mean") or not large(x) or matrix.layout != torch.sparse_csr or x.dtype != torch.float32:
+    if (
+        reduce not in ("sum", "mean")
+        or not worth_huge_pages(x)
+        or matrix.layout != torch.sparse_csr
+        or x.dtype != torch.float32
+    ):
         return torch.sparse.mm(matrix, x) if reduce is None else torch.sparse.mm(matrix, x, reduce)
     crow, col, values = matrix.crow_indices(), matrix.col_indices(), matrix.values()
     if not (x.is_contiguous() and bool((values == 1).all()) and _adds_in_torchs_order()):
@@ -71,37 +76,37 @@ class Aggregate(torch.autograd.Function):
     """y = A x, sum or mean over the stored elements of each row."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, matrix: Tensor, reduce: str | None, graph: Graph) -> Tensor:
+    def forward(ctx: Any, x: Tensor, matrix: Tensor, reduce: str | None, graph: ConstantCSR) -> Tensor:
         ctx.hops, ctx.fresh_result = 1, True
         save(ctx, *graph.parts)
-        ctx.graph, ctx.matrix = graph.bind(()), graph.pattern
+        ctx.graph, ctx.matrix = graph.with_tensors(()), graph.pattern
         return product(matrix, x, reduce)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        return ctx.graph.bind(load(ctx)).transposed_product(dy).to(dy.dtype), None, None, None
+        return ctx.graph.with_tensors(load(ctx)).transposed_product(dy).to(dy.dtype), None, None, None
 
 
 class AggregateExtreme(torch.autograd.Function):
     """y = max or min over the stored elements of each row; kept: the element that won, torch's own choice at ties."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, matrix: Tensor, reduce: str, graph: Graph, step: Step) -> Tensor:
+    def forward(ctx: Any, x: Tensor, matrix: Tensor, reduce: str, graph: ConstantCSR, forward: ForwardPass) -> Tensor:
         with torch.enable_grad():
             y = torch.sparse.mm(matrix, x.detach().requires_grad_(), reduce)
             winner = y.grad_fn._saved_result1  # type: ignore[union-attr]
         crow, col, values = graph.parts
-        step.plain(winner.nbytes)
+        forward.plain(winner.nbytes)
         # relative to the row's first element a byte or two usually hold it; nnz marks a row without elements
         offset = winner - crow[:-1, None]
         empty = (winner >= values.numel()) | (winner < 0)
         widest = int(crow.diff().max()) if crow.numel() > 1 else 0
         small = torch.uint8 if widest < 2**8 else torch.int16 if widest < 2**15 else torch.int32
         offset = offset.masked_fill_(empty, 0).to(small)
-        if step.ledger is not None and step.row is not None:
-            step.row.how = f"winner in {offset.element_size()} B"
-            step.ledger.kept_tensor(step.row, offset)
+        if forward.ledger is not None and forward.row is not None:
+            forward.row.how = f"winner in {offset.element_size()} B"
+            forward.ledger.kept_tensor(forward.row, offset)
         save(ctx, offset, crow, col, values)
         ctx.shape = x.shape
         return y.detach()
@@ -122,27 +127,29 @@ class ScatterExtreme(torch.autograd.Function):
     """out.scatter_reduce_(amax or amin): one bit an element for who attains the result; ties share, as torch has it."""
 
     @staticmethod
-    def forward(ctx: Any, src: Tensor, out: Tensor, dim: int, index: Tensor, reduce: str, step: Step) -> Tensor:
+    def forward(
+        ctx: Any, src: Tensor, out: Tensor, dim: int, index: Tensor, reduce: str, forward: ForwardPass
+    ) -> Tensor:
         start = out.clone()
         ctx.mark_dirty(out)
         out.scatter_reduce_(dim, index, src, reduce, include_self=False)
         attained = ops.pack_mask((src == out.gather(dim, index)).to(torch.float32))
         initial = ops.pack_mask((start == out).to(torch.float32))
-        kept = step.pack_index(index)
-        step.plain(start.nbytes, src, index)
-        if step.ledger is not None and step.row is not None:
-            step.row.how = "1-bit mask of the winners"
+        kept = forward.pack_index(index)
+        forward.plain(start.nbytes, src, index)
+        if forward.ledger is not None and forward.row is not None:
+            forward.row.how = "1-bit mask of the winners"
             for x in (attained, initial):
-                step.ledger.kept_tensor(step.row, x)
+                forward.ledger.kept_tensor(forward.row, x)
         save(ctx, attained, initial, kept.x)
-        ctx.index, ctx.dim, ctx.shape = kept.on(torch.empty(0)), dim, src.shape
+        ctx.index, ctx.dim, ctx.shape = kept.with_tensor(torch.empty(0)), dim, src.shape
         return out
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         attained, initial, index = load(ctx)
-        index = ctx.index.on(index).restore()
+        index = ctx.index.with_tensor(index).restore()
         ones = torch.ones(1, dtype=dy.dtype, device=dy.device)
         won = ops.apply_mask(ones.expand(ctx.shape).contiguous(), attained, 0.0)
         winners = ops.apply_mask(ones.expand(dy.shape).contiguous(), initial, 0.0)
@@ -151,7 +158,7 @@ class ScatterExtreme(torch.autograd.Function):
 
 
 @rule(kind="linear inputs")  # for a mean plain torch keeps the input, which is the linear layer's, too
-def sparse_mm(step: Step, mat1: Tensor, mat2: Tensor, reduce: str | None = None) -> Any:
+def sparse_mm(forward: ForwardPass, mat1: Tensor, mat2: Tensor, reduce: str | None = None) -> Any:
     if type(mat1) is not Tensor or mat1.layout == torch.strided or mat1.requires_grad:
         return NotImplemented
     if mat1.dim() != 2 or not is_plain_float(mat2) or mat2.dim() != 2 or mat1.dtype != mat2.dtype:
@@ -159,50 +166,50 @@ def sparse_mm(step: Step, mat1: Tensor, mat2: Tensor, reduce: str | None = None)
     if reduce not in (None, "sum", "mean", "max", "min", "amax", "amin"):
         return NotImplemented
     if not mat2.requires_grad:
-        return aggregate_features(step, mat1, mat2, reduce)
-    step.plain(mat1, mat2 if reduce is not None else None)
-    step.references(mat1)
-    graph = constant_graph(step, mat1, reduce)
+        return aggregate_features(forward, mat1, mat2, reduce)
+    forward.plain(mat1, mat2 if reduce is not None else None)
+    forward.references(mat1)
+    graph = constant_graph(forward, mat1, reduce)
     if reduce in _ARG:
-        return AggregateExtreme.apply(mat2, mat1, reduce, graph, step)
+        return AggregateExtreme.apply(mat2, mat1, reduce, graph, forward)
     y = Aggregate.apply(mat2, mat1, reduce, graph)
-    step.aggregated(y, graph, mat2)
+    forward.aggregated(y, graph, mat2)
     return y
 
 
-def aggregate_features(step: Step, matrix: Tensor, x: Tensor, reduce: str | None) -> Any:
+def aggregate_features(forward: ForwardPass, matrix: Tensor, x: Tensor, reduce: str | None) -> Any:
     """A x of features that the caller holds, too: it can be computed again, so that the next layer keeps nothing."""
-    if reduce in _ARG or not (step.held(matrix) and step.held(x)):
+    if reduce in _ARG or not (forward.held(matrix) and forward.held(x)):
         return NotImplemented
-    steady = step.steady(matrix) and step.steady(x)
+    steady = forward.steady(matrix) and forward.steady(x)
     y = product(matrix, x, reduce)
     if steady:
-        step.derived(y, Aggregated(constant_graph(step, matrix, reduce), Reference(x, x.shape)))
+        forward.derived(y, Aggregated(constant_graph(forward, matrix, reduce), Reference(x, x.shape)))
     return y
 
 
 @rule(kind="linear inputs")
-def matmul(step: Step, input: Tensor, other: Tensor, *, out: Any = None) -> Any:
+def matmul(forward: ForwardPass, input: Tensor, other: Tensor, *, out: Any = None) -> Any:
     if out is None and isinstance(input, Tensor) and input.layout != torch.strided:
-        return sparse_mm(step, input, other)
-    return dense_matmul(step, input, other, out=out)
+        return sparse_mm(forward, input, other)
+    return dense_matmul(forward, input, other, out=out)
 
 
 @rule(kind="linear inputs")
-def addmm(step: Step, input: Tensor, mat1: Tensor, mat2: Tensor, **kwargs: Any) -> Any:
+def addmm(forward: ForwardPass, input: Tensor, mat1: Tensor, mat2: Tensor, **kwargs: Any) -> Any:
     if isinstance(mat1, Tensor) and mat1.layout != torch.strided:
         return NotImplemented
-    return dense_addmm(step, input, mat1, mat2, **kwargs)
+    return dense_addmm(forward, input, mat1, mat2, **kwargs)
 
 
 @rule()
 def scatter_reduce_(
-    step: Step, input: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True
+    forward: ForwardPass, input: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True
 ) -> Any:
     if reduce not in ("amax", "amin") or include_self or not is_plain_float(input, src) or input.requires_grad:
         return NotImplemented
     if not src.requires_grad or src.shape != index.shape:
         return NotImplemented
-    out = ScatterExtreme.apply(src, input, dim, index, reduce, step)
-    step.plain(out)
+    out = ScatterExtreme.apply(src, input, dim, index, reduce, forward)
+    forward.plain(out)
     return out

@@ -16,7 +16,7 @@ from dibit._torch.storage_identity import strided
 from dibit.config import Config
 
 if TYPE_CHECKING:
-    from dibit.engine.forward_pass import Step
+    from dibit.engine.forward_pass import ForwardPass
 
 
 MIN_ELEMENTS = 64  # below this compressing does not pay: seed and range cost more than the codes save
@@ -52,10 +52,10 @@ def as_rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def running_config(step: Step) -> Config:
+def running_config(forward: ForwardPass) -> Config:
     """The config of the module that is running: a rule is called only where there is one."""
-    assert step.config is not None
-    return step.config
+    assert forward.config is not None
+    return forward.config
 
 
 def without_reduction(config: Config) -> Config:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dibit.codec import ops
 from dibit.codec.seed_stream import dropout_seed
-from dibit.engine.forward_pass import Step
+from dibit.engine.forward_pass import ForwardPass
 from dibit.residuals.base import load, save
-from dibit.residuals.masks import Mask, Reseeded
+from dibit.residuals.masks import Mask, SeededMask
 from dibit.rules.common import copy_or_return, first_order, is_plain_float
 from dibit.rules.spellings import rule
 
@@ -23,7 +23,7 @@ class SeededDropout(torch.autograd.Function):
     """y = x * m, m a function of (seed, element)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Reseeded, inplace: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, residual: SeededMask, inplace: bool) -> Tensor:
         ctx.hops = 0
         save(ctx, residual)
         if inplace:
@@ -57,20 +57,20 @@ class MaskedDropout(torch.autograd.Function):
     """The mask and the product are torch's own, draw for draw; one bit an element of the mask stays."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Step, p: float, inplace: bool, made: list[Mask]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, forward: ForwardPass, p: float, inplace: bool, made: list[Mask]) -> Tensor:
         if x.device.type == "cpu":
             noise = torch.empty_like(x).bernoulli_(1 - p)
             kept = noise.detach().contiguous()
             mask = Mask(ops.pack_mask(kept), 0.0)
             noise.div_(1 - p)
             y = x.mul_(noise) if inplace else x * noise
-            step.plain(noise.nbytes)
+            forward.plain(noise.nbytes)
         else:
             y, kept = torch.native_dropout(x, p, True)
             mask = Mask(ops.pack_mask(kept.to(torch.float32).contiguous()), 0.0)
             y = x.copy_(y) if inplace else y
-            step.plain(kept.nbytes)
-        made.append(step.note(mask))
+            forward.plain(kept.nbytes)
+        made.append(forward.note(mask))
         ctx.hops = 0
         save(ctx, mask)
         ctx.keep = 1 - p
@@ -105,26 +105,26 @@ def seeded(x: Tensor, p: float, inplace: bool = False) -> Any:
 
 
 @rule(kind="dropout")
-def dropout(step: Step, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-    config = step.config
+def dropout(forward: ForwardPass, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    config = forward.config
     if config is None or not training or not drops(input, p):
         return NotImplemented
-    source = step.estimate_before_change(input) if inplace else step.estimate(input)
+    source = forward.estimate_before_change(input) if inplace else forward.estimate(input)
     if config.dropout == "mask":
         if not input.requires_grad:
             return NotImplemented
         masks: list[Mask] = []
-        y = MaskedDropout.apply(input, step, p, inplace, masks)
-        step.passed(source, y, masks[0], 1 / (1 - p))
+        y = MaskedDropout.apply(input, forward, p, inplace, masks)
+        forward.passed(source, y, masks[0], 1 / (1 - p))
         return y
-    residual = Reseeded(dropout_seed(input.device), float(p))
+    residual = SeededMask(dropout_seed(input.device), float(p))
     if input.requires_grad:
-        step.plain(input.numel() * (input.element_size() if input.device.type == "cpu" else 1))
-        step.note(residual)
+        forward.plain(input.numel() * (input.element_size() if input.device.type == "cpu" else 1))
+        forward.note(residual)
     y = SeededDropout.apply(input, residual, inplace)
     if not inplace:
-        step.tape.made(dropped, (input, residual.seed, residual.p), y)
-    if not inplace and step.held(input) and step.steady(input):
-        step.derived(y, Reseeded(residual.seed, residual.p, input))
-    step.passed(source, y, residual)
+        forward.tape.made(dropped, (input, residual.seed, residual.p), y)
+    if not inplace and forward.held(input) and forward.steady(input):
+        forward.derived(y, SeededMask(residual.seed, residual.p, input))
+    forward.passed(source, y, residual)
     return y

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dibit._torch.autocast import at_least_single
 from dibit.config import Config
-from dibit.engine.forward_pass import Step
+from dibit.engine.forward_pass import ForwardPass
 from dibit.engine.model_state import Rule
 from dibit.residuals.base import Residual, load, save
 from dibit.residuals.masks import Mask
@@ -116,13 +116,13 @@ class Pointwise:
         assert slope is not None
         return slope(z if self.codec == RECIPE else at_least_single(z), *options)
 
-    def keep(self, step: Step, slope: Tensor, config: Config) -> Any:
+    def keep(self, forward: ForwardPass, slope: Tensor, config: Config) -> Any:
         """A residual of the derivative; `None` where it is not finite and its codec needs that."""
         if self.codec == MEASURED:
-            return keep_relative(step, slope)
+            return keep_relative(forward, slope)
         if self.codec == EIGHT_BIT:
-            return step.keep(slope, leaf=False, config=config) if slope.isfinite().all() else None
-        return step.keep_factor(slope, config)
+            return forward.keep(slope, leaf=False, config=config) if slope.isfinite().all() else None
+        return forward.keep_factor(slope, config)
 
 
 def _options(function: Any) -> dict[str, Any]:
@@ -173,14 +173,14 @@ def _in_place(name: str, plain: Callable[..., Tensor]) -> Callable[..., Tensor] 
 def elementwise_rule(f: Pointwise) -> Rule:
     """The rule of an element-wise function in eager code."""
 
-    def apply(step: Step, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        found, config = f.arguments(args, kwargs), step.config
+    def apply(forward: ForwardPass, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found, config = f.arguments(args, kwargs), forward.config
         if found is None or config is None or not is_plain_float(input) or not input.requires_grad:
             return NotImplemented
         (options, inplace), config = found, CODECS.get(f.codec, eight_bit)(config)
         if input.numel() < MIN_ELEMENTS:
             return NotImplemented
-        if f.codec != RECIPE and not inplace and step.cheap(input, config, uses=f.uses):
+        if f.codec != RECIPE and not inplace and forward.cheaper_exact(input, config, uses=f.uses):
             return NotImplemented  # torch's own operation: its input can be computed again for less than the codes
         x, y = input.detach(), None
         of_result = f.of_result is not None and (inplace or f.derivative is None)
@@ -188,7 +188,7 @@ def elementwise_rule(f: Pointwise) -> Rule:
             y = f.plain(x, *options)
             if y.dtype != x.dtype:
                 return NotImplemented  # autocast runs something inside the function in another dtype
-        kept = f.keep(step, f.slope(x if y is None or not of_result else y, options, of_result), config)
+        kept = f.keep(forward, f.slope(x if y is None or not of_result else y, options, of_result), config)
         if kept is None:
             return NotImplemented
         if inplace:
@@ -196,12 +196,12 @@ def elementwise_rule(f: Pointwise) -> Rule:
         else:
             compute = lambda x: f.plain(x, *options) if y is None else y  # noqa: E731
         if not of_result:
-            step.plain(x.nbytes if inplace else input)  # in place, torch keeps a copy
+            forward.plain(x.nbytes if inplace else input)  # in place, torch keeps a copy
             return Elementwise.apply(input, compute, kept, inplace)
-        cell = Slope(step, kept, lambda y: f.slope(y, options, True))
+        cell = Slope(forward, kept, lambda y: f.slope(y, options, True))
         result = Elementwise.apply(input, compute, cell, inplace)
         cell.watch(result)
-        step.plain(result)
+        forward.plain(result)
         return result
 
     return apply

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dibit._torch.huge_pages import LEAST, empty, empty_like, large
+from dibit._torch.huge_pages import LEAST, empty, empty_like, worth_huge_pages
 
 _ROWS = 1 << 13  # of a product in parts: enough for its full speed, little enough for the caches
 
@@ -47,7 +47,7 @@ def batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """BatchNorm of x, and the mean and inverse standard deviation (D,) that it used."""
     settings = weight, bias, running_mean, running_var, training, momentum, eps
-    if large(x) and training and x.dim() == 2 and x.is_contiguous() and x.dtype == torch.float32:
+    if worth_huge_pages(x) and training and x.dim() == 2 and x.is_contiguous() and x.dtype == torch.float32:
         y, mean, inverse = empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
         torch.ops.aten.native_batch_norm.out(x, *settings, out=y, save_mean=mean, save_invstd=inverse)
         return y, mean, inverse

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dibit._torch.autocast import copies, lower
-from dibit.engine.forward_pass import Step
+from dibit._torch.autocast import copies, low_precision
+from dibit.engine.forward_pass import ForwardPass
 from dibit.engine.noise.meter import Meter
 from dibit.residuals.base import load, save
-from dibit.residuals.constant_csr import Graph
+from dibit.residuals.constant_csr import ConstantCSR
 from dibit.residuals.exact import Reference
 from dibit.rules import large_outputs
 from dibit.rules.common import as_rows, first_order, is_plain_float, own
@@ -75,7 +75,7 @@ class AggregatedLinear(torch.autograd.Function):
         aggregate: Tensor,
         watched: Any,
         residual: Any,
-        graph: Graph,
+        graph: ConstantCSR,
         low: torch.dtype | None,
         meter: Meter | None,
     ) -> Tensor:
@@ -83,7 +83,7 @@ class AggregatedLinear(torch.autograd.Function):
         ctx.fresh_result = True
         _measure(ctx, meter)
         save(ctx, residual, weight, *graph.parts)
-        ctx.graph, ctx.aggregate, ctx.matrix = graph.bind(()), watched, graph.pattern
+        ctx.graph, ctx.aggregate, ctx.matrix = graph.with_tensors(()), watched, graph.pattern
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         return own(large_outputs.linear(*copies(low, aggregate, weight, bias)))
 
@@ -98,7 +98,7 @@ class AggregatedLinear(torch.autograd.Function):
             )
         residual, weight, *parts = load(ctx)
         x_dtype, w_dtype, b_dtype = ctx.dtypes
-        z = ctx.graph.bind(parts).transposed_product(dy)
+        z = ctx.graph.with_tensors(parts).transposed_product(dy)
         dw = (
             weight_gradient(ctx, residual, z).to(w_dtype) if ctx.needs_input_grad[1] else None
         )  # before dX is written over z
@@ -177,53 +177,53 @@ def _measure(ctx: Any, meter: Meter | None) -> None:
     ctx.measured = meter.key if meter is not None else ""
 
 
-def keep_input(step: Step, x: Tensor, weight: Tensor) -> Any:
+def keep_input(forward: ForwardPass, x: Tensor, weight: Tensor) -> Any:
     """The residual of a product's input, and what the plain product would keep."""
-    step.plain(x if weight.requires_grad else None, weight if x.requires_grad else None)
-    if x.requires_grad and not step.held(weight):
-        step.note(Reference(weight, weight.shape))  # a weight that was itself computed: exact, as in the plain model
+    forward.plain(x if weight.requires_grad else None, weight if x.requires_grad else None)
+    if x.requires_grad and not forward.held(weight):
+        forward.note(Reference(weight, weight.shape))  # a weight that was itself computed: exact, as in the plain model
     # One draw may serve several weights, but not one that depends on x itself: then it would be used twice on a path.
-    return step.keep(x, leaf=weight.is_leaf) if weight.requires_grad else None
+    return forward.keep(x, leaf=weight.is_leaf) if weight.requires_grad else None
 
 
-def _meter(step: Step, kept: Any) -> Meter | None:
-    if kept is None or not step.measured:
+def _meter(forward: ForwardPass, kept: Any) -> Meter | None:
+    if kept is None or not forward.measured:
         return None
-    return step.meter(getattr(kept, "key", "") or step.place("input"))
+    return forward.meter(getattr(kept, "key", "") or forward.place("input"))
 
 
-@rule(kind="linear inputs", autocast=lower)
-def linear(step: Step, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+@rule(kind="linear inputs", autocast=low_precision)
+def linear(forward: ForwardPass, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if not (is_plain_float(input, weight) and weight.dim() == 2 and weight.requires_grad):
         return NotImplemented  # a frozen weight keeps no input, in plain torch too
-    if weight.is_leaf and (found := step.source(aggregate := step.origin(input))) is not None:
+    if weight.is_leaf and (found := forward.source(aggregate := forward.origin(input))) is not None:
         graph, x = found
-        step.plain(input)
-        residual = step.keep(x, leaf=True, copied=True)
+        forward.plain(input)
+        residual = forward.keep(x, leaf=True, copied=True)
         # detached: otherwise autograd would walk through the aggregation as well, with zeros
         watched = weakref.ref(aggregate)
         return AggregatedLinear.apply(
-            x, weight, bias, input.detach(), watched, residual, graph, step.low, _meter(step, residual)
+            x, weight, bias, input.detach(), watched, residual, graph, forward.low, _meter(forward, residual)
         )
-    kept = keep_input(step, input, weight)
-    return Linear.apply(input, weight, bias, kept, step.low, _meter(step, kept))
+    kept = keep_input(forward, input, weight)
+    return Linear.apply(input, weight, bias, kept, forward.low, _meter(forward, kept))
 
 
-@lower
-def matmul(step: Step, input: Tensor, other: Tensor, *, out: Any = None) -> Any:
+@low_precision
+def matmul(forward: ForwardPass, input: Tensor, other: Tensor, *, out: Any = None) -> Any:
     if isinstance(other, Tensor) and not other.is_leaf and (other.dim() != 2 or other.numel() >= input.numel()):
-        return bmm(step, input, other, out=out)  # two activations
+        return bmm(forward, input, other, out=out)  # two activations
     if out is not None or not is_plain_float(input, other) or not other.requires_grad:
         return NotImplemented
     if input.dim() < 2 or other.dim() != 2:
         return NotImplemented
-    kept = keep_input(step, input, other)
-    return MatMul.apply(input, other, None, 1, 1, kept, step.low, _meter(step, kept))
+    kept = keep_input(forward, input, other)
+    return MatMul.apply(input, other, None, 1, 1, kept, forward.low, _meter(forward, kept))
 
 
-@lower
+@low_precision
 def addmm(
-    step: Step,
+    forward: ForwardPass,
     input: Tensor,
     mat1: Tensor,
     mat2: Tensor,
@@ -234,5 +234,5 @@ def addmm(
 ) -> Any:
     if out is not None or not (is_plain_float(input, mat1, mat2) and mat2.requires_grad):
         return NotImplemented
-    kept = keep_input(step, mat1, mat2)
-    return MatMul.apply(mat1, mat2, input, beta, alpha, kept, step.low, _meter(step, kept))
+    kept = keep_input(forward, mat1, mat2)
+    return MatMul.apply(mat1, mat2, input, beta, alpha, kept, forward.low, _meter(forward, kept))

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dibit._torch.autocast import HALF, at_least_single, full
+from dibit._torch.autocast import HALF, at_least_single, full_precision
 from dibit._torch.storage_identity import storage_key
-from dibit.engine.forward_pass import Step
+from dibit.engine.forward_pass import ForwardPass
 from dibit.residuals.base import Residual, load, save
 from dibit.residuals.exact import Exact, exact
 from dibit.rules.common import eight_bit, first_order, is_plain_float, running_config
@@ -28,26 +28,26 @@ from dibit.rules.spellings import rule
 class Deferred(Cell):
     """A result whose form is settled when the forward pass ends: by reference if returned, else as a residual."""
 
-    def __init__(self, step: Step, y: Tensor) -> None:
+    def __init__(self, forward: ForwardPass, y: Tensor) -> None:
         self.exact: Exact | None = exact(y.detach())  # y itself will hold the graph, and with it this object
         self.residual: Residual | None = None
-        self.config = eight_bit(running_config(step))
-        self.row = step.row
-        step.deferred.append(self)
+        self.config = eight_bit(running_config(forward))
+        self.row = forward.row
+        forward.deferred.append(self)
 
-    def settle(self, step: Step, returned: set[int]) -> None:
+    def settle(self, forward: ForwardPass, returned: set[int]) -> None:
         assert self.exact is not None
-        step.row = self.row
+        forward.row = self.row
         if storage_key(self.exact.x) in returned:
-            if step.ledger is not None and self.row is not None:
+            if forward.ledger is not None and self.row is not None:
                 self.row.how = "reference (returned)"
-                step.ledger.kept_tensor(self.row, self.exact.x)
+                forward.ledger.kept_tensor(self.row, self.exact.x)
         else:
-            step.stack.configs.append(self.config)
-            self.residual = step.keep(self.exact.restore().exp(), leaf=False, config=self.config)
-            step.stack.configs.pop()
+            forward.stack.configs.append(self.config)
+            self.residual = forward.keep(self.exact.restore().exp(), leaf=False, config=self.config)
+            forward.stack.configs.pop()
             self.exact = None
-        step.row = None
+        forward.row = None
 
     def probabilities(self) -> Tensor:
         self.use()
@@ -67,9 +67,9 @@ class LogSoftmax(torch.autograd.Function):
     """dx = dy - p sum(dy), linear in p."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, dtype: torch.dtype | None, step: Step) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dim: int, dtype: torch.dtype | None, forward: ForwardPass) -> Tensor:
         y = torch.log_softmax(x, dim, dtype=dtype)
-        ctx.cell, ctx.dim, ctx.dtype = Deferred(step, y), dim, x.dtype
+        ctx.cell, ctx.dim, ctx.dtype = Deferred(forward, y), dim, x.dtype
         return y
 
     @staticmethod
@@ -83,24 +83,26 @@ class CrossEntropy(torch.autograd.Function):
     """Class indices (N,) against scores (N, C): dx = w_target (p - onehot) / normaliser."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, target: Tensor, weight: Any, ignore: int, reduction: str, step: Step) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, target: Tensor, weight: Any, ignore: int, reduction: str, forward: ForwardPass
+    ) -> Tensor:
         loss = F.cross_entropy(x, target, weight, ignore_index=ignore, reduction=reduction)
         probabilities = torch.softmax(at_least_single(x.detach()), 1)
-        p = step.keep(probabilities, leaf=False, config=eight_bit(running_config(step)))
+        p = forward.keep(probabilities, leaf=False, config=eight_bit(running_config(forward)))
         scale = _target_scale(target, weight, ignore, reduction, probabilities.dtype)
         ctx.dtype = x.dtype
-        kept = step.pack_index(target)
+        kept = forward.pack_index(target)
         save(ctx, p, kept.x, scale)
-        ctx.target = kept.on(torch.empty(0))
-        if step.ledger is not None and step.row is not None and scale is not None:
-            step.ledger.kept_tensor(step.row, scale)
+        ctx.target = kept.with_tensor(torch.empty(0))
+        if forward.ledger is not None and forward.row is not None and scale is not None:
+            forward.ledger.kept_tensor(forward.row, scale)
         return loss
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         p, target, scale = load(ctx)
-        target = ctx.target.on(target).restore()
+        target = ctx.target.with_tensor(target).restore()
         per_row = scale * dy
         dx = p.value() * per_row[:, None]
         # an ignored target has scale 0; its index may lie outside
@@ -112,21 +114,23 @@ class NLL(torch.autograd.Function):
     """dx = -w_target / normaliser at the target: nothing of x is needed."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, target: Tensor, weight: Any, ignore: int, reduction: str, step: Step) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, target: Tensor, weight: Any, ignore: int, reduction: str, forward: ForwardPass
+    ) -> Tensor:
         scale = _target_scale(target, weight, ignore, reduction, torch.float32 if x.dtype in HALF else x.dtype)
-        kept = step.pack_index(target)
+        kept = forward.pack_index(target)
         save(ctx, kept.x, scale)
-        ctx.target, ctx.shape = kept.on(torch.empty(0)), x.shape
-        if step.ledger is not None and step.row is not None:
-            step.row.how = "target"
-            step.ledger.kept_tensor(step.row, scale)
+        ctx.target, ctx.shape = kept.with_tensor(torch.empty(0)), x.shape
+        if forward.ledger is not None and forward.row is not None:
+            forward.row.how = "target"
+            forward.ledger.kept_tensor(forward.row, scale)
         return F.nll_loss(x, target, weight, ignore_index=ignore, reduction=reduction)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         target, scale = load(ctx)
-        target = ctx.target.on(target).restore()
+        target = ctx.target.with_tensor(target).restore()
         dx = dy.new_zeros(ctx.shape)
         dx.scatter_(1, target.clamp(0, dx.shape[1] - 1)[:, None], -(scale * dy)[:, None].to(dx.dtype))
         return dx, None, None, None, None, None
@@ -153,9 +157,9 @@ class BinaryCrossEntropy(torch.autograd.Function):
     """With logits: dx = (sigmoid(x) - t) dy, linear in the probability; the target is kept by reference."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, target: Tensor, weight: Any, reduction: str, step: Step) -> Tensor:
+    def forward(ctx: Any, x: Tensor, target: Tensor, weight: Any, reduction: str, forward: ForwardPass) -> Tensor:
         loss = F.binary_cross_entropy_with_logits(x, target, weight, reduction=reduction)
-        kept = step.keep_factor(torch.sigmoid(x.detach()) - target, eight_bit(running_config(step)), fixed=True)
+        kept = forward.keep_factor(torch.sigmoid(x.detach()) - target, eight_bit(running_config(forward)), fixed=True)
         save(ctx, kept, weight)
         ctx.scale = 1 / x.numel() if reduction == "mean" else 1
         return loss
@@ -175,14 +179,14 @@ def _target_scale(target: Tensor, weight: Any, ignore: int, reduction: str, dtyp
     return scale / scale.sum() if reduction == "mean" else scale
 
 
-@rule(autocast=full(lambda x: torch.log_softmax(x, 1)))
+@rule(autocast=full_precision(lambda x: torch.log_softmax(x, 1)))
 def log_softmax(
-    step: Step, input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+    forward: ForwardPass, input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> Any:
     if dim is None or not is_plain_float(input) or not input.requires_grad or input.dim() == 0:
         return NotImplemented
-    y = LogSoftmax.apply(input, dim, dtype, step)
-    step.plain(y)
+    y = LogSoftmax.apply(input, dim, dtype, forward)
+    forward.plain(y)
     return y
 
 
@@ -207,9 +211,9 @@ def _whole_cross_entropy(x: Tensor) -> Tensor:
     return loss if torch.equal(loss, F.cross_entropy(x.float(), target)) else x
 
 
-@rule(autocast=full(_whole_cross_entropy))
+@rule(autocast=full_precision(_whole_cross_entropy))
 def cross_entropy(
-    step: Step,
+    forward: ForwardPass,
     input: Tensor,
     target: Tensor,
     weight: Any = None,
@@ -221,13 +225,13 @@ def cross_entropy(
 ) -> Any:
     if label_smoothing or not _indexed(input, target, (size_average, reduce), reduction):
         return NotImplemented
-    step.plain(input.nbytes, target, weight, input.element_size())  # the last: the sum of weights
-    return CrossEntropy.apply(input, target, weight, ignore_index, reduction, step)
+    forward.plain(input.nbytes, target, weight, input.element_size())  # the last: the sum of weights
+    return CrossEntropy.apply(input, target, weight, ignore_index, reduction, forward)
 
 
-@rule(autocast=full(lambda x: F.nll_loss(x, torch.zeros(2, dtype=torch.int64, device=x.device))))
+@rule(autocast=full_precision(lambda x: F.nll_loss(x, torch.zeros(2, dtype=torch.int64, device=x.device))))
 def nll_loss(
-    step: Step,
+    forward: ForwardPass,
     input: Tensor,
     target: Tensor,
     weight: Any = None,
@@ -238,13 +242,13 @@ def nll_loss(
 ) -> Any:
     if not _indexed(input, target, (size_average, reduce), reduction):
         return NotImplemented
-    step.plain(input, target, weight, input.element_size())  # the last: the sum of weights
-    return NLL.apply(input, target, weight, ignore_index, reduction, step)
+    forward.plain(input, target, weight, input.element_size())  # the last: the sum of weights
+    return NLL.apply(input, target, weight, ignore_index, reduction, forward)
 
 
-@rule(autocast=full(lambda x: F.mse_loss(x, x)))
+@rule(autocast=full_precision(lambda x: F.mse_loss(x, x)))
 def mse_loss(
-    step: Step,
+    forward: ForwardPass,
     input: Tensor,
     target: Tensor,
     size_average: Any = None,
@@ -252,19 +256,19 @@ def mse_loss(
     reduction: str = "mean",
     weight: Any = None,
 ) -> Any:
-    config = step.config
+    config = forward.config
     if config is None or (size_average, reduce, weight) != (None, None, None) or input.shape != target.shape:
         return NotImplemented
     if not is_plain_float(input, target) or not (input.requires_grad or target.requires_grad):
         return NotImplemented
-    step.plain(input, target)
-    kept = step.keep_factor(input.detach() - target.detach(), replace(config, reduce=None))
+    forward.plain(input, target)
+    kept = forward.keep_factor(input.detach() - target.detach(), replace(config, reduce=None))
     return SquaredError.apply(input, target, reduction, kept)
 
 
-@rule(autocast=full(lambda x: F.binary_cross_entropy_with_logits(x, x)))
+@rule(autocast=full_precision(lambda x: F.binary_cross_entropy_with_logits(x, x)))
 def binary_cross_entropy_with_logits(
-    step: Step,
+    forward: ForwardPass,
     input: Tensor,
     target: Tensor,
     weight: Any = None,
@@ -279,5 +283,5 @@ def binary_cross_entropy_with_logits(
         return NotImplemented
     if weight is not None and (weight.requires_grad or weight.shape != input.shape):
         return NotImplemented
-    step.plain(input, target, weight)
-    return BinaryCrossEntropy.apply(input, target, weight, reduction, step)
+    forward.plain(input, target, weight)
+    return BinaryCrossEntropy.apply(input, target, weight, reduction, forward)

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dibit._torch.autocast import at_least_single, full
+from dibit._torch.autocast import at_least_single, full_precision
 from dibit._torch.huge_pages import empty_like
 from dibit.codec import Affine, ops
 from dibit.config import Config, Project, Sample
-from dibit.engine.forward_pass import Step
+from dibit.engine.forward_pass import ForwardPass
 from dibit.engine.noise.meter import Meter
 from dibit.residuals.base import load, save
 from dibit.residuals.compressed import Compressed
@@ -31,17 +31,17 @@ from dibit.rules.common import first_order, is_plain_float, own, running_config,
 from dibit.rules.spellings import rule
 
 
-def norm_config(step: Step, shape: torch.Size, columns: bool, place: str) -> Config:
+def norm_config(forward: ForwardPass, shape: torch.Size, columns: bool, place: str) -> Config:
     """The codec of a norm's normalised input (..., D), with statistics of its columns or of its rows.
 
     Args:
-        place: the norm's name, see `Step.place`.
+        place: the norm's name, see `ForwardPass.place`.
     """
-    config = running_config(step)
+    config = running_config(forward)
     own = config.norm or without_reduction(config)
     if config.noise is not None:
-        own = step.state.scores.plan.norm_config(place, own, shape, columns, step.state.root)
-    return own.settled(shape[:-1].numel())
+        own = forward.state.scores.plan.norm_config(place, own, shape, columns, forward.state.root)
+    return own.resolve(shape[:-1].numel())
 
 
 FEW_POSITIONS = 8  # of an instance
@@ -60,10 +60,10 @@ class BatchNorm(torch.autograd.Function):
         training: bool,
         momentum: float,
         eps: float,
-        step: Step,
+        forward: ForwardPass,
     ) -> Tensor:
         y, mean, inverse = large_outputs.batch_norm(x, weight, bias, *running, training, momentum, eps)
-        step.plain(mean.nbytes + inverse.nbytes if training else 0)
+        forward.plain(mean.nbytes + inverse.nbytes if training else 0)
         mean, inverse = at_least_single(mean), at_least_single(inverse)
         outer = inner = None
         place = ""
@@ -71,10 +71,10 @@ class BatchNorm(torch.autograd.Function):
             rows = x.detach().movedim(1, -1)
             rows = rows[0] if rows_of_one(x) else rows
             normalised = Affine(mean, inverse, from_statistics=training)
-            place = step.place("norm")
-            outer, inner = keep_normalised(step, rows, normalised, training and ctx.needs_input_grad[0], place)
+            place = forward.place("norm")
+            outer, inner = keep_normalised(forward, rows, normalised, training and ctx.needs_input_grad[0], place)
         ctx.shared = outer is inner
-        ctx.meter = step.meter(place) if outer is not None else None
+        ctx.meter = forward.meter(place) if outer is not None else None
         ctx.measured = ctx.meter.key if ctx.meter else ""
         save(ctx, None if ctx.shared else outer, inner, inverse, weight)
         ctx.training, ctx.dtypes = training, (x.dtype, weight.dtype if weight is not None else None)
@@ -82,7 +82,7 @@ class BatchNorm(torch.autograd.Function):
         ctx.hops, ctx.fresh_result = None if training else 0, True
         y = own(y)
         if x.dim() == 2 or rows_of_one(x):  # of others the channels are moved to the end
-            step.normed(y if x.dim() == 2 else y[0].t(), inner, weight, bias)
+            forward.normed(y if x.dim() == 2 else y[0].t(), inner, weight, bias)
         return y
 
     @staticmethod
@@ -123,39 +123,41 @@ def _format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def keep_normalised(step: Step, rows: Tensor, normalised: Affine, both: bool, place: str) -> tuple[Any, Any]:
+def keep_normalised(forward: ForwardPass, rows: Tensor, normalised: Affine, both: bool, place: str) -> tuple[Any, Any]:
     """Draws of the normalised input (..., D), for its element's own term (where `both`) and for the sums over rows."""
-    config = norm_config(step, rows.shape, True, place)
-    inner = step.keep_affine(rows, normalised, config, watched=config.reduce is not None)
+    config = norm_config(forward, rows.shape, True, place)
+    inner = forward.keep_affine(rows, normalised, config, watched=config.reduce is not None)
     if not both:
         return None, inner
     # a draw that serves both uses needs all rows
-    return (step.keep_affine(rows, normalised, config, watched=False) if config.reduce else inner), inner
+    return (forward.keep_affine(rows, normalised, config, watched=False) if config.reduce else inner), inner
 
 
 class LayerNorm(torch.autograd.Function):
     """Statistics over the last dimensions, for each row."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shape: list[int], weight: Any, bias: Any, eps: float, step: Step) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, shape: list[int], weight: Any, bias: Any, eps: float, forward: ForwardPass
+    ) -> Tensor:
         y, mean, inverse = torch.native_layer_norm(x, shape, weight, bias, eps)
         width = int(torch.Size(shape).numel())
-        step.plain(mean.nbytes + inverse.nbytes)
+        forward.plain(mean.nbytes + inverse.nbytes)
         mean, inverse = at_least_single(mean), at_least_single(inverse)
         rows = ((x.detach() - mean) * inverse).reshape(-1, width)
-        place = step.place("norm")
-        config = norm_config(step, rows.shape, False, place)
-        outer = step.keep(rows, leaf=False, config=config)
-        inner = step.keep(rows, leaf=False, config=config) if isinstance(config.reduce, Project) else None
+        place = forward.place("norm")
+        config = norm_config(forward, rows.shape, False, place)
+        outer = forward.keep(rows, leaf=False, config=config)
+        inner = forward.keep(rows, leaf=False, config=config) if isinstance(config.reduce, Project) else None
         inverse = inverse.reshape(-1, 1)
-        if step.ledger is not None and step.row is not None:
-            step.ledger.kept_tensor(step.row, inverse)
+        if forward.ledger is not None and forward.row is not None:
+            forward.ledger.kept_tensor(forward.row, inverse)
         save(ctx, outer, inner, inverse, weight)
-        ctx.meter = step.meter(place)
+        ctx.meter = forward.meter(place)
         ctx.measured = ctx.meter.key if ctx.meter else ""
         ctx.shape, ctx.dtypes = shape, (x.dtype, y.dtype if weight is None else weight.dtype)
         ctx.hops = 0 if len(shape) == 1 else None
-        step.normed(y, outer, weight, bias)
+        forward.normed(y, outer, weight, bias)
         return y
 
     @staticmethod
@@ -306,7 +308,7 @@ def norm_gradient(g: Tensor, mean: Tensor, kept: Any, product: Tensor, gain: Ten
 
 @rule(kind="norm inputs")
 def batch_norm(
-    step: Step,
+    forward: ForwardPass,
     input: Tensor,
     running_mean: Any,
     running_var: Any,
@@ -321,13 +323,13 @@ def batch_norm(
         return NotImplemented
     if training and input.numel() <= input.shape[1]:
         return NotImplemented  # torch's own error, or an empty batch
-    step.plain(input)
-    return BatchNorm.apply(input, weight, bias, (running_mean, running_var), training, momentum, eps, step)
+    forward.plain(input)
+    return BatchNorm.apply(input, weight, bias, (running_mean, running_var), training, momentum, eps, forward)
 
 
 @rule(kind="norm inputs")
 def instance_norm(
-    step: Step,
+    forward: ForwardPass,
     input: Tensor,
     running_mean: Any = None,
     running_var: Any = None,
@@ -342,7 +344,7 @@ def instance_norm(
     Of several instances, or of few positions, whose x_hat is nearly the same whatever x is, it stays exact.
     """
     needs = any(t is not None and t.requires_grad for t in (input, weight, bias))
-    if not needs or not is_plain_float(input) or not rows_of_one(input) or step.low is not None:
+    if not needs or not is_plain_float(input) or not rows_of_one(input) or forward.low is not None:
         return NotImplemented
     if weight is None and running_mean is not None and running_mean.dtype != input.dtype:
         return NotImplemented  # torch's own result then is that of no running statistics
@@ -352,8 +354,8 @@ def instance_norm(
     given = running_mean, running_var
     running = tuple(None if t is None else t.detach().clone() for t in given)
     weight, bias = (None if t is None else t.repeat(1) for t in (weight, bias))
-    step.plain(x, weight, *running)
-    y = BatchNorm.apply(x, weight, bias, running, use_input_stats, momentum, eps, step)
+    forward.plain(x, weight, *running)
+    y = BatchNorm.apply(x, weight, bias, running, use_input_stats, momentum, eps, forward)
     with torch.no_grad():
         for own, repeated in zip(given, running, strict=True):
             if own is not None and repeated is not None:
@@ -361,9 +363,9 @@ def instance_norm(
     return y
 
 
-@rule(kind="norm inputs", autocast=full(lambda x: F.layer_norm(x, (2,))))
+@rule(kind="norm inputs", autocast=full_precision(lambda x: F.layer_norm(x, (2,))))
 def layer_norm(
-    step: Step,
+    forward: ForwardPass,
     input: Tensor,
     normalized_shape: Any,
     weight: Any = None,
@@ -373,5 +375,5 @@ def layer_norm(
     needs = any(t is not None and t.requires_grad for t in (input, weight, bias))
     if not needs or not is_plain_float(input) or input.numel() == 0:
         return NotImplemented
-    step.plain(input)
-    return LayerNorm.apply(input, list(normalized_shape), weight, bias, eps, step)
+    forward.plain(input)
+    return LayerNorm.apply(input, list(normalized_shape), weight, bias, eps, forward)

@@ -14,9 +14,9 @@ from torch import Tensor
 from dibit._torch.autocast import at_least_single
 from dibit.codec import Affine, ops, seed_tensor
 from dibit.codec.seed_stream import dropout_seed
-from dibit.engine.forward_pass import Step
+from dibit.engine.forward_pass import ForwardPass
 from dibit.residuals.base import load, save
-from dibit.residuals.masks import Mask, Reseeded
+from dibit.residuals.masks import Mask, SeededMask
 from dibit.rules.common import first_order, is_plain_float
 from dibit.rules.dropout import dropout
 from dibit.rules.norm import batch_norm_gradient, keep_normalised
@@ -36,28 +36,28 @@ class NormReLUDropout(torch.autograd.Function):
         momentum: float,
         eps: float,
         p: float,
-        step: Step,
+        forward: ForwardPass,
     ) -> Tensor:
         mean, inverse = _statistics(x, running, momentum, eps)
         gain = inverse if weight is None else inverse * weight
         shift = torch.zeros_like(mean) if bias is None else bias.detach().to(mean.dtype)
         seed = dropout_seed(x.device) if p else seed_tensor(0, x.device)
         y, bits = ops.norm_relu_dropout(x, mean, gain, shift, seed, p)
-        mask = step.note(Mask(bits, 0.0))
+        mask = forward.note(Mask(bits, 0.0))
         if p:
-            step.note(Reseeded(seed, p))
+            forward.note(SeededMask(seed, p))
         # plain torch keeps the statistics, the ReLU's output and dropout's mask
         noise = x.numel() * (x.element_size() if x.device.type == "cpu" else 1)
-        step.plain(mean.nbytes + inverse.nbytes, y.nbytes, noise if p else 0)
-        place = step.place("norm")
+        forward.plain(mean.nbytes + inverse.nbytes, y.nbytes, noise if p else 0)
+        place = forward.place("norm")
         normalised = Affine(mean, inverse, from_statistics=True)
-        outer, inner = keep_normalised(step, x, normalised, ctx.needs_input_grad[0], place)
-        ctx.meter = step.meter(place) if outer is not None else None
+        outer, inner = keep_normalised(forward, x, normalised, ctx.needs_input_grad[0], place)
+        ctx.meter = forward.meter(place) if outer is not None else None
         ctx.measured = ctx.meter.key if ctx.meter else ""
         ctx.shared, ctx.p = outer is inner, p
         ctx.dtypes = x.dtype, None if weight is None else weight.dtype
         save(ctx, None if ctx.shared else outer, inner, inverse, weight, mask, seed)
-        step.normed(y, inner, weight, bias, (mask, Reseeded(seed, p)) if p else (mask,))
+        forward.normed(y, inner, weight, bias, (mask, SeededMask(seed, p)) if p else (mask,))
         return y
 
     @staticmethod
@@ -92,7 +92,7 @@ def _statistics(x: Tensor, running: tuple[Any, Any], momentum: float, eps: float
 
 @rule(kind="norm inputs")
 def norm_relu_dropout(
-    step: Step,
+    forward: ForwardPass,
     input: Tensor,
     running_mean: Any,
     running_var: Any,
@@ -103,18 +103,18 @@ def norm_relu_dropout(
     momentum: float,
     eps: float,
 ) -> Any:
-    config, given = step.config, [t for t in (weight, bias) if t is not None]
+    config, given = forward.config, [t for t in (weight, bias) if t is not None]
     if config is None or not is_plain_float(input, *given):
         return NotImplemented
     if input.dim() != 2 or input.shape[0] < 2 or not input.numel():
         return NotImplemented
     if not training or not 0 <= p < 1 or not any(t.requires_grad for t in (input, *given)):
         return NotImplemented
-    step.plain(input)
+    forward.plain(input)
     own = p if config.dropout == "seed" else 0.0
     running = running_mean, running_var
-    y = NormReLUDropout.apply(input.contiguous(), weight, bias, running, momentum, eps, float(own), step)
+    y = NormReLUDropout.apply(input.contiguous(), weight, bias, running, momentum, eps, float(own), forward)
     if own == p:
         return y
-    masked = dropout(step, y, p, training)  # torch's own draw
+    masked = dropout(forward, y, p, training)  # torch's own draw
     return y if masked is NotImplemented else masked

@@ -13,26 +13,26 @@ from typing import Any
 from torch import Tensor
 
 from dibit.config import Config
-from dibit.engine.forward_pass import Step
+from dibit.engine.forward_pass import ForwardPass
 from dibit.recompute.nodes import Node
 from dibit.recompute.recorder import Tape
-from dibit.recompute.repeatable import functions
+from dibit.recompute.repeatable import torch_functions
 from dibit.rules.common import running_config
 from dibit.rules.relative import geometric, octaves_of, relative, whole
 
-_MADE = functions("exp exp_ sigmoid sigmoid_")
-_SELECTED = functions(
+_MADE = torch_functions("exp exp_ sigmoid sigmoid_")
+_SELECTED = torch_functions(
     "view reshape unsqueeze squeeze expand transpose permute t flatten contiguous narrow select __getitem__ "
     "index_select"
 )
-_PRODUCTS = functions("mul div true_divide __mul__ __rmul__ __truediv__")
+_PRODUCTS = torch_functions("mul div true_divide __mul__ __rmul__ __truediv__")
 _DEEPEST = 8
 _NARROW = 2.0**3  # of such a range the linear levels of 4 bits are good enough
 _WIDE = 2.0**8
 _RARE = 32  # one in so many elements below the `_WIDE`th part of the largest: a ReLU has fewer
 
 
-def codec(step: Step, x: Tensor, by: Tensor, both: bool) -> Config | None:
+def codec(forward: ForwardPass, x: Tensor, by: Tensor, both: bool) -> Config | None:
     """Relative levels for a factor x that is multiplied by another, if both are positive and x has a wide range.
 
     On the CPU the numbers themselves decide. That would wait for a GPU: there the tape shows how they came about.
@@ -40,11 +40,11 @@ def codec(step: Step, x: Tensor, by: Tensor, both: bool) -> Config | None:
     Args:
         both: `by` must have a wide range, too.
     """
-    config = running_config(step)
+    config = running_config(forward)
     if not x.numel() or not by.numel():
         return None
     if not _at_hand(x):
-        certain = all(_positive(step.tape, step.origin(part)) for part in (x, by))
+        certain = all(_positive(forward.tape, forward.origin(part)) for part in (x, by))
         return relative(config, whole()) if certain else None
     octaves = _octaves(x.detach())
     if octaves is None or (_octaves(by.detach()) is None if both else not bool(by.detach().amin() >= 0)):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dibit._torch.autocast import full
+from dibit._torch.autocast import full_precision
 from dibit.rules.elementwise import EIGHT_BIT, MEASURED, elementwise
 
 
@@ -23,31 +23,38 @@ def _softplus_slope(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor
 
 # What is exponentiated is a softmax, as a rule, which needs it twice more: in both factors of its quotient.
 exp = elementwise(
-    "exp", torch.exp, of_result=lambda y: y, codec=MEASURED, uses=3, autocast=full(torch.exp), runs_again=True
+    "exp", torch.exp, of_result=lambda y: y, codec=MEASURED, uses=3, autocast=full_precision(torch.exp), runs_again=True
 )
 sqrt = elementwise("sqrt", torch.sqrt, of_result=lambda y: 0.5 / y, codec=MEASURED, runs_again=True)
 rsqrt = elementwise(
-    "rsqrt", torch.rsqrt, of_result=lambda y: -0.5 * y**3, codec=MEASURED, autocast=full(torch.rsqrt), runs_again=True
+    "rsqrt",
+    torch.rsqrt,
+    of_result=lambda y: -0.5 * y**3,
+    codec=MEASURED,
+    autocast=full_precision(torch.rsqrt),
+    runs_again=True,
 )
 reciprocal = elementwise(
     "reciprocal",
     torch.reciprocal,
     of_result=lambda y: -(y**2),
     codec=MEASURED,
-    autocast=full(torch.reciprocal),
+    autocast=full_precision(torch.reciprocal),
     runs_again=True,
 )
-log = elementwise("log", torch.log, lambda x: 1 / x, codec=MEASURED, autocast=full(torch.log), runs_again=True)
+log = elementwise(
+    "log", torch.log, lambda x: 1 / x, codec=MEASURED, autocast=full_precision(torch.log), runs_again=True
+)
 pow_ = elementwise(
     "pow",
     torch.pow,
     lambda x, exponent: exponent * torch.pow(x, exponent - 1),
     codec=MEASURED,
-    autocast=full(lambda x: torch.pow(x, 1.5)),
+    autocast=full_precision(lambda x: torch.pow(x, 1.5)),
     runs_again=True,
 )
 square = elementwise("square", torch.square, lambda x: 2 * x, codec=MEASURED, runs_again=True)
 abs_ = elementwise("abs", torch.abs, torch.sign, codec=MEASURED, runs_again=True)
-softplus = elementwise("softplus", F.softplus, _softplus_slope, codec=MEASURED, autocast=full(F.softplus))
+softplus = elementwise("softplus", F.softplus, _softplus_slope, codec=MEASURED, autocast=full_precision(F.softplus))
 sin = elementwise("sin", torch.sin, torch.cos, codec=EIGHT_BIT)
 cos = elementwise("cos", torch.cos, lambda x: -torch.sin(x), codec=EIGHT_BIT)

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dibit._torch.autocast import at_least_single, copies, lower
+from dibit._torch.autocast import at_least_single, copies, low_precision
 from dibit.config import Config, Sample
-from dibit.engine.forward_pass import Step
+from dibit.engine.forward_pass import ForwardPass
 from dibit.recompute.mean_pattern import made_by_reciprocal
 from dibit.recompute.nodes import nbytes
 from dibit.residuals.base import load, save
@@ -76,10 +76,10 @@ def _gradient(g: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 
 @rule(runs_again=True)
-def mul(step: Step, input: Tensor, other: Any, *, out: Any = None) -> Any:
+def mul(forward: ForwardPass, input: Tensor, other: Any, *, out: Any = None) -> Any:
     if out is not None or not _operands(input, other):
         return NotImplemented
-    kept = _factors(step, input, other, torch.broadcast_shapes(input.shape, other.shape).numel())
+    kept = _factors(forward, input, other, torch.broadcast_shapes(input.shape, other.shape).numel())
     return NotImplemented if kept is None else Product.apply(input, other, *kept)
 
 
@@ -88,19 +88,19 @@ def _operands(a: Any, b: Any) -> bool:
     return is_plain_float(a, b) and (a.requires_grad or b.requires_grad)
 
 
-def _factors(step: Step, a: Tensor, b: Tensor, count: int) -> tuple[Any, Any] | None:
+def _factors(forward: ForwardPass, a: Tensor, b: Tensor, count: int) -> tuple[Any, Any] | None:
     """What is kept of both factors of a product of `count` elements (0: no broadcasting); `None`: nothing is lossy."""
-    config = running_config(step)
+    config = running_config(forward)
     pairs = (a, b), (b, a)
     needed = [x for x, by in pairs if by.requires_grad]
-    if all(_exact(step, x, count, without_reduction(config)) for x in needed):
+    if all(_exact(forward, x, count, without_reduction(config)) for x in needed):
         return None  # torch's own operation, kept by the hooks
-    step.plain(*needed)
-    kept_a, kept_b = (_factor(step, x, by, count) if by.requires_grad else None for x, by in pairs)
+    forward.plain(*needed)
+    kept_a, kept_b = (_factor(forward, x, by, count) if by.requires_grad else None for x, by in pairs)
     return kept_a, kept_b
 
 
-def _exact(step: Step, x: Tensor, count: int, config: Config, gathers: bool = True) -> bool:
+def _exact(forward: ForwardPass, x: Tensor, count: int, config: Config, gathers: bool = True) -> bool:
     """Whether a factor is kept exactly: held by others, small, or computed again for less than its codes.
 
     Args:
@@ -108,29 +108,31 @@ def _exact(step: Step, x: Tensor, count: int, config: Config, gathers: bool = Tr
     """
     distinct = nbytes(x) // x.element_size()  # an expanded tensor is as small as what it was expanded from
     few = distinct < MIN_ELEMENTS or (count and distinct * _BROADCAST <= count)
-    return bool(few) or step.held(x) or step.cheap(x, config, at_least_4_bits(config) if gathers else None)
+    return (
+        bool(few) or forward.held(x) or forward.cheaper_exact(x, config, at_least_4_bits(config) if gathers else None)
+    )
 
 
-def _factor(step: Step, x: Tensor, by: Tensor, count: int) -> Any:
-    config = running_config(step)
-    if _exact(step, x, count, without_reduction(config)):
-        return step.exact(x)
+def _factor(forward: ForwardPass, x: Tensor, by: Tensor, count: int) -> Any:
+    config = running_config(forward)
+    if _exact(forward, x, count, without_reduction(config)):
+        return forward.exact(x)
     if by.is_leaf:  # a parameter: x enters its gradient and no other, as a linear layer's input does
         many = isinstance(config.reduce, Sample) and x.dim() > 1 and by.numel() * _BROADCAST <= x.numel()
-        return step.keep(x, leaf=True, config=None if many else without_reduction(config))
-    if (not count or x.numel() == count) and (wide := positive.codec(step, x, by, both=not count)) is not None:
-        return step.gathered(x, wide)
+        return forward.keep(x, leaf=True, config=None if many else without_reduction(config))
+    if (not count or x.numel() == count) and (wide := positive.codec(forward, x, by, both=not count)) is not None:
+        return forward.gathered(x, wide)
     config = at_least_4_bits(config)
     if count:
-        gathered = step.tape.gathered(step.origin(x)) is not None
+        gathered = forward.tape.gathered(forward.origin(x)) is not None
         if x is by and not gathered:
-            return keep_signed(step, x)
-        if x.shape == by.shape or made_by_reciprocal(step.tape, by):
+            return keep_signed(forward, x)
+        if x.shape == by.shape or made_by_reciprocal(forward.tape, by):
             if x.shape[-1] < _ROW and not gathered:
-                return keep_signed(step, x)
-            if config.elements(x.shape[:-1].numel(), x.shape[-1]) > x.shape[-1]:
+                return keep_signed(forward, x)
+            if config.block_size(x.shape[:-1].numel(), x.shape[-1]) > x.shape[-1]:
                 config = replace(config, block="row")
-    return step.gathered(x, config)
+    return forward.gathered(x, config)
 
 
 def at_least_4_bits(config: Config) -> Config:
@@ -179,33 +181,33 @@ class MatrixProduct(torch.autograd.Function):
 
 
 @rule(runs_again=True)
-def div(step: Step, input: Tensor, other: Any, *, rounding_mode: Any = None, out: Any = None) -> Any:
+def div(forward: ForwardPass, input: Tensor, other: Any, *, rounding_mode: Any = None, out: Any = None) -> Any:
     if out is not None or rounding_mode is not None or not _operands(input, other):
         return NotImplemented
     count = torch.broadcast_shapes(input.shape, other.shape).numel()
     needed = [other, input] if other.requires_grad else [other]
-    exact = [_exact(step, x, count, eight_bit(running_config(step)), gathers=False) for x in needed]
+    exact = [_exact(forward, x, count, eight_bit(running_config(forward)), gathers=False) for x in needed]
     if all(exact):
         return NotImplemented
     a, b = at_least_single(input.detach()), at_least_single(other.detach())
     divisor = inverse = slope = None
     if input.requires_grad:
-        divisor = step.exact(other) if exact[0] else None
-        inverse = None if exact[0] else keep_relative(step, 1 / b)
+        divisor = forward.exact(other) if exact[0] else None
+        inverse = None if exact[0] else keep_relative(forward, 1 / b)
     if other.requires_grad:
-        slope = keep_relative(step, a / b / b)
+        slope = keep_relative(forward, a / b / b)
     if (input.requires_grad and divisor is inverse) or (other.requires_grad and slope is None):
         return NotImplemented  # not finite
-    step.plain(*needed)
+    forward.plain(*needed)
     return Quotient.apply(input, other, divisor, inverse, slope)
 
 
-@rule(autocast=lower)
-def bmm(step: Step, input: Tensor, mat2: Tensor, *, out: Any = None) -> Any:
+@rule(autocast=low_precision)
+def bmm(forward: ForwardPass, input: Tensor, mat2: Tensor, *, out: Any = None) -> Any:
     """Products of two activations; a product with a weight is a linear layer's."""
-    if out is not None or not _operands(input, mat2) or (step.low is None and input.dtype != mat2.dtype):
+    if out is not None or not _operands(input, mat2) or (forward.low is None and input.dtype != mat2.dtype):
         return NotImplemented
     if min(input.dim(), mat2.dim()) < 2 or input.shape[:-2] != mat2.shape[:-2]:
         return NotImplemented
-    kept = _factors(step, input, mat2, 0)
-    return NotImplemented if kept is None else MatrixProduct.apply(input, mat2, *kept, step.low)
+    kept = _factors(forward, input, mat2, 0)
+    return NotImplemented if kept is None else MatrixProduct.apply(input, mat2, *kept, forward.low)

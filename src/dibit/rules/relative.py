@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dibit.codec import ops
 from dibit.config import Config
-from dibit.engine.forward_pass import Step
+from dibit.engine.forward_pass import ForwardPass
 from dibit.residuals.base import GradientMap, Residual
 from dibit.rules.common import running_config
 
@@ -48,11 +48,11 @@ class Signed(Residual, GradientMap):
     def tensors(self) -> tuple[Tensor, ...]:
         return self.magnitude.tensors if self.signs is None else (self.signs, *self.magnitude.tensors)
 
-    def bind(self, tensors: Sequence[Tensor]) -> Signed:
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Signed:
         if self.signs is None:
-            return Signed(self.magnitude.bind(tensors), None, self.sign)
+            return Signed(self.magnitude.with_tensors(tensors), None, self.sign)
         signs = tensors[0] if tensors else torch.empty(0)
-        return Signed(self.magnitude.bind(tensors[1:]), signs, self.sign)
+        return Signed(self.magnitude.with_tensors(tensors[1:]), signs, self.sign)
 
     def value(self) -> Tensor:
         x = self.magnitude.value()
@@ -111,7 +111,7 @@ def relative(config: Config, levels: tuple[float, ...] | None = None) -> Config:
     return replace(config, bits=len(levels).bit_length() - 1, reduce=None, levels=levels, block=1024, norm=None)
 
 
-def keep_relative(step: Step, x: Tensor) -> Signed | None:
+def keep_relative(forward: ForwardPass, x: Tensor) -> Signed | None:
     """A path residual of x, of as many octaves as its elements take; `None` if not all of them are finite.
 
     On a GPU this waits for three numbers.
@@ -126,19 +126,19 @@ def keep_relative(step: Step, x: Tensor) -> Signed | None:
     if not math.isfinite(low + high):
         return None  # one pole would spoil the block it lies in
     octaves = octaves_of(math.log2(largest) - math.log2(least) if largest else 0.0)
-    config = relative(running_config(step), geometric(octaves))
+    config = relative(running_config(forward), geometric(octaves))
     if low >= 0 or high <= 0:
-        return Signed(step.keep_factor(magnitude, config, fixed=True), None, 1.0 if low >= 0 else -1.0)
-    return _with_signs(step, x, magnitude, config)
+        return Signed(forward.keep_factor(magnitude, config, fixed=True), None, 1.0 if low >= 0 else -1.0)
+    return _with_signs(forward, x, magnitude, config)
 
 
-def keep_signed(step: Step, x: Tensor) -> Signed:
+def keep_signed(forward: ForwardPass, x: Tensor) -> Signed:
     """The same by the levels `whole()`, with a sign for each element, whatever they are: no number is waited for."""
-    return _with_signs(step, x, x.abs(), relative(running_config(step)))
+    return _with_signs(forward, x, x.abs(), relative(running_config(forward)))
 
 
-def _with_signs(step: Step, x: Tensor, magnitude: Tensor, config: Config) -> Signed:
+def _with_signs(forward: ForwardPass, x: Tensor, magnitude: Tensor, config: Config) -> Signed:
     signs = ops.pack_mask(x.contiguous())
-    if step.ledger is not None and step.row is not None:
-        step.ledger.kept_tensor(step.row, signs)
-    return Signed(step.keep_factor(magnitude, config, fixed=True), signs)
+    if forward.ledger is not None and forward.row is not None:
+        forward.ledger.kept_tensor(forward.row, signs)
+    return Signed(forward.keep_factor(magnitude, config, fixed=True), signs)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from dibit._torch.storage_identity import storage_key, version
-from dibit.engine.forward_pass import Step
+from dibit.engine.forward_pass import ForwardPass
 from dibit.residuals.base import keeps_graph
 from dibit.residuals.exact import Exact
 
@@ -23,7 +23,7 @@ class Cell:
 
     spent = False
 
-    def settle(self, step: Step, returned: set[int]) -> None:
+    def settle(self, forward: ForwardPass, returned: set[int]) -> None:
         """The forward pass ends; `returned`: identities of the storages that the model returns."""
         raise NotImplementedError
 
@@ -54,23 +54,23 @@ class Slope(Cell):
         of: the derivative as a function of the result.
     """
 
-    def __init__(self, step: Step, kept: Any, of: Callable[[Tensor], Tensor]) -> None:
-        self.kept, self.of, self.row = kept, of, step.row
+    def __init__(self, forward: ForwardPass, kept: Any, of: Callable[[Tensor], Tensor]) -> None:
+        self.kept, self.of, self.row = kept, of, forward.row
         self.result: Any = None  # weakly until the pass ends
         self.version = -1
-        step.deferred.append(self)
+        forward.deferred.append(self)
 
     def watch(self, y: Tensor) -> None:
         """The result, once autograd knows it."""
         self.result, self.version = TensorWeakRef(y), version(y)
 
-    def settle(self, step: Step, returned: set[int]) -> None:
+    def settle(self, forward: ForwardPass, returned: set[int]) -> None:
         y, self.result = None if self.result is None else self.result(), None
         if y is None or version(y) != self.version or storage_key(y) not in returned:
             return
-        if step.ledger is not None and self.row is not None:
-            step.ledger.dropped(self.kept.tensors)
-            step.ledger.kept_tensor(self.row, y)
+        if forward.ledger is not None and self.row is not None:
+            forward.ledger.dropped(self.kept.tensors)
+            forward.ledger.kept_tensor(self.row, y)
             self.row.how = "reference (returned)"
         self.kept, self.result = None, Exact(y.detach(), self.version)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dibit import nn
 from dibit.engine.model_state import Rule
-from dibit.recompute.repeatable import functions, repeatable
+from dibit.recompute.repeatable import repeatable, torch_functions
 
 Adapter = Callable[[Rule], Rule]
 
@@ -57,7 +57,8 @@ def rule(
     Args:
         name: of the function; default: that of the rule.
         kind, in_place: see `Operation`.
-        autocast: `lower` or `full` of `dibit._torch.autocast`, if autocast may run the function in another dtype.
+        autocast: `low_precision` or `full_precision` of `dibit._torch.autocast`, if autocast may run the function in
+            another dtype.
         runs_again: the function is cheap and gives the same bits when it is run again, so that results need not be
             kept that can be computed from something smaller.
         saves_result: plain torch keeps the result, not the input.
@@ -78,9 +79,9 @@ def rule(
 
 def spellings(name: str) -> dict[Any, Adapter | None]:
     """The functions of torch by this name, each with what makes its own rule of the rule of this name."""
-    found: dict[Any, Adapter | None] = dict.fromkeys(functions(name))
+    found: dict[Any, Adapter | None] = dict.fromkeys(torch_functions(name))
     if name in OPERATIONS and OPERATIONS[name].in_place:
-        found |= dict.fromkeys(functions(f"{name}_"), _in_place)
+        found |= dict.fromkeys(torch_functions(f"{name}_"), _in_place)
     return found | _MORE.get(name, {})
 
 

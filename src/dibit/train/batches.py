@@ -49,7 +49,7 @@ class Batches(Protocol):
         """An epoch begins, from 0."""
 
 
-class Whole:
+class FullBatch:
     """The full graph in one step."""
 
     def __init__(self, batch: MiniBatch) -> None:
@@ -65,7 +65,7 @@ class Whole:
         """Nothing changes."""
 
 
-class Sampled:
+class LoaderBatches:
     """Batches of a loader.
 
     Args:
@@ -123,7 +123,7 @@ def check_installed(settings: Settings) -> None:
 
 def sampled(
     settings: Settings, graph: NodeDataset, split: Split, seed: int, device: torch.device, world: World
-) -> Sampled:
+) -> LoaderBatches:
     """The batches of a loader other than "full".
 
     Args:
@@ -190,7 +190,7 @@ def sampled(
             def rows(batch: Any) -> tuple[Tensor, Tensor]:
                 return batch.root_n_id, batch.y  # y is of the roots alone already
 
-    return Sampled(loader, rows, settings, device, options.get("sampler"))
+    return LoaderBatches(loader, rows, settings, device, options.get("sampler"))
 
 
 def _sampler(data: Any, hops: list[int]) -> Any:

@@ -15,7 +15,7 @@ import dibit
 from dibit.tools.errors import UserError, shown
 from dibit.tools.memory import peak_bytes
 from dibit.train import metrics
-from dibit.train.batches import Batches, MiniBatch, Whole, sampled
+from dibit.train.batches import Batches, FullBatch, MiniBatch, sampled
 from dibit.train.data import NodeDataset, Split
 from dibit.train.distributed import World
 from dibit.train.layerwise import layerwise
@@ -78,7 +78,7 @@ class Task:
         if self.settings.optimisation.precision != "fp32":
             edges = adjacency_arguments(self.settings, graph.edge_index, graph.num_nodes, self.device)
         train = split.train.to(self.device)
-        return Whole(MiniBatch(self.x, edges, train, graph.y[split.train].to(self.device)))
+        return FullBatch(MiniBatch(self.x, edges, train, graph.y[split.train].to(self.device)))
 
     def step(
         self,

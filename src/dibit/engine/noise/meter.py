@@ -16,7 +16,7 @@ from dibit.engine.noise.row_plan import RowPlan
 from dibit.residuals.base import Residual, outer
 from dibit.residuals.compressed import Compressed
 from dibit.residuals.derived import Aggregated
-from dibit.residuals.masks import Reseeded
+from dibit.residuals.masks import SeededMask
 from dibit.residuals.norm_results import Normed, Passed, parts
 
 _COLUMNS = 512  # that are compared with one another at most
@@ -121,7 +121,7 @@ def _rounding(residual: Residual, x: Tensor, start: int = 0) -> Tensor:
     norm: Any = residual
     gain: Any = 1.0
     while isinstance(norm, Passed):
-        scale = 1 / (1 - norm.mask.p) if isinstance(norm.mask, Reseeded) else norm.scale
+        scale = 1 / (1 - norm.mask.p) if isinstance(norm.mask, SeededMask) else norm.scale
         norm, gain = norm.source, gain * scale**2
     if isinstance(norm, Normed):
         residual = norm.source

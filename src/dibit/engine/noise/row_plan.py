@@ -119,7 +119,7 @@ class RowPlan:
         """The codec of a norm's input (..., D) in a model."""
         if not isinstance(config.reduce, Sample):
             return config
-        ratio = config.reduce.of(shape[:-1].numel()).ratio
+        ratio = config.reduce.resolve(shape[:-1].numel()).ratio
         norm = self.norms.setdefault(key, Norm())
         norm.elements, norm.ratio = shape.numel(), ratio
         norm.concentration = (norm.concentration or _SPREAD) if columns else 0.0
@@ -171,7 +171,7 @@ class RowPlan:
         if not isinstance(config.reduce, Sample):
             return config
         leaf = self.leaves.setdefault(key, Leaf())
-        leaf.elements, leaf.most = shape.numel(), config.reduce.of(shape[:-1].numel()).ratio
+        leaf.elements, leaf.most = shape.numel(), config.reduce.resolve(shape[:-1].numel()).ratio
         leaf.served = served or (leaf.served and not self.level)
         first = _FIRST if self.level is None and self.deep(model) else leaf.most
         ratio = min(self.ratios.get(key, first), leaf.most)
