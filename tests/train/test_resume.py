@@ -15,7 +15,7 @@ from dibit.train import Settings, checkpoint, generators
 from dibit.train.data import load_graph
 from dibit.train.loop import train_one
 from dibit.train.task import Task, compression_config
-from tests.test_draws import as_in_a_new_process
+from tests.codec.test_seed_stream import as_in_a_new_process
 
 RECIPES = ("default", "small", "iexact", "exact", "none")
 MODELS = ("sage", "gcn", "gin", "gat", "gcn2")

@@ -16,7 +16,7 @@ from torch_geometric.nn import SAGEConv
 
 import dibit
 from dibit import Config
-from tests.test_owners import by_data, by_numpy, in_place
+from tests.engine.test_owners import by_data, by_numpy, in_place
 
 N, D = 2000, 64
 CAUGHT: list[Any] = []

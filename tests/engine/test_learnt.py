@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import dibit
 from dibit import Config, Sample
-from tests.test_field import D, N, Net, chain
+from tests.engine.test_loss_reach import D, N, Net, chain
 
 ROWS = torch.arange(20)
 CONFIG = Config(bits=2, block=64, reduce=Sample(4, by="gradient"))

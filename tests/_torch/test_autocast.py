@@ -17,9 +17,9 @@ import dibit
 from dibit import Config, Sample
 from dibit.codec import ops
 from dibit.engine.ledger import Ledger
-from tests.functions.test_operations import EXACT, LOSSY, Net
-from tests.functions.test_operations import D as WIDTH
-from tests.functions.test_operations import N as ROWS
+from tests.rules.test_operations import EXACT, LOSSY, Net
+from tests.rules.test_operations import D as WIDTH
+from tests.rules.test_operations import N as ROWS
 from tests.unbiased import bias_of
 
 N, D, C = 60, 16, 5

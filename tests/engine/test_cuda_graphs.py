@@ -13,7 +13,7 @@ from dibit.codec import seed_stream as stream
 from dibit.codec.row_sampling import LEFT_OUT
 from dibit.engine import draws, measuring
 from dibit.engine import row_scores as score_table
-from tests.test_scores import N, readout, trained
+from tests.engine.test_row_scores import N, readout, trained
 from tests.unbiased import bias_of, gradient
 
 

@@ -18,7 +18,7 @@ import dibit
 from dibit.codec import seed_stream as stream
 from dibit.codec.seed_stream import Key, dropout_seed
 from dibit.nn import NormReLUDropout
-from tests.test_masks import Reversible
+from tests.hooks.test_dropout_masks import Reversible
 
 N, D = 40, 16
 CPU = torch.device("cpu")
