@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= $(CORES)
 export NUMBA_NUM_THREADS ?= $(CORES)
 
 TRAIN ?= --compare --overwrite
-.PHONY: train test lint clean
+.PHONY: train test lint matrix clean
 
 # The environment is rebuilt when what it is made of changes. --no-build-isolation is not needed: hatchling is small.
 .venv: $(VENV)/.ready
@@ -31,6 +31,10 @@ lint: .venv
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
 	$(RUN)mypy
+
+# The tests' core on several versions of Python and torch; makes the table of docs/versions.md.
+matrix:
+	$(PYTHON) .ci/matrix.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
