@@ -82,7 +82,7 @@ def _install(interpreter: str, torch: str, folder: Path) -> None:
     (folder / "constraints.txt").write_text("\n".join(pins) + "\n")
     pip = [folder / "bin" / "pip", "install", "--quiet"]
     subprocess.run([*pip, f"torch=={torch}"], check=True)
-    subprocess.run([*pip, "-c", folder / "constraints.txt", f"torch=={torch}", "-e", f"{ROOT}[dev]"], check=True)
+    subprocess.run([*pip, "-c", folder / "constraints.txt", f"torch=={torch}", "-e", f"{ROOT}[test]"], check=True)
     (folder / ".ready").touch()
 
 
