@@ -21,7 +21,7 @@ PAGE = ROOT / "docs" / "versions.md"
 # The floor of pyproject.toml, the version that everything else here is run on, the newest, and a newer Python.
 CELLS = (("3.11", "2.6.0"), ("3.11", "2.13.0"), ("3.11", "2.14.1"), ("3.13", "2.13.0"))
 CORE = ("codec", "recompute", "engine", "rules", "hooks", "compile", "_torch", "zoo")
-FREE = ("torch", "triton", "nvidia", "numba", "llvmlite", "numpy", "scipy")  # not pinned: what torch and Python ask for
+FREE = ("torch", "triton", "nvidia", "numba", "llvmlite", "numpy", "scipy", "sympy")  # as torch and Python ask
 HEAD = """\
 # Versions
 
