@@ -322,6 +322,10 @@ class ForwardPass:
         """Enter a residual in the ledger under the operation that is running."""
         return self.accounting.note(residual)
 
+    def kept(self, *tensors: Tensor, how: str = "") -> None:
+        """The running operation keeps these tensors as they are; `how`: in what form, where `note` has not said it."""
+        self.accounting.kept(*tensors, how=how)
+
     def plain(self, *saved: Tensor | int | None) -> None:
         """What the running operation would keep without Dibit: tensors, or bytes that only it would allocate."""
         self.accounting.plain(*saved, low=self.low, cached=self.low_cached)

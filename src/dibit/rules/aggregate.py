@@ -36,9 +36,7 @@ def constant_graph(forward: ForwardPass, matrix: Tensor, reduce: str | None) -> 
         parts = forward.share(parts[0]), forward.share(parts[1]), forward.share(parts[2])
         if parts[0].dtype != parts[1].dtype:
             parts = parts[0].long(), parts[1].long(), parts[2]
-        if forward.ledger is not None and forward.row is not None:
-            for part in parts:
-                forward.ledger.kept_tensor(forward.row, part)
+        forward.kept(*parts)
     return ConstantCSR(parts, matrix.shape, reduce == "mean")
 
 
@@ -104,9 +102,7 @@ class AggregateExtreme(torch.autograd.Function):
         widest = int(crow.diff().max()) if crow.numel() > 1 else 0
         small = torch.uint8 if widest < 2**8 else torch.int16 if widest < 2**15 else torch.int32
         offset = offset.masked_fill_(empty, 0).to(small)
-        if forward.ledger is not None and forward.row is not None:
-            forward.row.how = f"winner in {offset.element_size()} B"
-            forward.ledger.kept_tensor(forward.row, offset)
+        forward.kept(offset, how=f"winner in {offset.element_size()} B")
         save(ctx, offset, crow, col, values)
         ctx.shape = x.shape
         return y.detach()
@@ -137,10 +133,7 @@ class ScatterExtreme(torch.autograd.Function):
         initial = ops.pack_mask((start == out).to(torch.float32))
         kept = forward.pack_index(index)
         forward.plain(start.nbytes, src, index)
-        if forward.ledger is not None and forward.row is not None:
-            forward.row.how = "1-bit mask of the winners"
-            for x in (attained, initial):
-                forward.ledger.kept_tensor(forward.row, x)
+        forward.kept(attained, initial, how="1-bit mask of the winners")
         save(ctx, attained, initial, kept.x)
         ctx.index, ctx.dim, ctx.shape = kept.with_tensor(torch.empty(0)), dim, src.shape
         return out

@@ -39,9 +39,7 @@ class Deferred(Cell):
         assert self.exact is not None
         forward.row = self.row
         if storage_key(self.exact.x) in returned:
-            if forward.ledger is not None and self.row is not None:
-                self.row.how = "reference (returned)"
-                forward.ledger.kept_tensor(self.row, self.exact.x)
+            forward.kept(self.exact.x, how="reference (returned)")
         else:
             forward.stack.configs.append(self.config)
             self.residual = forward.keep(self.exact.restore().exp(), leaf=False, config=self.config)
@@ -94,8 +92,8 @@ class CrossEntropy(torch.autograd.Function):
         kept = forward.pack_index(target)
         save(ctx, p, kept.x, scale)
         ctx.target = kept.with_tensor(torch.empty(0))
-        if forward.ledger is not None and forward.row is not None and scale is not None:
-            forward.ledger.kept_tensor(forward.row, scale)
+        if scale is not None:
+            forward.kept(scale)
         return loss
 
     @staticmethod
@@ -121,9 +119,7 @@ class NLL(torch.autograd.Function):
         kept = forward.pack_index(target)
         save(ctx, kept.x, scale)
         ctx.target, ctx.shape = kept.with_tensor(torch.empty(0)), x.shape
-        if forward.ledger is not None and forward.row is not None:
-            forward.row.how = "target"
-            forward.ledger.kept_tensor(forward.row, scale)
+        forward.kept(scale, how="target")
         return F.nll_loss(x, target, weight, ignore_index=ignore, reduction=reduction)
 
     @staticmethod

@@ -150,8 +150,7 @@ class LayerNorm(torch.autograd.Function):
         outer = forward.keep(rows, leaf=False, config=config)
         inner = forward.keep(rows, leaf=False, config=config) if isinstance(config.reduce, Project) else None
         inverse = inverse.reshape(-1, 1)
-        if forward.ledger is not None and forward.row is not None:
-            forward.ledger.kept_tensor(forward.row, inverse)
+        forward.kept(inverse)
         save(ctx, outer, inner, inverse, weight)
         ctx.meter = forward.meter(place)
         ctx.measured = ctx.meter.key if ctx.meter else ""

@@ -139,6 +139,5 @@ def keep_signed(forward: ForwardPass, x: Tensor) -> Signed:
 
 def _with_signs(forward: ForwardPass, x: Tensor, magnitude: Tensor, config: Config) -> Signed:
     signs = ops.pack_mask(x.contiguous())
-    if forward.ledger is not None and forward.row is not None:
-        forward.ledger.kept_tensor(forward.row, signs)
+    forward.kept(signs)
     return Signed(forward.keep_factor(magnitude, config, fixed=True), signs)
