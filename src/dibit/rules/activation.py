@@ -159,12 +159,15 @@ def _elu_slope_of_result(y: Tensor, alpha: float = 1.0) -> Tensor:
     return aten.elu_backward(torch.ones_like(y), alpha, 1, 1, True, y)
 
 
+def _from(backward: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+    """The derivative by x, from torch's own backward of (dy, x)."""
+    return lambda x: backward(torch.ones_like(x), x)
+
+
 gelu = elementwise("gelu", _gelu, _gelu_slope, codec=RECIPE)
-silu = elementwise("silu", F.silu, lambda x: aten.silu_backward(torch.ones_like(x), x), codec=RECIPE)
-mish = elementwise("mish", F.mish, lambda x: aten.mish_backward(torch.ones_like(x), x), codec=RECIPE)
-hardswish = elementwise(
-    "hardswish", F.hardswish, lambda x: aten.hardswish_backward(torch.ones_like(x), x), codec=RECIPE
-)
+silu = elementwise("silu", F.silu, _from(aten.silu_backward), codec=RECIPE)
+mish = elementwise("mish", F.mish, _from(aten.mish_backward), codec=RECIPE)
+hardswish = elementwise("hardswish", F.hardswish, _from(aten.hardswish_backward), codec=RECIPE)
 elu = elementwise("elu", F.elu, _elu_slope, _elu_slope_of_result, codec=SATURATING)
 sigmoid = elementwise("sigmoid", torch.sigmoid, of_result=lambda y: y * (1 - y), codec=RELATIVE, runs_again=True)
 erf = elementwise("erf", torch.erf, lambda x: 2 / math.pi**0.5 * torch.exp(-x * x), codec=SATURATING)
