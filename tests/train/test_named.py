@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import urllib.error
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch_geometric.datasets as datasets
 
+from dibit.tools.errors import install
 from dibit.train import DataSettings, UserError
 from dibit.train.data import load_graph, named
 
@@ -107,7 +109,7 @@ def test_root_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_ogb_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ogb", None)
-    with pytest.raises(UserError, match=r"pip install 'dibit\[ogb\]'"):
+    with pytest.raises(UserError, match=re.escape(install("ogb"))):
         load_graph(DataSettings(dataset="ogbn-arxiv", root=str(tmp_path / "data")), seed=0)
     assert not (tmp_path / "data").exists()
 

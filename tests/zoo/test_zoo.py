@@ -134,10 +134,10 @@ def test_a_shared_draw_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not biased(case, setting, draws)
     encode = Keeper._encode
 
-    def shared(keeper: Keeper, x: Tensor, config: Config, *rest: Any) -> Any:
+    def shared(keeper: Keeper, x: Tensor, config: Config, *rest: Any, **more: Any) -> Any:
         key: Any = "shared", keeper.holdings.key(x), config
         if key not in keeper._leaves:
-            keeper._leaves[key] = encode(keeper, x, config, *rest)
+            keeper._leaves[key] = encode(keeper, x, config, *rest, **more)
         return keeper._leaves[key]
 
     monkeypatch.setattr(Keeper, "_encode", shared)
