@@ -28,6 +28,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch.library import CustomOpDef, custom_op
 
+from dibit._torch.signatures import with_typing
 from dibit.codec.backends import reference
 
 GROUP = "dibit.backends"
@@ -49,7 +50,7 @@ def operator(definition: Callable[..., Any]) -> CustomOpDef:
     def run(*args: Any) -> Any:
         return getattr(backend(args[0].device.type), name, definition)(*args)
 
-    return custom_op(f"dibit::{name}", run, mutates_args=())
+    return custom_op(f"dibit::{name}", with_typing(run, definition), mutates_args=())
 
 
 @functools.cache

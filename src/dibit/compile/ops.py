@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from dibit._torch.signatures import with_typing
 from dibit.codec import Affine, Packed, encode, mix, ops, seed_tensor
 from dibit.codec.layout import Layout, reduced_shape
 from dibit.codec.seed_stream import Key, capturing, draw, replayed_key
@@ -35,6 +36,7 @@ def fresh(like: Tensor, moves: bool = True) -> Tensor:
 
 
 @custom_op("dibit::fresh_key", mutates_args=("passes",))
+@with_typing
 def draw_key(passes: Tensor, like: Tensor, moves: bool) -> Tensor:
     """`fresh` in a graph. `passes` counts up, so that no compiler takes two calls for one."""
     passes += 1
@@ -53,6 +55,7 @@ def seed(key: Tensor, draw: int) -> Tensor:
 
 
 @custom_op("dibit::keep", mutates_args=())
+@with_typing
 def keep(
     x: Tensor, shift: Tensor | None, scale: Tensor | None, key: Tensor, draw: int, text: str, use: str
 ) -> list[Tensor]:
@@ -111,6 +114,7 @@ def residual(
 
 
 @custom_op("dibit::outer", mutates_args=())
+@with_typing
 def outer(dy: Tensor, kept: list[Tensor], key: Tensor, draw: int, width: int, dtype: torch.dtype, text: str) -> Tensor:
     """dY^T X from what is kept of the input of a linear layer: (O, D) for dy (N, O) and x (N, D) of `dtype`."""
     own = residual(kept, key, draw, dy.shape[0], width, dtype, settings(text, LEAF))
@@ -123,6 +127,7 @@ def _(dy, kept, key, draw, width, dtype, text):  # type: ignore[no-untyped-def]
 
 
 @custom_op("dibit::dropped_outer", mutates_args=())
+@with_typing
 def dropped_outer(dy: Tensor, x: Tensor, key: Tensor, draw: int, p: float) -> Tensor:
     """dY^T X for the dropout of an x (..., D) that the caller holds: the mask is drawn again."""
     dropped = ops.dropout(x.contiguous(), seed(key, draw), p)
@@ -135,6 +140,7 @@ def _(dy, x, key, draw, p):  # type: ignore[no-untyped-def]
 
 
 @custom_op("dibit::slope", mutates_args=())
+@with_typing
 def slope(dy: Tensor, kept: list[Tensor], key: Tensor, draw: int, dtype: torch.dtype, text: str, use: str) -> Tensor:
     """dY times the derivative that is kept, element by element: contiguous, of the shape and dtype of dy (..., D)."""
     width = dy.shape[-1]
@@ -148,6 +154,7 @@ def _(dy, kept, key, draw, dtype, text, use):  # type: ignore[no-untyped-def]
 
 
 @custom_op("dibit::seeded_dropout", mutates_args=())
+@with_typing
 def seeded_dropout(x: Tensor, key: Tensor, draw: int, p: float) -> Tensor:
     """Inverted dropout whose mask is a function of (key, draw, element): contiguous; dx from dy is the same call."""
     return ops.dropout(x.contiguous(), seed(key, draw), p)
@@ -159,6 +166,7 @@ def _(x, key, draw, p):  # type: ignore[no-untyped-def]
 
 
 @custom_op("dibit::zeros", mutates_args=())
+@with_typing
 def zeros(like: Tensor, size: list[int]) -> Tensor:
     """Zeros of the dtype and device of `like`, which a compiler does not take for those of the backward pass."""
     return like.new_zeros(size)
@@ -170,6 +178,7 @@ def _(like, size):  # type: ignore[no-untyped-def]
 
 
 @custom_op("dibit::batch_norm_backward", mutates_args=())
+@with_typing
 def batch_norm_backward(
     dy: Tensor,
     inverse: Tensor,
@@ -202,6 +211,7 @@ def _(dy, inverse, weight, inner, outer, key, draw, text):  # type: ignore[no-un
 
 
 @custom_op("dibit::layer_norm_backward", mutates_args=())
+@with_typing
 def layer_norm_backward(
     dy: Tensor,
     inverse: Tensor,
