@@ -19,6 +19,7 @@ from dibit.reproduce.schema import Difference
 from dibit.reproduce.sections import SECTIONS
 from dibit.reproduce.views.paired import reach
 from dibit.tools.errors import UserError
+from dibit.tools.number_format import points
 from tests.reproduce.examples import all_sections, section
 
 ROOT = Path(__file__).parents[2]
@@ -139,7 +140,11 @@ def test_the_results_of_this_repository(tmp_path: Path) -> None:
     shutil.copy(ROOT / "benchmarks" / "tuned" / "tuned.json", tmp_path)
     text = render(tmp_path).read_text()
     assert "amazon-computers-sage, 4 × 64, norm layer, 1000 epochs" in text
-    assert "<strong>−0.21</strong> <span>95 % interval −0.45 to +0.03, mean of 1 cells</span>" in text
+    together = json.loads((tmp_path / "tuned.json").read_text())["results"]["together"]["default"]
+    mean, low, high = (points(together[name]) for name in ("mean", "low", "high"))
+    assert (
+        f"<strong>{mean}</strong> <span>95 % interval {low} to {high}, mean of {together['cells']} cells</span>" in text
+    )
     assert _ids(text, "fig") == {"tuned"}
 
 
