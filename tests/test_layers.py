@@ -27,7 +27,8 @@ LAYERS = (
     "recompute codec",
     "recipes",
     "config nn portable",
-    "tools _torch",
+    "tools",
+    "_torch",
 )
 FLOOR = {name: -number for number, names in enumerate(LAYERS) for name in names.split()}
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from dibit._torch.module_call import check
+from dibit._torch.private import USABLE, warn_if_missing
 from dibit.config import Config, Sample, nearest
 from dibit.engine.ledger import Ledger, Row
 from dibit.engine.model_state import Found, ModelState, Rule, state_of, states_in
@@ -58,16 +58,15 @@ def compress(
         TypeError: `model` is no module, or a setting is neither a name nor a `Config`.
         ValueError: a recipe or a module name is unknown; the message gives the nearest. Or `noise` is not above 0, or
             no config leaves out rows.
-        RuntimeError: this version of torch is not known.
     """
     _check_module("compress", model)
-    check()
+    warn_if_missing()
     settings = _bounded(_resolve(model, config), noise)
     decompress(model)
     state = ModelState(model, dict(rules or {}))
     attach(model, state, settings)
     prepare_scripting(model)
-    if any(setting is not None for setting in settings.values()):
+    if USABLE and any(setting is not None for setting in settings.values()):
         unseen.expect(state)
         outside.watch()
     return model
@@ -106,6 +105,7 @@ def track(model: nn.Module) -> Iterator[Ledger]:
         >>> print(saved); saved.total, saved.plain
     """
     _check_module("track", model)
+    warn_if_missing()
     ledger = Ledger()
     found = states_in(model) or [each for each in states_in(model, passive=True) if each.state is state_of(model)]
     observed = None
@@ -146,6 +146,8 @@ def scores(model: nn.Module) -> Scores:
     """
     _check_module("scores", model)
     found = states_in(model)
+    if not found and not USABLE:
+        return Scores()  # nothing is compressed, so nothing is known
     if not found:
         raise ValueError("scores got a model that is not compressed; call dibit.compress(model) first.")
     if len(found) > 1:

@@ -116,10 +116,11 @@ def test_ctrl_c_at_any_line_leaves_nothing() -> None:
             if "dibit" not in name and "torch/overrides" not in name and "nn/modules/module" not in name:
                 return None
             if event == "line":
-                own = name.endswith(("passes.py", "around.py")) or frame.f_code.co_name in ("_pop_mode", "_push_mode")
-                # Python looks for signals where functions are called and loops go round, never at a bare `try`
-                counts = own and linecache.getline(name, frame.f_lineno).strip() not in ("try:", "finally:")
-                counts |= not own and frame.f_lineno % 29 == 0
+                own = name.endswith(("passes.py", "modules.py")) or frame.f_code.co_name in ("_pop_mode", "_push_mode")
+                # Python looks for signals where functions are called and loops go round, never at a bare `try`, nor
+                # where a `with` block has ended and its lock is still held
+                words = linecache.getline(name, frame.f_lineno).strip().partition(" ")[0]
+                counts = (own or frame.f_lineno % 29 == 0) and words not in ("try:", "finally:", "with")
                 seen += counts
                 if counts and seen == at:
                     sys.settrace(None)

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import dibit
 from dibit import Config, Sample
+from dibit._torch.private.modes import set_callback
 from dibit.api import state_of
-from dibit.compile import mode as traced
 from dibit.recipes import recipe
 from tests.twin.grammar import Op, Program
 from tests.twin.pieces import ENDS_COMPRESSION
@@ -278,8 +278,8 @@ _PATCHED = (torch, F, Tensor, nn.Module, torch.autograd, torch.optim.Optimizer, 
 
 def _surroundings(names: bool) -> dict[str, Any]:
     """What a pass may set and must put back; the names of torch's modules take a while."""
-    callback = traced.set_callback(None)
-    traced.set_callback(callback)
+    callback = set_callback(None)
+    set_callback(callback)
     return {
         "function modes": len(torch.overrides._get_current_function_mode_stack()),
         "dispatch modes": len(_get_current_dispatch_mode_stack()),

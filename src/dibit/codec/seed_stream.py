@@ -37,6 +37,7 @@ import threading
 import torch
 from torch import Tensor
 
+from dibit._torch.private.autograd import backward_pass
 from dibit.codec.rng import seed_tensor
 
 
@@ -82,7 +83,7 @@ class Key:
     __slots__ = ("_moves", "_state", "value")
 
     def __init__(self, name: str = "", moves: bool = True) -> None:
-        again = torch._C._current_graph_task_id() != -1
+        again = backward_pass() != -1
         with _lock:
             state = _state()
             given = _again if again else _first

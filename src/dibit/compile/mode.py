@@ -10,20 +10,18 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._dynamo import eval_frame
-from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode
 
+from dibit._torch.private.modes import mode_count, not_alone, pop_mode, push_mode
 from dibit._torch.user_objects import is_a, static
 from dibit.compile import ops
 from dibit.compile.config_text import Setting
 from dibit.compile.rules import RULES
-
-set_callback = eval_frame.set_eval_frame
 
 
 class CompiledMode(TorchFunctionMode):
@@ -116,19 +114,19 @@ def begin(mode: CompiledMode, state: Any, key: Tensor, held: list[Tensor]) -> No
     mode.key, mode.draws, mode.held, mode.used = key, 0, tuple(held), True
     mode.inputs, mode.dropped, mode.older = [], [], 0
     mode.state, mode.own = state, tuple(state.rules)
-    _push_mode(mode)
+    push_mode(mode)
 
 
 def end(mode: CompiledMode) -> None:
     """End a pass, also one that was interrupted."""
     above = []
-    while torch._C._len_torch_function_stack():
-        top = _pop_mode()
+    while mode_count():
+        top = pop_mode()
         if top is mode:
             break
         above.append(top)
     for other in reversed(above):
-        _push_mode(other)
+        push_mode(other)
     mode.inputs, mode.dropped, mode.older = [], [], 0
     mode.settings, mode.key, mode.held, mode.state, mode.own = [], None, (), None, ()
 
@@ -154,9 +152,4 @@ def _message_has_more(kind: Any) -> bool:
 def alone(*functions: Any) -> None:
     """Dynamo does not compile these functions on their own; where it compiles their caller, it traces them."""
     for function in functions:
-        code: CodeType = function.__code__
-        if hasattr(eval_frame, "set_code_exec_strategy"):
-            skip, default = eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
-            eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(skip, default))
-        else:
-            eval_frame.skip_code(code)  # type: ignore[attr-defined]
+        not_alone(function.__code__)

@@ -141,8 +141,8 @@ def batch(model: nn.Module, node_ids: Tensor | None = None, loss_rows: Tensor | 
 def _check_returns(model: nn.Module, found: list[Found]) -> None:
     """What a model returns is what the compressed model in it returns."""
     inside: Any = model
-    while isinstance(inside, _WRAPPERS) or "_orig_mod" in inside._modules:
-        inside = inside._modules.get("_orig_mod") or inside.module
+    while isinstance(inside, _WRAPPERS) or "_orig_mod" in dict(inside.named_children()):
+        inside = getattr(inside, "_orig_mod", None) or inside.module
     for each in found:
         if each.state.root is not inside:
             own = type(each.state.root).__name__

@@ -375,5 +375,5 @@ class ForwardPass:
 def _name_node(result: Any, name: str) -> None:
     """Let the walk through autograd's graph know what multiplies the gradient here."""
     node = getattr(result, "grad_fn", None)
-    if isinstance(node, torch.autograd.function.BackwardCFunction) and not getattr(node, "measured", ""):
+    if isinstance(node, torch.autograd.function.FunctionCtx) and not getattr(node, "measured", ""):
         node.measured = name  # type: ignore[attr-defined]

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dibit._torch.private.autograd import next_sequence_number, sequence_number
+from dibit._torch.private.tensors import base_of
 from dibit._torch.storage_identity import Alive, storage_key, storages, strided, version
 from dibit._torch.user_objects import attributes as own_attributes
 from dibit._torch.user_objects import defines, is_a, items, mapped, static
@@ -33,7 +35,7 @@ class Holdings:
         self.roles = owners.roles
         self.referenced: set[Any] = set()
         self.copies: dict[Any, Tensor] = {}
-        self.began = torch._C._autograd._get_sequence_nr()  # nodes of autograd with a higher number are of this pass
+        self.began = next_sequence_number()  # nodes of autograd with a higher number are of this pass
         self._alive = Alive()  # keeps identities in the tables below from being used again
         self._made: set[int] = set()  # storages of what this pass has made without a gradient
         self._exposed: set[int] = set()  # storages that somebody may write to out of sight
@@ -68,8 +70,8 @@ class Holdings:
         storage = storage_key(x)
         if storage in self.roles or storage in self._exposed:
             return False
-        base = x if x._base is None else x._base
-        made = base.grad_fn is not None and base.grad_fn._sequence_nr() >= self.began
+        base = base_of(x)
+        made = base.grad_fn is not None and sequence_number(base.grad_fn) >= self.began
         return made or storage in self._made
 
     def made(self, x: Tensor) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dibit._torch.private.tensors import gradient_asked
 from dibit.engine.holdings import Holdings
 from dibit.recompute.mean_pattern import is_degree_of, quotient_of
 from dibit.recompute.nodes import Node
@@ -55,7 +56,7 @@ class KnownSources:
             return None
         graph, ref, key = found
         x = ref()
-        if x is None or self.holdings.key(x) != key or y._backward_hooks or y.retains_grad:
+        if x is None or self.holdings.key(x) != key or gradient_asked(y):
             return None
         return graph, x
 

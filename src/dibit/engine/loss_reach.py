@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dibit._torch.private.autograd import saved_dim
 from dibit._torch.storage_identity import Alive, version
 from dibit.residuals.constant_csr import pattern
 
@@ -148,5 +149,5 @@ def _aggregations(node: Any, matrix: tuple[Any, ...] | None) -> int | None:
     if name in _ROW_BY_ROW or name == "AccumulateGrad":
         return 0
     if name in _LAST_DIMENSION:
-        return 0 if getattr(node, "_saved_dim", None) in (1, 2**64 - 1, -1) else None
+        return 0 if saved_dim(node) in (1, 2**64 - 1, -1) else None
     return None

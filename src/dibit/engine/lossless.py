@@ -158,7 +158,7 @@ class LosslessForms:
             if storage in self.holdings.roles:
                 continue
             others = holders(leaves[0].x)
-            if others is None or others > len({leaf.x._cdata for leaf in leaves}):
+            if others is None or others > len({id(leaf.x) for leaf in leaves}):
                 own(leaves)
                 if self._ledger is not None:
                     for leaf in leaves:

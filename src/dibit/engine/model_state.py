@@ -11,8 +11,9 @@ from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
+from dibit._torch.private.modules import pre_hooks
+from dibit._torch.private.tensors import is_lazy
 from dibit._torch.storage_identity import storages
 from dibit._torch.user_objects import attributes, defines, is_a, items, static
 from dibit.codec import Packed
@@ -178,7 +179,7 @@ class Found:
 
 def state_of(model: nn.Module) -> ModelState | None:
     """What `compress` attached to this module, if anything."""
-    hooks: Any = model._forward_pre_hooks.values()
+    hooks: Any = pre_hooks(model).values()
     return next((hook.state for hook in hooks if is_a(hook, Hook)), None)
 
 
@@ -187,7 +188,7 @@ def states_in(model: nn.Module, passive: bool = False) -> list[Found]:
     found: dict[int, Found] = {}
     hook: Any
     for path, module in model.named_modules():
-        for hook in module._forward_pre_hooks.values():
+        for hook in pre_hooks(module).values():
             if is_a(hook, Hook) and hook.state.passive == passive:
                 found.setdefault(id(hook.state), Found(hook.state, path, set())).names.add(hook.name)
     return list(found.values())

@@ -19,9 +19,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from dibit._torch.private.autograd import backward_pass
+from dibit._torch.private.operations import assert_true
 from dibit._torch.storage_identity import Weak
 from dibit.codec.fingerprint import fingerprint
 from dibit.codec.seed_stream import capturing
@@ -90,7 +91,7 @@ class Uses:
         return functools.partial(self._use, storage)
 
     def _use(self, storage: int) -> None:
-        self._seen.setdefault(storage, set()).add(torch._C._current_graph_task_id())
+        self._seen.setdefault(storage, set()).add(backward_pass())
 
     def run(self, task: int) -> None:
         """A backward pass has come to something of this forward pass."""
@@ -122,7 +123,7 @@ class Guard:
 
     def unpack(self, kept: Any) -> Tensor:
         """What the hooks of autograd call for each tensor that the pass has saved."""
-        task = torch._C._current_graph_task_id()
+        task = backward_pass()
         if task != self._checked or task == -1:
             if task != -1:
                 self.uses.run(task)
@@ -139,7 +140,7 @@ class Guard:
             x = weak.tensor()
             same = True if x is None else fingerprint(x) == content
             if isinstance(same, Tensor):
-                torch._assert_async(same, _CHANGED.format(role))
+                assert_true(same, _CHANGED.format(role))
             elif not same:
                 self.history.learn(role, False)
                 raise RuntimeError(_CHANGED.format(role))

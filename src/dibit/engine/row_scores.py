@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
+from dibit._torch.private.tensors import is_lazy
 from dibit._torch.storage_identity import strided, version
 from dibit.codec.seed_stream import capturing, given, go_on
 from dibit.engine.loss_reach import LossReach

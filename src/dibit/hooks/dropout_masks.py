@@ -21,10 +21,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from dibit._torch.private.autograd import hooks_refused, top_hooks, transformed
 from dibit.config import Config
 from dibit.engine.model_state import ModelState
 from dibit.engine.module_stack import ModuleStack
@@ -33,24 +33,13 @@ from dibit.nn import norm_relu_dropout
 from dibit.rules.dropout import seeded
 from dibit.rules.spellings import table
 
-_interpreters = torch._C._functorch.peek_interpreter_stack
 # Frames below which a function is run that may be run again elsewhere: checkpoints, reversible layers.
 _RUN_AGAIN: set[CodeType] = {inspect.unwrap(each).__code__ for each in (checkpoint, torch.autograd.Function.apply)}
 
 
-def top_hooks() -> Any:
-    """The innermost saved-tensor hooks of this thread: (pack, unpack) or `None`."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
-
-
 def hooks_free() -> bool:
     """Whether ours can be set: there are no other hooks in this thread, and none are forbidden."""
-    return top_hooks() is None and torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is None
-
-
-def transformed() -> bool:
-    """Inside a transform of `torch.func`, or of forward-mode differentiation."""
-    return _interpreters() is not None or forward_ad._current_level >= 0
+    return top_hooks() is None and hooks_refused() is None
 
 
 def _dropout(calls: Calls, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:

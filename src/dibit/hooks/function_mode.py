@@ -16,21 +16,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 
+from dibit._torch.private.autograd import pop_hooks, push_hooks, transformed
+from dibit._torch.private.operations import writes_to
+from dibit._torch.private.tensors import is_wrapped
 from dibit._torch.storage_identity import storage_key, storages, strided
 from dibit.engine.forward_pass import ForwardPass
 from dibit.engine.holdings import tensors_in
 from dibit.engine.model_state import Rule
 from dibit.hooks import inner_gradients as inner_gradient
-from dibit.hooks.dropout_masks import DROPOUTS, Calls, hooks_free, run_away, transformed
+from dibit.hooks.dropout_masks import DROPOUTS, Calls, hooks_free, run_away
 from dibit.recompute.repeatable import PURE, torch_functions
 
 _EXPOSES = torch_functions("numpy data_ptr __array__ __dlpack__ untyped_storage storage share_memory_")
 _FROM_OUTSIDE = torch_functions("as_tensor asarray from_numpy frombuffer from_dlpack")  # may share memory
-_push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
-_pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
+_OPERATOR, _OVERLOAD = type(torch.ops.aten.add), type(torch.ops.aten.add.Tensor)
 
 
 def _name(function: Any) -> str:
@@ -75,7 +76,7 @@ def tell_of_writes(forward_pass: ForwardPass, func: Any, args: Any, kwargs: Any)
         for x in (*args[1:], *kwargs.values()):
             if isinstance(x, Tensor) and not x.requires_grad:
                 forward_pass.before_change(x)
-    elif isinstance(func, OpOverload | OpOverloadPacket):
+    elif isinstance(func, (_OPERATOR, _OVERLOAD)):
         for x in written(func, args):
             forward_pass.before_change(x)
     elif _option(func, "inplace") is not None and _given(func, "inplace", args, kwargs):
@@ -95,13 +96,11 @@ def tell_of_results(forward_pass: ForwardPass, func: Any, args: Any, result: Any
                 forward_pass.made(x)
 
 
-def written(func: OpOverload | OpOverloadPacket, args: Any) -> Iterator[Any]:
+def written(func: Any, args: Any) -> Iterator[Any]:
     """The arguments that an operator's schema says it writes to."""
-    overloads = [func] if isinstance(func, OpOverload) else [getattr(func, name) for name in func.overloads()]
+    overloads = [func] if isinstance(func, _OVERLOAD) else [getattr(func, name) for name in func.overloads()]
     for overload in overloads:
-        for declared, value in zip(overload._schema.arguments, args, strict=False):
-            if declared.alias_info is not None and declared.alias_info.is_write:
-                yield value
+        yield from writes_to(overload, args)
 
 
 class Intercept(TorchFunctionMode):
@@ -128,11 +127,11 @@ class Intercept(TorchFunctionMode):
         keeps = torch.is_grad_enabled() and hooks_free()
         if not keeps:
             return self._run(func, args, kwargs, keeps)
-        _push_hooks(*self.hooks)
+        push_hooks(*self.hooks)
         try:
             return self._run(func, args, kwargs, keeps)
         finally:
-            _pop_hooks()
+            pop_hooks()
 
     def _run(self, func: Any, args: Any, kwargs: Any, keeps: bool) -> Any:
         """An operation; `keeps`: not within someone else's hooks (activation checkpoints), where all stays exact."""
@@ -170,7 +169,7 @@ class Intercept(TorchFunctionMode):
         """A gradient is asked for inside the forward pass: exactly, or not at all."""
         forward_pass = self.forward_pass
         outputs, inputs = inner_gradient.asked(func, args, kwargs)
-        if inputs and all(map(torch._C._functorch.is_functorch_wrapped_tensor, inputs)):
+        if inputs and all(map(is_wrapped, inputs)):
             return run_away(self, func, args, kwargs)  # what `torch.func.vjp` gave back: its inside was exact
         forward_pass.state.asks = True
         nodes = inner_gradient.compressed_between(outputs, inputs)

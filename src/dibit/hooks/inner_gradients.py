@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dibit._torch.private.autograd import function_of
 from dibit._torch.user_objects import is_a, static
 
 _FUNCTIONS = (torch.autograd.grad, torch.autograd.backward)
@@ -24,17 +25,16 @@ _DEEPEST = 4  # calls from a module's forward to the function that asks
 
 ASKING = {*_FUNCTIONS, Tensor.backward}
 _SETS = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
-_DUAL = torch._C._VariableFunctions._make_dual
-_MAKING = {Tensor.requires_grad_, _SETS, _DUAL}
+_MAKING = {Tensor.requires_grad_, _SETS}
 
 
 def makes_leaf(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a call makes a tensor require a gradient, or carry a tangent: it will be differentiated by."""
+    """Whether a call makes a tensor require a gradient: it will be differentiated by."""
     if func not in _MAKING:
         return bool(kwargs.get("requires_grad")) if kwargs else False
     if isinstance(args[0], nn.Parameter):
         return False
-    return func is _DUAL or bool(args[1] if len(args) > 1 else kwargs.get("requires_grad", True))
+    return bool(args[1] if len(args) > 1 else kwargs.get("requires_grad", True))
 
 
 def asked(func: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Tensor] | None]:
@@ -159,7 +159,7 @@ def _names(code: CodeType) -> Iterator[str]:
 
 
 def _compressed(node: Any) -> bool:
-    made_by: Any = getattr(type(node), "_forward_cls", object)
+    made_by = function_of(node)
     return made_by.__module__.startswith("dibit.") and made_by.__name__ != "ExactDropout"
 
 

@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import _symbolic_trace
 
-from dibit._torch.module_call import around
+from dibit._torch.private import COMPILES, USABLE
+from dibit._torch.private.autograd import transformed
+from dibit._torch.private.modes import set_callback, written_down
+from dibit._torch.private.modules import around, forward_hooks, pre_hooks, remove_hook
 from dibit._torch.user_objects import is_a, static
 from dibit.compile import mode as traced
 from dibit.compile.config_text import setting_of
 from dibit.config import Config
 from dibit.engine.model_state import Hook, ModelState, state_of
 from dibit.hooks import passes
-from dibit.hooks.dropout_masks import transformed
 from dibit.hooks.inner_gradients import asks
 from dibit.hooks.scripting import scripted
 from dibit.portable import Portable
@@ -36,15 +37,16 @@ class Enter(Hook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         if torch.compiler.is_dynamo_compiling():
-            traced.enter(self, module, args, kwargs or {})
-        elif not torch.compiler.is_compiling() and not _written_down():  # `torch.export` and the like: exact
-            callback = traced.set_callback(None)  # nothing of what follows is to be compiled
+            if COMPILES:
+                traced.enter(self, module, args, kwargs or {})
+        elif not torch.compiler.is_compiling() and not written_down(args, kwargs):  # `torch.export` and the like: exact
+            callback = set_callback(None)  # nothing of what follows is to be compiled
             try:
                 inside = passes.running() is not None or (callback is not None and traced.local.mode.settings)
                 if inside or self.begins(module):
                     around(module, passes.run, self, module)
             finally:
-                traced.set_callback(callback)
+                set_callback(callback)
 
     def called(self, module: nn.Module) -> None:
         super().called(module)
@@ -55,7 +57,7 @@ class Enter(Hook):
 
     def begins(self, module: nn.Module) -> bool:
         """Whether a call of this module, outside of any pass, is one: it compresses, or draws dropout's masks alone."""
-        return module.training and not transformed() and (self.state.seeds or passes.compresses())
+        return USABLE and module.training and not transformed() and (self.state.seeds or passes.compresses())
 
     def packed(self) -> dict[str, Any]:
         root = None if self.name else self.state.root  # a part is saved without the model that it is of
@@ -84,28 +86,19 @@ class Exit(Portable):
         self.state = state
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_dynamo_compiling():
+        if COMPILES and torch.compiler.is_dynamo_compiling():
             traced.leave()
 
 
 traced.alone(Enter.__call__, Exit.__call__)
 
 
-def _written_down() -> bool:
-    """Whether operations are written down to be run elsewhere: by `torch.jit.trace`, ONNX or `torch.fx`."""
-    return torch._C._get_tracing_state() is not None or _symbolic_trace._is_fx_tracing_flag
-
-
 def detach(model: nn.Module, which: Callable[[ModelState], bool]) -> None:
     """Remove the hooks of these states."""
     for module in model.modules():
-        found: tuple[Any, Any] = module._forward_pre_hooks, module._forward_hooks
-        for hooks in found:
-            for key in [key for key, hook in hooks.items() if is_a(hook, (Enter, Exit)) and which(hook.state)]:
-                del hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-                module._forward_hooks_with_kwargs.pop(key, None)
-                module._forward_hooks_always_called.pop(key, None)
+        for key, hook in [*pre_hooks(module).items(), *forward_hooks(module).items()]:
+            if is_a(hook, (Enter, Exit)) and which(hook.state):
+                remove_hook(module, key)
 
 
 def attach(model: nn.Module, state: ModelState, settings: Mapping[str, Config | None]) -> None:

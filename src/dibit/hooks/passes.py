@@ -9,23 +9,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode
 
+from dibit._torch.private.autograd import pop_hooks, push_hooks, top_hooks, transformed
+from dibit._torch.private.modes import may_have_mode, mode_count, pop_mode, push_mode, set_callback, uncompiled
 from dibit._torch.storage_identity import strided
 from dibit.compile import mode as traced
 from dibit.engine.batch_info import innermost
 from dibit.engine.forward_pass import ForwardPass
 from dibit.engine.holdings import tensors_in
 from dibit.hooks import nothing_compressed as unseen
-from dibit.hooks.dropout_masks import Exactly, Masks, hooks_free, top_hooks, transformed
+from dibit.hooks.dropout_masks import Exactly, Masks, hooks_free
 from dibit.hooks.function_mode import Intercept
 from dibit.hooks.scripting import scripted
 from dibit.rules import RULES
 
 _TRACED = (torch.Tensor, nn.Parameter)
 _FEW = 1 << 14  # numbers in the largest argument: of a smaller graph there is little to save
-_push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
-_pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
 
 
 class Pass:
@@ -65,7 +65,7 @@ class Pass:
 
     def resume(self) -> None:
         self.suspended = False
-        _push_mode(self.mode)
+        push_mode(self.mode)
 
 
 class _Local(threading.local):
@@ -88,13 +88,13 @@ def run(hook: Any, module: nn.Module, forward: Callable[..., Any], /, *args: Any
         module: called with these arguments.
         forward: what the module would have called.
     """
-    callback = traced.set_callback(None)  # nothing of what follows is to be compiled, but for the forward
+    callback = set_callback(None)  # nothing of what follows is to be compiled, but for the forward
     if callback is None:
         return _eager(hook, module, forward, args, kwargs)
     try:
         return _compiled(hook, module, callback, forward, args, kwargs)
     finally:
-        traced.set_callback(callback)
+        set_callback(callback)
 
 
 def _eager(hook: Any, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -135,7 +135,7 @@ def _part(active: Pass, hook: Any, module: nn.Module, forward: Callable[..., Any
     depth, away = len(forward_pass.stack.names), mode.away
     try:
         if away:  # run again by a gradient that is asked for in the pass
-            _push_mode(mode)
+            push_mode(mode)
             mode.away = False
         calls.enter()
         forward_pass.stack.enter(hook.name, hook.config)
@@ -165,7 +165,7 @@ def _unseen(mode: Intercept, forward: Callable[..., Any], args: Any, kwargs: Any
             return forward(*args, **kwargs)
     finally:
         mode.away = False
-        _push_mode(mode)
+        push_mode(mode)
 
 
 def _compiled(hook: Any, module: nn.Module, callback: Any, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -209,12 +209,13 @@ def _compiled(hook: Any, module: nn.Module, callback: Any, forward: Callable[...
 def _compile(callback: Any, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Run a forward that Dynamo may compile."""
     try:
-        traced.set_callback(callback)
+        set_callback(callback)
         return forward(*args, **kwargs)
     finally:
-        traced.set_callback(None)
+        set_callback(None)
 
 
+run = uncompiled(run)
 traced.alone(run, _compiled, _compile, _eager, _part, _unseen)
 
 
@@ -228,21 +229,21 @@ def compresses() -> bool:
 
 def _remove_mode(mode: TorchFunctionMode) -> None:
     """Take a mode from this thread's stack, also from under others; nothing happens where it is not there."""
-    if any(other is mode for other in _get_current_function_mode_stack()):
+    if may_have_mode(mode):
         above = []
-        while (top := _pop_mode()) is not mode:
+        while mode_count() and (top := pop_mode()) is not mode:
             above.append(top)
         for other in reversed(above):
-            _push_mode(other)
+            push_mode(other)
 
 
 def _remove_hooks(pack: Any) -> None:
     """The same of saved-tensor hooks, known by their first function."""
     above = []
     while (top := top_hooks()) is not None:
-        _pop_hooks()
+        pop_hooks()
         if top[0] == pack:
             break
         above.append(top)
     for other in reversed(above):
-        _push_hooks(*other)
+        push_hooks(*other)

@@ -9,7 +9,6 @@ hooks are called for what it keeps, so that the ledger names it.
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -17,10 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from dibit._torch.private.modules import pre_hooks, twin_without
 from dibit._torch.user_objects import is_a
 from dibit.portable import Portable
-
-_HOOKS = "_forward_pre_hooks", "_forward_hooks"
 
 
 def prepare(model: nn.Module) -> None:
@@ -51,13 +49,6 @@ def _plain(module: nn.Module) -> nn.Module:
     """The module, or where it is compressed or contains what is, a copy on the same parameters without the hooks."""
     if scripted(module):
         return module  # it is not compiled again
-    if not any(is_a(hook, Portable) for part in module.modules() for hook in part._forward_pre_hooks.values()):
+    if not any(is_a(hook, Portable) for part in module.modules() for hook in pre_hooks(part).values()):
         return module
-    twin = object.__new__(type(module))
-    attributes: dict[str, Any] = twin.__dict__
-    attributes.update(vars(module))
-    attributes["_modules"] = module._modules.copy()  # TorchScript replaces the children, one by one
-    for name in _HOOKS:
-        hooks = attributes[name]
-        attributes[name] = OrderedDict((key, hook) for key, hook in hooks.items() if not is_a(hook, Portable))
-    return twin
+    return twin_without(module, lambda hook: is_a(hook, Portable))  # TorchScript replaces the children, one by one

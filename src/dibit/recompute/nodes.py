@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef
 
+from dibit._torch.private.tensors import TensorWeakRef
 from dibit._torch.storage_identity import version
 
 SMALL = 2048  # bytes below which a tensor is simply kept

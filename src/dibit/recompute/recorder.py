@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef
 
+from dibit._torch.private.tensors import TensorWeakRef
 from dibit._torch.storage_identity import storage_key, strided
 from dibit._torch.user_objects import is_a
 from dibit.recompute.cut import CutSearch

@@ -15,15 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dibit._torch.private.operations import VARIABLE_FUNCTIONS
+
 
 def torch_functions(names: str) -> set[Any]:
     """All functions of torch by these names: functions of `torch`, of `torch.nn.functional`, methods of tensors."""
     # PyTorch Geometric puts a wrapper in the place of torch.index_select; the mode sees what the wrapper calls
-    found = (
-        getattr(owner, name, None)
-        for name in names.split()
-        for owner in (torch, torch._C._VariableFunctions, Tensor, F)
-    )
+    found = (getattr(owner, name, None) for name in names.split() for owner in (torch, VARIABLE_FUNCTIONS, Tensor, F))
     return {function for function in found if function is not None}
 
 

@@ -11,11 +11,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
-# Whether the backward pass that runs leaves what was saved for another one.
-keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+from dibit._torch.private.autograd import keeps_graph
 
 
 class Saved(ABC):

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dibit._torch.huge_pages import empty_like, worth_huge_pages
+from dibit._torch.private.tensors import COUNTS_USES, gradient_asked, held_once
 from dibit.engine.accounting import Accounting
 from dibit.engine.forward_pass import ForwardPass
 from dibit.rules.common import first_order, is_plain_float
@@ -58,10 +59,7 @@ def add(forward: ForwardPass, input: Any, other: Any, *, alpha: Any = 1, out: An
 
 def _nobody_keeps(x: Tensor) -> bool:
     """Whether x is Dibit's own result, and neither autograd nor a hook nor another tensor holds its memory."""
-    if not getattr(x.grad_fn, "fresh_result", False) or x._backward_hooks or x.retains_grad:
-        return False
-    storage = x.untyped_storage()  # itself the second reference
-    return x._use_count() == 1 and torch._C._storage_Use_Count(storage._cdata) == 2  # type: ignore[attr-defined]
+    return getattr(x.grad_fn, "fresh_result", False) and not gradient_asked(x) and held_once(x)
 
 
 @functools.cache
@@ -70,7 +68,7 @@ def _counts_of_temporaries() -> tuple[int, int]:
 
     From Python 3.14 on, operands may be borrowed from local variables without a reference.
     """
-    if sys.version_info >= (3, 14) or not hasattr(Tensor, "_use_count"):
+    if sys.version_info >= (3, 14) or not COUNTS_USES:
         return 0, 0
     probe, x = _Probe(), torch.zeros(1)
     with probe:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dibit._torch.huge_pages import worth_huge_pages
+from dibit._torch.private.operations import SAVES_WINNERS, winners
 from dibit.codec import ops
 from dibit.engine.forward_pass import ForwardPass
 from dibit.residuals.base import load, save
@@ -93,7 +94,7 @@ class AggregateExtreme(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, matrix: Tensor, reduce: str, graph: ConstantCSR, forward: ForwardPass) -> Tensor:
         with torch.enable_grad():
             y = torch.sparse.mm(matrix, x.detach().requires_grad_(), reduce)
-            winner = y.grad_fn._saved_result1  # type: ignore[union-attr]
+            winner = winners(y)
         crow, col, values = graph.parts
         forward.plain(winner.nbytes)
         # relative to the row's first element a byte or two usually hold it; nnz marks a row without elements
@@ -157,6 +158,8 @@ def sparse_mm(forward: ForwardPass, mat1: Tensor, mat2: Tensor, reduce: str | No
     if mat1.dim() != 2 or not is_plain_float(mat2) or mat2.dim() != 2 or mat1.dtype != mat2.dtype:
         return NotImplemented
     if reduce not in (None, "sum", "mean", "max", "min", "amax", "amin"):
+        return NotImplemented
+    if reduce in _ARG and not SAVES_WINNERS:
         return NotImplemented
     if not mat2.requires_grad:
         return aggregate_features(forward, mat1, mat2, reduce)

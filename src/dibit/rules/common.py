@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dibit._torch.autocast import exact_dtypes
+from dibit._torch.private.tensors import is_view
 from dibit._torch.storage_identity import strided
 from dibit.config import Config
 
@@ -80,4 +81,4 @@ def copy_or_return(x: Tensor, value: Tensor, inplace: bool) -> Tensor:
 
 def own(y: Tensor) -> Tensor:
     """y, never a view: autograd forbids to change a view in place that came out of a `torch.autograd.Function`."""
-    return y.detach() if y._is_view() else y
+    return y.detach() if is_view(y) else y

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dibit._torch.huge_pages import LEAST, empty, empty_like, worth_huge_pages
+from dibit._torch.private import operations
 
 _ROWS = 1 << 13  # of a product in parts: enough for its full speed, little enough for the caches
 
@@ -51,7 +52,7 @@ def batch_norm(
         y, mean, inverse = empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
         torch.ops.aten.native_batch_norm.out(x, *settings, out=y, save_mean=mean, save_invstd=inverse)
         return y, mean, inverse
-    y, mean, inverse, *_ = torch._batch_norm_impl_index(x, *settings, torch.backends.cudnn.enabled)
+    y, mean, inverse = operations.batch_norm(x, *settings)
     if not training:
         mean, inverse = running_mean, torch.rsqrt(running_var + eps)
     return y, mean, inverse

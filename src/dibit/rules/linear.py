@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dibit._torch.autocast import copies, low_precision
+from dibit._torch.private.tensors import gradient_asked
 from dibit.engine.forward_pass import ForwardPass
 from dibit.engine.noise.meter import Meter
 from dibit.residuals.base import load, save
@@ -91,7 +92,7 @@ class AggregatedLinear(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         aggregate = ctx.aggregate()
-        if aggregate is not None and (aggregate._backward_hooks or aggregate.retains_grad):
+        if aggregate is not None and gradient_asked(aggregate):
             raise RuntimeError(
                 "the gradient of an aggregate was asked for after a linear layer had used it; ask before (hook or "
                 "retain_grad right after the aggregation), or leave that module uncompressed."

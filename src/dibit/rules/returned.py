@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef
 
+from dibit._torch.private.tensors import TensorWeakRef
 from dibit._torch.storage_identity import storage_key, version
 from dibit.engine.forward_pass import ForwardPass
 from dibit.residuals.base import keeps_graph

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from dibit._torch.private.operations import allocations
+
 
 def peak_bytes(step: Callable[[], Any], device: torch.device | str = "cpu") -> int:
     """Measure the largest number of live tensor bytes above what was live before, during one call.
@@ -38,15 +40,8 @@ def peak_bytes(step: Callable[[], Any], device: torch.device | str = "cpu") -> i
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:
         step()
-    results = profile.profiler.kineto_results  # type: ignore[union-attr]
-    changes = [
-        (event.start_ns(), event.nbytes())
-        for event in results.events()
-        if event.name() == "[memory]" and event.device_type() == torch.profiler.DeviceType.CPU
-    ]
-    changes.sort(key=lambda change: change[0])  # stable: events of the same nanosecond keep their order
     live = peak = 0
-    for _, change in changes:
+    for change in allocations(profile):
         live += change
         peak = max(peak, live)
     return peak

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from dibit._torch.private.autograd import sequence_number
+
 # Share of a norm's noise that lies along x_hat of the next one (W^T W x is near to x): of rows, and over columns.
 _ALIGNED, _ALIGNED_COLUMNS = 0.4, 0.15
 _MOST = 1e12  # q beyond which all is lost
@@ -209,7 +211,7 @@ def pass_down(
             flows[node].join(flow)
         else:
             flows[node] = flow.copy()
-            heapq.heappush(heap, (-node._sequence_nr(), next(numbers), node))
+            heapq.heappush(heap, (-sequence_number(node), next(numbers), node))
 
     for x in outputs:
         if x.grad_fn is not None:
@@ -232,7 +234,7 @@ def pass_down(
         elif (factor := factors.get(key)) is not None:
             flow.times(factor)
         for following, _ in node.next_functions:
-            if following is not None and following._sequence_nr() >= began:
+            if following is not None and sequence_number(following) >= began:
                 enter(following, flow)
     for key, q in reached.items():
         leaf = leaves[key]

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dibit._torch.private.modules import NORMS
 from dibit.config import Config, Sample
 from dibit.engine.noise.noise_flow import Factor, Leaf, Level, Norm, pass_down
 
@@ -57,12 +58,11 @@ _FINE = 4  # bits of these
 _FINER = (4, 8)  # bits of factors, where the recipe's make too much noise
 _OF_LEAF, _OF_NORM, _OF_FACTOR = 8, 4, 2  # numbers of a measurement
 _TERMS = 1  # place of S among a leaf's
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.LayerNorm)
 
 
 def norms_of(model: nn.Module) -> int:
     """How many norms are among the modules of a model."""
-    return sum(isinstance(module, _NORMS) or type(module).__name__ == "LayerNorm" for module in model.modules())
+    return sum(isinstance(module, NORMS) or type(module).__name__ == "LayerNorm" for module in model.modules())
 
 
 def whole(config: Config, bits: int | None = None) -> Config:

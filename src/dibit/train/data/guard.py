@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from dibit._torch.private.operations import archived
 from dibit.train.data.pickles import ArraysUnpickler, check_nesting
 from dibit.train.data.standins import ALLOWED, CodeInFile, plain
 
@@ -99,8 +100,10 @@ def _torch_load(load: Callable[..., Any], graphs: bool, file: Any, *args: Any, *
     content = file.read()
     file.seek(start)
     if content[:4] == b"PK\x03\x04":
-        content = torch._C.PyTorchFileReader(io.BytesIO(content)).get_record("data.pkl")
-        check_nesting(content, 1)
+        record = archived(content, "data.pkl")
+        if record is None:
+            raise pickle.UnpicklingError(f"torch {torch.__version__} cannot look into it before it is loaded")
+        check_nesting(record, 1)
     else:
         check_nesting(content, _LEGACY)
     return plain(load(file, *args, **how), len(content), _graphs() if graphs else (_Nothing,))

@@ -15,6 +15,8 @@ from typing import Any
 import numba as nb
 import torch
 
+from dibit._torch.private.operations import kernel_cache
+
 # Numba's file cache asks whether a kernel's own file has changed. A kernel inlines what it shares with others, too: so
 # the content of that file is a part of its name.
 _SHARED = format(zlib.crc32((Path(__file__).parent / "kernels" / "numbers.py").read_bytes()), "08x")
@@ -79,7 +81,8 @@ def _say_if_compiling(kernel: Any) -> None:
     if _said:
         return
     name = kernel.py_func.__qualname__
-    if not any(Path(kernel.stats.cache_path).glob(f"*.{name}-*.nbi")):
+    folder = kernel_cache(kernel)
+    if folder is not None and not any(folder.glob(f"*.{name}-*.nbi")):
         _said = True
         logging.getLogger("dibit").warning("dibit: compiling kernels for this processor; later runs find them ready.")
 

@@ -1,0 +1,96 @@
+"""What watches operations beside Dibit: function modes, Dynamo and tracers."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from types import CodeType
+from typing import Any, TypeVar
+
+import torch
+from torch.fx import Proxy
+from torch.overrides import TorchFunctionMode
+
+from dibit._torch.private.registry import find
+from dibit._torch.user_objects import is_a
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# -- function modes -----------------------------------------------------------------------------------------------
+
+
+def _pop() -> TorchFunctionMode:
+    top: TorchFunctionMode = _stack()[-1]
+    TorchFunctionMode.__exit__(top, None, None, None)
+    return top
+
+
+_found_pop = find("torch.overrides._pop_mode", "take function modes off the stack")
+_stack = find(
+    "torch.overrides._get_current_function_mode_stack", "see which function modes are on the stack",
+    needed=_found_pop is None,
+)  # fmt: skip
+_count = find(
+    "torch._C._len_torch_function_stack", "see how many function modes are on the stack", needed=_stack is None
+)
+# Put a mode on this thread's stack; take the innermost off and return it; the number of modes there.
+push_mode: Any = find("torch.overrides._push_mode", "put function modes on the stack") or TorchFunctionMode.__enter__
+pop_mode: Any = _found_pop or _pop
+mode_count: Any = _count or (lambda: len(_stack()))
+
+
+def may_have_mode(mode: TorchFunctionMode) -> bool:
+    """Whether a mode is on this thread's stack; yes where torch does not tell."""
+    return _stack is None or any(other is mode for other in _stack())
+
+
+# -- Dynamo -------------------------------------------------------------------------------------------------------
+
+_EXACT = "compression under torch.compile: compiled models are plain"
+_frames = "torch._C._dynamo.eval_frame."
+_set_callback = find(_frames + "set_eval_frame", "leave Dibit's own code to Python under torch.compile", _EXACT)
+_set_strategy = find(_frames + "set_code_exec_strategy", "leave Dibit's own code to Python under torch.compile", _EXACT)
+_strategy = find(_frames + "_FrameExecStrategy", "leave Dibit's own code to Python under torch.compile", _EXACT)
+_action = find(_frames + "_FrameAction", "leave Dibit's own code to Python under torch.compile", _EXACT)
+DYNAMO = None not in (_set_callback, _set_strategy, _strategy, _action)
+# Let Dynamo compile what this thread calls by this callback, `None` for nothing; returns the callback before.
+set_callback: Any = _set_callback if DYNAMO else lambda callback: None
+
+
+def not_alone(code: CodeType) -> None:
+    """Let Dynamo not compile this code on its own; where it compiles the caller, it traces the code."""
+    if DYNAMO:
+        _set_strategy(code, _strategy(_action.SKIP, _action.DEFAULT))
+
+
+def uncompiled(function: F) -> F:
+    """A function that switches Dynamo off by `set_callback`; where it cannot, torch does it around each call."""
+    if DYNAMO:
+        return function
+    disabled = functools.cache(lambda: torch.compiler.disable(function))
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (disabled() if "torch._dynamo" in sys.modules else function)(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+# -- tracers ------------------------------------------------------------------------------------------------------
+
+_flag = find(
+    "torch.fx._symbolic_trace._is_fx_tracing_flag",
+    "leave tracers of torch.fx alone",
+    "make_fx on a compressed model, which has to be decompressed before",
+)
+_tracer: Any = sys.modules.get("torch.fx._symbolic_trace")
+
+
+def written_down(args: Any, kwargs: Any) -> bool:
+    """Whether a module's call is written down to be run elsewhere: by `torch.jit.trace`, ONNX or `torch.fx`."""
+    if torch.jit.is_tracing():
+        return True
+    if _flag is not None:
+        return bool(_tracer._is_fx_tracing_flag)
+    return any(is_a(x, Proxy) for x in (*args, *(kwargs or {}).values()))

@@ -1,0 +1,136 @@
+"""Operations of torch, what they save, and tools around them."""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dibit._torch.private.registry import enter, find
+
+_functions = find(
+    "torch._C._VariableFunctions",
+    "see the function that PyTorch Geometric's wrapper of torch.index_select calls",
+    "memory: what index_select has gathered is kept where PyTorch Geometric wraps it",
+)
+VARIABLE_FUNCTIONS: Any = torch if _functions is None else _functions  # the functions of torch, before any wrapper
+
+find(
+    "torch._ops.OpOverload._schema",
+    "see which arguments an operator writes to",
+    "memory: what torch.ops operators read is copied, as if they wrote to it",
+    look=lambda: torch.ops.aten.add.Tensor._schema,
+)
+
+
+def writes_to(overload: Any, args: Any) -> list[Any]:
+    """The arguments that an operator's schema says it writes to; all of them where torch does not tell."""
+    schema = getattr(overload, "_schema", None)
+    if schema is None:
+        return list(args)
+    declared = zip(schema.arguments, args, strict=False)
+    return [value for argument, value in declared if argument.alias_info is not None and argument.alias_info.is_write]
+
+
+_assert_async = find(
+    "torch._assert_async", "check on a device that a tensor has not changed", "time: the device is waited for"
+)
+
+
+def assert_true(condition: Tensor, message: str) -> None:
+    """Raise a RuntimeError where a bool 0-d tensor is false, without waiting for its device if torch can."""
+    if _assert_async is not None:
+        _assert_async(condition, message)
+    elif not condition:
+        raise RuntimeError(message)
+
+
+_batch_norm = find("torch._batch_norm_impl_index", "get the statistics of a BatchNorm", "time: they are computed again")
+
+
+def batch_norm(
+    x: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool, momentum: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """torch's BatchNorm of x (N, D, ...), and the mean and inverse standard deviation (D,) of its batch."""
+    settings = weight, bias, running_mean, running_var, training, momentum, eps, torch.backends.cudnn.enabled
+    if _batch_norm is not None:
+        y, mean, inverse, *_ = _batch_norm(x, *settings)
+        return y, mean, inverse
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    var, mean = torch.var_mean(wide, [d for d in range(x.dim()) if d != 1], correction=0)
+    return torch.batch_norm(x, *settings), mean, torch.rsqrt(var + eps)
+
+
+_winners = find(
+    "torch._C._functions.SparseMmReduceImplBackward0._saved_result1",
+    "keep which neighbour has won a max or min",
+    "memory: max and min by torch.sparse.mm are kept as torch keeps them",
+)
+SAVES_WINNERS = _winners is not None  # whether `winners` can tell
+
+
+def winners(y: Tensor) -> Tensor:
+    """Which stored element each result of a max or min by `torch.sparse.mm` is, int64 of the shape of y."""
+    return y.grad_fn._saved_result1  # type: ignore[union-attr,no-any-return]
+
+
+# -- tools --------------------------------------------------------------------------------------------------------
+
+_reader = enter(
+    "torch._C.PyTorchFileReader",
+    "look into a data set saved by torch before torch.load reads it",
+    "data sets in torch's own format, which are not read unchecked",
+    tool=True,
+)
+_kineto = enter(
+    "torch._C._autograd._KinetoEvent.nbytes",
+    "read allocations from torch's profiler",
+    "time: they are read from a file",
+    tool=True,
+)
+_cache = enter(
+    "numba.core.dispatcher.Dispatcher.stats",
+    "say that kernels are compiled, before the first time",
+    "that sentence, and the folder of kernels in dibit doctor",
+    tool=True,
+)
+
+
+def archived(content: bytes, record: str) -> bytes | None:
+    """A record of a file that `torch.save` has written; `None` where this version of torch cannot look into it."""
+    return _reader.value(io.BytesIO(content)).get_record(record) if _reader.found else None
+
+
+def allocations(profile: Any) -> list[int]:
+    """Bytes that were allocated (freed: negative) on the CPU, in order of time, under a `torch.profiler.profile`."""
+    results = getattr(profile.profiler, "kineto_results", None) if _kineto.found else None
+    if results is None:
+        changes = _exported(profile)
+    else:
+        changes = [
+            (event.start_ns(), event.nbytes())
+            for event in results.events()
+            if event.name() == "[memory]" and event.device_type() == torch.profiler.DeviceType.CPU
+        ]
+    changes.sort(key=lambda change: change[0])  # stable: events of the same nanosecond keep their order
+    return [change for _, change in changes]
+
+
+def _exported(profile: Any) -> list[tuple[float, int]]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    found = [event for event in events if event.get("name") == "[memory]"]
+    return [(event["ts"], event["args"]["Bytes"]) for event in found if event["args"]["Device Type"] == 0]
+
+
+def kernel_cache(kernel: Any) -> Path | None:
+    """The folder in which Numba keeps a compiled kernel; `None` where this version of Numba does not tell."""
+    path = getattr(kernel.stats, "cache_path", None) if _cache.found else None
+    return None if path is None else Path(path)

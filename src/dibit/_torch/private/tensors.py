@@ -1,0 +1,222 @@
+"""Tensors and the memory they lie in: identity, weak references, who else holds it, and which tensors have none."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from dibit._torch.private.registry import find
+
+_SLOWER = "time, and a Ctrl-C that comes while one of torch's own weak references dies"
+_cdata = find("torch.UntypedStorage._cdata", "tell memory apart", _SLOWER)
+_weak_ref = find("torch.UntypedStorage._weak_ref", "hold memory weakly", _SLOWER)
+_free_weak_ref = find("torch.UntypedStorage._free_weak_ref", "let go of memory that was held weakly", _SLOWER)
+_new_with_weak_ptr = find(
+    "torch.UntypedStorage._new_with_weak_ptr",
+    "look at memory that is held weakly",
+    "memory: tensors whose content is compared in the backward pass are held until then",
+)
+_POINTERS = None not in (_cdata, _weak_ref, _free_weak_ref)
+_StorageWeakRef = find(
+    "torch.multiprocessing.reductions.StorageWeakRef", "hold memory weakly without those three", needed=not _POINTERS
+)
+_LOOKS = _POINTERS and _new_with_weak_ptr is not None
+
+if _POINTERS:
+
+    def storage_key(x: Tensor) -> int:
+        """Identity of a live storage. Only valid while the tensor is held, or an `Alive` holds its storage weakly."""
+        return x.untyped_storage()._cdata
+
+else:
+
+    def storage_key(x: Tensor) -> int:
+        return _StorageWeakRef(x.untyped_storage()).cdata  # type: ignore[no-any-return]
+
+
+class Alive:
+    """Weak references to storages: their memory may go, their identities are not given out again while this lives.
+
+    One object for all of them: torch's own `StorageWeakRef` runs Python code when it dies, thousands of times a step,
+    and a Ctrl-C that arrives there is lost.
+    """
+
+    def __init__(self) -> None:
+        self._references: dict[int, Any] = {}
+
+    if _POINTERS:
+
+        def hold(self, x: Tensor) -> int:
+            """Hold the storage of a strided tensor weakly; its identity."""
+            storage = x.untyped_storage()
+            key = storage._cdata
+            if key not in self._references:
+                self._references[key] = storage._weak_ref()
+            return key
+
+        def clear(self) -> None:
+            while self._references:
+                _free_weak_ref(self._references.popitem()[1])
+
+    else:
+
+        def hold(self, x: Tensor) -> int:
+            reference = _StorageWeakRef(x.untyped_storage())
+            self._references.setdefault(reference.cdata, reference)
+            return reference.cdata  # type: ignore[no-any-return]
+
+        def clear(self) -> None:
+            self._references.clear()
+
+    def __del__(self) -> None:
+        self.clear()
+
+    def __reduce__(self) -> Any:
+        return Alive, ()  # a copy holds nothing
+
+
+class Weak:
+    """A strided tensor's memory, held weakly: as long as anybody has any tensor on it."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._held = None if _LOOKS else x.detach()
+        self._reference = x.untyped_storage()._weak_ref() if _LOOKS else None
+        self._geometry = x.storage_offset(), x.shape, x.stride()
+        self._like = x.dtype, x.device
+        self._conj, self._neg = x.is_conj(), x.is_neg()
+
+    def tensor(self) -> Tensor | None:
+        """A tensor of the same content, `None` where the memory is gone."""
+        if not _LOOKS:
+            return self._held
+        storage = _new_with_weak_ptr(self._reference)
+        if storage is None:
+            return None
+        dtype, device = self._like
+        x = torch.empty(0, dtype=dtype, device=device).set_(storage, *self._geometry)  # type: ignore[call-overload]
+        x = x.neg() if self._neg else x
+        return x.conj() if self._conj else x
+
+    def __del__(self) -> None:
+        if _LOOKS:
+            _free_weak_ref(self._reference)
+
+
+# -- counters and views -------------------------------------------------------------------------------------------
+
+find("torch.Tensor._version", "notice that a tensor is written to", needed=True)
+find("torch.Tensor._base", "tell whose memory a view shows", needed=True)
+
+
+def version(x: Tensor) -> int:
+    """The version counter of a tensor's storage; 0 for one made in `inference_mode`, which has none."""
+    return 0 if x.is_inference() else x._version
+
+
+def base_of(x: Tensor) -> Tensor:
+    """What x is a view of, or x."""
+    base = x._base
+    return x if base is None else base
+
+
+def is_view(x: Tensor) -> bool:
+    return x._base is not None
+
+
+# -- who else holds a tensor --------------------------------------------------------------------------------------
+
+_storage_use_count = find(
+    "torch._C._storage_Use_Count",
+    "count the tensors on the same memory",
+    "memory: copies of small tensors that somebody else might hold; sums are not written over temporaries",
+)
+_use_count = find("torch.Tensor._use_count", "tell temporaries apart", "memory: sums are not written over temporaries")
+COUNTS_USES = _POINTERS and None not in (_storage_use_count, _use_count)  # whether `held_once` can tell
+
+
+def holders(x: Tensor) -> int | None:
+    """How many tensors (and NumPy arrays and the like, each by a tensor of its own) hold the memory of a strided one.
+
+    `None` where this version of torch cannot tell.
+    """
+    if _storage_use_count is None or not _POINTERS:
+        return None
+    storage = x.untyped_storage()
+    return int(_storage_use_count(storage._cdata)) - 1  # less Python's own object for the storage
+
+
+def held_once(x: Tensor) -> bool:
+    """Whether no other tensor, and nothing of autograd's, holds x or its memory (asked where `COUNTS_USES`)."""
+    storage = x.untyped_storage()  # itself the second reference
+    return x._use_count() == 1 and _storage_use_count(storage._cdata) == 2  # type: ignore[attr-defined,no-any-return]
+
+
+_backward_hooks = find(
+    "torch.Tensor._backward_hooks",
+    "see that the gradient of an intermediate result is asked for",
+    "memory: aggregates that go into a linear layer are kept; sums are not written over temporaries",
+)
+
+if _backward_hooks is not None:
+
+    def gradient_asked(x: Tensor) -> bool:
+        """Whether somebody asks for the gradient of x: by a hook, or by `retain_grad`."""
+        return bool(x._backward_hooks) or x.retains_grad
+
+else:
+
+    def gradient_asked(x: Tensor) -> bool:
+        return True
+
+
+# -- tensors of other kinds ---------------------------------------------------------------------------------------
+
+_wrapped = find(
+    "torch._C._functorch.is_functorch_wrapped_tensor", "tell tensors inside a transform of torch.func apart", "time"
+)
+_fake = find("torch._subclasses.fake_tensor.FakeTensor", "tell tensors without values apart")
+_lazy = find("torch.nn.parameter.is_lazy", "tell parameters without a shape apart")
+_coo = None not in (
+    find("torch.Tensor._indices", "read sparse tensors in coordinate form that are not coalesced"),
+    find("torch.Tensor._values", "read sparse tensors in coordinate form that are not coalesced"),
+)
+# Of a tensor that Python has let go of and C++ has not, and that comes back.
+TensorWeakRef: Any = find("torch.utils.weak.TensorWeakRef", "hold tensors weakly") or weakref.ref
+
+
+def _has_no_address(x: Tensor) -> bool:
+    if x.layout != torch.strided:
+        return False
+    try:
+        x.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return True
+    return False
+
+
+is_wrapped: Any = _has_no_address if _wrapped is None else _wrapped  # a tensor of torch.func's, without memory
+
+
+def is_fake(x: Tensor) -> bool:
+    """Whether x has no values: it stands for a tensor while something is traced."""
+    if _fake is not None:
+        return issubclass(type(x), _fake)
+    return any(kind.__name__ == "FakeTensor" for kind in type(x).__mro__)
+
+
+def _uninitialised(x: Any) -> bool:
+    return isinstance(x, (UninitializedParameter, UninitializedBuffer))
+
+
+is_lazy: Any = _uninitialised if _lazy is None else _lazy  # a parameter or buffer that has no shape yet
+
+
+def coo_parts(x: Tensor) -> list[Tensor]:
+    """Indices and values of a sparse tensor in coordinate form; none where torch does not give them."""
+    if _coo:
+        return [x._indices(), x._values()]
+    return [x.indices(), x.values()] if x.is_coalesced() else []

@@ -1,0 +1,156 @@
+"""Private parts of torch: each may be missing, and nothing but private modules uses them."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dibit._torch import private
+from dibit._torch.private import registry
+
+PACKAGE = Path(__file__).parents[1] / "src" / "dibit"
+HERE = PACKAGE / "_torch" / "private"
+# Private names of others than torch.
+ALLOWED = {
+    "_getframe": "CPython's sys",
+    "_thread": "Python's own lock",
+    "_exit": "Python's os",
+    "_Unpickler": "Python's pickle in Python",
+    "_collate": "a method of PyTorch Geometric's ClusterLoader, overridden",
+    "_orig_mod": "the name of the child of what torch.compile returns, as state_dict has it",
+    "_chain": "Dibit's own",
+}
+
+
+@pytest.fixture(scope="module")
+def without() -> Iterator[Callable[[str], dict[str, Any]]]:
+    """What `tests.without` reports of a process in which torch lacks one API."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.without"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=PACKAGE.parents[1]
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def ask(name: str) -> dict[str, Any]:
+            process.stdin.write(f"{name}\n")
+            process.stdin.flush()
+            answer: dict[str, Any] = json.loads(process.stdout.readline())
+            assert "error" not in answer, answer["error"]
+            return answer
+
+        yield ask
+        process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def whole(without: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """The same with all of them."""
+    return without("")
+
+
+def test_with_all_of_them(whole: dict[str, Any]) -> None:
+    assert whole["missing"] == whole["warnings"] == []
+    for run in whole["runs"].values():
+        assert run["same"]
+        assert run["finite"]
+        assert 0 < max(run["errors"]) < 1e-4
+        assert 0 < run["saved"] < run["plain"]
+
+
+@pytest.mark.parametrize("name", registry.APIS)
+def test_without(name: str, without: Callable[[str], dict[str, Any]], whole: dict[str, Any]) -> None:
+    """A compressed model has the plain one's forward bits, and its gradient but for the codec's error."""
+    api, found = registry.APIS[name], without(name)
+    assert found["missing"] == [name]
+    assert len(found["warnings"]) == bool(api.lost and not api.tool)
+    for warning in found["warnings"]:
+        assert name in warning
+        assert api.lost in warning
+        assert registry.KNOWN in warning
+    for form, run in found["runs"].items():
+        assert run["same"]
+        assert run["finite"]
+        if api.needed:
+            assert max(run["errors"]) == run["saved"] == 0
+        else:
+            assert 0 < max(run["errors"]) <= 1.1 * max(whole["runs"][form]["errors"])
+            assert whole["runs"][form]["saved"] <= run["saved"] < run["plain"] == whole["runs"][form]["plain"]
+
+
+def test_without_all_of_them(without: Callable[[str], dict[str, Any]]) -> None:
+    found = without(",".join(registry.APIS))
+    assert found["missing"] == list(registry.APIS)
+    (warning,) = found["warnings"]
+    assert "nothing is compressed" in warning
+    for run in found["runs"].values():
+        assert run["same"]
+        assert max(run["errors"]) == run["saved"] == 0
+
+
+def test_several_missing_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {
+        name: registry.PrivateApi(name, "work", lost, needed, False, lambda: None)
+        for name, lost, needed in (("a.b", "time", False), ("a.c", "time", False), ("a.d", "memory", False))
+    }
+    known["a.e"] = registry.PrivateApi("a.e", "work", "all", False, False, lambda: 1)
+    monkeypatch.setattr(registry, "APIS", known)
+    monkeypatch.setattr(registry, "_said", False)
+    with pytest.warns(UserWarning, match=r"is without a\.b, a\.c, a\.d, .* What is lost: time; memory\."):
+        private.warn_if_missing()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        private.warn_if_missing()  # once
+
+
+def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(registry.WITHOUT, "math.pi, math.e")
+    assert [registry.PrivateApi(f"math.{n}", "", "", False, False, lambda: 1).found for n in ("pi", "e", "tau")] == [
+        False,
+        False,
+        True,
+    ]
+
+
+def test_nothing_else_uses_them() -> None:
+    """Not by attribute, not by import, not by a name in a string."""
+    known = {part for name in registry.APIS for part in name.split(".") if part.startswith("_")}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.parent != HERE:
+            found = {(line, name) for line, name in private_names(ast.parse(path.read_text()), known)}
+            assert not found, f"{path} uses private names"
+
+
+def private_names(tree: ast.Module, known: set[str]) -> Iterator[tuple[int, str]]:
+    """Lines and names: anything private of an object that is not the file's own, and what is known to be torch's."""
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Attribute):
+            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            names = [] if own else [node.attr]
+        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("dibit"):
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [part for alias in node.names for part in alias.name.split(".")]
+        elif isinstance(node, ast.Constant) and node.value in known:
+            names = [node.value]
+        for name in names:
+            if name.startswith("_") and not name.endswith("__") and name not in ALLOWED:
+                yield node.lineno, name
+
+
+@pytest.mark.parametrize(
+    "line", ["torch._C", "from torch.overrides import _pop_mode", "import torch._ops", "getattr(x, '_cdata')"]
+)
+def test_a_use_is_found(line: str) -> None:
+    assert list(private_names(ast.parse(line), {"_cdata"}))

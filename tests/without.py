@@ -1,0 +1,341 @@
+"""Dibit where torch lacks one of its private APIs: a warm process that forks a child for each name it reads.
+
+    python -m tests.without < names
+
+The child hides the API, imports Dibit, puts the API back for torch's own use, and trains a small GraphSAGE beside the
+plain one. The parent writes a line of JSON for each name: what the child found, or its traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import sys
+import traceback
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numba.core.dispatcher  # noqa: F401 - loaded once, for all children
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch_geometric.nn import SAGEConv
+
+NODES, WIDTH, CLASSES, STEPS = 120, 16, 5, 3
+# Attributes of objects that torch makes later, and what is looked up only when it is used: these are switched off by
+# the environment variable alone.
+SWITCHED = {
+    "torch._C.PyTorchFileReader",
+    "torch._C._autograd._KinetoEvent.nbytes",
+    "numba.core.dispatcher.Dispatcher.stats",
+    "torch._ops.OpOverload._schema",
+    "torch.autograd.graph.Node._saved_dim",
+    "torch.autograd.graph.Node._sequence_nr",
+}
+_TABLES = (
+    "torch.nn.Module._forward_",
+    "torch.nn.Module._modules",
+)  # the tables of a module are attributes of its instances
+
+
+class _Gone:
+    """In the place of an attribute that a class inherits."""
+
+    def __get__(self, *_: Any) -> Any:
+        raise AttributeError
+
+
+@contextlib.contextmanager
+def hidden(name: str) -> Iterator[None]:
+    """A block in which torch lacks an attribute, or what it is an attribute of."""
+    path = name.split(".")
+    owners = [importlib.import_module("torch")]
+    for attribute in path[1:-1]:
+        owners.append(getattr(owners[-1], attribute))
+    for owner, attribute in zip(reversed(owners), reversed(path), strict=False):
+        own = vars(owner).get(attribute) if isinstance(owner, types.ModuleType | type) else None
+        try:
+            if own is None:
+                setattr(owner, attribute, _Gone())
+            else:
+                delattr(owner, attribute)
+        except TypeError:
+            continue  # a class of C++, which nobody can change
+        try:
+            yield
+        finally:
+            if own is None:
+                delattr(owner, attribute)
+            else:
+                setattr(owner, attribute, own)
+        return
+    raise LookupError(f"{name} cannot be hidden")
+
+
+class SAGE(nn.Module):
+    """Two layers with BatchNorm and dropout, the mean and the largest of the neighbours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = SAGEConv(WIDTH, 32), nn.BatchNorm1d(32)
+        self.last = SAGEConv(32, CLASSES, aggr="max")
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.first(x, edges)))
+        return self.last(F.dropout(x, 0.5, self.training), edges)
+
+
+def graphs() -> dict[str, Tensor]:
+    """One graph in both of PyTorch Geometric's forms."""
+    edges = torch.randint(NODES, (2, 6 * NODES), generator=torch.Generator().manual_seed(0)).unique(dim=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        matrix = torch.sparse_coo_tensor(edges.flip(0), torch.ones(edges.shape[1]), (NODES, NODES)).to_sparse_csr()
+    return {"edge_index": edges, "csr": matrix}
+
+
+def step(model: nn.Module, x: Tensor, y: Tensor, edges: Tensor, seed: int) -> tuple[Tensor, list[Tensor]]:
+    """The result of a forward pass and the gradients of the loss."""
+    torch.manual_seed(seed)
+    model.zero_grad()
+    out = model(x, edges)
+    F.cross_entropy(out, y).backward()
+    return out.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def train(dibit: Any, edges: Tensor) -> dict[str, Any]:
+    """Three steps of a compressed model; at each the plain one with the same weights and draws beside it."""
+    torch.manual_seed(1)
+    model, plain = SAGE(), SAGE()
+    x, y = torch.randn(NODES, WIDTH), torch.randint(CLASSES, (NODES,))
+    config = dibit.Config(bits=8, block=32, dropout="mask")
+    dibit.compress(model, config)
+    same, errors = True, []
+    with dibit.track(model) as saved:
+        for i in range(STEPS):
+            plain.load_state_dict(model.state_dict())
+            expected, exact = step(plain, x, y, edges, i)
+            out, found = step(model, x, y, edges, i)
+            same &= torch.equal(out, expected)
+            noise = sum(float((a - b).square().sum()) for a, b in zip(found, exact, strict=True))
+            errors.append(noise / sum(float(g.square().sum()) for g in exact))
+            with torch.no_grad():
+                for p, g in zip(model.parameters(), found, strict=True):
+                    p -= 0.1 * g
+    dibit.compress(model)  # the default recipe, with masks of Dibit's own
+    finite = all(torch.isfinite(g).all() for g in step(model, x, y, edges, 0)[1])
+    dibit.scores(model).state_dict()
+    dibit.decompress(model)
+    plain.load_state_dict(model.state_dict())
+    same &= torch.equal(step(model, x, y, edges, 0)[0], step(plain, x, y, edges, 0)[0])
+    return {"same": same, "errors": errors, "finite": finite, "saved": saved.total, "plain": saved.plain}
+
+
+# -- what the training does not come to, by the end of a name -----------------------------------------------------
+
+
+def _transforms(dibit: Any) -> None:
+    from dibit._torch.storage_identity import strided
+
+    seen: list[bool] = []
+    torch.func.vmap(torch.func.grad(lambda x: (seen.append(strided(x)), (x * x).sum())[1]))(torch.randn(2, 3))
+    assert seen == [False]
+    assert strided(torch.randn(3))
+
+
+def _forbidden(dibit: Any) -> None:
+    from dibit.hooks.dropout_masks import hooks_free
+
+    assert hooks_free()
+    with torch.autograd.graph.disable_saved_tensors_hooks("not now"):
+        assert not hooks_free()
+
+
+def _asking(dibit: Any) -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.gelu(self.lin(x))
+            return torch.autograd.grad(y.sum(), self.lin.weight, create_graph=True)[0] + y.sum()
+
+    with contextlib.suppress(RuntimeError):
+        dibit.compress(Asks(), "iexact")(torch.randn(64, WIDTH))
+        raise AssertionError("the gradient of compressed operations was given")
+
+
+def _devices(dibit: Any) -> None:
+    from dibit._torch.private.operations import assert_true
+
+    assert_true(torch.tensor(True), "yes")
+    with contextlib.suppress(RuntimeError):
+        assert_true(torch.tensor(False), "no")
+        raise AssertionError("it is false")
+
+
+def _traced(dibit: Any) -> None:
+    model = dibit.compress(nn.Sequential(nn.Linear(WIDTH, 32), nn.ReLU(), nn.Linear(32, 3)))
+    outer = nn.Sequential(model, nn.Linear(3, 3))
+    x = torch.randn(64, WIDTH)
+    assert torch.equal(torch.fx.symbolic_trace(outer)(x), outer(x))
+
+
+def _compiled(dibit: Any) -> None:
+    torch.manual_seed(0)
+    model, plain = (nn.Sequential(nn.Linear(WIDTH, 32), nn.ReLU(), nn.Linear(32, 3)) for _ in range(2))
+    plain.load_state_dict(model.state_dict())
+    compiled, x = torch.compile(dibit.compress(model), backend="eager"), torch.randn(200, WIDTH)
+    for each in (compiled, plain):
+        each(x).square().sum().backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)  # nothing was compressed
+    dibit.compress(plain)
+    plain.zero_grad()
+    plain(x).square().sum().backward()  # once Dynamo is there
+    assert not torch.equal(plain[2].weight.grad, model[2].weight.grad)
+
+
+def _looked_at(dibit: Any) -> None:
+    from dibit._torch.storage_identity import Weak
+
+    x = torch.arange(12).view(3, 4).T[1:]
+    weak = Weak(x)
+    x += 1
+    assert torch.equal(weak.tensor(), x)
+
+
+def _numbered(dibit: Any) -> None:
+    from dibit._torch.private.autograd import next_sequence_number, sequence_number
+
+    number, x = next_sequence_number(), torch.ones(1, requires_grad=True)
+    assert sequence_number((x * 2).grad_fn) == number
+
+
+def _sparse(dibit: Any) -> None:
+    from dibit._torch.storage_identity import storages
+
+    x = torch.sparse_coo_tensor(torch.tensor([[0, 0], [1, 2]]), torch.ones(2), (2, 3))
+    assert storages(x) == []
+    assert len(storages(x.coalesce())) == 2
+
+
+def _measured(dibit: Any) -> None:
+    from dibit.tools.memory import peak_bytes
+
+    def work() -> Tensor:
+        x = torch.ones(1000)
+        y = x * 2
+        del x
+        return (y + 1).sum()
+
+    assert 8000 <= peak_bytes(work) < 8100
+
+
+def _archives(dibit: Any) -> None:
+    import io
+    import pickle
+
+    from dibit.train.data.guard import arrays_only
+
+    file = io.BytesIO()
+    torch.save(torch.ones(3), file)
+    file.seek(0)
+    with contextlib.suppress(pickle.UnpicklingError), arrays_only():
+        torch.load(file)
+        raise AssertionError("it was read unchecked")
+
+
+def _stack(dibit: Any) -> None:
+    from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+    from dibit._torch.private.modes import may_have_mode, mode_count, pop_mode, push_mode
+
+    first, second = TorchFunctionMode(), TorchFunctionMode()
+    push_mode(first), push_mode(second)
+    assert _get_current_function_mode_stack() == [first, second]
+    assert may_have_mode(first)
+    assert (pop_mode(), mode_count(), pop_mode(), mode_count()) == (second, 1, first, 0)
+
+
+def _written(dibit: Any) -> None:
+    from dibit._torch.private.operations import writes_to
+
+    x = torch.ones(1)
+    assert x in writes_to(torch.ops.aten.add_.Tensor, (x, x))
+
+
+def _lazy(dibit: Any) -> None:
+    model = dibit.compress(nn.Sequential(nn.LazyLinear(32), nn.ReLU(), nn.Linear(32, 3)))
+    model(torch.randn(64, WIDTH)).sum().backward()
+
+
+CHECKS: dict[str, Callable[[Any], None]] = {
+    "is_functorch_wrapped_tensor": _transforms,
+    "_saved_tensors_hooks_get_disabled_error_message": _forbidden,
+    "_forward_cls": _asking,
+    "_assert_async": _devices,
+    "_is_fx_tracing_flag": _traced,
+    "set_code_exec_strategy": _compiled,
+    "_new_with_weak_ptr": _looked_at,
+    "_weak_ref": _looked_at,
+    "_get_sequence_nr": _numbered,
+    "_indices": _sparse,
+    "nbytes": _measured,
+    "PyTorchFileReader": _archives,
+    "_push_mode": _stack,
+    "_pop_mode": _stack,
+    "_get_current_function_mode_stack": _stack,
+    "_len_torch_function_stack": _stack,
+    "_schema": _written,
+    "is_lazy": _lazy,
+}
+
+
+def report(name: str) -> dict[str, Any]:
+    """What happens without one API, or several with commas between; an empty name: with all of them."""
+    switched = name in SWITCHED or name.startswith(_TABLES) or "," in name
+    if switched:
+        os.environ["DIBIT_WITHOUT"] = name
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with contextlib.nullcontext() if switched or not name else hidden(name):
+            dibit = importlib.import_module("dibit")
+        found = {form: train(dibit, edges) for form, edges in graphs().items()}
+        check = CHECKS.get(name.rpartition(".")[2])
+        if check is not None:
+            check(dibit)
+    from dibit._torch.private import APIS
+
+    lacking = [api.name for api in APIS.values() if not api.found]
+    messages = [str(each.message) for each in said if str(each.message).startswith("dibit: torch ")]
+    return {"runs": found, "warnings": messages, "missing": lacking}
+
+
+def main() -> None:
+    torch.overrides.resolve_name(torch.add)  # torch looks all its functions up, private ones too, the first time
+    for line in sys.stdin:
+        reading, writing = os.pipe()
+        child = os.fork()
+        if not child:
+            os.close(reading)
+            try:
+                answer: dict[str, Any] = report(line.strip())
+            except BaseException:
+                answer = {"error": traceback.format_exc()}
+            with os.fdopen(writing, "w") as pipe:
+                json.dump(answer, pipe)
+            os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading) as pipe:
+            print(pipe.read() or json.dumps({"error": "the child has died"}), flush=True)
+        os.waitpid(child, 0)
+
+
+if __name__ == "__main__":
+    main()
