@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "dibit"
 LAYERS = (
     "__main__",
     "cli",
-    "reproduce bench",
+    "reproduce bench doctor",
     "experiments",
     "train",
     "lightning study functions",

@@ -155,6 +155,24 @@ def _forbidden(dibit: Any) -> None:
         assert not hooks_free()
 
 
+def _foreign(dibit: Any) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    from dibit.hooks.dropout_masks import hooks_free
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        assert not hooks_free()
+        with torch.autograd.graph.save_on_cpu():
+            assert not hooks_free()
+    assert hooks_free()
+    model, x = nn.Sequential(nn.Linear(WIDTH, 32), nn.ReLU(), nn.Linear(32, 3)), torch.randn(64, WIDTH)
+    model(x).sum().backward()
+    expected = model[0].weight.grad
+    model.zero_grad()
+    checkpoint(dibit.compress(model, "iexact"), x, use_reentrant=False).sum().backward()
+    assert torch.equal(model[0].weight.grad, expected)  # in a checkpoint all is exact
+
+
 def _asking(dibit: Any) -> None:
     class Asks(nn.Module):
         def __init__(self) -> None:
@@ -277,6 +295,7 @@ def _lazy(dibit: Any) -> None:
 
 CHECKS: dict[str, Callable[[Any], None]] = {
     "is_functorch_wrapped_tensor": _transforms,
+    "_top_saved_tensors_default_hooks": _foreign,
     "_saved_tensors_hooks_get_disabled_error_message": _forbidden,
     "_forward_cls": _asking,
     "_assert_async": _devices,

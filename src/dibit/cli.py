@@ -17,6 +17,7 @@ COMMANDS = {  # module, function, what it does
     "train": ("dibit.train.command", "train", "train a model on a graph, with compressed activations"),
     "reproduce": ("dibit.reproduce.command", "reproduce", "repeat what the papers measured, their numbers beside ours"),
     "bench": ("dibit.bench.command", "bench", "time, memory and gradient error on this machine, beside alternatives"),
+    "doctor": ("dibit.doctor", "doctor", "what Dibit finds on this machine, and what is lost where a part is missing"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,27 @@ def _same(x: Any) -> Any:
     return x
 
 
+def _none(_: Any) -> None:
+    return None
+
+
+def _noted(push: Any, pop: Any) -> tuple[Any, Any, Any]:
+    """`push_hooks`, `pop_hooks` and `top_hooks`: what Python sets is noted on its way, as torch cannot be asked."""
+    local = threading.local()
+
+    def noted_push(pack: Any, unpack: Any) -> None:
+        push(pack, unpack)
+        local.hooks = [*getattr(local, "hooks", ()), (pack, unpack)]
+
+    def noted_pop() -> None:
+        pop()
+        local.hooks = getattr(local, "hooks", [])[:-1]
+
+    owner: Any = torch._C._autograd
+    owner._push_saved_tensors_default_hooks, owner._pop_saved_tensors_default_hooks = noted_push, noted_pop
+    return noted_push, noted_pop, lambda: (getattr(local, "hooks", None) or [None])[-1]
+
+
 def _refusal() -> str | None:
     try:
         push_hooks(_same, _same)
@@ -39,11 +61,19 @@ def _refusal() -> str | None:
 
 
 _autograd = "torch._C._autograd."
-push_hooks: Any = find(_autograd + "_push_saved_tensors_default_hooks", "set hooks for saved tensors") or _push_hooks
-pop_hooks: Any = find(_autograd + "_pop_saved_tensors_default_hooks", "take hooks for saved tensors away") or _pop_hooks
-_top = find(_autograd + "_top_saved_tensors_default_hooks", "see somebody else's hooks for saved tensors", needed=True)
-# The innermost saved-tensor hooks of this thread: (pack, unpack) or `None`.
-top_hooks: Any = functools.partial(_top, True) if _top is not None else lambda: None
+_push = find(_autograd + "_push_saved_tensors_default_hooks", "set hooks for saved tensors")
+_pop = find(_autograd + "_pop_saved_tensors_default_hooks", "take hooks for saved tensors away")
+_top = find(
+    _autograd + "_top_saved_tensors_default_hooks",
+    "see somebody else's hooks for saved tensors",
+    "hooks for saved tensors that are not set in Python are not seen",
+    needed=None in (_push, _pop),
+    since="2.8",
+)
+# Set saved-tensor hooks (pack, unpack); take the innermost away; those of this thread, or `None`.
+push_hooks, pop_hooks, top_hooks = _push or _push_hooks, _pop or _pop_hooks, functools.partial(_top or _none, True)
+if _top is None and None not in (_push, _pop):
+    push_hooks, pop_hooks, top_hooks = _noted(_push, _pop)
 # Why no hooks can be set now, `None` where they can be.
 hooks_refused: Any = (
     find(_autograd + "_saved_tensors_hooks_get_disabled_error_message", "see that hooks are forbidden", "time")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from collections.abc import Callable
 from types import CodeType
@@ -49,11 +50,19 @@ def may_have_mode(mode: TorchFunctionMode) -> bool:
 
 _EXACT = "compression under torch.compile: compiled models are plain"
 _frames = "torch._C._dynamo.eval_frame."
-_set_callback = find(_frames + "set_eval_frame", "leave Dibit's own code to Python under torch.compile", _EXACT)
-_set_strategy = find(_frames + "set_code_exec_strategy", "leave Dibit's own code to Python under torch.compile", _EXACT)
-_strategy = find(_frames + "_FrameExecStrategy", "leave Dibit's own code to Python under torch.compile", _EXACT)
-_action = find(_frames + "_FrameAction", "leave Dibit's own code to Python under torch.compile", _EXACT)
-DYNAMO = None not in (_set_callback, _set_strategy, _strategy, _action)
+
+
+def _skipping() -> Callable[[CodeType], None]:
+    frames: Any = importlib.import_module("torch._C._dynamo.eval_frame")
+    if not hasattr(frames, "set_code_exec_strategy"):
+        return frames.skip_code  # type: ignore[no-any-return]  # torch 2.6
+    strategy = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
+    return lambda code: frames.set_code_exec_strategy(code, strategy)
+
+
+_set_callback = find(_frames + "set_eval_frame", "switch torch.compile off in Dibit's own code", _EXACT)
+_skip = find(_frames + "set_code_exec_strategy", "keep torch.compile from Dibit's own code", _EXACT, look=_skipping)
+DYNAMO = None not in (_set_callback, _skip)
 # Let Dynamo compile what this thread calls by this callback, `None` for nothing; returns the callback before.
 set_callback: Any = _set_callback if DYNAMO else lambda callback: None
 
@@ -61,7 +70,7 @@ set_callback: Any = _set_callback if DYNAMO else lambda callback: None
 def not_alone(code: CodeType) -> None:
     """Let Dynamo not compile this code on its own; where it compiles the caller, it traces the code."""
     if DYNAMO:
-        _set_strategy(code, _strategy(_action.SKIP, _action.DEFAULT))
+        _skip(code)
 
 
 def uncompiled(function: F) -> F:

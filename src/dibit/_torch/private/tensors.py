@@ -133,6 +133,7 @@ _storage_use_count = find(
     "torch._C._storage_Use_Count",
     "count the tensors on the same memory",
     "memory: copies of small tensors that somebody else might hold; sums are not written over temporaries",
+    since="2.8",
 )
 _use_count = find("torch.Tensor._use_count", "tell temporaries apart", "memory: sums are not written over temporaries")
 COUNTS_USES = _POINTERS and None not in (_storage_use_count, _use_count)  # whether `held_once` can tell
