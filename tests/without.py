@@ -40,6 +40,8 @@ _TABLES = (
     "torch.nn.Module._forward_",
     "torch.nn.Module._modules",
 )  # the tables of a module are attributes of its instances
+# What an older torch has in the place of another: it is hidden with it.
+OLDER = {"torch._C._dynamo.eval_frame.set_code_exec_strategy": "torch._C._dynamo.eval_frame.skip_code"}
 
 
 class _Gone:
@@ -58,6 +60,9 @@ def hidden(name: str) -> Iterator[None]:
         owners.append(getattr(owners[-1], attribute))
     for owner, attribute in zip(reversed(owners), reversed(path), strict=False):
         own = vars(owner).get(attribute) if isinstance(owner, types.ModuleType | type) else None
+        if own is None and isinstance(owner, types.ModuleType):  # this version of torch lacks it
+            yield
+            return
         try:
             if own is None:
                 setattr(owner, attribute, _Gone())
@@ -323,17 +328,20 @@ def report(name: str) -> dict[str, Any]:
         os.environ["DIBIT_WITHOUT"] = name
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        with contextlib.nullcontext() if switched or not name else hidden(name):
+        with contextlib.ExitStack() as stack:
+            for each in (name, OLDER.get(name, "")):
+                if each and not switched:
+                    stack.enter_context(hidden(each))
             dibit = importlib.import_module("dibit")
         found = {form: train(dibit, edges) for form, edges in graphs().items()}
         check = CHECKS.get(name.rpartition(".")[2])
         if check is not None:
             check(dibit)
-    from dibit._torch.private import APIS
+    from dibit._torch.private import APIS, USABLE
 
     lacking = [api.name for api in APIS.values() if not api.found]
     messages = [str(each.message) for each in said if str(each.message).startswith("dibit: torch ")]
-    return {"runs": found, "warnings": messages, "missing": lacking}
+    return {"runs": found, "warnings": messages, "missing": lacking, "usable": USABLE}
 
 
 def main() -> None:

@@ -53,7 +53,11 @@ def examine() -> dict[str, Any]:
     """Everything that is printed; "lost" has a sentence for each thing that is not as it should be."""
     lost: list[str] = []
     return {
-        "versions": {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "versions": {
+            **{name: _version(name) for name in _PACKAGES},
+            "torch": str(torch.__version__),  # with the kind of its build
+            "python": platform.python_version(),
+        },
         "known": {"torch": KNOWN},
         "threads": _threads(lost),
         "kernels": _kernels(lost),
