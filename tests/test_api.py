@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import dibit
 from dibit import Config, Sample
+from dibit._torch.private.autograd import top_hooks
 from dibit.api import state_of
 from tests.unbiased import gradient
 
@@ -292,7 +293,7 @@ class TestWhereItActs:
         assert torch.equal(outside.weight.grad, (outside(h) > 0).float().T @ h.detach())
         assert saved_bytes(net, x) == reference
         assert not torch.overrides._get_current_function_mode_stack()
-        assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        assert top_hooks() is None
 
     def test_activation_checkpointing_inside_stays_exact(self) -> None:
         from torch.utils.checkpoint import checkpoint

@@ -24,6 +24,7 @@ from torch_geometric import EdgeIndex
 from torch_geometric.nn.models import GAT, GCN, GIN, GraphSAGE
 
 import dibit
+from dibit._torch.private.autograd import top_hooks
 from dibit.codec.seed_stream import restart
 from dibit.compile.config_text import config_of, text_of
 from dibit.compile.rules import COMPILED, RULES
@@ -46,7 +47,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):  # plain and compressed models of one class
         yield
     assert not _get_current_function_mode_stack()
-    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    assert top_hooks() is None
     torch._dynamo.reset()
 
 
@@ -331,7 +332,7 @@ def test_the_hooks_of_an_uncompiled_pass_step_aside_for_a_compiled_part() -> Non
 
     @torch.compiler.disable
     def look() -> None:
-        seen.append(torch._C._autograd._top_saved_tensors_default_hooks(True))
+        seen.append(top_hooks())
 
     model = dibit.compress(nn.Sequential(nn.Linear(16, 32), compiled(Probe(), fullgraph=False), nn.Linear(32, 4)))
     y = model(torch.randn(N, 16))

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dibit._torch.private.autograd import top_hooks
+
 
 @functools.cache
 def _filler() -> Any:
@@ -45,7 +47,7 @@ def left() -> tuple[int, bool]:
     """Function modes and saved-tensor hooks of this thread."""
     return (
         len(torch.overrides._get_current_function_mode_stack()),
-        torch._C._autograd._top_saved_tensors_default_hooks(True) is not None,
+        top_hooks() is not None,
     )
 
 

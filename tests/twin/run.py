@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import dibit
 from dibit import Config, Sample
+from dibit._torch.private.autograd import top_hooks
 from dibit._torch.private.modes import set_callback
 from dibit.api import state_of
 from dibit.recipes import recipe
@@ -283,7 +284,7 @@ def _surroundings(names: bool) -> dict[str, Any]:
     return {
         "function modes": len(torch.overrides._get_current_function_mode_stack()),
         "dispatch modes": len(_get_current_dispatch_mode_stack()),
-        "saved-tensor hooks": torch._C._autograd._top_saved_tensors_default_hooks(True) is not None,
+        "saved-tensor hooks": top_hooks() is not None,
         "dynamo callback": callback,
         "grad mode": torch.is_grad_enabled(),
         "inference mode": torch.is_inference_mode_enabled(),
@@ -305,7 +306,7 @@ def _left(before: dict[str, Any]) -> list[str]:
                 first.pop(key, None)
                 names.pop(key)
     left = [name for name in now if now[name] != before[name]]
-    while torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    while top_hooks() is not None:
         torch._C._autograd._pop_saved_tensors_default_hooks()
     for _ in range(now["function modes"] - before["function modes"]):
         torch.overrides._pop_mode()
