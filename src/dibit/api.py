@@ -16,8 +16,7 @@ from dibit.config import Config, Sample, nearest
 from dibit.engine.ledger import Ledger, Row
 from dibit.engine.model_state import Found, ModelState, Rule, state_of, states_in
 from dibit.engine.row_scores import Scores
-from dibit.hooks import dlpack as outside
-from dibit.hooks import nothing_compressed as unseen
+from dibit.hooks import dlpack, nothing_compressed
 from dibit.hooks.module_hooks import attach, detach
 from dibit.hooks.scripting import prepare as prepare_scripting
 from dibit.recipes import recipe
@@ -67,8 +66,8 @@ def compress(
     attach(model, state, settings)
     prepare_scripting(model)
     if USABLE and any(setting is not None for setting in settings.values()):
-        unseen.expect(state)
-        outside.watch()
+        nothing_compressed.expect(state)
+        dlpack.watch()
     return model
 
 

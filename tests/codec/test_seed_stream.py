@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import dibit
-from dibit.codec import seed_stream as stream
+from dibit.codec import seed_stream
 from dibit.codec.seed_stream import Key, dropout_seed
 from dibit.nn import NormReLUDropout
 from tests.hooks.test_dropout_masks import Reversible
@@ -99,7 +99,7 @@ def same(a: list[list[Tensor]], b: list[list[Tensor]]) -> bool:
 
 def as_in_a_new_process() -> None:
     """What this process has given before does not count."""
-    stream._first, stream._again, stream._loaded = stream._Given(), stream._Given(), {}
+    seed_stream._first, seed_stream._again, seed_stream._loaded = seed_stream._Given(), seed_stream._Given(), {}
 
 
 class TestSeeds:
@@ -188,7 +188,7 @@ class TestSeeds:
         model(torch.randn(N, D, generator=torch.Generator().manual_seed(0)))
         after = torch.rand(3)
         torch.manual_seed(5)
-        stream.draw(), stream.draw()
+        seed_stream.draw(), seed_stream.draw()
         assert torch.equal(after, torch.rand(3))
 
     @pytest.mark.parametrize("again", [False, True], ids=["once", "run again by the backward pass"])
@@ -228,17 +228,17 @@ class TestSeeds:
         torch.manual_seed(5)
         as_in_a_new_process()
         Key(moves=False), Key(moves=False), Key(moves=False)
-        found, state = stream.given(), torch.get_rng_state()
+        found, state = seed_stream.given(), torch.get_rng_state()
         as_in_a_new_process()
-        stream.go_on(**found)
+        seed_stream.go_on(**found)
         torch.rand(1), Key(moves=False)  # a state of its own
         torch.set_rng_state(state)
         assert [Key(moves=False).value for _ in range(3)] == keys[3:]
 
     def test_checkpoints_that_are_read_without_end_are_forgotten(self) -> None:
         for i in range(1000):
-            stream.go_on(i, 1, 1)
-        assert len(stream._loaded) <= stream._MOST
+            seed_stream.go_on(i, 1, 1)
+        assert len(seed_stream._loaded) <= seed_stream._MOST
 
     def test_passes_between_which_nothing_is_drawn_differ(self) -> None:
         model, x = dibit.compress(net(0.0), "iexact"), torch.randn(N, D)

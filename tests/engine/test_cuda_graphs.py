@@ -9,7 +9,7 @@ from torch_geometric.nn import GraphSAGE
 from torch_geometric.utils import erdos_renyi_graph, to_torch_csr_tensor
 
 import dibit
-from dibit.codec import seed_stream as stream
+from dibit.codec import seed_stream
 from dibit.codec.row_sampling import LEFT_OUT
 from dibit.engine import draws, measuring
 from dibit.engine import row_scores as score_table
@@ -22,7 +22,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on every pass is one that a CUDA graph captures."""
     for module in (draws, measuring, score_table):
         monkeypatch.setattr(module, "capturing", lambda device: True)
-    monkeypatch.setattr(stream, "draw", lambda: stream.replayed_key(torch.device("cpu")))
+    monkeypatch.setattr(seed_stream, "draw", lambda: seed_stream.replayed_key(torch.device("cpu")))
 
 
 def backward(net: nn.Module, x: Tensor, r: Tensor) -> list[Tensor]:

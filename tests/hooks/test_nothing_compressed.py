@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 import dibit
-from dibit.hooks import nothing_compressed as unseen
+from dibit.hooks import nothing_compressed
 
 
 class Model(nn.Module):
@@ -86,7 +86,7 @@ def test_nothing_is_said_of_plain_models_of_exact_ones_and_of_other_optimisers()
 
 def test_no_hook_stays_on_optimisers() -> None:
     gc.collect()
-    unseen._waiting.clear(), unseen._forget(0)
+    nothing_compressed._waiting.clear(), nothing_compressed._forget(0)
     before = len(_global_optimizer_post_hooks)
     model = dibit.compress(Model())
     assert len(_global_optimizer_post_hooks) == before + 1

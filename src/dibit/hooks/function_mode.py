@@ -25,7 +25,7 @@ from dibit._torch.storage_identity import storage_key, storages, strided
 from dibit.engine.forward_pass import ForwardPass
 from dibit.engine.holdings import tensors_in
 from dibit.engine.model_state import Rule
-from dibit.hooks import inner_gradients as inner_gradient
+from dibit.hooks import inner_gradients
 from dibit.hooks.dropout_masks import DROPOUTS, Calls, hooks_free, run_away
 from dibit.recompute.repeatable import PURE, torch_functions
 
@@ -119,9 +119,9 @@ class Intercept(TorchFunctionMode):
         if _name(func) == "__get__" or torch.compiler.is_dynamo_compiling() or transformed():
             return func(*args, **kwargs)  # a property; within the model a compiled function, or a transform: exact
         forward_pass = self.forward_pass
-        if func in inner_gradient.ASKING:
+        if func in inner_gradients.ASKING:
             return self._asked(func, args, kwargs)
-        if forward_pass.state.asks is not False and inner_gradient.makes_leaf(func, args, kwargs):
+        if forward_pass.state.asks is not False and inner_gradients.makes_leaf(func, args, kwargs):
             forward_pass.stack.stay_exact()
         # Hooks are there for the one operation: transforms of `torch.func` refuse to begin where there are any.
         keeps = torch.is_grad_enabled() and hooks_free()
@@ -168,14 +168,14 @@ class Intercept(TorchFunctionMode):
     def _asked(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A gradient is asked for inside the forward pass: exactly, or not at all."""
         forward_pass = self.forward_pass
-        outputs, inputs = inner_gradient.asked(func, args, kwargs)
+        outputs, inputs = inner_gradients.asked(func, args, kwargs)
         if inputs and all(map(is_wrapped, inputs)):
             return run_away(self, func, args, kwargs)  # what `torch.func.vjp` gave back: its inside was exact
         forward_pass.state.asks = True
-        nodes = inner_gradient.compressed_between(outputs, inputs)
+        nodes = inner_gradients.compressed_between(outputs, inputs)
         if nodes:
             raise RuntimeError(
-                inner_gradient.refusal(forward_pass.module, type(forward_pass.state.root).__name__, nodes)
+                inner_gradients.refusal(forward_pass.module, type(forward_pass.state.root).__name__, nodes)
             )
         forward_pass.stack.asked = True
         if (

@@ -15,7 +15,7 @@ from dibit._torch.private.autograd import transformed
 from dibit._torch.private.modes import set_callback, written_down
 from dibit._torch.private.modules import around, forward_hooks, pre_hooks, remove_hook
 from dibit._torch.user_objects import is_a, static
-from dibit.compile import mode as traced
+from dibit.compile import compiled_mode
 from dibit.compile.config_text import setting_of
 from dibit.config import Config
 from dibit.engine.model_state import Hook, ModelState, state_of
@@ -38,11 +38,11 @@ class Enter(Hook):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         if torch.compiler.is_dynamo_compiling():
             if COMPILES:
-                traced.enter(self, module, args, kwargs or {})
+                compiled_mode.enter(self, module, args, kwargs or {})
         elif not torch.compiler.is_compiling() and not written_down(args, kwargs):  # `torch.export` and the like: exact
             callback = set_callback(None)  # nothing of what follows is to be compiled
             try:
-                inside = passes.running() is not None or (callback is not None and traced.local.mode.settings)
+                inside = passes.running() is not None or (callback is not None and compiled_mode.local.mode.settings)
                 if inside or self.begins(module):
                     around(module, passes.run, self, module)
             finally:
@@ -87,10 +87,10 @@ class Exit(Portable):
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if COMPILES and torch.compiler.is_dynamo_compiling():
-            traced.leave()
+            compiled_mode.leave()
 
 
-traced.alone(Enter.__call__, Exit.__call__)
+compiled_mode.alone(Enter.__call__, Exit.__call__)
 
 
 def detach(model: nn.Module, which: Callable[[ModelState], bool]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from dibit.compile import mode as traced
+from dibit.compile import compiled_mode
 from dibit.engine.model_state import ModelState, state_of
 
 # Models of which nothing was compressed yet, and whether they had no gradients then.
@@ -55,7 +55,7 @@ def _stepped(optimizer: Optimizer, *_: Any) -> None:
     own = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
     for key, (ref, _clean) in list(_waiting.items()):
         state = ref()
-        if state is None or state_of(state.root) is not state or traced.local.mode.used:
+        if state is None or state_of(state.root) is not state or compiled_mode.local.mode.used:
             _forget(key)
         elif any(id(p) in own for p in state.root.parameters()):
             _say(

@@ -14,11 +14,11 @@ from torch.overrides import TorchFunctionMode
 from dibit._torch.private.autograd import pop_hooks, push_hooks, top_hooks, transformed
 from dibit._torch.private.modes import may_have_mode, mode_count, pop_mode, push_mode, set_callback, uncompiled
 from dibit._torch.storage_identity import strided
-from dibit.compile import mode as traced
+from dibit.compile import compiled_mode
 from dibit.engine.batch_info import innermost
 from dibit.engine.forward_pass import ForwardPass
 from dibit.engine.holdings import tensors_in
-from dibit.hooks import nothing_compressed as unseen
+from dibit.hooks import nothing_compressed
 from dibit.hooks.dropout_masks import Exactly, Masks, hooks_free
 from dibit.hooks.function_mode import Intercept
 from dibit.hooks.scripting import scripted
@@ -46,7 +46,7 @@ class Pass:
         self.forward_pass: ForwardPass | Exactly = self.mode.forward_pass
 
     def begin(self) -> None:
-        traced.local.mode.used = False
+        compiled_mode.local.mode.used = False
         _local.active = self
         self.resume()
 
@@ -58,7 +58,7 @@ class Pass:
             _remove_hooks(self.mode.hooks[0])
 
     def suspend(self) -> None:
-        """ForwardPass aside for a part of the model that is compiled: the mode and hooks of compiled code take over."""
+        """Step aside for a part of the model that is compiled: the mode and hooks of compiled code take over."""
         _remove_mode(self.mode)
         self.suspended = True
         self.forward_pass.seen += 1
@@ -121,9 +121,9 @@ def _eager(hook: Any, module: nn.Module, forward: Callable[..., Any], args: Any,
         forward_pass.end(None)
         raise
     forward_pass.end(output)
-    forward_pass.seen += traced.local.mode.used
+    forward_pass.seen += compiled_mode.local.mode.used
     if compressed and forward_pass.stack.compresses:
-        unseen.passed(hook.state, forward_pass.seen, whole=not hook.name)
+        nothing_compressed.passed(hook.state, forward_pass.seen, whole=not hook.name)
     if told is not None:
         told.check_output(hook.state, list(tensors_in(output)))
     return output
@@ -170,9 +170,9 @@ def _unseen(mode: Intercept, forward: Callable[..., Any], args: Any, kwargs: Any
 
 def _compiled(hook: Any, module: nn.Module, callback: Any, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """A call from compiled code that is not traced itself: the outermost, or one at which a graph was broken."""
-    mode, active = traced.local.mode, _local.active
+    mode, active = compiled_mode.local.mode, _local.active
     if mode.settings and not hook.name and mode.state is hook.state:
-        traced.end(mode)  # the model cannot run within itself: left behind by a graph that was interrupted
+        compiled_mode.end(mode)  # the model cannot run within itself: left behind by a graph that was interrupted
     outermost = not mode.settings
     if outermost:
         if hook.state.passive or not (module.training and torch.is_grad_enabled()):
@@ -182,7 +182,7 @@ def _compiled(hook: Any, module: nn.Module, callback: Any, forward: Callable[...
         tensors = list(tensors_in((args, kwargs)))
         if not tensors or not all(type(x) in _TRACED and strided(x) for x in tensors):
             return _eager(hook, module, forward, args, kwargs)  # sparse matrices break every graph
-        if traced.weighs_edges(module) and max(x.numel() for x in tensors) >= _FEW:
+        if compiled_mode.weighs_edges(module) and max(x.numel() for x in tensors) >= _FEW:
             return _eager(hook, module, forward, args, kwargs)  # a graph would keep what is made for each edge
     depth = len(mode.settings)
     try:
@@ -190,20 +190,20 @@ def _compiled(hook: Any, module: nn.Module, callback: Any, forward: Callable[...
             if active is not None:
                 active.suspend()
             held = [x for x in tensors if x.is_floating_point() and not x.requires_grad]
-            traced.begin(mode, hook.state, traced.ops.fresh(tensors[0], hook.state.seeds), held)
+            compiled_mode.begin(mode, hook.state, compiled_mode.ops.fresh(tensors[0], hook.state.seeds), held)
         mode.settings.append(hook.setting)
         return _compile(callback, forward, args, kwargs)
     finally:
         if outermost:
             try:
-                traced.end(mode)
+                compiled_mode.end(mode)
             finally:
-                traced.end(mode)
-            unseen.passed(hook.state, 1, whole=not hook.name)
+                compiled_mode.end(mode)
+            nothing_compressed.passed(hook.state, 1, whole=not hook.name)
             if active is not None and active.suspended:
                 active.resume()
         while len(mode.settings) > depth:
-            traced.leave()
+            compiled_mode.leave()
 
 
 def _compile(callback: Any, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -216,7 +216,7 @@ def _compile(callback: Any, forward: Callable[..., Any], args: Any, kwargs: Any)
 
 
 run = uncompiled(run)
-traced.alone(run, _compiled, _compile, _eager, _part, _unseen)
+compiled_mode.alone(run, _compiled, _compile, _eager, _part, _unseen)
 
 
 def compresses() -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dibit.codec import normal_levels as levels
+from dibit.codec import normal_levels
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ClippedNormal:
         """
         if count < 3:
             raise ValueError(f"count = {count} was given; the clipped normal needs at least 3 elements a range.")
-        return cls(bits, levels.sigma(bits, count))
+        return cls(bits, normal_levels.sigma(bits, count))
 
     @property
     def top(self) -> int:

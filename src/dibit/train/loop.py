@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 import dibit
-from dibit.codec import seed_stream as stream
+from dibit.codec import seed_stream
 from dibit.recipes import PAPERS
 from dibit.tools.errors import Interrupted, TrainingError
 from dibit.train import checkpoint, events, generators
@@ -121,7 +121,7 @@ class _Training:
         if loaded:
             self._restore(loaded)
         else:
-            stream.restart()  # an earlier training in this process may have begun from the same seed
+            seed_stream.restart()  # an earlier training in this process may have begun from the same seed
         self.trained = self.model if self.world.size == 1 else nn.parallel.DistributedDataParallel(self.model)
 
     def _measure(self, config: dibit.Config | None) -> Measured:
@@ -131,10 +131,10 @@ class _Training:
 
     def _measure_again(self) -> Measured:
         """Of the trained model; no draw of any generator is lost, should the training go on."""
-        state, given = generators.state(self.task.device), stream.given()
+        state, given = generators.state(self.task.device), seed_stream.given()
         found = self._measure(None)
         generators.restore(state, self.task.device)
-        stream.go_on(**given)
+        seed_stream.go_on(**given)
         return found
 
     def run(self, on_epoch: Callable[[int, int], None] | None, nothing_follows: bool) -> Result:
