@@ -92,7 +92,7 @@ class DibitCallback(Callback):
     def _target(self, pl_module: nn.Module) -> nn.Module:
         if self.module is None:
             return pl_module
-        found = dict(pl_module.named_modules()).get(self.module)
+        found: nn.Module | None = dict(pl_module.named_modules()).get(self.module)
         if found is None:
             names = ", ".join(repr(name) for name, _ in pl_module.named_children())
             raise AttributeError(

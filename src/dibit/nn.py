@@ -77,7 +77,7 @@ class NormReLUDropout(nn.BatchNorm1d):
         return norm_relu_dropout(input, mean, var, self.weight, self.bias, self.p, self.training, factor, self.eps)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, p={self.p}"
+        return f"{super().extra_repr()}, p={self.p}"  # type: ignore[no-untyped-call]
 
 
 __all__ = ["NormReLUDropout", "norm_relu_dropout"]

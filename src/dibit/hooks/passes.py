@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from dibit._torch.private.autograd import pop_hooks, push_hooks, top_hooks, transformed
 from dibit._torch.private.modes import may_have_mode, mode_count, pop_mode, push_mode, set_callback, uncompiled
 from dibit._torch.storage_identity import strided
-from dibit.compile import compiled_mode
+from dibit.compile import compiled_mode, ops
 from dibit.engine.batch_info import innermost
 from dibit.engine.forward_pass import ForwardPass
 from dibit.engine.holdings import tensors_in
@@ -190,7 +190,7 @@ def _compiled(hook: Any, module: nn.Module, callback: Any, forward: Callable[...
             if active is not None:
                 active.suspend()
             held = [x for x in tensors if x.is_floating_point() and not x.requires_grad]
-            compiled_mode.begin(mode, hook.state, compiled_mode.ops.fresh(tensors[0], hook.state.seeds), held)
+            compiled_mode.begin(mode, hook.state, ops.fresh(tensors[0], hook.state.seeds), held)
         mode.settings.append(hook.setting)
         return _compile(callback, forward, args, kwargs)
     finally:

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
+from dibit._torch.private.autograd import keeps_graph
 from dibit._torch.private.tensors import TensorWeakRef
 from dibit._torch.storage_identity import storage_key, version
 from dibit.engine.forward_pass import ForwardPass
-from dibit.residuals.base import keeps_graph
 from dibit.residuals.exact import Exact
 
 

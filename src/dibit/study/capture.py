@@ -80,11 +80,13 @@ class Activation:
 
     def varied(self) -> Tensor:
         """Whether an element's block has spread: bool (rows * width,)."""
-        return self._of_block(self._widths() > 0)
+        varied: Tensor = self._of_block(self._widths() > 0)
+        return varied
 
     def steps(self) -> Tensor:
         """Bin width of the uniform grid, r / B, of every element whose block has spread: float64 (n,)."""
-        return self._of_block(self._widths())[self.varied()] / (2**self.bits - 1)
+        steps: Tensor = self._of_block(self._widths())[self.varied()] / (2**self.bits - 1)
+        return steps
 
     def _widths(self) -> Tensor:
         return self.ranges[:, 1].double() - self.ranges[:, 0].double()

@@ -37,7 +37,7 @@ class ClippedNormal:
     @property
     def top(self) -> int:
         """B, the upper end."""
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     @property
     def count(self) -> float:

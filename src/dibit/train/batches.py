@@ -82,7 +82,7 @@ class LoaderBatches:
         rows: Callable[[Any], tuple[Tensor, Tensor]],
         settings: Settings,
         device: torch.device,
-        sampler: DistributedSampler | None,
+        sampler: DistributedSampler[Any] | None,
     ) -> None:
         self.loader, self.rows, self.settings, self.device, self.sampler = loader, rows, settings, device, sampler
 
