@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= $(CORES)
 export NUMBA_NUM_THREADS ?= $(CORES)
 
 TRAIN ?= --compare --overwrite
-.PHONY: train test lint matrix clean
+.PHONY: train test fast lint matrix clean
 
 # The environment is rebuilt when what it is made of changes. --no-build-isolation is not needed: hatchling is small.
 .venv: $(VENV)/.ready
@@ -26,6 +26,10 @@ train: .venv
 test: .venv
 	OMP_NUM_THREADS=1 $(RUN)pytest -n $(CORES) --dist loadgroup $(ARGS)
 	$(if $(ARGS),,TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN)pytest -n $(CORES) tests/gpu/test_values.py)
+
+# What is quick, in under two minutes: for every save.
+fast: .venv
+	OMP_NUM_THREADS=1 $(RUN)pytest -n $(CORES) -m "not (slow or statistics or zoo)" $(ARGS)
 
 lint: .venv
 	$(RUN)ruff check .

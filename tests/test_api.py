@@ -17,6 +17,7 @@ import dibit
 from dibit import Config, Sample
 from dibit._torch.private.autograd import top_hooks
 from dibit.api import state_of
+from tests.marks import nothing_compressed
 from tests.unbiased import gradient
 
 
@@ -248,6 +249,7 @@ class TestAutograd:
         with pytest.raises(RuntimeError, match=r"changed in place|modified by an inplace operation"):
             loss.backward()
 
+    @nothing_compressed
     def test_exact_tensors_of_other_operations_are_checked_too(self) -> None:
         class Exp(nn.Module):
             def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -404,6 +406,7 @@ def test_import_is_light() -> None:
     assert done.stdout.strip() == "set()"
 
 
+@pytest.mark.slow
 def test_without_numba_plain_torch_serves_and_says_so() -> None:
     import subprocess
     import sys

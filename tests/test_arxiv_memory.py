@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 N, TRAIN, MB = 169_343, 90_941, 2**20
 
 

@@ -17,6 +17,7 @@ from torch_geometric.utils import dropout_edge, dropout_node, mask_feature
 
 import dibit
 from dibit import Config, Sample
+from tests.marks import nothing_compressed
 from tests.unbiased import bias_of, gradient
 
 N, D, C = 50, 12, 4
@@ -61,6 +62,7 @@ def grads(model: nn.Module, loss: Tensor) -> Tensor:
 
 class TestShapes:
     @pytest.mark.parametrize("shape", [(0, D), (1, D), (2, 5, D), (3, 1, D), (D,)], ids=str)
+    @nothing_compressed
     def test_rows_of_any_number_and_dimension(self, shape: tuple[int, ...]) -> None:
         model = nn.Sequential(nn.Linear(D, 7), nn.ELU(), nn.LayerNorm(7), nn.Linear(7, C))
         x = torch.randn(shape)
@@ -242,6 +244,7 @@ class TestModules:
         assert saved.total < saved.plain
 
     @pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "orthogonal"])
+    @pytest.mark.slow
     def test_parametrised_weights(self, kind: str) -> None:
         model = MLP().train()
         getattr(parametrizations, kind)(model.last)

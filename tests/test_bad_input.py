@@ -180,6 +180,7 @@ def test_too_little_memory_is_a_sentence(
 
 
 @pytest.mark.parametrize("loader", [("neighbor", "--batch-size", "1"), ("cluster", "--parts", "60", "--clusters", "1")])
+@pytest.mark.slow
 def test_a_batch_of_one_node_is_a_sentence(
     tmp_path: Path, loader: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,8 @@ from dibit.train import checkpoint, loop
 from dibit.train.task import Task
 from tests.train.conftest import command, small
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["small"]  # a fixture
 
 FAST = ("--hidden", "16", "--layers", "2", "--device", "cpu")

@@ -174,6 +174,7 @@ def outcome(model: nn.Module, kind: str, place: str) -> Any:
 @pytest.mark.parametrize("recipe", [None, "default", "exact", dibit.Config(bits=8)], ids=str)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_trains_where_plain_torch_does(kind: str, place: str, recipe: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -11,6 +11,7 @@ from torch_geometric.utils import to_torch_csr_tensor
 
 import dibit
 from dibit import Config, Sample
+from tests.marks import nothing_compressed
 from tests.unbiased import bias_of, gradient
 
 N, D = 60, 16
@@ -104,6 +105,7 @@ def test_forward_and_bytes(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in MODELS if "min" not in name and name != "gcn2"])
 @pytest.mark.parametrize("setting", CONFIGS)
+@pytest.mark.statistics
 def test_gradient_is_unbiased(name: str, setting: str) -> None:
     model, x, adj = build(name)
     readout = torch.randn(N, 5)
@@ -121,6 +123,7 @@ def test_gradient_is_unbiased(name: str, setting: str) -> None:
 
 @pytest.mark.parametrize("form", ["csr", "weighted csr", "edge_index", "EdgeIndex by row"])
 @pytest.mark.parametrize("aggr", ["sum", "mean", "max", "min"])
+@nothing_compressed
 def test_aggregation_keeps_the_graph_and_is_exact(form: str, aggr: str) -> None:
     """With constant weights only the graph is kept (max and min: who won), and dX is the plain one."""
 

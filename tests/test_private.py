@@ -59,6 +59,7 @@ def whole(without: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
     return without("")
 
 
+@pytest.mark.slow
 def test_with_all_of_them(whole: dict[str, Any]) -> None:
     assert whole["warnings"] == []
     assert whole["missing"] == [api.name for api in registry.APIS.values() if api.younger and not api.found]
@@ -70,6 +71,7 @@ def test_with_all_of_them(whole: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", registry.APIS)
+@pytest.mark.slow
 def test_without(name: str, without: Callable[[str], dict[str, Any]], whole: dict[str, Any]) -> None:
     """A compressed model has the plain one's forward bits, and its gradient but for the codec's error."""
     api, found = registry.APIS[name], without(name)

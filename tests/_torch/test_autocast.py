@@ -92,6 +92,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 class TestModels:
     @pytest.mark.parametrize("dropout", [0.0, 0.4])
+    @pytest.mark.slow
     def test_forward_and_bytes(self, kind: str, way: str, dropout: float) -> None:
         model, x = build(kind, way, dropout)
         plain = forward(model, x, way)
@@ -106,6 +107,7 @@ class TestModels:
             assert saved.plain == before.total
             assert saved.total < before.total
 
+    @pytest.mark.slow
     def test_no_factor_is_wrong(self, kind: str, way: str) -> None:
         """With 8 bits the mean gradient is the plain one's, up to the rounding of the half precision itself."""
         model, x = build(kind, way)
@@ -118,6 +120,7 @@ class TestModels:
 @pytest.mark.parametrize(
     ("kind", "way"), [*((kind, "autocast bf16") for kind in KINDS), *(("mlp", way) for way in [*WAYS][1:])]
 )
+@pytest.mark.statistics
 def test_gradient_is_unbiased(kind: str, way: str) -> None:
     model, x = build(kind, way)
     truth = gradient(model, x, way)

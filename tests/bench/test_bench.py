@@ -16,6 +16,8 @@ from dibit.bench.workload import SETTINGS, TrainingStep, Workload
 from dibit.cli import main
 from dibit.experiments.shapes import MODELS
 
+pytestmark = pytest.mark.slow
+
 TINY = ["--shape", "arxiv", "--scale", "0.002", "--hidden", "16"]
 
 

@@ -37,6 +37,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.mark.statistics
 def test_unbiased(config: Config) -> None:
     x = torch.randn(41, 20) * 2 + 0.5
     bias = bias_of(lambda i: decode(encode(x, config, mix(i, "draw"))), x, 400)
@@ -88,6 +89,7 @@ def test_normal_levels_reduce_the_variance_as_expected() -> None:
 
 @pytest.mark.parametrize("levels", ["uniform", "normal"])
 @pytest.mark.parametrize("block", [32, 500], ids=["whole blocks", "less than a block"])
+@pytest.mark.statistics
 def test_one_draw_gives_an_unbiased_square(levels: str, block: int) -> None:
     x = torch.randn(16, 8) + 1
     config = Config(bits=2, block=block, levels=levels)  # type: ignore[arg-type]
@@ -416,6 +418,7 @@ def kernels_stats() -> object:
     return relu.serial.stats
 
 
+@pytest.mark.slow
 def test_says_once_that_it_compiles(tmp_path: Path) -> None:
     code = (
         "import torch, dibit\nfor n in (100, 100_000): dibit.decode(dibit.encode(torch.randn(n), dibit.Config(), 1))\n"

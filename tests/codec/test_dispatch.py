@@ -20,6 +20,8 @@ from dibit.codec import dispatch, ops, seed_tensor
 from dibit.codec.backends import cpu, reference
 from dibit.codec.dispatch import kernel
 
+pytestmark = pytest.mark.slow
+
 THEIRS = """
 import torch
 from dibit.codec.dispatch import kernel

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from torch import Tensor
@@ -114,6 +115,7 @@ def reference_levels(block: int, config: Config) -> list[float]:
 
 @given(x=tensors(special=True), config=configs(), seed=seeds)
 @settings(max_examples=400, deadline=None, derandomize=True)
+@pytest.mark.slow
 def test_what_is_no_number_is_never_a_finite_lie_and_spoils_no_other_block(
     x: Tensor, config: Config, seed: int
 ) -> None:
@@ -166,6 +168,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 @given(x=tensors(dtypes=(torch.float32, torch.float64)), config=configs(("stochastic", "dither")), label=st.integers())
 @settings(max_examples=60, deadline=None, derandomize=True)
+@pytest.mark.statistics
 def test_unbiased(x: Tensor, config: Config, label: int) -> None:
     assume(x.numel())
     assume(x.abs().max() < 1e37)  # a projection of more overflows float32, as the plain product would

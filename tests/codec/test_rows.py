@@ -60,6 +60,7 @@ def test_probabilities_add_up_to_the_rows(kind: str, n: int, count: int) -> None
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n", [7, 1000])
+@pytest.mark.statistics
 def test_rows_come_as_often_as_they_should(kind: str, n: int) -> None:
     scores, draws = scores_like(kind, n), 4000
     count = max(1, n // 8)
@@ -80,6 +81,7 @@ def test_rows_come_as_often_as_they_should(kind: str, n: int) -> None:
 
 
 @pytest.mark.parametrize("by", ["uniform", "norm", "gradient"])
+@pytest.mark.statistics
 def test_unbiased(by: str) -> None:
     """Rows of zeros and certain rows among them; `gradient` is given scores that have nothing to do with x."""
     torch.manual_seed(0)
@@ -152,6 +154,7 @@ def test_huge_rows_are_not_left_out() -> None:
 
 
 @pytest.mark.parametrize("by", ["uniform", "norm", "gradient"])
+@pytest.mark.slow
 def test_at_least_one_row(by: str) -> None:
     x = torch.randn(3, 40)
     config = Config(reduce=Sample(1000, by=by))  # type: ignore[arg-type]

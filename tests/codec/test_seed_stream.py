@@ -19,6 +19,9 @@ from dibit.codec import seed_stream
 from dibit.codec.seed_stream import Key, dropout_seed
 from dibit.nn import NormReLUDropout
 from tests.hooks.test_dropout_masks import Reversible
+from tests.marks import nothing_compressed
+
+pytestmark = nothing_compressed
 
 N, D = 40, 16
 CPU = torch.device("cpu")
@@ -196,6 +199,7 @@ class TestSeeds:
     @pytest.mark.parametrize("before", [0, 1, 5])
     @pytest.mark.parametrize("dropout", [0.0, 0.5])
     @pytest.mark.parametrize("recipe", RECIPES)
+    @pytest.mark.slow
     def test_what_the_scores_hold_is_enough_to_go_on(
         self, recipe: str, dropout: float, before: int, anew: bool, again: bool
     ) -> None:

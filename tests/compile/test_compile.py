@@ -32,6 +32,8 @@ from dibit.recipes import RECIPES
 from dibit.rules.spellings import OPERATIONS, spellings
 from tests.unbiased import bias_of, gradient
 
+pytestmark = pytest.mark.slow
+
 N, D = 2000, 64
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler, g++")
 
@@ -202,6 +204,7 @@ def test_every_spelling_is_compressed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in COVERED if name != "dropout"])
+@pytest.mark.statistics
 def test_the_gradient_of_every_function_is_unbiased(name: str) -> None:
     x, readout = torch.randn(48, 16), torch.randn(48, 4)
     plain = One(name, by_name(name)[0])
@@ -261,6 +264,7 @@ def test_dropout_by_mask_is_torchs_own_draw() -> None:
     ],
     ids=["default", "iexact", "normal-norm", "a half of few rows", "all of few rows"],
 )
+@pytest.mark.statistics
 def test_gradients_are_unbiased(config: str | dibit.Config) -> None:
     x, readout = torch.randn(48, 16), torch.randn(48, 4)
     plain = mlp()

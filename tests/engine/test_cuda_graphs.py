@@ -75,6 +75,7 @@ def test_tables_stay_where_they_are_and_go_on(request: pytest.FixtureRequest) ->
         assert rose.float().mean() > 0.5, key
 
 
+@pytest.mark.statistics
 def test_unbiased(request: pytest.FixtureRequest) -> None:
     """The backward pass draws the rows of its forward pass, though the table has changed in between."""
     net, x, r = trained(3)

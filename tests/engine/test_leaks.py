@@ -15,6 +15,8 @@ from torch_geometric.nn import GAT, GCN, GraphSAGE
 import dibit
 from dibit.rules.relative import relative
 
+pytestmark = pytest.mark.slow
+
 N, D, STEPS, WARM = 500, 64, 200, 40
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "GraphSAGE": lambda: GraphSAGE(D, 64, 3, 8, dropout=0.5, norm="batch_norm"),

@@ -94,6 +94,7 @@ def test_what_mixes_rows_lets_all_be_reached(norm: Any, expected: set[int]) -> N
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.LayerNorm, nn.Identity])
 @pytest.mark.parametrize("by", ["uniform", "norm", "gradient"])
+@pytest.mark.statistics
 def test_gradient_is_unbiased(norm: Any, by: str) -> None:
     x, a, rows = inputs()
     plain = Net(norm)

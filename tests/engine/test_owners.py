@@ -23,6 +23,7 @@ from torch_geometric.nn import GCN, GraphSAGE
 import dibit
 from dibit import Config
 from dibit.api import state_of
+from tests.marks import nothing_compressed
 
 N, D = 300, 16  # 19 kB: large enough to be computed again rather than kept
 READ: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -206,6 +207,7 @@ def test_a_layer_that_reads_its_features_too(root_weight: bool) -> None:
 
 @given(place=st.sampled_from(PLACES), read=st.sampled_from(list(READ)), change=st.sampled_from(CHANGE))
 @settings(deadline=None, max_examples=80, derandomize=True)
+@nothing_compressed
 def test_changed_by_the_model_itself_after_it_was_read(place: str, read: str, change: Callable[[Tensor], None]) -> None:
     plain, model = pair(place, read, change)
     try:
@@ -252,6 +254,7 @@ def test_a_small_part_of_a_large_changing_tensor_is_what_is_kept() -> None:
         assert saved.total <= 2 * N * D * 4
 
 
+@nothing_compressed
 def test_what_the_model_returns_may_change() -> None:
     """Plain torch keeps the exponentials; what they are computed again from is handed out and written to."""
 

@@ -69,6 +69,7 @@ def test_scores_are_the_last_steps_gradients() -> None:
     assert all(table.dtype == torch.uint8 and table.shape == (N,) for table in known.values() if table.dim())
 
 
+@pytest.mark.statistics
 def test_gradient_is_unbiased_with_rows_that_count_and_rows_that_do_not() -> None:
     net, x, r = trained()
     plain = Net()
@@ -85,6 +86,7 @@ def test_gradient_is_unbiased_with_rows_that_count_and_rows_that_do_not() -> Non
     assert not bias.exact
 
 
+@pytest.mark.statistics
 def test_unbiased_where_the_gradient_appears_anew() -> None:
     """Rows without a gradient so far are kept too."""
     net, x, r = trained()
@@ -191,6 +193,7 @@ class TestProductWithAParameter:
         assert "sample 1/4 by gradient" in row.how
         assert codes + ranges + scores <= row.kept <= codes + ranges + scores + 16
 
+    @pytest.mark.statistics
     def test_the_gradient_is_unbiased_and_decides_the_next_steps_rows(self) -> None:
         model, x = dibit.compress(Weighted(), CONFIG), torch.randn(N, D)
         torch.manual_seed(2)
@@ -257,6 +260,7 @@ class TestBatches:
                 (net(x[ids]) * r[ids]).sum().backward()
         assert (dibit.scores(net).state_dict()["third:linear:1"] > 0).sum() == (r.abs().sum(1) > 0).sum()
 
+    @pytest.mark.statistics
     def test_unbiased(self) -> None:
         net, r, x = dibit.compress(Net(), CONFIG), readout(), torch.randn(N, D)
         ids = torch.randperm(N)[:120]

@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dibit.codec import ops
 from tests.codec.test_codec import SAMPLES
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", SAMPLES)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 # As if these were not installed.

@@ -17,6 +17,8 @@ from triton.compiler import ASTSource  # noqa: E402
 from dibit.codec.backends.triton.launch import options  # noqa: E402
 from tests.gpu.recorded import Configuration, configurations  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 SHARED = {"sm_80": 163, "sm_90": 227, "gfx942": 64}  # KiB that a program may have
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

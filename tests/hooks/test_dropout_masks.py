@@ -128,6 +128,7 @@ def inputs() -> Tensor:
 @pytest.mark.parametrize("setting", [None, *SETTINGS], ids=str)
 @pytest.mark.parametrize("around", AROUND)
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_a_gradient_has_the_masks_of_its_forward_pass(around: str, setting: Any) -> None:
     torch.manual_seed(0)
     wrong = []

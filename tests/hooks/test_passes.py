@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 
 import dibit
 from dibit.hooks import passes
+from tests.marks import nothing_compressed
 
 ERRORS = ValueError, RuntimeError, StopIteration, KeyboardInterrupt, SystemExit, GeneratorExit
 
@@ -237,6 +238,7 @@ def test_a_pass_that_ends_while_another_thread_runs() -> None:
     assert left == [None, None]
 
 
+@nothing_compressed
 def test_a_generator_that_is_closed() -> None:
     class Yields(nn.Module):
         def __init__(self) -> None:
@@ -254,6 +256,7 @@ def test_a_generator_that_is_closed() -> None:
     results.close()
 
 
+@pytest.mark.slow
 def test_interrupted_passes_leave_no_tensor() -> None:
     net, x = dibit.compress(Net()), torch.randn(50, 8)
     net.event.happens = raises(KeyboardInterrupt)
@@ -285,6 +288,7 @@ def test_a_hook_called_by_hand_does_nothing() -> None:
 
 
 @pytest.mark.parametrize("whole", [True, False])
+@nothing_compressed
 def test_where_saved_tensor_hooks_are_forbidden_all_stays_exact(whole: bool) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:

@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.peers.compare import Program, compare
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 TEST = """

@@ -17,6 +17,7 @@ from dibit import Config
 from dibit._torch.storage_identity import storage_key
 from dibit.recompute.recorder import Tape
 from dibit.recompute.repeatable import PURE
+from tests.marks import nothing_compressed
 
 N, DEGREE = 1500, 14
 INDEX_SELECT = torch._C._VariableFunctions.index_select  # others may put a wrapper of their own in its place
@@ -306,12 +307,14 @@ def changed_through_a_view(h: Tensor, index: Tensor) -> Tensor:
     return y.sum() + scores.sum()
 
 
+@nothing_compressed
 def test_a_model_may_change_what_a_tensor_was_computed_from() -> None:
     """Plain torch keeps the exponentials themselves: Dibit, which keeps the scores, copies them before they change."""
     compare(changed_after_it_was_gathered)
     compare(changed_through_a_view)
 
 
+@nothing_compressed
 def test_arguments_by_keyword() -> None:
     compare(lambda h, index: (torch.zeros_like(input=h) + h).sum())
     compare(
@@ -320,6 +323,7 @@ def test_arguments_by_keyword() -> None:
     )
 
 
+@nothing_compressed
 def test_what_was_created_has_its_dtype_whatever_the_default_is_later() -> None:
     model = Custom(lambda h, index: (torch.ones(3000).cumsum(0) * h.sum(1)[index]).sum()).train()
     x, index = torch.randn(200, 16), torch.randint(200, (3000,))
@@ -340,6 +344,7 @@ def test_what_was_created_has_its_dtype_whatever_the_default_is_later() -> None:
     [lambda h: h.pow(0), lambda h: h.abs().sqrt(), lambda h: 1 + h.abs().log(), lambda h: torch.ones_like(h) / h],
     ids=["pow 0", "sqrt", "log", "div"],
 )
+@nothing_compressed
 def test_a_pole_spoils_no_other_element(function: object) -> None:
     """Where the derivative is infinite the operation stays exact; its neighbours' gradients are finite as ever."""
 

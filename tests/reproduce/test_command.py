@@ -16,6 +16,8 @@ from dibit.reproduce.variants import ACCURACY, BLOCKS, DISTRIBUTION
 from dibit.tools.errors import install
 from tests.train.conftest import command, small
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["small"]  # a fixture
 
 FAST = ("--epochs", "3", "--seeds", "2", "--rounds", "1", "--quiet")

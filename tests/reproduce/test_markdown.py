@@ -33,6 +33,7 @@ def _texts(rendered: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", SECTIONS)
+@pytest.mark.slow
 def test_every_number_of_the_section(name: str, tmp_path: Path) -> None:
     content = all_sections()[name]
     text, rendered = _shown(tmp_path / "x", {name: content})

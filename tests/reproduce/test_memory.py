@@ -12,6 +12,8 @@ from dibit.reproduce.plan import Plan, Reproduction
 from dibit.reproduce.store import Store
 from dibit.reproduce.variants import MEMORY, variants
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, Any]]]:

@@ -19,6 +19,8 @@ import pytest
 from dibit.reproduce import parallel
 from dibit.tools.errors import TrainingError, UserError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 Note = Callable[[str], None]
 

@@ -57,6 +57,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return render(_write(tmp_path_factory.mktemp("study"), all_sections()))
 
 
+@pytest.mark.slow
 def test_every_figure_and_table(page: Path) -> None:
     text = page.read_text()
     assert _ids(text, "fig") == FIGURES
@@ -67,6 +68,7 @@ def test_every_figure_and_table(page: Path) -> None:
         assert ElementTree.fromstring(path.read_bytes()).tag.endswith("svg")
 
 
+@pytest.mark.slow
 def test_it_holds_everything_itself(page: Path) -> None:
     text = page.read_text()
     assert re.findall(r"(?:src|srcset)=\"(?!data:)", text) == []
@@ -121,6 +123,7 @@ def _parameters(mpl: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", SECTIONS)
+@pytest.mark.slow
 def test_sections_that_have_not_been_run_are_named(name: str, tmp_path: Path) -> None:
     results = all_sections()[name]
     text = render(_write(tmp_path / "one", {name: results})).read_text()
@@ -208,6 +211,7 @@ def test_panels_that_hold_nothing_are_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.slow
 def test_text_is_escaped(tmp_path: Path) -> None:
     evil = "$x_1$<script>alert(1)</script> & '\"' \u001b[31m\x00\ud800"
     sections = all_sections()
@@ -399,6 +403,7 @@ def _open(browser: Any, page: Path, width: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("width", [358, 390, 1280])
+@pytest.mark.slow
 def test_in_a_browser(browser: Any, page: Path, width: int) -> None:
     found = _open(browser, page, width)
     shown = {name for name, wide, high, visible in found["boxes"] if wide > 0 and high > 0 and visible}

@@ -31,6 +31,8 @@ from dibit.train.settings import RECIPES
 from tests.reproduce import tiny
 from tests.reproduce.test_parallel import ROOT, children, in_a_group, wait_for
 
+pytestmark = pytest.mark.slow
+
 # ---- statistics ----
 
 

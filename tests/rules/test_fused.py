@@ -75,6 +75,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.statistics
 def test_unbiased(config: Config) -> None:
     """Against the gradient that autograd gives for the mask that was drawn."""
     net, twin = dibit.compress(Net(), config), Net(apart=True)

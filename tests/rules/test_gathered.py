@@ -64,6 +64,7 @@ class Net(nn.Module):
 @pytest.mark.filterwarnings("ignore:dibit. a training forward pass")
 @pytest.mark.parametrize("rows", [0, 1, 4, 30, 300])
 @pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.slow
 def test_backward_is_the_plain_models(source: str, rows: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(rows, D)
@@ -95,6 +96,7 @@ def test_backward_is_the_plain_models(source: str, rows: int) -> None:
 
 @pytest.mark.parametrize("operation", ["a * b", "a * a", "b / a", "a ** 3"])
 @pytest.mark.parametrize("source", ["computed", "held", "dropout of held"])
+@pytest.mark.statistics
 def test_unbiased(source: str, operation: str) -> None:
     torch.manual_seed(0)
     x, index = torch.randn(12, D), torch.randint(12, (60,))

@@ -69,6 +69,7 @@ def test_gradients_of_what_loses_nothing() -> None:
 
 
 @pytest.mark.parametrize("config", [Config(), Config(bits=8, rounding="dither"), "iexact", "default"], ids=str)
+@pytest.mark.statistics
 def test_the_gradients_of_batch_norm_are_unbiased(config: Config | str) -> None:
     torch.manual_seed(0)
     net, x = nn.BatchNorm1d(D), torch.randn(N, D) + 0.3

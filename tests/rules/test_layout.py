@@ -16,6 +16,7 @@ from dibit.nn import norm_relu_dropout
 from dibit.rules import RULES, large_outputs
 from dibit.rules.elementwise import POINTWISE
 from dibit.rules.spellings import spellings
+from tests.marks import nothing_compressed
 from tests.unbiased import bias_of
 
 RECIPES: dict[str, Any] = {
@@ -184,6 +185,8 @@ def outcome(net: Net, x: Tensor, change: bool) -> Any:
 
 @pytest.mark.filterwarnings("ignore:dibit. a training forward pass")  # what is small is left to torch
 @pytest.mark.parametrize(("number", "function", "call"), CALLS)
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Tensor.mT is deprecated")
 def test_layout(number: int, function: Any, call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A third of the layouts for each spelling of each function; every fourth result is changed in place."""
     monkeypatch.setattr(large_outputs, "LEAST", 64)
@@ -216,6 +219,7 @@ def test_layout(number: int, function: Any, call: Callable[..., Any], monkeypatc
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize(("shape", "name", "make"), [pytest.param(*case, id=f"{case[0]} {case[1]}") for case in CASES])
+@nothing_compressed
 def test_own_masks_of_dropout(shape: Any, name: str, make: Callable[[Tensor], Tensor], inplace: bool) -> None:
     """Dibit's draw, in torch's layout; the gradient goes where the result does."""
     x = torch.rand(shape) + 0.5

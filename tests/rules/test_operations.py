@@ -208,6 +208,7 @@ def test_forward_is_the_plain_models(name: str, setting: str) -> None:
 # the recipes are these settings under other names; their own tests follow models
 @pytest.mark.parametrize("name", LOSSY)
 @pytest.mark.parametrize("setting", [s for s in SETTINGS if not isinstance(SETTINGS[s], str)])
+@pytest.mark.statistics
 def test_gradient_is_unbiased(name: str, setting: str) -> None:
     net, x = build(LOSSY[name])
     readout = torch.randn(net(x).shape)
@@ -429,6 +430,7 @@ class TestNothingThatIsNotNeeded:
 
 @pytest.mark.parametrize("levels", ["uniform", "normal"])
 @pytest.mark.parametrize("kind", ["batch", "layer"])
+@pytest.mark.statistics
 def test_one_draw_of_a_norms_input_serves_both_of_its_uses(kind: str, levels: str) -> None:
     """Few rows and columns: the element's own term, x_hat times itself, is a large part, and must be unbiased too."""
     torch.manual_seed(2)

@@ -173,6 +173,7 @@ def errors(net: nn.Module, x: Tensor, recipe: str | dibit.Config, draws: int = 2
 @pytest.mark.parametrize("recipe", ["default", dibit.Config(bits=8)], ids=["default", "8 bits"])
 @pytest.mark.parametrize("after", RECIPROCALS)
 @pytest.mark.parametrize("pair", [*itertools.combinations_with_replacement(POSITIVES, 2)], ids=" * ".join)
+@pytest.mark.statistics
 def test_products_of_positive_factors(pair: tuple[str, str], after: str, recipe: str | dibit.Config) -> None:
     torch.manual_seed(0)
     f, g, then = POSITIVES[pair[0]], POSITIVES[pair[1]], RECIPROCALS[after]
@@ -249,6 +250,7 @@ def test_bmm_of_two_softmaxes() -> None:
 @pytest.mark.parametrize("recipe", ["default", "iexact"])
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.statistics
 def test_typical_draw(name: str, kind: str, recipe: str) -> None:
     torch.manual_seed(0)
     function, loss, bound = FUNCTIONS[name]

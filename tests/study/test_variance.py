@@ -39,6 +39,7 @@ def test_dynamic_programming_is_the_best_of_all_choices(weighted: bool) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.slow
 def test_fitted_levels_on_the_papers_own_model(bits: int) -> None:
     h = ClippedNormal.sharing(bits, 1024).sample(200_000)
     fitted, normal = optimal_levels(h, bits), normal_levels(bits, 1024)

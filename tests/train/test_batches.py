@@ -186,6 +186,7 @@ def test_layerwise_inference_is_inference(small: Path, model: str, part: int) ->
 @pytest.mark.parametrize(
     ("loader", "model"), [("full", "sage"), ("full", "gat"), ("full", "gcn2"), ("neighbor", "gcn")]
 )
+@pytest.mark.slow
 def test_precision(small: Path, tmp_path: Path, precision: str, model: str, loader: str) -> None:
     sizes = {**SIZES, "neighbors": "5", "batch_size": 36}
     settings = {"precision": precision, "model": model, "loader": loader, "epochs": 8, "eval_every": 8, **sizes}

@@ -79,6 +79,7 @@ def test_odd_arrays(tmp_path: Path, compressed: bool) -> None:
     assert seen["refused"] > 250, seen
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_odd_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     whole = outcome(damaged.written(Path("whole.npz"), damaged.zipped(damaged.members(damaged.dense()))))
@@ -177,6 +178,7 @@ HARMLESS = {
     ("case", "model"),
     [*((case, "sage") for case in HARMLESS), *(("no edges", model) for model in ("gcn", "gin", "gat", "gcn2"))],
 )
+@pytest.mark.slow
 def test_harmless_oddities_train(tmp_path: Path, case: str, model: str, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez(tmp_path / "g.npz", **{**damaged.dense(), **HARMLESS[case]})
     words = ["train", "--dataset", str(tmp_path / "g.npz"), *FAST, "--model", model, "--out", str(tmp_path / "run")]

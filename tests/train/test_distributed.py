@@ -18,6 +18,8 @@ import torch
 from dibit.train import UserError, checkpoint
 from dibit.train.distributed import World, told
 
+pytestmark = pytest.mark.slow
+
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 SIZES = ("--hidden", "16", "--layers", "2", "--device", "cpu", "--loader", "neighbor", "--batch-size", "8")
 

@@ -247,6 +247,7 @@ time.sleep(100)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.slow
 def test_a_kill_leaves_no_lock(how: signal.Signals, tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", _HOLDS, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

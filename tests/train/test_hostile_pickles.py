@@ -19,6 +19,8 @@ from torch_geometric.data import Data
 from dibit.train.data.guard import arrays_only
 from tests.train import hostile
 
+pytestmark = pytest.mark.slow
+
 _READ = """
 import contextlib, io, pickle, resource, sys, warnings
 from pathlib import Path

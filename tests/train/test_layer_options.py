@@ -22,6 +22,8 @@ from tests.train.conftest import small_arrays
 from tests.train.test_loop import _task
 from tests.unbiased import bias_of, gradient
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 MODELS = ("gcn", "sage", "gin", "gat")
 JKS = (None, "last", "cat", "max", "lstm")
@@ -159,6 +161,7 @@ CONFIGS = {"default": (dibit.recipe("default"), "last"), "iexact": (dibit.recipe
 
 @pytest.mark.parametrize(("config", "jk"), CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.statistics
 def test_gradient_with_linear_skips_is_unbiased(name: str, config: dibit.Config, jk: str | None) -> None:
     model, adjacency = built(model=name, linear_skip=True, jk=jk, norm="layer")
     x, readout = features(), torch.randn(N, C)

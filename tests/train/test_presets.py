@@ -87,6 +87,7 @@ def _stand_in(dataset: str, nodes: int = 160) -> Raw:
 
 
 @pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.slow
 def test_each_file_trains_a_step_plain_and_compressed(name: str) -> None:
     settings = parse(["--config", name, "--device", "cpu"])
     settings.check()

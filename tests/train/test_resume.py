@@ -17,6 +17,8 @@ from dibit.train.loop import train_one
 from dibit.train.task import Task, compression_config
 from tests.codec.test_seed_stream import as_in_a_new_process
 
+pytestmark = pytest.mark.slow
+
 RECIPES = ("default", "small", "iexact", "exact", "none")
 MODELS = ("sage", "gcn", "gin", "gat", "gcn2")
 NORMS = ("none", "batch", "layer", "graph", "pair")

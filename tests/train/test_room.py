@@ -164,6 +164,7 @@ def test_what_is_printed_into_a_full_disk(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
 def test_a_kill_in_the_middle_of_a_write(how: signal.Signals, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     checkpoint.save(path, {"number": 0, "weights": torch.zeros(1000)})

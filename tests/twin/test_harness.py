@@ -15,6 +15,8 @@ from tests.twin.grammar import Fill, Index, Op, Program, Read, Twins
 from tests.twin.run import Twin
 from tests.twin.scenarios import SCENARIOS
 
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 PROGRAM = Program((Op("linear"), Op("relu"), Op("running mean")))
 _noise = torch.Generator().manual_seed(0)
 _kept: list[Tensor] = []
@@ -69,6 +71,7 @@ class _Mode(torch.overrides.TorchFunctionMode):
 
 
 @pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.slow
 def test_finds_what_is_planted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plant, expected = PLANTED[name]
     compress = Twin.compress

@@ -12,7 +12,7 @@ from tests.twin.known import KNOWN
 from tests.twin.search import footer, verdict_of
 from tests.twin.strategies import programs
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
 def check(program: Program) -> None:

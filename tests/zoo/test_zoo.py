@@ -16,10 +16,17 @@ import dibit
 from dibit import Config, Project, Sample
 from dibit.engine.keeper import Keeper
 from dibit.rules.activation import relu
+from tests.marks import nothing_compressed
 from tests.zoo import aggrs, convs, norms
 from tests.zoo import models as built
 from tests.zoo.case import Case, D, edges, x
 from tests.zoo.harness import biased, compressed, draws_dropout, plain
+
+pytestmark = [
+    pytest.mark.zoo,
+    nothing_compressed,
+    pytest.mark.filterwarnings("ignore:dibit. EquilibriumAggregation", "ignore:The .grad attribute"),
+]
 
 CATALOGUE = {conv: convs, norm: norms, aggr: aggrs, models: built}
 CASES = [case for part in CATALOGUE.values() for case in part.cases()]

@@ -17,6 +17,8 @@ from torch_geometric.utils import to_torch_csr_tensor
 import dibit
 from dibit.engine.model_state import state_of
 
+pytestmark = pytest.mark.slow
+
 N, CLASSES = 3000, 5
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "none": lambda width: nn.Identity(),

@@ -407,6 +407,7 @@ class TestUnevenRows:
         assert state is not None
         assert {leaf.uneven for leaf in state.scores.plan.leaves.values()} == {uneven}
 
+    @pytest.mark.statistics
     def test_it_is_unbiased_and_quieter(self) -> None:
         spread, errors = 1.5, []
         for noise in (None, 1e6):  # ratios alone: by gradients alone
@@ -609,6 +610,7 @@ class TestServed:
     @pytest.mark.parametrize("p", [0.0, 0.5])
     @pytest.mark.parametrize("then", ["", "relu", "relu_", "leaky", "dropout_", "changed"])
     @pytest.mark.parametrize("norm", ["batch", "layer", "plain", "instance"])
+    @pytest.mark.statistics
     def test_the_gradient_is_unbiased(self, norm: str, then: str, p: float) -> None:
         model = Served(norm, then, p)
         x, readout = torch.randn(60, D), torch.randn(60, 6)
@@ -702,6 +704,7 @@ class TestTraining:
         return torch.randn(n, D) + 2 * F.one_hot(y, D).float(), y
 
     @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm1d])
+    @pytest.mark.slow
     def test_noise_does_not_grow_with_depth(self, norm: Any) -> None:
         """Rows of the recipe's ratio, unbounded, are hundreds of times off; the recipe is not."""
         x, y = self.graph(8000)
