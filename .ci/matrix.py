@@ -43,7 +43,7 @@ def main() -> None:
         name = f"{python}-{torch}"
         if args.only and name not in args.only:
             continue
-        interpreter = shutil.which(f"python{python}") or _pyenv(python)
+        interpreter = _pyenv(python) or shutil.which(f"python{python}")
         if interpreter is None:
             print(f"{name}: there is no python{python} here; it is left out.", flush=True)
             continue
@@ -100,7 +100,7 @@ def _test(folder: Path, tests: list[str]) -> None:
         "pyg": subprocess.run(show, capture_output=True, text=True, check=True).stdout.strip(),
         "passed": counts.get("passed", 0),
         "skipped": counts.get("skipped", 0),
-        "failed": re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.M),
+        "failed": list(dict.fromkeys(re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.M))),
         "date": datetime.date.today().isoformat(),
     }
     (folder / "result.json").write_text(json.dumps(result))

@@ -32,7 +32,7 @@ from dibit.recipes import RECIPES
 from dibit.rules.spellings import OPERATIONS, spellings
 from tests.unbiased import bias_of, gradient
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The .grad attribute")]  # Dynamo reads it
 
 N, D = 2000, 64
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler, g++")

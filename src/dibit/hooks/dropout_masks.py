@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -34,7 +35,9 @@ from dibit.rules.dropout import seeded
 from dibit.rules.spellings import table
 
 # Frames below which a function is run that may be run again elsewhere: checkpoints, reversible layers.
-_RUN_AGAIN: set[CodeType] = {inspect.unwrap(each).__code__ for each in (checkpoint, torch.autograd.Function.apply)}
+_CALLERS = inspect.unwrap(checkpoint), inspect.unwrap(torch.autograd.Function.apply)
+_RUN_AGAIN: set[CodeType] = {each.__code__ for each in _CALLERS if hasattr(each, "__code__")}
+_SEEN = len(_RUN_AGAIN) == len(_CALLERS)  # since torch 2.14 `apply` is not Python, and has no frame
 
 
 def hooks_free() -> bool:
@@ -105,7 +108,7 @@ class Calls:
             return True
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_code is not part:
-            if frame.f_code in _RUN_AGAIN:
+            if frame.f_code in _RUN_AGAIN or not (_SEEN or _context(frame) is None):
                 return True
             frame = frame.f_back
         return False
@@ -114,6 +117,13 @@ class Calls:
         """The innermost pack hook that somebody else has set."""
         top = top_hooks()
         return None if top is None or top[0] is self._own else top[0]
+
+
+def _context(frame: FrameType) -> FunctionCtx | None:
+    """The context of the `torch.autograd.Function` whose forward or backward pass a frame is."""
+    code = frame.f_code
+    first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    return first if isinstance(first, FunctionCtx) else None
 
 
 class Exactly:

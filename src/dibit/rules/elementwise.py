@@ -100,7 +100,7 @@ class Pointwise:
     def arguments(self, args: Any, kwargs: Any) -> tuple[list[Any], bool] | None:
         """The options in a call, and whether it works in place; `None` for a call that no rule is for."""
         names = [*self.options, "inplace"]
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        given = {**dict(zip(names[: len(args)], args, strict=True)), **kwargs}
         if given.pop("out", None) is not None or len(args) > len(names):
             return None
         inplace = bool(given.pop("inplace", False))
