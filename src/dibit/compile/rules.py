@@ -223,7 +223,7 @@ def new_zeros(mode: Any, input: Tensor, *size: Any, **options: Any) -> Any:
     """What a scatter begins with: torch's partitioner would keep it for the backward pass, which needs zeros too."""
     if options or not size or not is_plain_float(input) or not input.dim():
         return NotImplemented
-    return ops.zeros(input.detach(), list(size[0] if isinstance(size[0], tuple | list) else size))
+    return ops.zeros(input.detach(), list(size[0] if isinstance(size[0], (tuple, list)) else size))
 
 
 # By name; `dibit.rules.spellings` has the functions of each.
