@@ -41,7 +41,10 @@ _TABLES = (
     "torch.nn.Module._modules",
 )  # the tables of a module are attributes of its instances
 # What an older torch has in the place of another: it is hidden with it.
-OLDER = {"torch._C._dynamo.eval_frame.set_code_exec_strategy": "torch._C._dynamo.eval_frame.skip_code"}
+OLDER = {
+    "torch._C._dynamo.eval_frame.set_code_exec_strategy": "torch._C._dynamo.eval_frame.skip_code",
+    "torch.fx._symbolic_trace.is_fx_symbolic_tracing": "torch.fx._symbolic_trace.is_fx_tracing",
+}
 
 
 class _Gone:
@@ -304,7 +307,7 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "_saved_tensors_hooks_get_disabled_error_message": _forbidden,
     "_forward_cls": _asking,
     "_assert_async": _devices,
-    "_is_fx_tracing_flag": _traced,
+    "is_fx_symbolic_tracing": _traced,
     "set_code_exec_strategy": _compiled,
     "_new_with_weak_ptr": _looked_at,
     "_weak_ref": _looked_at,

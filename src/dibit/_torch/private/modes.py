@@ -88,18 +88,25 @@ def uncompiled(function: F) -> F:
 
 # -- tracers ------------------------------------------------------------------------------------------------------
 
-_flag = find(
-    "torch.fx._symbolic_trace._is_fx_tracing_flag",
+
+def _asks_fx() -> Callable[[], bool]:
+    tracer: Any = importlib.import_module("torch.fx._symbolic_trace")
+    # Later versions warn in the second one, which torch 2.6 alone has.
+    return getattr(tracer, "is_fx_symbolic_tracing", None) or tracer.is_fx_tracing  # type: ignore[no-any-return]
+
+
+_fx_traces = find(
+    "torch.fx._symbolic_trace.is_fx_symbolic_tracing",
     "leave tracers of torch.fx alone",
     "make_fx on a compressed model, which has to be decompressed before",
+    look=_asks_fx,
 )
-_tracer: Any = sys.modules.get("torch.fx._symbolic_trace")
 
 
 def written_down(args: Any, kwargs: Any) -> bool:
     """Whether a module's call is written down to be run elsewhere: by `torch.jit.trace`, ONNX or `torch.fx`."""
     if torch.jit.is_tracing():
         return True
-    if _flag is not None:
-        return bool(_tracer._is_fx_tracing_flag)
+    if _fx_traces is not None:
+        return bool(_fx_traces())
     return any(is_a(x, Proxy) for x in (*args, *(kwargs or {}).values()))
