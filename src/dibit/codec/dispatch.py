@@ -42,15 +42,20 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def operator(definition: Callable[..., Any]) -> CustomOpDef:
-    """The operator `dibit::NAME`, with the name and the schema of its definition, and a kernel for each device."""
+def operator(definition: Callable[..., Any], writes: str = "") -> CustomOpDef:
+    """The operator `dibit::NAME`, with the name and the schema of its definition, and a kernel for each device.
+
+    Args:
+        definition: see `dibit.codec.backends.reference`.
+        writes: the argument that it writes to, if there is one.
+    """
     name = definition.__name__
 
     @functools.wraps(definition)
     def run(*args: Any) -> Any:
         return getattr(backend(args[0].device.type), name, definition)(*args)
 
-    return custom_op(f"dibit::{name}", with_typing(run, definition), mutates_args=())
+    return custom_op(f"dibit::{name}", with_typing(run, definition), mutates_args=(writes,) if writes else ())
 
 
 @functools.cache

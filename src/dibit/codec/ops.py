@@ -19,6 +19,10 @@ weight_gradient = operator(reference.weight_gradient)
 column_sums = operator(reference.column_sums)
 norm_gradient = operator(reference.norm_gradient)
 aggregate = operator(reference.aggregate)
+sort_edges = operator(reference.sort_edges)
+add_neighbours = operator(reference.add_neighbours, writes="out")
+add_scaled = operator(reference.add_scaled, writes="out")
+edge_products = operator(reference.edge_products)
 pack_mask = operator(reference.pack_mask)
 relu = operator(reference.relu)
 apply_mask = operator(reference.apply_mask)
@@ -39,6 +43,10 @@ OPS = (
     column_sums,
     norm_gradient,
     aggregate,
+    sort_edges,
+    add_neighbours,
+    add_scaled,
+    edge_products,
     pack_mask,
     relu,
     apply_mask,
@@ -101,6 +109,27 @@ def _(codes, ranges, seed, g, shift, factor, gain, bits, block, dither):
 @aggregate.register_fake
 def _(crow, col, values, x):
     return x.new_empty((crow.shape[0] - 1, x.shape[1]))
+
+
+@sort_edges.register_fake
+def _(index, count):
+    dtype = torch.int32 if index.numel() < 2**31 else torch.int64
+    return index.new_empty(count + 1, dtype=dtype), index.new_empty(index.shape, dtype=dtype)
+
+
+@add_neighbours.register_fake
+def _(out, crow, col, values, x):
+    return None
+
+
+@add_scaled.register_fake
+def _(out, crow, col, order, scale, x):
+    return None
+
+
+@edge_products.register_fake
+def _(crow, col, order, a, x):
+    return a.new_empty((col.shape[0], a.shape[1]))
 
 
 @pack_mask.register_fake

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -52,6 +52,7 @@ class ForwardPass:
         low: autocast's dtype, while a rule runs for a function that takes it; `low_cached`: it copies a parameter once.
         factor: the name of what the running rule keeps to multiply the gradient by.
         deferred: residuals whose form depends on what the model returns.
+        before_writes: called with a storage before something writes to it.
     """
 
     def __init__(self, state: ModelState, inputs: Any, name: str = "") -> None:
@@ -85,6 +86,8 @@ class ForwardPass:
         self.low_cached = True
         self.factor = ""
         self.deferred: list[Any] = []
+        self.before_writes: list[Callable[[int], None]] = []
+        self.over = False
         state.scores.begin(state.root.parameters())
         for number, x in enumerate(tensors_in(inputs)):
             if not x.requires_grad or x.is_leaf:
@@ -111,6 +114,7 @@ class ForwardPass:
 
     def end(self, outputs: Any) -> None:
         """Settle what depends on the outputs, and forget what is shared within the pass."""
+        self.over = True
         outputs = list(tensors_in(outputs))
         self.holdings.copies.clear()
         self.lossless.let_go()
@@ -127,6 +131,7 @@ class ForwardPass:
         if self.ledger is not None:
             self.ledger.close(outputs)
         self.deferred.clear()
+        self.before_writes.clear()
         # autograd may keep the hooks, and with them this object, as long as the graph
         for part in (self.keeper, self.sources, self.lossless, self.accounting, self.holdings):
             part.clear()
@@ -357,6 +362,8 @@ class ForwardPass:
                 self.before_change(item)
         elif is_a(x, Tensor) and strided(x):
             storage = self.holdings.storage(x)
+            for tell in self.before_writes:
+                tell(storage)
             if storage not in self.holdings.roles and not self.holdings.is_made(x):
                 self.lossless.copy_aliases(x, storage)
             self.lossless.copy_leaves(storage)

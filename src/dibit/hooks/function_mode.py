@@ -22,6 +22,8 @@ from dibit._torch.private.autograd import pop_hooks, push_hooks, transformed
 from dibit._torch.private.operations import writes_to
 from dibit._torch.private.tensors import is_wrapped
 from dibit._torch.storage_identity import storage_key, storages, strided
+from dibit.edges.deferred import deferred_in, real
+from dibit.edges.functions import Edges
 from dibit.engine.forward_pass import ForwardPass
 from dibit.engine.holdings import tensors_in
 from dibit.engine.model_state import Rule
@@ -113,27 +115,42 @@ class Intercept(TorchFunctionMode):
         self.hooks = (forward_pass.pack, forward_pass.unpack)
         self.calls = Calls(forward_pass.state, self.hooks[0])
         self.away = False
+        self.edges = Edges(forward_pass, self._make)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if _name(func) == "__get__" or torch.compiler.is_dynamo_compiling() or transformed():
             return func(*args, **kwargs)  # a property; within the model a compiled function, or a transform: exact
+        if deferred_in(args, kwargs) is not None:
+            result = self.edges.take(func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+            args, kwargs = real(args), real(kwargs)
         forward_pass = self.forward_pass
         if func in inner_gradients.ASKING:
             return self._asked(func, args, kwargs)
         if forward_pass.state.asks is not False and inner_gradients.makes_leaf(func, args, kwargs):
             forward_pass.stack.stay_exact()
         # Hooks are there for the one operation: transforms of `torch.func` refuse to begin where there are any.
+        return self._hooked(func, args, kwargs, True)
+
+    def _make(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A call that was deferred until now."""
+        if self.forward_pass.over:
+            return func(*args, **kwargs)
+        return self._hooked(func, args, kwargs, False)
+
+    def _hooked(self, func: Any, args: Any, kwargs: Any, defers: bool) -> Any:
         keeps = torch.is_grad_enabled() and hooks_free()
         if not keeps:
-            return self._run(func, args, kwargs, keeps)
+            return self._run(func, args, kwargs, keeps, defers)
         push_hooks(*self.hooks)
         try:
-            return self._run(func, args, kwargs, keeps)
+            return self._run(func, args, kwargs, keeps, defers)
         finally:
             pop_hooks()
 
-    def _run(self, func: Any, args: Any, kwargs: Any, keeps: bool) -> Any:
+    def _run(self, func: Any, args: Any, kwargs: Any, keeps: bool, defers: bool) -> Any:
         """An operation; `keeps`: not within someone else's hooks (activation checkpoints), where all stays exact."""
         forward_pass = self.forward_pass
         forward_pass.stack.function = func
@@ -149,6 +166,11 @@ class Intercept(TorchFunctionMode):
         call = tape.before(func, args, kwargs) if func in PURE and torch.is_grad_enabled() else None
         tell_of_writes(forward_pass, func, args, kwargs)
         result = NotImplemented
+        if keeps and defers:
+            result = self.edges.gather(func, args, kwargs)
+            if result is not NotImplemented:
+                forward_pass.seen += 1
+                return result
         if rule is not None and keeps and not (func in DROPOUTS and self.calls.torchs(forward_pass.config, func)):
             result = forward_pass.run_rule(func, rule, args, kwargs)
             forward_pass.seen += result is not NotImplemented

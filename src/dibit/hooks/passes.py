@@ -112,6 +112,8 @@ def _eager(hook: Any, module: nn.Module, forward: Callable[..., Any], args: Any,
         try:
             active.begin()
             output = _part(active, hook, module, forward, args, kwargs)
+            if isinstance(active.mode, Intercept):
+                output = active.mode.edges.end(output)
         finally:
             try:
                 active.end()

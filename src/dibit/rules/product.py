@@ -96,7 +96,7 @@ def _factors(forward: ForwardPass, a: Tensor, b: Tensor, count: int) -> tuple[An
     if all(_exact(forward, x, count, without_reduction(config)) for x in needed):
         return None  # torch's own operation, kept by the hooks
     forward.plain(*needed)
-    kept_a, kept_b = (_factor(forward, x, by, count) if by.requires_grad else None for x, by in pairs)
+    kept_a, kept_b = (factor(forward, x, by, count) if by.requires_grad else None for x, by in pairs)
     return kept_a, kept_b
 
 
@@ -113,7 +113,8 @@ def _exact(forward: ForwardPass, x: Tensor, count: int, config: Config, gathers:
     )
 
 
-def _factor(forward: ForwardPass, x: Tensor, by: Tensor, count: int) -> Any:
+def factor(forward: ForwardPass, x: Tensor, by: Tensor, count: int) -> Any:
+    """What is kept of a factor x, which enters what comes before `by`; `count` as in `_factors`."""
     config = running_config(forward)
     if _exact(forward, x, count, without_reduction(config)):
         return forward.exact(x)

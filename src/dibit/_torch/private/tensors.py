@@ -221,3 +221,29 @@ def coo_parts(x: Tensor) -> list[Tensor]:
     if _coo:
         return [x._indices(), x._values()]
     return [x.indices(), x.values()] if x.is_coalesced() else []
+
+
+# -- tensors without memory ---------------------------------------------------------------------------------------
+
+_make_wrapper = find(
+    "torch.Tensor._make_wrapper_subclass",
+    "have tensors that are made when they are needed",
+    "time and memory: node features are gathered by edges",
+)
+_natively = find(
+    "torch._C.DisableTorchFunctionSubclass",
+    "ask such a tensor for its shape",
+    "time and memory: node features are gathered by edges",
+)
+DEFERS = None not in (_make_wrapper, _natively)
+
+
+def without_memory(kind: type[Tensor], shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Any:
+    """A contiguous tensor of a subclass that has a shape and no memory (where `DEFERS`)."""
+    return _make_wrapper(kind, shape, dtype=dtype, device=device)
+
+
+def natively(function: Any, args: Any, kwargs: Any) -> Any:
+    """Call a function on tensors of subclasses as if they were plain ones (where `DEFERS`)."""
+    with _natively():
+        return function(*args, **kwargs)

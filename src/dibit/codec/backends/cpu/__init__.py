@@ -4,6 +4,7 @@ Kernels take float32 (and bfloat16 or float32 ranges); for other dtypes the defi
 """
 
 from dibit.codec.backends.cpu.blocks import dequantize, quantize, quantize_rows
+from dibit.codec.backends.cpu.edges import add_neighbours, add_scaled, edge_products, sort_edges
 from dibit.codec.backends.cpu.elementwise import (
     apply_mask,
     dropout,
@@ -19,11 +20,14 @@ from dibit.codec.backends.cpu.products import aggregate, column_sums, norm_gradi
 from dibit.codec.backends.cpu.sampling import pick_rows, row_scores
 
 __all__ = [
+    "add_neighbours",
+    "add_scaled",
     "aggregate",
     "apply_mask",
     "column_sums",
     "dequantize",
     "dropout",
+    "edge_products",
     "finite",
     "norm_gradient",
     "norm_relu_dropout",
@@ -36,5 +40,6 @@ __all__ = [
     "relu_dropout_gradient",
     "row_scores",
     "signs",
+    "sort_edges",
     "weight_gradient",
 ]

@@ -15,6 +15,7 @@ from dibit.codec.backends.reference.blocks import (
     unpack,
     unpack_all,
 )
+from dibit.codec.backends.reference.edges import add_neighbours, add_scaled, edge_products, sort_edges
 from dibit.codec.backends.reference.elementwise import (
     apply_mask,
     dropout,
@@ -33,6 +34,8 @@ from dibit.codec.backends.reference.sampling import pick_rows, row_scores
 __all__ = [
     "NEAREST",
     "STOCHASTIC",
+    "add_neighbours",
+    "add_scaled",
     "affine",
     "aggregate",
     "apply_mask",
@@ -42,6 +45,7 @@ __all__ = [
     "dither_variance",
     "dropout",
     "dropout_scale",
+    "edge_products",
     "finite",
     "norm_gradient",
     "norm_relu_dropout",
@@ -54,6 +58,7 @@ __all__ = [
     "relu_dropout_gradient",
     "row_scores",
     "signs",
+    "sort_edges",
     "unpack",
     "unpack_all",
     "weight_gradient",

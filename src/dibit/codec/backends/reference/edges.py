@@ -1,0 +1,67 @@
+"""Sums over the edges of a graph, which are never gathered: their definition in plain torch gathers them."""
+
+import torch
+from torch import Tensor
+
+
+def sort_edges(index: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Sort edges by the node at one of their ends; edges of one node stay in their order.
+
+    Args:
+        index: int64 (E,), each at least 0 and below `count`.
+        count: how many nodes there are.
+
+    Returns:
+        Pointers, (count + 1,): where the edges of each node begin. Order, (E,): the edges, sorted. Both are int32 where
+        that has room for E, else int64.
+    """
+    dtype = torch.int32 if index.numel() < 2**31 else torch.int64
+    pointers = torch.zeros(count + 1, dtype=dtype, device=index.device)
+    pointers[1:] = torch.bincount(index, minlength=count).cumsum(0)
+    return pointers, index.argsort(stable=True).to(dtype)
+
+
+def add_neighbours(out: Tensor, crow: Tensor, col: Tensor, values: Tensor | None, x: Tensor) -> None:
+    """out[n] += sum of values[e] x[col[e]] over the edges e of node n, added one by one in their order.
+
+    Args:
+        out: contiguous (N, D).
+        crow, col: (N + 1,) and (E,): in compressed rows.
+        values: (E,); `None` for ones.
+        x: contiguous (M, D), of the dtype of `out`.
+    """
+    rows = torch.repeat_interleave(crow.diff(), output_size=col.numel())
+    messages = x.index_select(0, col)
+    out.index_add_(0, rows, messages if values is None else messages.mul_(values[:, None]))
+
+
+def add_scaled(out: Tensor, crow: Tensor, col: Tensor, order: Tensor | None, scale: Tensor, x: Tensor) -> None:
+    """out[n, h] += sum of scale[order[e], h] x[col[e], h] over the edges e of node n, added one by one in their order.
+
+    Args:
+        out: contiguous (N, H, C).
+        crow, col: (N + 1,) and (E,): in compressed rows.
+        order: (E,), the edge that each of them is to `scale`; `None` if their order is the same.
+        scale: contiguous (E, H).
+        x: contiguous (M, H, C), of the dtype of `out` and `scale`.
+    """
+    rows = torch.repeat_interleave(crow.diff(), output_size=col.numel())
+    own = scale if order is None else scale.index_select(0, order)
+    out.index_add_(0, rows, x.index_select(0, col).mul_(own[:, :, None]))
+
+
+def edge_products(crow: Tensor, col: Tensor, order: Tensor | None, a: Tensor, x: Tensor) -> Tensor:
+    """The scalar products <a[n, h], x[col[e], h]> of the ends of each edge e of each node n.
+
+    Args:
+        crow, col: (N + 1,) and (E,): in compressed rows.
+        order: (E,), the place of each product in the result; `None` if it is their own order.
+        a: contiguous (N, H, C).
+        x: contiguous (M, H, C), of the dtype of `a`.
+
+    Returns:
+        (E, H), in the dtype of `a`.
+    """
+    rows = torch.repeat_interleave(crow.diff(), output_size=col.numel())
+    products = (a.index_select(0, rows) * x.index_select(0, col)).sum(-1)
+    return products if order is None else torch.empty_like(products).index_copy_(0, order.long(), products)

@@ -1,0 +1,127 @@
+"""The plan of a graph: its edges in the order of their targets, and in that of their sources."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dibit.codec import ops
+from dibit.codec.fingerprint import fingerprint
+from dibit.engine.forward_pass import ForwardPass
+from dibit.engine.model_state import ModelState
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """Edges in the order of the nodes at one of their ends, as compressed rows.
+
+    Attributes:
+        crow: pointers (N + 1,), int32 where that has room for E.
+        col: nodes at the other ends (E,).
+        order: the edge that each of them is to the caller (E,); `None` if the caller's are in this order.
+    """
+
+    crow: Tensor
+    col: Tensor
+    order: Tensor | None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.crow, self.col) if self.order is None else (self.crow, self.col, self.order)
+
+    def values(self, x: Tensor) -> Tensor:
+        """What the caller gives for each edge, in this order."""
+        return x if self.order is None else x.index_select(0, self.order)
+
+
+def sort(by: Tensor, count: int, other: Tensor) -> Sorted:
+    """Sort edges by the nodes at one end; `other` (E,) has those at the other end.
+
+    Raises:
+        IndexError: a node is not among the `count`.
+    """
+    crow, order = ops.sort_edges(by, count)
+    if bool((by[1:] >= by[:-1]).all()):
+        return Sorted(crow, other.to(order.dtype), None)
+    return Sorted(crow, other.index_select(0, order).to(order.dtype), order)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of the graph whose edge e goes from source[e] to target[e].
+
+    Attributes:
+        source, target: copies of the caller's (E,), in int32 where that has room.
+        sources, targets: how many nodes there are on each side.
+    """
+
+    source: Tensor
+    target: Tensor
+    sources: int
+    targets: int
+
+    @cached_property
+    def by_target(self) -> Sorted:
+        """For sums over the edges that come in."""
+        return sort(self.target.long(), self.targets, self.source)
+
+    @cached_property
+    def by_source(self) -> Sorted:
+        """For their gradients: sums over the edges that go out."""
+        return sort(self.source.long(), self.sources, self.target)
+
+
+class Plans:
+    """The plans of the graphs that a model's passes see; those that a pass does not use go when it ends."""
+
+    def __init__(self) -> None:
+        self._plans: dict[Any, Plan] = {}
+        self._seen: dict[Any, Plan] = {}  # in the pass that runs, by identities
+        self._prints: dict[Any, Any] = {}
+
+    def find(self, forward: ForwardPass, source: Tensor, target: Tensor, sources: int, targets: int) -> Plan | None:
+        """The plan of a graph; `None` where an edge has no node at one of its ends."""
+        holdings = forward.holdings
+        seen = holdings.key(source), holdings.key(target), sources, targets
+        if seen not in self._seen:
+            content = self._print(source, seen[0]), self._print(target, seen[1]), source.numel(), sources, targets
+            plan = self._plans.get(content)
+            if plan is None:
+                if not (_within(source, sources) and _within(target, targets)):
+                    return None
+                plan = self._plans[content] = Plan(source.clone(), target.clone(), sources, targets)
+            self._seen[seen] = plan
+        return self._seen[seen]
+
+    def _print(self, index: Tensor, key: Any) -> Any:
+        if key not in self._prints:
+            self._prints[key] = fingerprint(index)
+        return self._prints[key]
+
+    def end(self) -> None:
+        """A pass has ended."""
+        used = {id(plan) for plan in self._seen.values()}
+        if used:
+            self._plans = {content: plan for content, plan in self._plans.items() if id(plan) in used}
+        self._seen.clear()
+        self._prints.clear()
+
+
+def _within(index: Tensor, count: int) -> bool:
+    low, high = index.aminmax()
+    return bool((low >= 0) & (high < count))
+
+
+_of: weakref.WeakKeyDictionary[ModelState, Plans] = weakref.WeakKeyDictionary()
+
+
+def plans(state: ModelState) -> Plans:
+    """Of a compressed model."""
+    if state not in _of:
+        _of[state] = Plans()
+    return _of[state]
