@@ -56,7 +56,7 @@ class Edges:
         if x.dim() < 2 or dim not in (0, -x.dim()) or x.dtype != torch.float32 or x.device.type != "cpu":
             return NotImplemented
         width = x.shape[1:].numel()
-        if width < _WIDE or index.numel() * width < LEAST or index.numel() < x.shape[0] or not x.requires_grad:
+        if width < _WIDE or index.numel() * width < LEAST or index.numel() < x.shape[0]:
             return NotImplemented
         low, high = index.aminmax()
         if low < 0 or high >= x.shape[0]:
@@ -139,7 +139,7 @@ class Edges:
             self.forward.before_change(out)
         else:
             out = out.clone()
-        y = self.forward.run_rule(func, _rule, (x, out, scale, plan), {})
+        y = self.forward.run_rule(func, _rule, (x, out, scale, plan, target), {})
         messages.cell.used = gathered.used = True
         return y
 
@@ -165,12 +165,12 @@ class Edges:
             real(found)
 
 
-def _rule(forward: ForwardPass, x: Tensor, out: Tensor, scale: Tensor | None, plan: Plan) -> Tensor:
-    if scale is not None and scale.requires_grad:
-        return scaled_sum(forward, x, scale, out, plan)
-    if scale is not None and scale.shape[1:].numel() > 1:
-        return scaled_sum(forward, x, scale, out, plan)
-    return edge_sum(forward, x, out, plan, None if scale is None else scale.reshape(-1))
+def _rule(
+    forward: ForwardPass, x: Tensor, out: Tensor, scale: Tensor | None, plan: Plan, target: Tensor
+) -> Tensor:
+    if scale is None or not (scale.requires_grad or scale.shape[1:].numel() > 1):
+        return edge_sum(forward, x, out, plan, scale, target)
+    return scaled_sum(forward, x, scale, out, plan)
 
 
 def _one_column(index: Any, messages: Deferred) -> Any:

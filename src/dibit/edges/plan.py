@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,27 +52,36 @@ def sort(by: Tensor, count: int, other: Tensor) -> Sorted:
 
 @dataclass(frozen=True)
 class Plan:
-    """Of the graph whose edge e goes from source[e] to target[e].
+    """Of a graph.
 
     Attributes:
-        source, target: copies of the caller's (E,), in int32 where that has room.
-        sources, targets: how many nodes there are on each side.
+        by_target: for sums over the edges that come in; compressed rows (targets, sources).
+        by_source: for their gradients, sums over the edges that go out; compressed rows (sources, targets).
     """
 
-    source: Tensor
-    target: Tensor
-    sources: int
-    targets: int
+    by_target: Sorted
+    by_source: Sorted
 
-    @cached_property
-    def by_target(self) -> Sorted:
-        """For sums over the edges that come in."""
-        return sort(self.target.long(), self.targets, self.source)
+    @property
+    def shape(self) -> torch.Size:
+        """Targets and sources."""
+        return torch.Size((self.by_target.crow.numel() - 1, self.by_source.crow.numel() - 1))
 
-    @cached_property
-    def by_source(self) -> Sorted:
-        """For their gradients: sums over the edges that go out."""
-        return sort(self.source.long(), self.sources, self.target)
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.by_target.tensors + self.by_source.tensors
+
+
+def plan_of(source: Tensor, target: Tensor, sources: int, targets: int) -> Plan:
+    """The plan of a graph whose edge e goes from source[e] to target[e], int64 (E,).
+
+    Args:
+        sources, targets: how many nodes there are on each side.
+
+    Raises:
+        IndexError: an edge has no node at one of its ends.
+    """
+    return Plan(sort(target, targets, source), sort(source, sources, target))
 
 
 class Plans:
@@ -94,7 +102,9 @@ class Plans:
             if plan is None:
                 if not (_within(source, sources) and _within(target, targets)):
                     return None
-                plan = self._plans[content] = Plan(source.clone(), target.clone(), sources, targets)
+                plan = self._plans[content] = plan_of(source, target, sources, targets)
+            for part in plan.tensors:
+                holdings.hold(part, "the plan of a graph")
             self._seen[seen] = plan
         return self._seen[seen]
 

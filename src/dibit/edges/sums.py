@@ -15,29 +15,34 @@ from dibit.edges.plan import Plan
 from dibit.engine.forward_pass import ForwardPass
 from dibit.residuals.base import load, save
 from dibit.residuals.constant_csr import ConstantCSR
+from dibit.residuals.derived import Aggregated
+from dibit.residuals.exact import Reference
 from dibit.rules.common import first_order
 from dibit.rules.product import factor
 
 
 @dataclass(frozen=True)
 class EdgeGraph(ConstantCSR):
-    """The constant matrix of a graph that is given by its edges, in compressed rows of A and of A^T.
+    """The matrix of a graph that is given by its edges: a one for each of them.
 
     Attributes:
-        parts: pointers and columns of A, pointers and columns of A^T; then, where the edges have weights, those of A
-            and of A^T.
+        parts: pointers and columns of A, pointers and columns of A^T.
     """
 
     def product(self, x: Tensor) -> Tensor:
-        crow, col = self.parts[:2]
-        y = torch.zeros(self.shape[0], x.shape[1], dtype=x.dtype, device=x.device)
-        ops.add_neighbours(y, crow, col, self.parts[4] if len(self.parts) > 4 else None, x.contiguous())
-        return y.div_(crow.diff().clamp_(min=1)[:, None]) if self.mean else y
+        y = empty((self.shape[0], x.shape[1]), x.dtype, x.device).zero_()
+        self.add_to(y, x)
+        return y.div_(self.parts[0].diff().clamp_(min=1)[:, None]) if self.mean else y
 
-    def transposed_product(self, dy: Tensor) -> Tensor:
+    def add_to(self, out: Tensor, x: Tensor, weights: Tensor | None = None) -> None:
+        """out += A x, edge by edge in the caller's order; `weights` (E,) in the order of A's rows."""
+        crow, col = self.parts[:2]
+        ops.add_neighbours(_rows(out), crow, col, weights, _rows(x).contiguous())
+
+    def transposed_product(self, dy: Tensor, weights: Tensor | None = None) -> Tensor:
+        """A^T dY; `weights` (E,) in the order of A^T's rows."""
         crow, col = self.parts[2:4]
-        weights = self.parts[5] if len(self.parts) > 4 else None
-        if self.mean:  # the weights take the division, E of them instead of N x D
+        if self.mean:  # the edges take the division, E of them instead of N x D
             share = self.parts[0].diff().clamp_(min=1).to(dy.dtype).reciprocal_().index_select(0, col)
             weights = share if weights is None else share.mul_(weights)
         dx = empty((self.shape[1], dy.shape[1]), dy.dtype, dy.device).zero_()
@@ -45,41 +50,41 @@ class EdgeGraph(ConstantCSR):
         return dx
 
 
-def edge_graph(forward: ForwardPass, plan: Plan, weights: Tensor | None = None) -> EdgeGraph:
-    """The matrix of a graph; `weights` (E,) in the caller's order."""
+def edge_graph(plan: Plan, counted: Any) -> EdgeGraph:
+    """The matrix of a graph; `counted`: see `ConstantCSR`."""
     there, back = plan.by_target, plan.by_source
-    parts: tuple[Tensor, ...] = (there.crow, there.col, back.crow, back.col)
-    for part in parts:
-        forward.holdings.hold(part, "the plan of a graph")
-    if weights is not None:
-        own = there.values(weights), back.values(weights)
-        forward.kept(*(x for x in own if not forward.held(x)), how="weights of edges, twice")
-        parts += own
-    return EdgeGraph(parts, torch.Size((plan.targets, plan.sources)), False)
+    return EdgeGraph((there.crow, there.col, back.crow, back.col), plan.shape, False, counted)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x (N, ...) as (N, D)."""
+    return x.reshape(x.shape[0], -1)
 
 
 class EdgeSum(torch.autograd.Function):
-    """out += A x in place, A a graph with constant weights: rows are added in the order of the edges, as torch does."""
+    """out += A x in place, with constant weights: rows are added in the order of the edges, as torch does."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, out: Tensor, graph: EdgeGraph) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, out: Tensor, graph: EdgeGraph, weights: Tensor | None, kept: Any, back: Any
+    ) -> Tensor:
         ctx.hops, ctx.fresh_result = 1, True
         ctx.mark_dirty(out)
-        save(ctx, *graph.parts)
+        save(ctx, kept, back, *graph.parts)
         ctx.graph, ctx.matrix, ctx.shape = graph.with_tensors(()), graph.pattern, x.shape
-        rows = x.detach().reshape(x.shape[0], -1)
-        weights = graph.parts[4] if len(graph.parts) > 4 else None
-        ops.add_neighbours(out.view(out.shape[0], -1), *graph.parts[:2], weights, rows.contiguous())
+        graph.add_to(out, x.detach(), weights)
         return out
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         dx = None
-        graph = ctx.graph.with_tensors(load(ctx))
+        kept, back, *parts = load(ctx)
         if ctx.needs_input_grad[0]:
-            dx = graph.transposed_product(dy.reshape(dy.shape[0], -1)).reshape(ctx.shape)
-        return dx, dy if ctx.needs_input_grad[1] else None, None
+            weights = None if kept is None else kept.value().reshape(-1)
+            weights = weights if weights is None or back is None else weights.index_select(0, back)
+            dx = ctx.graph.with_tensors(parts).transposed_product(_rows(dy), weights).reshape(ctx.shape)
+        return dx, dy if ctx.needs_input_grad[1] else None, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -150,11 +155,28 @@ def _add_scaled(out: Tensor, rows: tuple[Tensor, ...], scale: Tensor, x: Tensor)
     ops.add_scaled(out, crow, col, order[0] if order else None, scale, x)
 
 
-def edge_sum(forward: ForwardPass, x: Tensor, out: Tensor, plan: Plan, weights: Tensor | None) -> Tensor:
-    """out += A x, for a rule: constant weights (E,) or none."""
-    graph = edge_graph(forward, plan, weights)
-    y: Tensor = EdgeSum.apply(x, out, graph)
-    if x.dim() == 2 and x.requires_grad:
+def edge_sum(
+    forward: ForwardPass, x: Tensor, out: Tensor, plan: Plan, scale: Tensor | None, target: Tensor
+) -> Tensor:
+    """out += A x, for a rule: with constant weights (E, 1), or with ones.
+
+    Args:
+        target: the caller's (E,), of whose counts a mean is made.
+    """
+    graph = edge_graph(plan, forward.holdings.key(target))
+    weights = kept = None
+    if scale is not None:
+        weights = plan.by_target.values(scale.reshape(-1))
+        forward.plain(scale)
+        kept = forward.exact(scale)
+    if not x.requires_grad and not out.requires_grad:
+        steady = scale is None and x.dim() == 2 and forward.held(x) and forward.steady(x)
+        graph.add_to(out, x, weights)
+        if steady:
+            forward.derived(out, Aggregated(graph, Reference(x, x.shape)))
+        return out
+    y: Tensor = EdgeSum.apply(x, out, graph, weights, kept, None if kept is None else plan.by_source.order)
+    if x.dim() == 2 and scale is None:
         forward.aggregated(y, graph, x)
     return y
 
@@ -162,8 +184,6 @@ def edge_sum(forward: ForwardPass, x: Tensor, out: Tensor, plan: Plan, weights: 
 def scaled_sum(forward: ForwardPass, x: Tensor, scale: Tensor, out: Tensor, plan: Plan) -> Tensor:
     """The same for a scale (E, ..., 1) that may need a gradient."""
     there, back = plan.by_target.tensors, plan.by_source.tensors
-    for part in (*there, *back):
-        forward.holdings.hold(part, "the plan of a graph")
     kept_x = factor(forward, x, scale, x.numel()) if scale.requires_grad else None
     kept_scale = forward.exact(scale) if x.requires_grad else None
     forward.plain(scale if x.requires_grad else None)

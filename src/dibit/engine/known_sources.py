@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dibit._torch.private.tensors import gradient_asked
 from dibit.engine.holdings import Holdings
-from dibit.recompute.mean_pattern import is_degree_of, quotient_of
+from dibit.recompute.mean_pattern import is_count_of, is_degree_of, quotient_of
 from dibit.recompute.nodes import Node
 from dibit.recompute.recorder import Tape
 from dibit.residuals.base import Residual
@@ -86,6 +86,8 @@ class KnownSources:
         """Whether a quotient_of is of the sum over a graph's neighbours that has this key, by their number."""
         if graph.mean or parts[0] is not self.tape.nodes.get(key):
             return False
+        if graph.counted is not None:
+            return is_count_of(parts[1], self.tape.nodes.get(graph.counted))
         return is_degree_of(parts[1], self.tape.nodes.get(self.holdings.key(graph.parts[0])))
 
     # -- results of norms -------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dibit.recompute.nodes import Node
@@ -19,6 +20,8 @@ from dibit.recompute.repeatable import torch_functions
 _DIVISIONS = torch_functions("div true_divide __truediv__")
 _AT_LEAST = torch_functions("clamp clamp_ clamp_min clamp_min_")
 _DIFFERENCES = torch_functions("sub __sub__")
+_SCATTERS = torch_functions("scatter_add scatter_add_")
+_EXPANSIONS = torch_functions("expand")
 _SHAPES = torch_functions("view reshape unsqueeze")
 _RECIPROCALS = torch_functions("rsqrt reciprocal")
 _POWERS = torch_functions("pow __pow__")
@@ -46,6 +49,23 @@ def is_degree_of(divisor: Node, crow: Node | None) -> bool:
         return False
     ends = [_call(part, {Tensor.__getitem__}) for part in difference]
     return ends == [(crow, _UPPER), (crow, _LOWER)]
+
+
+def is_count_of(divisor: Node, rows: Node | None) -> bool:
+    """Whether a divisor is how often each number comes in `rows` (E,), at least 1: ones that were added up by it."""
+    node: Any = divisor
+    for _ in range(_DEEPEST):
+        shaped = _call(node, _SHAPES | _EXPANSIONS)
+        if shaped is None:
+            break
+        node = shaped[0]
+    clamped = _call(node, _AT_LEAST)
+    if rows is None or clamped is None or clamped[1:] != (1,):
+        return False
+    added = _call(clamped[0], _SCATTERS)
+    if added is None or len(added) != 4 or added[1] not in (0, -1) or added[2] is not rows:
+        return False
+    return _call(added[0], {torch.zeros}) is not None and _call(added[3], {torch.ones}) is not None
 
 
 def made_by_reciprocal(tape: Tape, x: Tensor) -> bool:

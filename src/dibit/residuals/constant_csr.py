@@ -23,11 +23,13 @@ class ConstantCSR:
         parts: row pointers (N + 1,), columns (E,), values (E,); int64 or int32, and floating point.
         shape: (N, M).
         mean: each row is divided by its number of stored elements.
+        counted: identity of the caller's tensor (E,) that has the row of each element, where there is one.
     """
 
     parts: tuple[Tensor, ...]
     shape: torch.Size
     mean: bool
+    counted: Any = None
 
     @property
     def pattern(self) -> tuple[Any, ...]:
