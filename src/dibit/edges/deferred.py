@@ -50,10 +50,10 @@ class Cell:
         self.way = Way()
         self.used = False
 
-    def make(self, grad: bool) -> Tensor:
-        """Run the call, once."""
+    def make(self) -> Tensor:
+        """Run the call, once: with gradients, as where it was given."""
         if self.value is None:
-            with torch.set_grad_enabled(grad):
+            with torch.enable_grad():
                 self.value = self.run(self.function, real(self.args), {})
             if self.value.requires_grad:
                 self.way.edge = get_gradient_edge(self.value)
@@ -170,7 +170,7 @@ def watch(deferred: Deferred) -> None:
             "the gradient of node features that were gathered by edges was asked for after they had been summed up; "
             "ask right after the gather (register_hook or retain_grad), or leave that module uncompressed."
         )
-    value = cell.make(True)
+    value = cell.make()
     if value.requires_grad:
         with torch.enable_grad():
             cell.value = Reveal.apply(deferred, value.detach())
@@ -179,10 +179,7 @@ def watch(deferred: Deferred) -> None:
 def real(value: Any, below: bool = False) -> Any:
     """Arguments with deferred tensors made; `below` autograd, within a kernel."""
     if type(value) is Deferred:
-        if below:
-            return value.cell.make_below().detach()
-        made = value.cell.make(natively(Tensor.requires_grad.__get__, (value,), {}))
-        return made
+        return value.cell.make_below().detach() if below else value.cell.make()
     if type(value) in (tuple, list):
         return type(value)(real(item, below) for item in value)
     if type(value) is dict:

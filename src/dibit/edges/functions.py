@@ -139,7 +139,7 @@ class Edges:
             self.forward.before_change(out)
         else:
             out = out.clone()
-        y = self.forward.run_rule(func, _rule, (x, out, scale, plan, target), {})
+        y = self.forward.run_rule(func, _rule, (x, out, scale, plan, source, target), {})
         messages.cell.used = gathered.used = True
         return y
 
@@ -166,8 +166,10 @@ class Edges:
 
 
 def _rule(
-    forward: ForwardPass, x: Tensor, out: Tensor, scale: Tensor | None, plan: Plan, target: Tensor
+    forward: ForwardPass, x: Tensor, out: Tensor, scale: Tensor | None, plan: Plan, source: Tensor, target: Tensor
 ) -> Tensor:
+    needs = x.requires_grad, scale is not None and scale.requires_grad
+    forward.plain(source if needs[0] else None, target if any(needs) else None)
     if scale is None or not (scale.requires_grad or scale.shape[1:].numel() > 1):
         return edge_sum(forward, x, out, plan, scale, target)
     return scaled_sum(forward, x, scale, out, plan)

@@ -29,6 +29,8 @@ class EdgeGraph(ConstantCSR):
         parts: pointers and columns of A, pointers and columns of A^T.
     """
 
+    count = 4
+
     def product(self, x: Tensor) -> Tensor:
         y = empty((self.shape[0], x.shape[1]), x.dtype, x.device).zero_()
         self.add_to(y, x)
@@ -165,10 +167,11 @@ def edge_sum(
     """
     graph = edge_graph(plan, forward.holdings.key(target))
     weights = kept = None
-    if scale is not None:
-        weights = plan.by_target.values(scale.reshape(-1))
+    if scale is not None and x.requires_grad:
         forward.plain(scale)
         kept = forward.exact(scale)
+    if scale is not None:
+        weights = plan.by_target.values(scale.reshape(-1))
     if not x.requires_grad and not out.requires_grad:
         steady = scale is None and x.dim() == 2 and forward.held(x) and forward.steady(x)
         graph.add_to(out, x, weights)

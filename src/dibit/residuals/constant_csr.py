@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class ConstantCSR:
     shape: torch.Size
     mean: bool
     counted: Any = None
+    count: ClassVar[int] = 3  # of the parts
 
     @property
     def pattern(self) -> tuple[Any, ...]:

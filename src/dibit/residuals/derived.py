@@ -53,7 +53,9 @@ class Aggregated(Residual):
         return (*self.graph.parts, *self.source.tensors)
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Aggregated:
-        return Aggregated(self.graph.with_tensors(tensors[:3]), self.source.with_tensors(tensors[3:]))
+        return Aggregated(
+            self.graph.with_tensors(tensors[: self.graph.count]), self.source.with_tensors(tensors[self.graph.count :])
+        )
 
     def value(self) -> Tensor:
         return self.graph.product(self.source.value())
