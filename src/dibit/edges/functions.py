@@ -38,10 +38,11 @@ class Edges:
     Args:
         forward: the pass.
         run: runs a call of torch as the pass does, without deferring it.
+        rule: runs a rule for a function of torch.
     """
 
-    def __init__(self, forward: ForwardPass, run: Any) -> None:
-        self.forward, self.run = forward, run
+    def __init__(self, forward: ForwardPass, run: Any, rule: Any) -> None:
+        self.forward, self.run, self.rule = forward, run, rule
         self.plans = plans(forward.state)
         self._alive: list[weakref.ref[Deferred]] = []
         forward.before_writes.append(self._written)
@@ -139,8 +140,9 @@ class Edges:
             self.forward.before_change(out)
         else:
             out = out.clone()
-        y = self.forward.run_rule(func, _rule, (x, out, scale, plan, source, target), {})
-        messages.cell.used = gathered.used = True
+        y = self.rule(func, _rule, (x, out, scale, plan, source, target))
+        if y is not NotImplemented:
+            messages.cell.used = gathered.used = True
         return y
 
     # -- what is still there ----------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ class Intercept(TorchFunctionMode):
         self.hooks = (forward_pass.pack, forward_pass.unpack)
         self.calls = Calls(forward_pass.state, self.hooks[0])
         self.away = False
-        self.edges = Edges(forward_pass, self._make)
+        self.edges = Edges(forward_pass, self._make, self._summed)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -139,6 +139,18 @@ class Intercept(TorchFunctionMode):
         if self.forward_pass.over:
             return func(*args, **kwargs)
         return self._hooked(func, args, kwargs, False)
+
+    def _summed(self, func: Any, rule: Rule, args: Any) -> Any:
+        """A rule for a sum over edges; `NotImplemented` where nothing is compressed."""
+        if not (torch.is_grad_enabled() and hooks_free()) or self.forward_pass.config is None:
+            return NotImplemented
+        push_hooks(*self.hooks)
+        try:
+            self.forward_pass.stack.function = func
+            self.forward_pass.seen += 1
+            return self.forward_pass.run_rule(func, rule, args, {})
+        finally:
+            pop_hooks()
 
     def _hooked(self, func: Any, args: Any, kwargs: Any, defers: bool) -> Any:
         keeps = torch.is_grad_enabled() and hooks_free()
