@@ -91,10 +91,15 @@ class Edges:
 
     def end(self, output: Any) -> Any:
         """The pass ends: what is still there is made, as what it is made of is out of sight from now on."""
-        self.plans.end()
         while self._alive:
             self._make(self._alive.pop())
         return _returned(output)
+
+    def clear(self) -> None:
+        """The pass has ended, one way or the other."""
+        self.plans.end()
+        self.forward.before_writes.clear()
+        self.run = self.rule = None
 
     # -- one call ---------------------------------------------------------------------------------------------------
 

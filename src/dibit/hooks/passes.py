@@ -56,6 +56,7 @@ class Pass:
         _remove_mode(self.mode)
         if isinstance(self.mode, Intercept):
             _remove_hooks(self.mode.hooks[0])
+            self.mode.edges.clear()
 
     def suspend(self) -> None:
         """Step aside for a part of the model that is compiled: the mode and hooks of compiled code take over."""
