@@ -21,6 +21,7 @@ LAYERS = (
     "api gradient_noise",
     "hooks",
     "compile",
+    "edges",
     "rules",
     "engine",
     "residuals",

@@ -7,6 +7,7 @@ Dibit's own functions read what it stands for (`Cell`). Everything else makes it
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -48,16 +49,24 @@ class Cell:
         self.function, self.args, self.roots, self.run = function, args, roots, run
         self.value: Tensor | None = None
         self.way = Way()
-        self.used = False
+        self.used = self.making = False
+        self.dependents: list[weakref.ref[Cell]] = []
+        for x in args:
+            if type(x) is Deferred:
+                x.cell.dependents.append(weakref.ref(self))
 
     def make(self) -> Tensor:
         """Run the call, once: with gradients, as where it was given."""
         if self.value is None:
+            self.making = True
             with torch.enable_grad():
                 self.value = self.run(self.function, real(self.args), {})
             if self.value.requires_grad:
                 self.way.edge = get_gradient_edge(self.value)
             self._forget()
+            for reference in self.dependents:  # whoever gets the value may write to it
+                if (dependent := reference()) is not None and not dependent.making:
+                    dependent.make()
         return self.value
 
     def make_below(self) -> Tensor:
@@ -85,7 +94,7 @@ class Deferred(Tensor):
         return func(*real(args), **real(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return func(*real(args, below=True), **real(kwargs or {}, below=True))
 
 

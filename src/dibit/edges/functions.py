@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dibit._torch.private.tensors import DEFERS, natively
+from dibit._torch.private.tensors import DEFERS, is_view, natively
 from dibit._torch.storage_identity import storage_key
 from dibit.edges.deferred import ASKS, DESCRIBES, Cell, Deferred, defer, deferred_in, real, watch
 from dibit.edges.plan import Plan, plans
@@ -117,9 +117,9 @@ class Edges:
 
     def _scaled(self, func: Any, a: Any, b: Any) -> Any:
         x, scale = (a, b) if type(a) is Deferred else (b, a)
-        if not isinstance(scale, Tensor) or not is_plain_float(scale) or scale.dtype != x.dtype:
+        if not is_plain_float(scale) or scale.dtype != x.dtype or torch.is_inference(scale):
             return NotImplemented
-        if x.cell.value is not None or x.cell.function is not Tensor.index_select or scale.shape != (*x.shape[:-1], 1) or torch.is_inference(scale):
+        if x.cell.value is not None or x.cell.function is not Tensor.index_select or scale.shape != (*x.shape[:-1], 1):
             return NotImplemented
         cell = Cell(func, (a, b), (*x.cell.roots, scale), self.run)
         return self._defer(cell, x.shape, scale)
@@ -136,7 +136,7 @@ class Edges:
         if gathered.value is not None:
             return NotImplemented
         x, _, source = gathered.args
-        if storage_key(out) == storage_key(x) or (out.is_leaf and out.requires_grad) or not out.numel():
+        if storage_key(out) == storage_key(x) or is_view(out) or (out.is_leaf and out.requires_grad) or not out.numel():
             return NotImplemented
         plan = self.plans.find(self.forward, source, target, x.shape[0], out.shape[0])
         if plan is None:
@@ -187,7 +187,7 @@ def _one_column(index: Any, messages: Deferred) -> Any:
     if type(index) is not Tensor or index.shape != messages.shape:
         return None
     expanded = all(stride == 0 or size == 1 for stride, size in zip(index.stride()[1:], index.shape[1:], strict=True))
-    return index[(slice(None), *(0 for _ in index.shape[1:]))] if expanded else None
+    return index.as_strided(index.shape[:1], index.stride()[:1]) if expanded else None
 
 
 def _parts(messages: Deferred) -> tuple[Cell, Tensor | None]:

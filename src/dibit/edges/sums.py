@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor
 
 from dibit._torch.huge_pages import empty
 from dibit.codec import ops
-from dibit.edges.plan import Plan
+from dibit.edges.plan import Plan, Sorted
 from dibit.engine.forward_pass import ForwardPass
-from dibit.residuals.base import load, save
+from dibit.residuals.base import load, released, save
 from dibit.residuals.constant_csr import ConstantCSR
 from dibit.residuals.derived import Aggregated
 from dibit.residuals.exact import Reference
@@ -89,26 +88,6 @@ class EdgeSum(torch.autograd.Function):
         return dx, dy if ctx.needs_input_grad[1] else None, None, None, None, None
 
 
-@dataclass(frozen=True)
-class Ends:
-    """The edges of a graph by their targets and by their sources, with their places in the caller's order.
-
-    Attributes:
-        there, back: pointers and columns of the compressed rows, and the order unless it is the caller's.
-    """
-
-    there: tuple[Tensor, ...]
-    back: tuple[Tensor, ...]
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return *self.there, *self.back
-
-    def with_tensors(self, tensors: Sequence[Tensor]) -> Ends:
-        cut = len(self.there)
-        return replace(self, there=tuple(tensors[:cut]), back=tuple(tensors[cut:]))
-
-
 class ScaledSum(torch.autograd.Function):
     """out[n] += sum of scale[e] x[source of e] over the edges e to n, in place: attention.
 
@@ -116,33 +95,31 @@ class ScaledSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor, out: Tensor, kept_x: Any, kept_scale: Any, ends: Ends
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, out: Tensor, kept_x: Any, kept_scale: Any, plan: Plan) -> Tensor:
         ctx.mark_dirty(out)
-        save(ctx, kept_x, kept_scale, *ends.tensors)
-        ctx.ends, ctx.shapes = Ends((None,) * len(ends.there), (None,) * len(ends.back)), (x.shape, scale.shape)
-        rows, heads = _by_head(x.detach(), scale.detach())
-        _add_scaled(out.view(out.shape[0], *rows.shape[1:]), ends.there, heads, rows)
+        save(ctx, kept_x, kept_scale)
+        ctx.plan, ctx.shapes = plan, (x.shape, scale.shape)
+        x, scale = _by_head(x.detach(), scale.detach())
+        _add_scaled(out.view(out.shape[0], *x.shape[1:]), plan.by_target, scale, x)
         return out
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        kept_x, kept_scale, *tensors = load(ctx)
-        ends, (x_shape, scale_shape) = ctx.ends.with_tensors(tensors), ctx.shapes
+        kept_x, kept_scale = load(ctx)
+        plan, (x_shape, scale_shape) = released(ctx, "plan"), ctx.shapes
         dx = dscale = None
         heads = scale_shape[1:].numel()
-        dy_rows = dy.reshape(dy.shape[0], heads, -1).contiguous()
+        rows = dy.reshape(dy.shape[0], heads, -1).contiguous()
         if ctx.needs_input_grad[0]:
             scale = kept_scale.value().reshape(-1, heads).contiguous()
-            dx = empty((x_shape[0], *dy_rows.shape[1:]), dy.dtype, dy.device).zero_()
-            _add_scaled(dx, ends.back, scale, dy_rows)
+            dx = empty((x_shape[0], *rows.shape[1:]), dy.dtype, dy.device).zero_()
+            _add_scaled(dx, plan.by_source, scale, rows)
             dx = dx.reshape(x_shape)
         if ctx.needs_input_grad[1]:
-            x = kept_x.value().to(dy.dtype).reshape(x_shape[0], *dy_rows.shape[1:]).contiguous()
-            crow, col, *order = ends.there
-            dscale = ops.edge_products(crow, col, order[0] if order else None, dy_rows, x).reshape(scale_shape)
+            x = kept_x.value().to(dy.dtype).reshape(x_shape[0], *rows.shape[1:]).contiguous()
+            by = plan.by_target
+            dscale = ops.edge_products(by.crow, by.col, by.order, rows, x).reshape(scale_shape)
         return dx, dscale, dy if ctx.needs_input_grad[2] else None, None, None, None
 
 
@@ -152,14 +129,11 @@ def _by_head(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return x.reshape(x.shape[0], heads, -1).contiguous(), scale.reshape(-1, heads).contiguous()
 
 
-def _add_scaled(out: Tensor, rows: tuple[Tensor, ...], scale: Tensor, x: Tensor) -> None:
-    crow, col, *order = rows
-    ops.add_scaled(out, crow, col, order[0] if order else None, scale, x)
+def _add_scaled(out: Tensor, edges: Sorted, scale: Tensor, x: Tensor) -> None:
+    ops.add_scaled(out, edges.crow, edges.col, edges.order, scale, x)
 
 
-def edge_sum(
-    forward: ForwardPass, x: Tensor, out: Tensor, plan: Plan, scale: Tensor | None, target: Tensor
-) -> Tensor:
+def edge_sum(forward: ForwardPass, x: Tensor, out: Tensor, plan: Plan, scale: Tensor | None, target: Tensor) -> Tensor:
     """out += A x, for a rule: with constant weights (E, 1), or with ones.
 
     Args:
@@ -186,10 +160,9 @@ def edge_sum(
 
 def scaled_sum(forward: ForwardPass, x: Tensor, scale: Tensor, out: Tensor, plan: Plan) -> Tensor:
     """The same for a scale (E, ..., 1) that may need a gradient."""
-    there, back = plan.by_target.tensors, plan.by_source.tensors
     kept_x = factor(forward, x, scale, x.numel()) if scale.requires_grad else None
     kept_scale = forward.exact(scale) if x.requires_grad else None
     forward.plain(scale if x.requires_grad else None)
     if scale.requires_grad:
         forward.plain(scale.shape[0] * x.shape[1:].numel() * x.element_size())
-    return ScaledSum.apply(x, scale, out, kept_x, kept_scale, Ends(there, back))
+    return ScaledSum.apply(x, scale, out, kept_x, kept_scale, plan)

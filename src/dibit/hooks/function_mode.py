@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from dibit._torch.private.autograd import pop_hooks, push_hooks, transformed
+from dibit._torch.private.autograd import hooks_refused, pop_hooks, push_hooks, top_hooks, transformed
 from dibit._torch.private.operations import writes_to
 from dibit._torch.private.tensors import is_wrapped
 from dibit._torch.storage_identity import storage_key, storages, strided
@@ -138,7 +138,15 @@ class Intercept(TorchFunctionMode):
         """A call that was deferred until now."""
         if self.forward_pass.over:
             return func(*args, **kwargs)
-        return self._hooked(func, args, kwargs, False)
+        others = []  # it belongs to where it was given, not to the activation checkpoint that needs it first
+        while hooks_refused() is None and (top := top_hooks()) is not None:
+            pop_hooks()
+            others.append(top)
+        try:
+            return self._hooked(func, args, kwargs, False)
+        finally:
+            for other in reversed(others):
+                push_hooks(*other)
 
     def _summed(self, func: Any, rule: Rule, args: Any) -> Any:
         """A rule for a sum over edges; `NotImplemented` where nothing is compressed."""
