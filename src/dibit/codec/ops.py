@@ -23,6 +23,8 @@ sort_edges = operator(reference.sort_edges)
 add_neighbours = operator(reference.add_neighbours, writes="out")
 add_scaled = operator(reference.add_scaled, writes="out")
 edge_products = operator(reference.edge_products)
+edge_signs = operator(reference.edge_signs)
+add_signed = operator(reference.add_signed, writes="out")
 pack_mask = operator(reference.pack_mask)
 relu = operator(reference.relu)
 apply_mask = operator(reference.apply_mask)
@@ -47,6 +49,8 @@ OPS = (
     add_neighbours,
     add_scaled,
     edge_products,
+    edge_signs,
+    add_signed,
     pack_mask,
     relu,
     apply_mask,
@@ -130,6 +134,16 @@ def _(out, crow, col, order, scale, x):
 @edge_products.register_fake
 def _(crow, col, order, a, x):
     return a.new_empty((col.shape[0], a.shape[1]))
+
+
+@edge_signs.register_fake
+def _(crow, col, order, a, b):
+    return a.new_empty((col.shape[0], a.shape[1], -(-a.shape[2] // 8)), dtype=torch.uint8)
+
+
+@add_signed.register_fake
+def _(out, crow, order, signs, scale, slope):
+    return None
 
 
 @pack_mask.register_fake

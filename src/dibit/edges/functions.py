@@ -11,12 +11,14 @@ import weakref
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dibit._torch.private.tensors import DEFERS, is_view, natively
 from dibit._torch.storage_identity import storage_key
 from dibit.edges.deferred import ASKS, DESCRIBES, Cell, Deferred, defer, deferred_in, real, watch
 from dibit.edges.plan import Plan, plans
+from dibit.edges.scores import additive_scores, scalar_products, summed
 from dibit.edges.sums import edge_sum, scaled_sum
 from dibit.engine.forward_pass import ForwardPass
 from dibit.recompute.repeatable import SIZES_ONLY, torch_functions
@@ -26,6 +28,9 @@ LEAST = 1 << 16  # elements of a gather: a smaller one is made at once
 _WIDE = 8  # elements a row below which the index weighs as much as the row
 _GATHERS = torch_functions("index_select")
 _PRODUCTS = torch_functions("mul __mul__ __rmul__ multiply")
+_SUMS = torch_functions("add __add__ __radd__")
+_TOTALS = torch_functions("sum")
+_PLAIN = (Tensor, torch.nn.Parameter)
 _LIKE = {Tensor.expand_as: Tensor.expand, Tensor.view_as: Tensor.view}
 _SCATTERS = torch_functions("scatter_add_ scatter_add")
 _ADDS = torch_functions("index_add_ index_add")
@@ -76,12 +81,20 @@ class Edges:
             return natively(func, args, kwargs)
         if func in SIZES_ONLY and args and args[0] is found:
             return self._sized(func, args, kwargs)
+        if func in _TOTALS and (kwargs or {"dim": args[1:]}) in ({"dim": -1}, {"dim": (-1,)}):
+            return self._scores(func, found)
+        if func is F.leaky_relu and set(kwargs) <= {"negative_slope"} and len(args) == 1:
+            args, kwargs = (*args, *kwargs.values()), {}
         if kwargs or found.cell.value is not None:
             return NotImplemented
         if func in _LIKE and len(args) == 2 and type(args[0]) is Tensor:
             return self.run(_LIKE[func], (args[0], *found.shape), {})
         if func in _PRODUCTS and len(args) == 2:
             return self._scaled(func, *args)
+        if func in _SUMS and len(args) == 2 and type(args[1]) is not bool and _is_ends(func, *args):
+            return self._rowwise(func, args)
+        if func is F.leaky_relu and len(args) in (1, 2, 3) and args[2:] in ((), (False,)) and _kind(found) == "sum":
+            return self._rowwise(func, args[:2])
         if func in _SCATTERS and len(args) == 4 and args[3] is found:
             out, dim, index, _ = args
             return self._sum(func, out, dim, _one_column(index, found), found)
@@ -115,8 +128,20 @@ class Edges:
             like = like.new_empty(1).expand(args[0].shape)
         return self.run(func, (like, *args[1:]), kwargs)
 
+    def _rowwise(self, func: Any, args: Any) -> Any:
+        """An operation that works on each edge alone, noted."""
+        parts = [x for x in args if type(x) is Deferred]
+        if any(x.cell.value is not None for x in parts):
+            return NotImplemented
+        roots = (*(root for x in parts for root in x.cell.roots), *(x for x in args if type(x) in _PLAIN))
+        return self._defer(Cell(func, args, roots, self.run), parts[0].shape, roots[0])
+
     def _scaled(self, func: Any, a: Any, b: Any) -> Any:
+        if type(a) is type(b) and _is_ends(func, a, b):
+            return self._rowwise(func, (a, b))
         x, scale = (a, b) if type(a) is Deferred else (b, a)
+        if _kind(x) == "leaky" and is_plain_float(scale) and scale.dtype == x.dtype and _is_weight(scale, x):
+            return self._rowwise(func, (a, b))
         if not is_plain_float(scale) or scale.dtype != x.dtype or torch.is_inference(scale):
             return NotImplemented
         if x.cell.value is not None or x.cell.function is not Tensor.index_select or scale.shape != (*x.shape[:-1], 1):
@@ -150,6 +175,39 @@ class Edges:
             messages.cell.used = gathered.used = True
         return y
 
+    def _scores(self, func: Any, product: Deferred) -> Any:
+        """What both ends of an edge give, summed up over the last dimension."""
+        kind = _kind(product)
+        if kind not in ("product", "weighted"):
+            return NotImplemented
+        cells, slope, weight = [product.cell], 0.0, None
+        if kind == "weighted":
+            leaky, weight = product.cell.args
+            if type(leaky) is not Deferred:
+                leaky, weight = weight, leaky
+            slope = float(leaky.cell.args[1]) if len(leaky.cell.args) > 1 else 0.01
+            if slope < 0:
+                return NotImplemented
+            cells += [leaky.cell, leaky.cell.args[0].cell]
+        ends = [x.cell for x in cells[-1].args]
+        if any(cell.value is not None for cell in (*cells, *ends)):
+            return NotImplemented
+        (a, _, target), (b, _, source) = (end.args for end in ends)
+        if a.dim() < 3 or not any(x.requires_grad for x in (a, b)):
+            return NotImplemented
+        plan = self.plans.find(self.forward, source, target, b.shape[0], a.shape[0])
+        if plan is None:
+            return NotImplemented
+        scores = summed(product.cell, product.shape[0], tuple(product.shape[1:-1]))
+        shaped = a.reshape(a.shape[0], -1, a.shape[-1]), b.reshape(b.shape[0], -1, b.shape[-1])
+        rows = scores.reshape(scores.shape[0], -1)
+        y = self.rule(func, _score_rule, (*shaped, weight, slope, rows, plan, source, target))
+        if y is not NotImplemented:
+            for cell in (*cells, *ends):
+                cell.used = True
+            y = y.view(scores.shape)
+        return y
+
     # -- what is still there ----------------------------------------------------------------------------------------
 
     def _written(self, storage: int) -> None:
@@ -180,6 +238,49 @@ def _rule(
     if scale is None or not (scale.requires_grad or scale.shape[1:].numel() > 1):
         return edge_sum(forward, x, out, plan, scale, target)
     return scaled_sum(forward, x, scale, out, plan)
+
+
+def _score_rule(
+    forward: ForwardPass,
+    a: Tensor,
+    b: Tensor,
+    weight: Tensor | None,
+    slope: float,
+    scores: Tensor,
+    plan: Plan,
+    source: Tensor,
+    target: Tensor,
+) -> Tensor:
+    forward.plain(target if a.requires_grad else None, source if b.requires_grad else None)
+    if weight is None:
+        return scalar_products(forward, a, b, scores, plan)
+    return additive_scores(forward, a, b, weight, slope, scores, plan)
+
+
+def _kind(x: Deferred) -> str:
+    """What a deferred tensor is: a gather, the product or sum of two, the leaky ReLU of a sum, or that times weights."""
+    cell = x.cell
+    if cell.value is not None:
+        return ""
+    if cell.function is Tensor.index_select:
+        return "gather"
+    parts = [_kind(part) for part in cell.args if type(part) is Deferred]
+    if parts == ["gather", "gather"]:
+        return "product" if cell.function in _PRODUCTS else "sum"
+    if parts == ["sum"]:
+        return "leaky"
+    return "weighted" if parts == ["leaky"] else ""
+
+
+def _is_ends(func: Any, a: Any, b: Any) -> bool:
+    """Whether both are gathers of heads by edges, and of one shape."""
+    both = type(a) is Deferred and type(b) is Deferred and _kind(a) == _kind(b) == "gather"
+    return both and a is not b and a.dim() > 2 and a.shape == b.shape
+
+
+def _is_weight(weight: Tensor, x: Deferred) -> bool:
+    """Whether a factor is the same for all edges, and has all heads and features."""
+    return weight.shape[-x.dim() + 1 :] == x.shape[1:] and weight.numel() == x.shape[1:].numel()
 
 
 def _one_column(index: Any, messages: Deferred) -> Any:

@@ -4,7 +4,14 @@ Kernels take float32 (and bfloat16 or float32 ranges); for other dtypes the defi
 """
 
 from dibit.codec.backends.cpu.blocks import dequantize, quantize, quantize_rows
-from dibit.codec.backends.cpu.edges import add_neighbours, add_scaled, edge_products, sort_edges
+from dibit.codec.backends.cpu.edges import (
+    add_neighbours,
+    add_scaled,
+    add_signed,
+    edge_products,
+    edge_signs,
+    sort_edges,
+)
 from dibit.codec.backends.cpu.elementwise import (
     apply_mask,
     dropout,
@@ -22,12 +29,14 @@ from dibit.codec.backends.cpu.sampling import pick_rows, row_scores
 __all__ = [
     "add_neighbours",
     "add_scaled",
+    "add_signed",
     "aggregate",
     "apply_mask",
     "column_sums",
     "dequantize",
     "dropout",
     "edge_products",
+    "edge_signs",
     "finite",
     "norm_gradient",
     "norm_relu_dropout",

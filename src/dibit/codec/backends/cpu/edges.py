@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dibit.codec.backends.cpu.kernels import edges as kernels
 from dibit.codec.dispatch import kernel
 from dibit.codec.numpy_views import array
+
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").astype(np.float32)
 
 
 @kernel(index=torch.int64)
@@ -40,6 +43,23 @@ def edge_products(crow: Tensor, col: Tensor, order: Tensor | None, a: Tensor, x:
     work = max(a.numel(), out.numel())
     kernels.edge_products(work, array(crow), array(col), array(_own(order, col)), array(a), array(x), array(out))
     return out
+
+
+@kernel(a=torch.float32, b=torch.float32)
+def edge_signs(crow: Tensor, col: Tensor, order: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    signs = torch.empty(col.numel(), a.shape[1], -(-a.shape[2] // 8), dtype=torch.uint8)
+    work = max(a.numel(), col.numel() * a.shape[1])
+    kernels.edge_signs(work, array(crow), array(col), array(_own(order, col)), array(a), array(b), array(signs))
+    return signs
+
+
+@kernel(out=torch.float32, scale=torch.float32)
+def add_signed(out: Tensor, crow: Tensor, order: Tensor | None, signs: Tensor, scale: Tensor, slope: float) -> None:
+    order = torch.arange(signs.shape[0], dtype=crow.dtype) if order is None else order
+    work = max(out.numel(), scale.numel())
+    kernels.add_signed(
+        work, array(crow), array(order), array(signs), array(scale), np.float32(slope), _BITS, array(out)
+    )
 
 
 def _own(order: Tensor | None, col: Tensor) -> Tensor:

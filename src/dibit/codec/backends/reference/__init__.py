@@ -15,7 +15,14 @@ from dibit.codec.backends.reference.blocks import (
     unpack,
     unpack_all,
 )
-from dibit.codec.backends.reference.edges import add_neighbours, add_scaled, edge_products, sort_edges
+from dibit.codec.backends.reference.edges import (
+    add_neighbours,
+    add_scaled,
+    add_signed,
+    edge_products,
+    edge_signs,
+    sort_edges,
+)
 from dibit.codec.backends.reference.elementwise import (
     apply_mask,
     dropout,
@@ -36,6 +43,7 @@ __all__ = [
     "STOCHASTIC",
     "add_neighbours",
     "add_scaled",
+    "add_signed",
     "affine",
     "aggregate",
     "apply_mask",
@@ -46,6 +54,7 @@ __all__ = [
     "dropout",
     "dropout_scale",
     "edge_products",
+    "edge_signs",
     "finite",
     "norm_gradient",
     "norm_relu_dropout",

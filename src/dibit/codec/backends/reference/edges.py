@@ -65,3 +65,41 @@ def edge_products(crow: Tensor, col: Tensor, order: Tensor | None, a: Tensor, x:
     rows = torch.repeat_interleave(crow.diff(), output_size=col.numel())
     products = (a.index_select(0, rows) * x.index_select(0, col)).sum(-1)
     return products if order is None else torch.empty_like(products).index_copy_(0, order.long(), products)
+
+
+def edge_signs(crow: Tensor, col: Tensor, order: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """Whether a[n, h, c] + b[col[e], h, c] is above zero, for the ends of each edge e of each node n.
+
+    Args:
+        crow, col: (N + 1,) and (E,): in compressed rows.
+        order: (E,), the place of each edge in the result; `None` if it is their own order.
+        a: contiguous (N, H, C).
+        b: contiguous (M, H, C), of the dtype of `a`.
+
+    Returns:
+        uint8 (E, H, ceil(C / 8)): element c is bit c % 8 of byte c // 8.
+    """
+    rows = torch.repeat_interleave(crow.diff(), output_size=col.numel())
+    above = a.index_select(0, rows) + b.index_select(0, col) > 0
+    above = torch.nn.functional.pad(above, (0, -above.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    places = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=a.device)
+    signs = (above * places).sum(-1, dtype=torch.uint8)
+    return signs if order is None else torch.empty_like(signs).index_copy_(0, order.long(), signs)
+
+
+def add_signed(out: Tensor, crow: Tensor, order: Tensor | None, signs: Tensor, scale: Tensor, slope: float) -> None:
+    """out[n, h, c] += sum of scale[e, h] over the edges e of node n, times `slope` where the sign of (e, h, c) is 0.
+
+    Args:
+        out: contiguous (N, H, C).
+        crow: (N + 1,), pointers of the compressed rows.
+        order: (E,), the edge that each of them is to `signs` and `scale`; `None` if their order is the same.
+        signs: as `edge_signs` gives them.
+        scale: contiguous (E, H), of the dtype of `out`.
+    """
+    rows = torch.repeat_interleave(crow.diff(), output_size=signs.shape[0])
+    if order is not None:
+        signs, scale = signs.index_select(0, order), scale.index_select(0, order)
+    places = torch.arange(8, dtype=torch.uint8, device=out.device)
+    above = (signs[..., None] >> places & 1).flatten(-2)[..., : out.shape[-1]]
+    out.index_add_(0, rows, torch.where(above > 0, scale[..., None], scale[..., None] * slope))

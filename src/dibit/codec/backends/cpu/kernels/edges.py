@@ -10,6 +10,7 @@ from dibit.codec.backends.cpu.kernels.numbers import f32
 
 LANES = 16  # sums side by side in a scalar product, so that it takes whole vectors
 TASK = 256  # rows that a thread takes at a time
+u8 = np.uint8
 
 
 @Kernel
@@ -105,3 +106,40 @@ def edge_products(crow, col, order, a, x, out):
                     for k in range(whole, width):
                         total += p[k] * q[k]
                     out[own, h] = total
+
+
+@Kernel
+def edge_signs(crow, col, order, a, b, signs):
+    rows, heads, width = a.shape
+    for task in nb.prange((rows + TASK - 1) // TASK):
+        for row in range(task * TASK, min(rows, (task + 1) * TASK)):
+            for e in range(crow[row], crow[row + 1]):
+                c, own = col[e], order[e]
+                for h in range(heads):
+                    p, q, out = a[row, h], b[c, h], signs[own, h]
+                    for byte in range(out.size):
+                        bits = u8(0)
+                        for k in range(byte * 8, min(byte * 8 + 8, width)):
+                            bits |= u8(p[k] + q[k] > 0) << u8(k & 7)
+                        out[byte] = bits
+
+
+@Kernel
+def add_signed(crow, order, signs, scale, slope, bits, out):
+    """`bits` (256, 8): those of each byte, as numbers."""
+    rows, heads, width = out.shape
+    whole = width // 8
+    for task in nb.prange((rows + TASK - 1) // TASK):
+        for row in range(task * TASK, min(rows, (task + 1) * TASK)):
+            for e in range(crow[row], crow[row + 1]):
+                own = order[e]
+                for h in range(heads):
+                    total, bytes_ = out[row, h], signs[own, h]
+                    low = scale[own, h] * slope
+                    more = scale[own, h] - low
+                    for byte in range(whole):
+                        part, set_ = total[byte * 8 : byte * 8 + 8], bits[bytes_[byte]]
+                        for k in range(8):
+                            part[k] += low + more * set_[k]
+                    for k in range(whole * 8, width):
+                        total[k] += low + more * bits[bytes_[whole], k & 7]
