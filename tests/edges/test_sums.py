@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torch_geometric.nn as g
 from torch import Tensor, nn
 from torch_geometric.utils import scatter
@@ -38,7 +39,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The calls that were deferred, and then made after all."""
     calls: list[Any] = []
     make = Cell.make
@@ -49,13 +50,13 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         return make(cell)
 
     monkeypatch.setattr(Cell, "make", counted)
-    yield calls
+    return calls
 
 
 class TestOperators:
     @pytest.mark.parametrize("order", ORDERS)
     def test_sorting_is_stable(self, order: str) -> None:
-        source, target = graph(order)
+        target = graph(order)[1]
         crow, rank = ops.sort_edges(target, N)
         known_crow, known_rank = reference.sort_edges(target, N)
         assert torch.equal(crow, known_crow)
@@ -99,6 +100,25 @@ class TestOperators:
         size = (plain[target].double() * x[source].double()).abs().sum(-1)
         assert ((products - exact).abs() <= 1e-6 * size).all()
 
+    @pytest.mark.parametrize("shape", [(1, 32), (4, 8), (3, 5), (2, 13)])
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_signs(self, order: str, shape: tuple[int, int]) -> None:
+        source, target = graph(order)
+        a, b = torch.randn(N, *shape), torch.randn(N, *shape)
+        a[:50], b[:50] = 0, 0  # a sum of zeros has the slope, as torch has it
+        crow, rank = ops.sort_edges(target, N)
+        col = source[rank.long()].int()
+        signs = ops.edge_signs(crow, col, rank, a, b)
+        assert torch.equal(signs, reference.edge_signs(crow, col, rank, a, b))
+        scale = torch.randn(E, shape[0])
+        z = (a[target] + b[source]).requires_grad_()
+        (F.leaky_relu(z, 0.2) * scale[:, :, None]).sum().backward()
+        truth = torch.zeros(N, *shape).index_add_(0, target, z.grad)
+        ops.add_signed(out := torch.zeros(N, *shape), crow, rank, signs, scale, 0.2)
+        assert torch.allclose(out, truth, rtol=1e-5, atol=1e-5)
+        reference.add_signed(out.zero_(), crow, rank, signs, scale, 0.2)
+        assert torch.allclose(out, truth, rtol=1e-5, atol=1e-5)
+
 
 class Net(nn.Module):
     def __init__(self, conv: nn.Module) -> None:
@@ -107,6 +127,15 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
         return self.conv(self.lin(x).relu(), edge_index)
+
+
+class WithFeatures(nn.Module):
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        return self.conv(x, edge_index, torch.linspace(-1, 1, 3 * edge_index.shape[1]).view(-1, 3))
 
 
 CONVS: dict[str, Callable[[], nn.Module]] = {
@@ -128,11 +157,15 @@ CONVS: dict[str, Callable[[], nn.Module]] = {
 ATTENTION: dict[str, Callable[[], nn.Module]] = {
     "GAT": lambda: g.GATConv(D, 8, heads=4),
     "GAT one head": lambda: g.GATConv(D, D),
+    "GATv2": lambda: g.GATv2Conv(D, 8, heads=4),
+    "GATv2 with one weight for both ends": lambda: g.GATv2Conv(D, 12, heads=3, share_weights=True),
+    "Transformer": lambda: g.TransformerConv(D, 8, heads=4),
+    "Transformer one head": lambda: g.TransformerConv(D, 20, heads=1),
 }
 OTHERS: dict[str, Callable[[], nn.Module]] = {
     "SAGE max": lambda: g.SAGEConv(D, D, aggr="max"),
-    "GATv2": lambda: g.GATv2Conv(D, 8, heads=4),
-    "Transformer": lambda: g.TransformerConv(D, 8, heads=4),
+    "GATv2 with edge features": lambda: WithFeatures(g.GATv2Conv(D, 8, heads=4, edge_dim=3)),
+    "Transformer with edge features": lambda: WithFeatures(g.TransformerConv(D, 8, heads=4, edge_dim=3)),
     "Edge": lambda: g.EdgeConv(nn.Linear(2 * D, D)),
     "SuperGAT": lambda: g.SuperGATConv(D, 8, heads=4),
     "gates": lambda: g.ResGatedGraphConv(D, D),
@@ -173,7 +206,7 @@ def test_where_weights_are_constant_the_gradient_is_exact(name: str, order: str)
 @pytest.mark.parametrize("name", [*ATTENTION, "SAGE", "GCN"])
 def test_gradient_is_unbiased(name: str) -> None:
     model, x, edge_index = Net((CONVS | ATTENTION)[name]()).train(), torch.randn(N, D), graph()
-    readout = torch.randn(N, D)
+    readout = torch.randn_like(model(x, edge_index))
     truth = gradient(model, x, readout, edge_index)
     dibit.compress(model)
 

@@ -83,8 +83,8 @@ class Edges:
             return self._sized(func, args, kwargs)
         if func in _TOTALS and (kwargs or {"dim": args[1:]}) in ({"dim": -1}, {"dim": (-1,)}):
             return self._scores(func, found)
-        if func is F.leaky_relu and set(kwargs) <= {"negative_slope"} and len(args) == 1:
-            args, kwargs = (*args, *kwargs.values()), {}
+        if func is F.leaky_relu and len(args) == 1 and not kwargs.get("inplace", False):
+            args, kwargs = (*args, kwargs.get("negative_slope", 0.01)), {}
         if kwargs or found.cell.value is not None:
             return NotImplemented
         if func in _LIKE and len(args) == 2 and type(args[0]) is Tensor:
@@ -258,7 +258,7 @@ def _score_rule(
 
 
 def _kind(x: Deferred) -> str:
-    """What a deferred tensor is: a gather, the product or sum of two, the leaky ReLU of a sum, or that times weights."""
+    """What a deferred tensor is: a gather, the product or sum of two, its leaky ReLU, or that times weights."""
     cell = x.cell
     if cell.value is not None:
         return ""

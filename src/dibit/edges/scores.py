@@ -1,6 +1,6 @@
 """Scores of edges: sums over features of what both ends give, one number a head, and their gradients.
 
-*Scalar products* <a[i], b[j]> (Transformer): each gradient is a sum over edges of the other end, of which a code is kept.
+*Scalar products* <a[i], b[j]> (Transformer): each gradient is a sum over the other ends, of which codes are kept.
 *Additive scores* <w, leaky_relu(a[i] + b[j])> (GATv2): with one bit an element for the sign all gradients follow from
 the sums over edges of the score's gradient times the slope; a and b themselves enter that of w alone.
 
