@@ -429,6 +429,14 @@ def test_says_once_that_it_compiles(tmp_path: Path) -> None:
         assert done.stderr.count("dibit: compiling kernels for this processor") == times
 
 
+ROWS = torch.tensor([0, 2, 2, 5], dtype=torch.int32), torch.tensor([0, 3, 1, 2, 3], dtype=torch.int32)
+ORDER = torch.tensor([4, 0, 1, 3, 2], dtype=torch.int32)
+
+
+def _signs() -> Tensor:
+    return ops.edge_signs(*ROWS, ORDER, torch.randn(3, 2, 9), torch.randn(4, 2, 9))
+
+
 SAMPLES = {
     "quantize": lambda: (torch.randn(100), seed_tensor(1), 2, 16, [], torch.bfloat16, 0),
     "dequantize": lambda: (
@@ -466,6 +474,12 @@ SAMPLES = {
     "dropout": lambda: (torch.randn(5, 9), seed_tensor(1), 0.5),
     "signs": lambda: (seed_tensor(1), 100),
     "aggregate": lambda: (torch.tensor([0, 2, 2, 5]), torch.tensor([0, 3, 1, 2, 3]), torch.rand(5), torch.randn(4, 9)),
+    "sort_edges": lambda: (torch.tensor([3, 0, 2, 3]), 4),
+    "add_neighbours": lambda: (torch.randn(3, 9), *ROWS, torch.rand(5), torch.randn(4, 9)),
+    "add_scaled": lambda: (torch.randn(3, 2, 9), *ROWS, ORDER, torch.rand(5, 2), torch.randn(4, 2, 9)),
+    "edge_products": lambda: (*ROWS, ORDER, torch.randn(3, 2, 9), torch.randn(4, 2, 9)),
+    "edge_signs": lambda: (*ROWS, ORDER, torch.randn(3, 2, 9), torch.randn(4, 2, 9)),
+    "add_signed": lambda: (torch.randn(3, 2, 9), ROWS[0], ORDER, _signs(), torch.rand(5, 2), 0.2),
     "row_scores": lambda: (torch.randn(5, 9),),
     "pick_rows": lambda: (torch.arange(9, dtype=torch.uint8), seed_tensor(1), 2),
     "quantize_rows": lambda: (
