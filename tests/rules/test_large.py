@@ -119,3 +119,24 @@ def test_buffers_are_torchs_own() -> None:
     assert y.is_contiguous()
     assert peak_bytes(lambda: buffers.empty((1 << 21,), torch.float32)) == 1 << 23
     assert buffers.empty((0, 3), torch.float64).shape == (0, 3)
+
+
+@pytest.mark.parametrize("divisor", [(N, 1), (N, D), (1,)])
+def test_quotients_by_a_constant(divisor: tuple[int, ...]) -> None:
+    """Such as the mean over neighbours: torch's bits, and an exact gradient."""
+
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(D, D)
+
+        def forward(self, x: Tensor, by: Tensor) -> Tensor:
+            return self.lin(x) / by
+
+    net, x, by = Mean(), torch.randn(N, D), torch.rand(divisor) + 0.5
+    y = net(x, by)
+    grad = torch.autograd.grad(y.sum(), net.lin.bias)[0]
+    own = dibit.compress(net, {"lin": None, "*": "default"})(x, by)
+    assert type(own.grad_fn).__name__ == "QuotientByConstantBackward"
+    assert torch.equal(own, y)
+    assert torch.allclose(torch.autograd.grad(own.sum(), net.lin.bias)[0], grad, rtol=1e-5)

@@ -7,6 +7,7 @@ and goes on as it would in plain torch.
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dibit._torch.huge_pages import LEAST as LARGE
+from dibit._torch.huge_pages import empty
 from dibit._torch.private.tensors import DEFERS, is_view, natively
 from dibit._torch.storage_identity import storage_key
 from dibit.edges.deferred import ASKS, DESCRIBES, Cell, Deferred, defer, deferred_in, real, watch
@@ -123,6 +126,11 @@ class Edges:
 
     def _sized(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A tensor of a dtype, a device and perhaps a shape."""
+        sized = func is Tensor.new_zeros and len(args) == 2 and not kwargs and type(args[1]) in (tuple, torch.Size)
+        if sized and args[0].element_size() * math.prod(args[1]) >= LARGE:
+            zeros = empty(args[1], args[0].dtype, args[0].device).zero_()
+            self.forward.made(zeros)
+            return zeros
         like = torch.empty(0, dtype=args[0].dtype, device=args[0].device)
         if not func.__name__.startswith("new_"):
             like = like.new_empty(1).expand(args[0].shape)

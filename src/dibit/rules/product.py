@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dibit._torch.autocast import at_least_single, copies, low_precision
+from dibit._torch.huge_pages import empty_like, worth_huge_pages
 from dibit.config import Config, Sample
 from dibit.engine.forward_pass import ForwardPass
 from dibit.recompute.mean_pattern import made_by_reciprocal
@@ -181,6 +182,21 @@ class MatrixProduct(torch.autograd.Function):
         return da, db, None, None, None
 
 
+class QuotientByConstant(torch.autograd.Function):
+    """y = a / b of a b without a gradient, into a buffer of Dibit's own: the mean over neighbours."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, divisor: Any) -> Tensor:
+        ctx.hops, ctx.fresh_result = 0, True
+        save(ctx, divisor)
+        return torch.div(a, b, out=empty_like(a))
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return dy / load(ctx)[0].value(), None, None
+
+
 @rule(runs_again=True)
 def div(forward: ForwardPass, input: Tensor, other: Any, *, rounding_mode: Any = None, out: Any = None) -> Any:
     if out is not None or rounding_mode is not None or not _operands(input, other):
@@ -188,6 +204,10 @@ def div(forward: ForwardPass, input: Tensor, other: Any, *, rounding_mode: Any =
     count = torch.broadcast_shapes(input.shape, other.shape).numel()
     needed = [other, input] if other.requires_grad else [other]
     exact = [_exact(forward, x, count, eight_bit(running_config(forward)), gathers=False) for x in needed]
+    own = input.is_contiguous() and input.dtype == other.dtype and input.numel() == count
+    if all(exact) and not other.requires_grad and own and worth_huge_pages(input):
+        forward.plain(other)
+        return QuotientByConstant.apply(input, other, forward.exact(other))
     if all(exact):
         return NotImplemented
     a, b = at_least_single(input.detach()), at_least_single(other.detach())
