@@ -282,7 +282,7 @@ class TestPlan:
 
     def test_it_goes_with_the_graph(self) -> None:
         from dibit.api import state_of
-        from dibit.edges.plan import plans
+        from dibit.edges.plan import known_plans
 
         model, x = g.GraphSAGE(D, D, 2).train(), torch.randn(N, D)
         dibit.compress(model)
@@ -290,7 +290,7 @@ class TestPlan:
             model(x, graph(edges=edges)).sum().backward()
         state = state_of(model)
         assert state is not None
-        assert len(plans(state)._plans) == 1
+        assert len(known_plans(state)) == 1
 
 
 def test_bad_edges_are_plain_torchs_error() -> None:

@@ -20,7 +20,7 @@ from dibit._torch.huge_pages import empty
 from dibit._torch.private.tensors import DEFERS, is_view, natively
 from dibit._torch.storage_identity import storage_key
 from dibit.edges.deferred import ASKS, DESCRIBES, Cell, Deferred, defer, deferred_in, real, watch
-from dibit.edges.plan import Plan, plans
+from dibit.edges.plan import Plan, Plans, known_plans
 from dibit.edges.scores import additive_scores, scalar_products, summed
 from dibit.edges.sums import edge_sum, scaled_sum
 from dibit.engine.forward_pass import ForwardPass
@@ -51,7 +51,7 @@ class Edges:
 
     def __init__(self, forward: ForwardPass, run: Any, rule: Any) -> None:
         self.forward, self.run, self.rule = forward, run, rule
-        self.plans = plans(forward.state)
+        self.plans = Plans(known_plans(forward.state))
         self._alive: list[weakref.ref[Deferred]] = []
         forward.before_writes.append(self._written)
 

@@ -85,11 +85,15 @@ def plan_of(source: Tensor, target: Tensor, sources: int, targets: int) -> Plan:
 
 
 class Plans:
-    """The plans of the graphs that a model's passes see; those that a pass does not use go when it ends."""
+    """The plans that a pass uses; the others of its model go when it ends.
 
-    def __init__(self) -> None:
-        self._plans: dict[Any, Plan] = {}
-        self._seen: dict[Any, Plan] = {}  # in the pass that runs, by identities
+    Args:
+        known: of the model, by the content of the edges.
+    """
+
+    def __init__(self, known: dict[Any, Plan]) -> None:
+        self._known = known
+        self._seen: dict[Any, Plan] = {}  # by the identities of this pass
         self._prints: dict[Any, Any] = {}
 
     def find(self, forward: ForwardPass, source: Tensor, target: Tensor, sources: int, targets: int) -> Plan | None:
@@ -98,11 +102,11 @@ class Plans:
         seen = holdings.key(source), holdings.key(target), sources, targets
         if seen not in self._seen:
             content = self._print(source, seen[0]), self._print(target, seen[1]), source.numel(), sources, targets
-            plan = self._plans.get(content)
+            plan = self._known.get(content)
             if plan is None:
                 if not (_within(source, sources) and _within(target, targets)):
                     return None
-                plan = self._plans[content] = plan_of(source, target, sources, targets)
+                plan = self._known[content] = plan_of(source, target, sources, targets)
             for part in plan.tensors:
                 holdings.hold(part, "the plan of a graph")
             self._seen[seen] = plan
@@ -114,10 +118,11 @@ class Plans:
         return self._prints[key]
 
     def end(self) -> None:
-        """A pass has ended."""
+        """The pass has ended."""
         used = {id(plan) for plan in self._seen.values()}
-        if used:
-            self._plans = {content: plan for content, plan in self._plans.items() if id(plan) in used}
+        for content, plan in list(self._known.items()) if used else ():
+            if id(plan) not in used:
+                self._known.pop(content, None)  # another thread may have done it
         self._seen.clear()
         self._prints.clear()
 
@@ -127,11 +132,9 @@ def _within(index: Tensor, count: int) -> bool:
     return bool((low >= 0) & (high < count))
 
 
-_of: weakref.WeakKeyDictionary[ModelState, Plans] = weakref.WeakKeyDictionary()
+_of: weakref.WeakKeyDictionary[ModelState, dict[Any, Plan]] = weakref.WeakKeyDictionary()
 
 
-def plans(state: ModelState) -> Plans:
-    """Of a compressed model."""
-    if state not in _of:
-        _of[state] = Plans()
-    return _of[state]
+def known_plans(state: ModelState) -> dict[Any, Plan]:
+    """Of a compressed model, by the content of the edges."""
+    return _of.setdefault(state, {})
