@@ -29,6 +29,9 @@ from dibit.codec.keep_probabilities import LEFT_OUT
 from dibit.recipes import RECIPES
 from tests.gpu.cases import BITS, Case, apart, codes, elementwise, expected, rows, sampling
 
+# NumPy warns of numbers that a GPU makes without a word.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
 
 def check(cases: Iterator[Case]) -> None:
     several = list(cases)

@@ -357,6 +357,7 @@ FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 )
+DRAWN = "requestAnimationFrame(() => requestAnimationFrame(arguments[arguments.length - 1]))"  # all of it
 MEASURE = """
 const boxes = [...document.querySelectorAll('figure, table')].map(e => {
   const box = e.getBoundingClientRect();
@@ -399,6 +400,7 @@ def _open(browser: Any, page: Path, width: int) -> dict[str, Any]:
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     browser.get(page.as_uri())
+    browser.execute_async_script(DRAWN)
     return browser.execute_script(MEASURE)
 
 
