@@ -421,3 +421,8 @@ def test_without_numba_plain_torch_serves_and_says_so() -> None:
     done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False True"
     assert done.stderr.count("numba is not installed") == 1
+
+
+def test_a_rule_for_no_function_is_a_sentence() -> None:
+    with pytest.raises(TypeError, match="expected a function of torch, such as torch.asinh"):
+        dibit.compress(nn.Linear(4, 4), rules={"asinh": lambda forward, x: NotImplemented})

@@ -68,6 +68,7 @@ def room(name: str) -> str:
 
 
 def test_every_room_has_its_floor() -> None:
+    """A new folder, or a file beside them, gets a place in `LAYERS` and in the drawing of docs/architecture.md."""
     assert {room(name) for name in KNOWN} == set(FLOOR)
 
 

@@ -54,12 +54,15 @@ def compress(
         The same model.
 
     Raises:
-        TypeError: `model` is no module, or a setting is neither a name nor a `Config`.
+        TypeError: `model` is no module, a setting is neither a name nor a `Config`, or a key of `rules` no function.
         ValueError: a recipe or a module name is unknown; the message gives the nearest. Or `noise` is not above 0, or
             no config leaves out rows.
     """
     _check_module("compress", model)
     warn_if_missing()
+    for function in rules or {}:
+        if not callable(function):
+            raise TypeError(f"rules has the key {function!r}; expected a function of torch, such as torch.asinh.")
     settings = _bounded(_resolve(model, config), noise)
     decompress(model)
     state = ModelState(model, dict(rules or {}))

@@ -23,8 +23,8 @@ RECIPES: dict[str, Config] = {
     "iexact": Config(block=1024, **_papers),  # type: ignore[arg-type]
 }
 
-
-PAPERS = tuple(name for name, config in RECIPES.items() if config.noise is None)  # whose ratios hold whatever the error
+# They keep what they say, whatever the error of the gradient is.
+UNBOUNDED = tuple(name for name, config in RECIPES.items() if config.noise is None)
 
 
 def recipe(name: str) -> Config:

@@ -16,6 +16,7 @@ from dibit.hooks.dropout_masks import DROPOUTS
 from dibit.nn import norm_relu_dropout
 from dibit.recompute.repeatable import AUTOCAST, IN_PLACE, PURE, SAVES_RESULT
 from dibit.rules import KINDS, RULES
+from dibit.rules.elementwise import elementwise
 from dibit.rules.spellings import OPERATIONS, spellings
 
 
@@ -62,3 +63,18 @@ def test_a_rule_can_be_pickled(name: str) -> None:
 )
 def test_the_former_names_of_modules_can_be_imported(former: str, name: str) -> None:
     assert importlib.import_module(f"dibit.functions.{former}") is importlib.import_module(f"{rules.__name__}.{name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "sentence"),
+    [
+        ("no_such", {"derivative": torch.cos, "codec": "recipe"}, "torch has no function 'no_such'"),
+        ("sinh", {"derivative": torch.cosh, "codec": "rekative"}, "choose one of recipe, saturating"),
+        ("sinh", {"codec": "recipe"}, "needs one of them"),
+    ],
+)
+def test_an_element_wise_rule_that_cannot_be_meant_is_a_sentence(
+    name: str, settings: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        elementwise(name, torch.sinh, **settings)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dibit.recipes import RECIPES
 from dibit.train import Settings, UserError
 from dibit.train.arguments import build_parser, parse, to_yaml
 from dibit.train.settings import groups
@@ -163,7 +164,7 @@ def test_yaml_that_cannot_be_parsed(tmp_path: Path, text: str, sentence: str) ->
         ),
         (
             "--recipe excat",
-            "--recipe is 'excat', expected one of default, small, exact, iexact, none. Did you mean 'exact'",
+            f"--recipe is 'excat', expected one of {', '.join(RECIPES)}, none. Did you mean 'exact'",
         ),
         (
             "--norm bach",

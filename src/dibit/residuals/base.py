@@ -31,7 +31,12 @@ class Saved(ABC):
 
     @abstractmethod
     def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
-        """The same on tensors that come back from autograd (an empty sequence: its description alone)."""
+        """The same on tensors that come back from autograd.
+
+        Args:
+            tensors: as many as `tensors` has; or none, as `save` gives it, for the description alone. So take
+                `tensors[0] if tensors else torch.empty(0)`.
+        """
 
     def loaded(self) -> None:  # noqa: B027 - most have nothing to do
         """The backward pass has come to what keeps this."""

@@ -171,4 +171,7 @@ hardswish = elementwise("hardswish", F.hardswish, _from(aten.hardswish_backward)
 elu = elementwise("elu", F.elu, _elu_slope, _elu_slope_of_result, codec=SATURATING)
 sigmoid = elementwise("sigmoid", torch.sigmoid, of_result=lambda y: y * (1 - y), codec=RELATIVE, runs_again=True)
 erf = elementwise("erf", torch.erf, lambda x: 2 / math.pi**0.5 * torch.exp(-x * x), codec=SATURATING)
+softsign = elementwise(
+    "softsign", F.softsign, lambda x: (1 + x.abs()).square().reciprocal(), codec=SATURATING, beside=lambda x: x.nbytes
+)
 tanh = elementwise("tanh", torch.tanh, of_result=lambda y: 1 - y**2, codec=SATURATING, runs_again=True)

@@ -24,6 +24,7 @@ from dibit._torch.autocast import at_least_single
 from dibit.config import Config
 from dibit.engine.forward_pass import ForwardPass
 from dibit.engine.model_state import Rule
+from dibit.recompute.repeatable import torch_functions
 from dibit.residuals.base import Residual, load, save
 from dibit.residuals.masks import Mask
 from dibit.rules.common import MIN_ELEMENTS, eight_bit, first_order, is_plain_float, without_reduction
@@ -82,6 +83,10 @@ class Pointwise:
         codec: how the derivative is kept: `RECIPE`, `SATURATING`, `RELATIVE`, `EIGHT_BIT` or `MEASURED`.
         in_place: the function of (x, *options), written over x; `None` where torch has none.
         uses: how many residuals are not needed where x can be computed again, those of later operations included.
+        beside: of x, the bytes that plain torch keeps beside it: a buffer, or what a function is made of.
+
+    Raises:
+        ValueError: the codec is unknown, or neither derivative is given.
     """
 
     def __init__(
@@ -92,7 +97,13 @@ class Pointwise:
         codec: str,
         in_place: Callable[..., Tensor] | None,
         uses: int = 1,
+        beside: Callable[[Tensor], int] | None = None,
     ) -> None:
+        if codec not in (*CODECS, MEASURED):
+            raise ValueError(f"codec = {codec!r} was given; choose one of {', '.join((*CODECS, MEASURED))}.")
+        if derivative is None and of_result is None:
+            raise ValueError("neither a derivative nor of_result was given; an element-wise rule needs one of them.")
+        self.beside = beside
         self.plain, self.derivative, self.of_result = plain, derivative, of_result
         self.codec, self.in_place, self.uses = codec, in_place, uses
         self.options = _options(of_result if derivative is None else derivative)
@@ -145,16 +156,24 @@ def elementwise(
     *,
     codec: str,
     uses: int = 1,
+    beside: Callable[[Tensor], int] | None = None,
     **traits: Any,
 ) -> Rule:
     """Register an element-wise function: its rule, and what compiled code makes of it.
 
     Args:
         name: of the function, by which `torch.name`, `Tensor.name`, `F.name` and the same with `name_` are found.
-        plain, derivative, of_result, codec, uses: see `Pointwise`.
+        plain, derivative, of_result, codec, uses, beside: see `Pointwise`.
         traits: of the function, see `dibit.rules.spellings.rule`.
+
+    Raises:
+        ValueError: torch has no function of this name; see `Pointwise`, too.
     """
-    f = POINTWISE[name] = Pointwise(plain, derivative, of_result, codec, _in_place(name, plain), uses)
+    if not torch_functions(name):
+        raise ValueError(
+            f"torch has no function {name!r}; expected a name in torch, torch.Tensor or torch.nn.functional."
+        )
+    f = POINTWISE[name] = Pointwise(plain, derivative, of_result, codec, _in_place(name, plain), uses, beside)
     made = elementwise_rule(f)
     # a pickle finds the rule by its module and its name there, `exp` or `abs_`
     made.__module__ = sys._getframe(1).f_globals["__name__"]
@@ -196,7 +215,8 @@ def elementwise_rule(f: Pointwise) -> Rule:
         else:
             compute = lambda x: f.plain(x, *options) if y is None else y  # noqa: E731
         if not of_result:
-            forward.plain(x.nbytes if inplace else input)  # in place, torch keeps a copy
+            more = f.beside(x) if f.beside is not None else None
+            forward.plain(x.nbytes if inplace else input, more)  # in place, torch keeps a copy
             return Elementwise.apply(input, compute, kept, inplace)
         cell = Slope(forward, kept, lambda y: f.slope(y, options, True))
         result = Elementwise.apply(input, compute, cell, inplace)

@@ -17,7 +17,7 @@ from torch import nn
 
 import dibit
 from dibit.codec import seed_stream
-from dibit.recipes import PAPERS
+from dibit.recipes import UNBOUNDED
 from dibit.tools.errors import Interrupted, TrainingError
 from dibit.train import checkpoint, events, generators
 from dibit.train.batches import MiniBatch
@@ -241,7 +241,7 @@ class _Training:
     def _quieter(self) -> str:
         """What to try first against noise."""
         compression = self.settings.compression
-        if compression.recipe in PAPERS:
+        if compression.recipe in UNBOUNDED:
             return "--recipe default bounds it"
         bound = 0.5 if compression.noise is None else compression.noise
         return f"--noise {bound / 5:g} keeps more rows"

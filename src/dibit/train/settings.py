@@ -279,10 +279,11 @@ class CompressionSettings:
             _one_of("levels", self.levels, LEVELS)
         if self.noise is not None:
             _positive("noise", self.noise)
-            if self.recipe in recipes.PAPERS:
+            if self.recipe in recipes.UNBOUNDED:
+                others = " or ".join(name for name in recipes.RECIPES if name not in recipes.UNBOUNDED)
                 raise UserError(
-                    f"--noise {self.noise} has no meaning with --recipe {self.recipe}, which keeps parts of all rows; "
-                    "take --recipe default or small, or leave it out."
+                    f"--noise {self.noise} has no meaning with --recipe {self.recipe}, which has no rows that a bound "
+                    f"could add; take --recipe {others}, or leave it out."
                 )
         for name in ("bits", "block", "levels", "noise"):
             if self.recipe == "none" and getattr(self, name) is not None:
