@@ -34,7 +34,9 @@ from tests.unbiased import bias_of, gradient
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:The .grad attribute", "ignore:Skipping serialization"),
+    pytest.mark.filterwarnings(  # of Dynamo and Inductor
+        "ignore:The .grad attribute", "ignore:Skipping serialization", "ignore:Guards may run slower"
+    ),
 ]
 
 N, D = 2000, 64
