@@ -20,6 +20,8 @@ from dibit.edges import functions
 from dibit.edges.deferred import Deferred
 from tests.marks import nothing_compressed
 
+pytestmark = nothing_compressed  # where a sum is not computed by edges, nothing is
+
 N, E, D = 60, 500, 16
 GENERATOR = torch.Generator().manual_seed(0)
 SOURCE, TARGET = torch.randint(0, N, (2, E), generator=GENERATOR)
@@ -152,6 +154,7 @@ PROGRAMS: dict[str, Callable[[Tensor], Tensor]] = {
     "function": lambda j: total(Reversed.apply(j)),
     "function that gives it back": lambda j: total(Same.apply(j)),
     "function that saves it": Saving.apply,
+    "function beside torch": lambda j: total(Reversed.apply(j)) + total(j + 1) + total(j * SCALE),
     "function of a product": lambda j: total(Reversed.apply(j * SCALE)),
     "checkpoint": lambda j: checkpoint(lambda a: total(a * 2), j, use_reentrant=False),
     "reentrant checkpoint": lambda j: checkpoint(lambda a: total(a * 2), j, use_reentrant=True),
@@ -179,6 +182,10 @@ PROGRAMS: dict[str, Callable[[Tensor], Tensor]] = {
     "copied": lambda j: total(copy.deepcopy(j.detach())) + total(j),
     "saved": lambda j: total(j) + torch.load(_file(j)).sum(),
     "script": lambda j: total(scripted(j)),
+    "script, then torch": lambda j: total(scripted(j)) + total(j * SCALE),
+    "script, then a sum": lambda j: total(scripted(j)) + total(j),
+    "script of a product, then a sum": lambda j: (lambda m: total(scripted(m)) + total(m))(j * SCALE),
+    "hook, then a change": lambda j: _changed(_hooked(j, lambda grad: grad * 3), lambda x: x.mul_(2)),
     "vmap": lambda j: total(torch.vmap(lambda row: row * 2)(j)),
     "aten": lambda j: total(torch.ops.aten.mul.Tensor(j, j)),
     "gradient inside": _inner,
@@ -367,3 +374,33 @@ def test_small_gathers_are_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None
     model = Model(lambda j: seen.append(type(j)) or total(j), lambda x: x.index_select(0, SOURCE))  # type: ignore[func-returns-value]
     dibit.compress(model, EXACT)(torch.randn(N, D))
     assert seen == [Tensor]
+
+
+def test_a_rule_of_the_users_own_is_called() -> None:
+    """For what would be deferred, and for what would be done with a deferred tensor."""
+    called: list[str] = []
+    plain_gather, plain_scatter = torch.Tensor.index_select, torch.Tensor.scatter_add_
+
+    def gather(forward: Any, *args: Any) -> Any:
+        called.append("gather")
+        return plain_gather(*args)
+
+    def scatter(forward: Any, *args: Any) -> Any:
+        called.append("scatter")
+        return plain_scatter(*args)
+
+    for function, rule in ((plain_gather, gather), (plain_scatter, scatter)):
+        model = Model(total, lambda x: x.index_select(0, SOURCE))
+        y, grad = outcome(model)
+        own_y, own_grad = outcome(dibit.compress(model, EXACT, rules={function: rule}))
+        assert torch.equal(own_y, y)
+        assert torch.allclose(own_grad, grad, rtol=1e-5)
+    assert called == ["gather", "scatter"]
+
+
+def test_second_derivatives_through_a_hooked_gather_are_refused() -> None:
+    model = Model(lambda j: total(_hooked(j, lambda grad: grad * 3) ** 2), lambda x: x.index_select(0, SOURCE))
+    x = torch.randn(N, D, requires_grad=True)
+    dibit.compress(model, EXACT)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.autograd.grad(model(x).square().sum(), x, create_graph=True)

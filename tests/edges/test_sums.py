@@ -17,7 +17,7 @@ import dibit
 from dibit.codec import ops
 from dibit.codec.backends import reference
 from dibit.edges import functions
-from dibit.edges.deferred import Cell
+from dibit.edges.deferred import PendingCall
 from tests.unbiased import bias_of, gradient
 
 N, E, D = 300, 4000, 32
@@ -42,14 +42,14 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The calls that were deferred, and then made after all."""
     calls: list[Any] = []
-    make = Cell.make
+    make = PendingCall.make
 
-    def counted(cell: Cell) -> Tensor:
+    def counted(cell: PendingCall) -> Tensor:
         if cell.value is None:
             calls.append(cell.function)
         return make(cell)
 
-    monkeypatch.setattr(Cell, "make", counted)
+    monkeypatch.setattr(PendingCall, "make", counted)
     return calls
 
 
@@ -321,3 +321,83 @@ def test_scatter_of_pyg_on_what_is_summed() -> None:
         model, weight = Sums(reduce), torch.rand(E, 1)
         plain = model(x, edge_index, weight)
         assert torch.equal(dibit.compress(model)(x, edge_index, weight), plain)
+
+
+class AddedTo(nn.Module):
+    """A linear layer reads what neighbours were added to."""
+
+    def __init__(self, features: bool, start: float) -> None:
+        super().__init__()
+        self.lin, self.last, self.features, self.start = nn.Linear(D, D), nn.Linear(D, 5), features, start
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        h = x if self.features else self.lin(x)
+        out = torch.full((N, D), self.start) if self.start else torch.zeros(N, D)
+        return self.last(h) + self.last(out.index_add_(0, edge_index[1], h.index_select(0, edge_index[0])))
+
+
+@pytest.mark.statistics
+@pytest.mark.parametrize("start", [0.0, 3.0])
+@pytest.mark.parametrize("features", [False, True])
+def test_neighbours_that_are_added_to_something_else(features: bool, start: float) -> None:
+    """The layer behind may keep what was summed up in the place of the sum only if there was nothing but zeros."""
+    model, x, edge_index = AddedTo(features, start), torch.randn(N, D), graph()
+    readout = torch.randn(N, 5)
+    model.train()
+
+    def run() -> Tensor:
+        model.zero_grad()
+        (model(x, edge_index) * readout).sum().backward()
+        assert model.last.weight.grad is not None
+        return model.last.weight.grad.clone()
+
+    truth = run()
+    dibit.compress(model)
+    for _ in range(3):
+        run()  # from now on the pass relies on features and graph
+
+    def draw(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return run()
+
+    bias = bias_of(draw, truth, 100)
+    assert bias.unbiased, bias
+
+
+@pytest.mark.statistics
+@pytest.mark.parametrize("shape", [(-1, 1), (1, -1)])
+@pytest.mark.parametrize("form", ["edge_index", "csr"])
+def test_a_square_sum_divided_by_columns_is_no_mean(form: str, shape: tuple[int, int]) -> None:
+    """As many features as nodes: the number of neighbours can be divided by along either dimension."""
+    nodes = 64
+    edge_index = torch.randint(0, nodes, (2, 600))
+    count = torch.bincount(edge_index[1], minlength=nodes)
+    order = edge_index[1].argsort(stable=True)
+    crow = torch.cat((count.new_zeros(1), count.cumsum(0)))
+    matrix = torch.sparse_csr_tensor(crow, edge_index[0][order], torch.ones(600), (nodes, nodes))
+
+    class Square(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin, self.last = nn.Linear(nodes, nodes), nn.Linear(nodes, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.lin(x)
+            if form == "csr":
+                total = torch.sparse.mm(matrix, h)
+                each = (matrix.crow_indices()[1:] - matrix.crow_indices()[:-1]).view(shape).clamp(min=1)
+                return self.last(total / each)
+            each = h.new_zeros(nodes).scatter_add_(0, edge_index[1], h.new_ones(600)).clamp(min=1)
+            total = torch.zeros(nodes, nodes).index_add_(0, edge_index[1], h.index_select(0, edge_index[0]))
+            return self.last(total / each.view(shape).expand_as(total))
+
+    model, x, readout = Square().train(), torch.randn(nodes, nodes), torch.randn(nodes, 5)
+    truth = gradient(model, x, readout)
+    dibit.compress(model)
+
+    def draw(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return gradient(model, x, readout)
+
+    bias = bias_of(draw, truth, 100)
+    assert bias.unbiased, bias

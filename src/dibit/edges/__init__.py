@@ -1,7 +1,9 @@
 """Message passing without a tensor of one row an edge: nodes are gathered only where somebody needs the result.
 
-deferred     a gather that has not been made, as a tensor
-functions    what is done with one: shapes are told, factors noted, sums evaluated, everything else makes it
-sums         the sums over edges, and their gradients
-plan         a graph's edges in the order of their targets, and of their sources
+- `deferred`: a gather that has not been made, as a tensor
+- `patterns`: what such a tensor is made of
+- `functions`: what is done with one: shapes are told, factors noted, sums evaluated, everything else makes it
+- `sums`: the sums over edges, and their gradients
+- `scores`: the scores of edges of which attention is made
+- `plan`: a graph's edges in the order of their targets, and of their sources
 """

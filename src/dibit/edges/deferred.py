@@ -1,7 +1,7 @@
 """A gather that has not been made: a tensor with a shape, a dtype and a place in autograd's graph, and without memory.
 
-Dibit's own functions read what it stands for (`Cell`). Everything else makes it: functions of torch that the mode sees
-(`dibit.edges.functions`), those that it does not see by `Deferred.__torch_function__`, and code of C++ by
+Dibit's own functions read what it stands for (`PendingCall`). Everything else makes it: functions of torch that the
+mode sees (`dibit.edges.functions`), those that it does not see by `Deferred.__torch_function__`, and code of C++ by
 `Deferred.__torch_dispatch__`.
 """
 
@@ -13,57 +13,58 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dibit._torch.private.tensors import natively, without_memory
 from dibit._torch.storage_identity import version
 
 Run = Callable[[Any, Any, Any], Any]
+# A function and its arguments; calls may be among them.
+Call = tuple[Any, tuple[Any, ...]]
 
 
-class Way:
+class GradientPath:
     """How a gradient that arrives at a deferred tensor itself goes on: held by its node in autograd's graph.
 
     Attributes:
-        edge: of what was made of it, which leads to the roots.
-        call: function and arguments, where it was made below autograd, which then has no graph of it.
+        call: what is run again for it; `None` while nobody can have sent one.
+        roots: the tensors that the call starts from.
+        versions: of all tensors in the call.
     """
 
     def __init__(self) -> None:
-        self.edge: GradientEdge | None = None
-        self.call: tuple[Any, tuple[Any, ...], list[int]] | None = None
+        self.call: Call | None = None
+        self.roots: tuple[Tensor, ...] = ()
+        self.versions: list[int] = []
 
 
-class Cell:
+class PendingCall:
     """What a deferred tensor stands for.
 
     Attributes:
         function, args: the call of torch that makes it; deferred tensors may be among the arguments.
-        roots: the tensors that it is made of, which are not deferred.
+        roots: the tensors that it is made of, which are not deferred, each once.
         run: runs a call as the pass does.
         value: what the call has given; `None` while nobody has needed it.
         used: a sum was computed without it, so that a gradient may go past it.
     """
 
     def __init__(self, function: Any, args: tuple[Any, ...], roots: tuple[Tensor, ...], run: Run) -> None:
-        self.function, self.args, self.roots, self.run = function, args, roots, run
+        self.function, self.args, self.run = function, args, run
+        self.roots = tuple({id(root): root for root in roots}.values())
         self.value: Tensor | None = None
-        self.way = Way()
+        self.path = GradientPath()
         self.used = self.making = False
-        self.dependents: list[weakref.ref[Cell]] = []
+        self.dependents: list[weakref.ref[PendingCall]] = []
         for x in args:
             if type(x) is Deferred:
-                x.cell.dependents.append(weakref.ref(self))
+                x.pending.dependents.append(weakref.ref(self))
 
     def make(self) -> Tensor:
         """Run the call, once: with gradients, as where it was given."""
         if self.value is None:
             self.making = True
             with torch.enable_grad():
-                self.value = self.run(self.function, real(self.args), {})
-            if self.value.requires_grad:
-                self.way.edge = get_gradient_edge(self.value)
-            self._forget()
+                self.value = self.run(self.function, materialized(self.args), {})
             for reference in self.dependents:  # whoever gets the value may write to it
                 if (dependent := reference()) is not None and not dependent.making:
                     dependent.make()
@@ -72,74 +73,89 @@ class Cell:
     def make_below(self) -> Tensor:
         """The same below autograd."""
         if self.value is None:
-            args = real(self.args, below=True)
-            self.value = self.function(*args)
-            self.way.call = self.function, args, [version(x) for x in args if isinstance(x, Tensor)]
-            self._forget()
+            self.value = natively(self.function, materialized(self.args, below=True), {})  # else it is deferred again
+        self.remember()
         return self.value
 
-    def _forget(self) -> None:
-        self.args, self.roots, self.run = (), (), _made_already
+    def remember(self) -> None:
+        """Somebody looks at the content without autograd, and may send a gradient to the deferred tensor itself."""
+        if self.path.call is None:
+            self.path.call, self.path.roots = self.whole(), self.roots
+            self.path.versions = [version(x) for x in _tensors(self.path.call)]
+
+    def whole(self) -> Call:
+        """The call, with the calls that make its arguments."""
+        return self.function, tuple(x.pending.whole() if type(x) is Deferred else x for x in self.args)
 
 
 class Deferred(Tensor):
     """See above; `defer` makes it."""
 
-    cell: Cell
+    pending: PendingCall
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in DESCRIBES:
+        if func in METADATA:
             return natively(func, args, kwargs or {})
-        return func(*real(args), **real(kwargs or {}))
+        return func(*materialized(args), **materialized(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        return func(*real(args, below=True), **real(kwargs or {}, below=True))
+        return func(*materialized(args, below=True), **materialized(kwargs or {}, below=True))
 
 
 class Defer(torch.autograd.Function):
     """The place of a deferred tensor in autograd's graph. Only what Dibit does not see sends a gradient here."""
 
     @staticmethod
-    def forward(ctx: Any, cell: Cell, shape: torch.Size, like: Tensor, *roots: Tensor) -> Tensor:
+    def forward(ctx: Any, pending: PendingCall, shape: torch.Size, like: Tensor, *roots: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.way, ctx.needed = cell.way, [root.requires_grad for root in roots]
-        return _wrapper(cell, shape, like)
+        ctx.path, ctx.needed = pending.path, [root.requires_grad for root in roots]
+        return _wrapper(pending, shape, like)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         none = (None,) * 3
         if grad is None:
             return *none, *(None for _ in ctx.needed)
-        way: Way = ctx.way
-        nodes = [GradientEdge(*node) for node in ctx.next_functions if node[0] is not None]
-        if way.edge is not None:
-            found = iter(torch.autograd.grad([way.edge], nodes, [grad], retain_graph=True, allow_unused=True))
-        elif way.call is not None:
-            found = iter(_again(way, grad))
-        else:
+        if torch.is_grad_enabled():
             raise RuntimeError(
-                "a gradient arrived at node features that were gathered by edges and never looked at; use them by "
-                "functions of torch, or leave that module uncompressed."
+                "node features that were gathered by edges were handed to somebody else's function, and have no second "
+                "derivatives, but create_graph=True asks for them; leave that module uncompressed."
             )
+        found = iter(_again(ctx.path, grad))
         return *none, *(next(found) if needed else None for needed in ctx.needed)
 
 
-def _again(way: Way, grad: Tensor) -> tuple[Tensor, ...]:
-    """The gradient of what was made below autograd, by making it again."""
-    assert way.call is not None
-    function, args, versions = way.call
-    if versions != [version(x) for x in args if isinstance(x, Tensor)]:
+def _again(path: GradientPath, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of the roots that need one, by running the call again."""
+    if path.call is None:
+        raise RuntimeError(
+            "a gradient arrived at node features that were gathered by edges and never looked at; use them by "
+            "functions of torch, or leave that module uncompressed."
+        )
+    if path.versions != [version(x) for x in _tensors(path.call)]:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor "
             "that was gathered by edges."
         )
     with torch.enable_grad():
-        given = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in args]
-        value = function(*given)
-        leaves = [x for x in given if isinstance(x, Tensor) and x.requires_grad]
-        return torch.autograd.grad(value, leaves, grad)
+        leaves = {id(x): x.detach().requires_grad_(x.requires_grad) for x in path.roots}
+        value = _run_again(path.call, leaves)
+        wanted = [leaves[id(x)] for x in path.roots if x.requires_grad]
+        return torch.autograd.grad(value, wanted, grad, allow_unused=True)
+
+
+def _run_again(call: Call, leaves: dict[int, Tensor]) -> Tensor:
+    function, args = call
+    given = [_run_again(x, leaves) if type(x) is tuple else leaves.get(id(x), x) for x in args]
+    return natively(function, given, {})  # type: ignore[no-any-return]
+
+
+def _tensors(call: Call) -> list[Tensor]:
+    """All tensors in a call."""
+    nested = [_tensors(x) if type(x) is tuple else [x] for x in call[1]]
+    return [x for part in nested for x in part if isinstance(x, Tensor)]
 
 
 class Reveal(torch.autograd.Function):
@@ -147,24 +163,24 @@ class Reveal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, deferred: Tensor, value: Tensor) -> Tensor:
-        return value.view_as(value)
+        return value.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return grad, None
 
 
-def _wrapper(cell: Cell, shape: torch.Size, like: Tensor) -> Deferred:
+def _wrapper(pending: PendingCall, shape: torch.Size, like: Tensor) -> Deferred:
     made: Deferred = without_memory(Deferred, shape, like.dtype, like.device)
-    made.cell = cell
+    made.pending = pending
     return made
 
 
-def defer(cell: Cell, shape: torch.Size, like: Tensor) -> Deferred:
+def defer(pending: PendingCall, shape: torch.Size, like: Tensor) -> Deferred:
     """A deferred tensor of this shape, with the dtype and device of another."""
-    if torch.is_grad_enabled() and any(root.requires_grad for root in cell.roots):
-        return Defer.apply(cell, shape, like.detach(), *cell.roots)
-    return _wrapper(cell, shape, like)
+    if torch.is_grad_enabled() and any(root.requires_grad for root in pending.roots):
+        return Defer.apply(pending, shape, like.detach(), *pending.roots)
+    return _wrapper(pending, shape, like)
 
 
 def watch(deferred: Deferred) -> None:
@@ -173,30 +189,44 @@ def watch(deferred: Deferred) -> None:
     Raises:
         RuntimeError: a sum has gone past it already.
     """
-    cell = deferred.cell
-    if cell.used:
+    pending = deferred.pending
+    if pending.used:
         raise RuntimeError(
             "the gradient of node features that were gathered by edges was asked for after they had been summed up; "
             "ask right after the gather (register_hook or retain_grad), or leave that module uncompressed."
         )
-    value = cell.make()
+    value = pending.make()
     if value.requires_grad:
+        pending.remember()
         with torch.enable_grad():
-            cell.value = Reveal.apply(deferred, value.detach())
+            pending.value = Reveal.apply(deferred, value.detach())
 
 
-def real(value: Any, below: bool = False) -> Any:
+def materialized(value: Any, below: bool = False) -> Any:
     """Arguments with deferred tensors made; `below` autograd, within a kernel."""
     if type(value) is Deferred:
-        return value.cell.make_below().detach() if below else value.cell.make()
+        return value.pending.make_below().detach() if below else _materialized(value)
     if type(value) in (tuple, list):
-        return type(value)(real(item, below) for item in value)
+        return type(value)(materialized(item, below) for item in value)
     if type(value) is dict:
-        return {name: real(item, below) for name, item in value.items()}
+        return {name: materialized(item, below) for name, item in value.items()}
     return value
 
 
-def deferred_in(args: Any, kwargs: Any = None) -> Deferred | None:
+def _materialized(deferred: Deferred) -> Tensor:
+    """What it stands for, with a gradient also where it was made below autograd."""
+    pending = deferred.pending
+    value = pending.make()
+    if natively(_REQUIRES_GRAD, (deferred,), {}):
+        if not torch.is_grad_enabled():
+            pending.remember()  # somebody's own Function may be running
+        if not value.requires_grad:
+            with torch.enable_grad():
+                pending.value = value = Reveal.apply(deferred, value)
+    return value
+
+
+def first_deferred(args: Any, kwargs: Any = None) -> Deferred | None:
     """The first deferred tensor among arguments, or in a list among them."""
     for x in args:
         if type(x) is Deferred:
@@ -205,20 +235,17 @@ def deferred_in(args: Any, kwargs: Any = None) -> Deferred | None:
             for item in x:
                 if type(item) is Deferred:
                     return item
-    return None if not kwargs else deferred_in(tuple(kwargs.values()))
+    return None if not kwargs else first_deferred(tuple(kwargs.values()))
 
 
-def _made_already(*call: Any) -> Any:
-    raise AssertionError("a deferred tensor is made once")
-
-
+_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 _PROPERTIES = (
     "shape dtype device layout ndim requires_grad is_leaf grad grad_fn is_cpu is_cuda is_sparse is_quantized is_meta "
     "is_nested is_mkldnn itemsize nbytes"
 )
 _METHODS = "size dim ndimension numel nelement element_size is_floating_point is_complex is_contiguous stride __len__"
 # What tells of a tensor without reading it.
-DESCRIBES = frozenset(
+METADATA = frozenset(
     (
         *(getattr(Tensor, name).__get__ for name in _PROPERTIES.split()),
         *(getattr(Tensor, name) for name in _METHODS.split()),
@@ -226,4 +253,4 @@ DESCRIBES = frozenset(
     )
 )
 # Who asks for the gradient of a tensor.
-ASKS = frozenset((Tensor.register_hook, Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook))
+ASKS_GRADIENT = frozenset((Tensor.register_hook, Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook))

@@ -8,7 +8,6 @@ and goes on as it would in plain torch.
 from __future__ import annotations
 
 import math
-import weakref
 from typing import Any
 
 import torch
@@ -17,9 +16,19 @@ from torch import Tensor
 
 from dibit._torch.huge_pages import LEAST as LARGE
 from dibit._torch.huge_pages import empty
-from dibit._torch.private.tensors import DEFERS, is_view, natively
+from dibit._torch.private.tensors import DEFERS, TensorWeakRef, is_view, natively
 from dibit._torch.storage_identity import storage_key
-from dibit.edges.deferred import ASKS, DESCRIBES, Cell, Deferred, defer, deferred_in, real, watch
+from dibit.edges.deferred import (
+    ASKS_GRADIENT,
+    METADATA,
+    Deferred,
+    PendingCall,
+    defer,
+    first_deferred,
+    materialized,
+    watch,
+)
+from dibit.edges.patterns import PRODUCTS, is_ends, is_weight, kind, one_column, parts, sources
 from dibit.edges.plan import Plan, Plans, known_plans
 from dibit.edges.scores import additive_scores, scalar_products, summed
 from dibit.edges.sums import edge_sum, scaled_sum
@@ -30,7 +39,6 @@ from dibit.rules.common import is_plain_float
 LEAST = 1 << 16  # elements of a gather: a smaller one is made at once
 _WIDE = 8  # elements a row below which the index weighs as much as the row
 _GATHERS = torch_functions("index_select")
-_PRODUCTS = torch_functions("mul __mul__ __rmul__ multiply")
 _SUMS = torch_functions("add __add__ __radd__")
 _TOTALS = torch_functions("sum")
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -52,7 +60,8 @@ class Edges:
     def __init__(self, forward: ForwardPass, run: Any, rule: Any) -> None:
         self.forward, self.run, self.rule = forward, run, rule
         self.plans = Plans(known_plans(forward.state))
-        self._alive: list[weakref.ref[Deferred]] = []
+        self._alive: list[Any] = []
+        self._zeros: set[Any] = set()  # keys of what `_sized` has made
         forward.before_writes.append(self._written)
 
     def gather(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -70,16 +79,18 @@ class Edges:
         low, high = index.aminmax()
         if low < 0 or high >= x.shape[0]:
             return NotImplemented  # torch says what is wrong
-        cell = Cell(Tensor.index_select, (x, 0, index), (x,), self.run)
+        cell = PendingCall(Tensor.index_select, (x, 0, index), (x,), self.run)
         return self._defer(cell, torch.Size((index.numel(), *x.shape[1:])), x)
 
     def take(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A call that has a deferred tensor among its arguments; `NotImplemented` if that has to be made."""
-        if func in DESCRIBES:
+        if func in METADATA:
             return natively(func, args, kwargs)
-        found = deferred_in(args, kwargs)
+        found = first_deferred(args, kwargs)
         assert found is not None
-        if func in ASKS and args and args[0] is found:
+        if func in self.forward.state.rules:
+            return NotImplemented  # the user's own
+        if func in ASKS_GRADIENT and args and args[0] is found:
             watch(found)
             return natively(func, args, kwargs)
         if func in SIZES_ONLY and args and args[0] is found:
@@ -88,19 +99,19 @@ class Edges:
             return self._scores(func, found)
         if func is F.leaky_relu and len(args) == 1 and not kwargs.get("inplace", False):
             args, kwargs = (*args, kwargs.get("negative_slope", 0.01)), {}
-        if kwargs or found.cell.value is not None:
+        if kwargs or found.pending.value is not None:
             return NotImplemented
         if func in _LIKE and len(args) == 2 and type(args[0]) is Tensor:
             return self.run(_LIKE[func], (args[0], *found.shape), {})
-        if func in _PRODUCTS and len(args) == 2:
+        if func in PRODUCTS and len(args) == 2:
             return self._scaled(func, *args)
-        if func in _SUMS and len(args) == 2 and type(args[1]) is not bool and _is_ends(func, *args):
+        if func in _SUMS and len(args) == 2 and is_ends(*args):
             return self._rowwise(func, args)
-        if func is F.leaky_relu and len(args) in (1, 2, 3) and args[2:] in ((), (False,)) and _kind(found) == "sum":
+        if func is F.leaky_relu and len(args) in (1, 2, 3) and args[2:] in ((), (False,)) and kind(found) == "sum":
             return self._rowwise(func, args[:2])
         if func in _SCATTERS and len(args) == 4 and args[3] is found:
             out, dim, index, _ = args
-            return self._sum(func, out, dim, _one_column(index, found), found)
+            return self._sum(func, out, dim, one_column(index, found), found)
         if func in _ADDS and len(args) == 4 and args[3] is found:
             return self._sum(func, *args)
         return NotImplemented
@@ -115,13 +126,14 @@ class Edges:
         """The pass has ended, one way or the other."""
         self.plans.end()
         self.forward.before_writes.clear()
+        self._zeros.clear()
         self.run = self.rule = None
 
     # -- one call ---------------------------------------------------------------------------------------------------
 
-    def _defer(self, cell: Cell, shape: torch.Size, like: Tensor) -> Deferred:
+    def _defer(self, cell: PendingCall, shape: torch.Size, like: Tensor) -> Deferred:
         made = defer(cell, shape, like)
-        self._alive.append(weakref.ref(made))
+        self._alive.append(TensorWeakRef(made))
         return made
 
     def _sized(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -130,6 +142,7 @@ class Edges:
         if sized and args[0].element_size() * math.prod(args[1]) >= LARGE:
             zeros = empty(args[1], args[0].dtype, args[0].device).zero_()
             self.forward.made(zeros)
+            self._zeros.add(self.forward.holdings.key(zeros))
             return zeros
         like = torch.empty(0, dtype=args[0].dtype, device=args[0].device)
         if not func.__name__.startswith("new_"):
@@ -138,34 +151,36 @@ class Edges:
 
     def _rowwise(self, func: Any, args: Any) -> Any:
         """An operation that works on each edge alone, noted."""
-        parts = [x for x in args if type(x) is Deferred]
-        if any(x.cell.value is not None for x in parts):
+        own = [x for x in args if type(x) is Deferred]
+        if any(x.pending.value is not None for x in own):
             return NotImplemented
-        roots = (*(root for x in parts for root in x.cell.roots), *(x for x in args if type(x) in _PLAIN))
-        return self._defer(Cell(func, args, roots, self.run), parts[0].shape, roots[0])
+        roots = (*(root for x in own for root in x.pending.roots), *(x for x in args if type(x) in _PLAIN))
+        return self._defer(PendingCall(func, args, roots, self.run), own[0].shape, roots[0])
 
     def _scaled(self, func: Any, a: Any, b: Any) -> Any:
-        if type(a) is type(b) and _is_ends(func, a, b):
+        if type(a) is type(b) and is_ends(a, b):
             return self._rowwise(func, (a, b))
         x, scale = (a, b) if type(a) is Deferred else (b, a)
-        if _kind(x) == "leaky" and is_plain_float(scale) and scale.dtype == x.dtype and _is_weight(scale, x):
+        if kind(x) == "leaky" and is_plain_float(scale) and scale.dtype == x.dtype and is_weight(scale, x):
             return self._rowwise(func, (a, b))
         if not is_plain_float(scale) or scale.dtype != x.dtype or torch.is_inference(scale):
             return NotImplemented
-        if x.cell.value is not None or x.cell.function is not Tensor.index_select or scale.shape != (*x.shape[:-1], 1):
+        if kind(x) != "gather" or scale.shape != (*x.shape[:-1], 1):
             return NotImplemented
-        cell = Cell(func, (a, b), (*x.cell.roots, scale), self.run)
+        cell = PendingCall(func, (a, b), (*x.pending.roots, scale), self.run)
         return self._defer(cell, x.shape, scale)
 
     def _sum(self, func: Any, out: Any, dim: Any, target: Any, messages: Deferred) -> Any:
         """Messages added to the rows of their targets."""
+        if kind(messages) not in ("gather", "scaled"):
+            return NotImplemented
         if type(target) is not Tensor or target.dtype != torch.int64 or target.dim() != 1:
             return NotImplemented
         if dim not in (0, -messages.dim()) or not is_plain_float(out) or out.dtype != messages.dtype:
             return NotImplemented
         if out.shape[1:] != messages.shape[1:] or target.shape[0] != messages.shape[0] or not out.is_contiguous():
             return NotImplemented
-        gathered, scale = _parts(messages)
+        gathered, scale = parts(messages)
         if gathered.value is not None:
             return NotImplemented
         x, _, source = gathered.args
@@ -174,30 +189,31 @@ class Edges:
         plan = self.plans.find(self.forward, source, target, x.shape[0], out.shape[0])
         if plan is None:
             return NotImplemented
+        zeros = self._is_zero(out)
         if func in _IN_PLACE:
             self.forward.before_change(out)
         else:
             out = out.clone()
-        y = self.rule(func, _rule, (x, out, scale, plan, source, target))
+        y = self.rule(func, _rule, (x, out, scale, plan, source, target, zeros))
         if y is not NotImplemented:
-            messages.cell.used = gathered.used = True
+            messages.pending.used = gathered.used = True
         return y
 
     def _scores(self, func: Any, product: Deferred) -> Any:
         """What both ends of an edge give, summed up over the last dimension."""
-        kind = _kind(product)
-        if kind not in ("product", "weighted"):
+        what = kind(product)
+        if what not in ("product", "weighted"):
             return NotImplemented
-        cells, slope, weight = [product.cell], 0.0, None
-        if kind == "weighted":
-            leaky, weight = product.cell.args
+        cells, slope, weight = [product.pending], 0.0, None
+        if what == "weighted":
+            leaky, weight = product.pending.args
             if type(leaky) is not Deferred:
                 leaky, weight = weight, leaky
-            slope = float(leaky.cell.args[1]) if len(leaky.cell.args) > 1 else 0.01
+            slope = float(leaky.pending.args[1]) if len(leaky.pending.args) > 1 else 0.01
             if slope < 0:
                 return NotImplemented
-            cells += [leaky.cell, leaky.cell.args[0].cell]
-        ends = [x.cell for x in cells[-1].args]
+            cells += [leaky.pending, leaky.pending.args[0].pending]
+        ends = [x.pending for x in cells[-1].args]
         if any(cell.value is not None for cell in (*cells, *ends)):
             return NotImplemented
         (a, _, target), (b, _, source) = (end.args for end in ends)
@@ -206,7 +222,7 @@ class Edges:
         plan = self.plans.find(self.forward, source, target, b.shape[0], a.shape[0])
         if plan is None:
             return NotImplemented
-        scores = summed(product.cell, product.shape[0], tuple(product.shape[1:-1]))
+        scores = summed(product.pending, product.shape[0], tuple(product.shape[1:-1]))
         shaped = a.reshape(a.shape[0], -1, a.shape[-1]), b.reshape(b.shape[0], -1, b.shape[-1])
         rows = scores.reshape(scores.shape[0], -1)
         y = self.rule(func, _score_rule, (*shaped, weight, slope, rows, plan, source, target))
@@ -216,6 +232,13 @@ class Edges:
             y = y.view(scores.shape)
         return y
 
+    def _is_zero(self, out: Tensor) -> bool:
+        """Whether what is added to is known to be zero, so that the sum is that of the messages alone."""
+        if self.forward.holdings.key(out) in self._zeros:
+            return True
+        call = self.forward.tape.node(out).call
+        return call is not None and call[0] is torch.zeros
+
     # -- what is still there ----------------------------------------------------------------------------------------
 
     def _written(self, storage: int) -> None:
@@ -223,28 +246,35 @@ class Edges:
         kept = []
         for reference in self._alive:
             found = reference()
-            if found is None or found.cell.value is not None:
+            if found is None or found.pending.value is not None:
                 continue
-            if any(storage_key(x) == storage for x in _sources(found.cell)):
+            if any(storage_key(x) == storage for x in sources(found.pending)):
                 self._make(reference)
             else:
                 kept.append(reference)
         self._alive = kept
 
     @staticmethod
-    def _make(reference: weakref.ref[Deferred]) -> None:
+    def _make(reference: Any) -> None:
         found = reference()
         if found is not None:
-            real(found)
+            materialized(found)
 
 
 def _rule(
-    forward: ForwardPass, x: Tensor, out: Tensor, scale: Tensor | None, plan: Plan, source: Tensor, target: Tensor
+    forward: ForwardPass,
+    x: Tensor,
+    out: Tensor,
+    scale: Tensor | None,
+    plan: Plan,
+    source: Tensor,
+    target: Tensor,
+    zeros: bool,
 ) -> Tensor:
     needs = x.requires_grad, scale is not None and scale.requires_grad
     forward.plain(source if needs[0] else None, target if any(needs) else None)
     if scale is None or not (scale.requires_grad or scale.shape[1:].numel() > 1):
-        return edge_sum(forward, x, out, plan, scale, target)
+        return edge_sum(forward, x, out, plan, scale, target if zeros else None)
     return scaled_sum(forward, x, scale, out, plan)
 
 
@@ -265,64 +295,10 @@ def _score_rule(
     return additive_scores(forward, a, b, weight, slope, scores, plan)
 
 
-def _kind(x: Deferred) -> str:
-    """What a deferred tensor is: a gather, the product or sum of two, its leaky ReLU, or that times weights."""
-    cell = x.cell
-    if cell.value is not None:
-        return ""
-    if cell.function is Tensor.index_select:
-        return "gather"
-    parts = [_kind(part) for part in cell.args if type(part) is Deferred]
-    if parts == ["gather", "gather"]:
-        return "product" if cell.function in _PRODUCTS else "sum"
-    if parts == ["sum"]:
-        return "leaky"
-    return "weighted" if parts == ["leaky"] else ""
-
-
-def _is_ends(func: Any, a: Any, b: Any) -> bool:
-    """Whether both are gathers of heads by edges, and of one shape."""
-    both = type(a) is Deferred and type(b) is Deferred and _kind(a) == _kind(b) == "gather"
-    return both and a is not b and a.dim() > 2 and a.shape == b.shape
-
-
-def _is_weight(weight: Tensor, x: Deferred) -> bool:
-    """Whether a factor is the same for all edges, and has all heads and features."""
-    return weight.shape[-x.dim() + 1 :] == x.shape[1:] and weight.numel() == x.shape[1:].numel()
-
-
-def _one_column(index: Any, messages: Deferred) -> Any:
-    """The index (E,) that was expanded to the shape of the messages; `None` if it is another one."""
-    if type(index) is not Tensor or index.shape != messages.shape:
-        return None
-    expanded = all(stride == 0 or size == 1 for stride, size in zip(index.stride()[1:], index.shape[1:], strict=True))
-    return index.as_strided(index.shape[:1], index.stride()[:1]) if expanded else None
-
-
-def _parts(messages: Deferred) -> tuple[Cell, Tensor | None]:
-    """The gather, and what it is multiplied by."""
-    cell = messages.cell
-    if cell.function is Tensor.index_select:
-        return cell, None
-    a, b = cell.args
-    return (a.cell, b) if type(a) is Deferred else (b.cell, a)
-
-
-def _sources(cell: Cell) -> list[Tensor]:
-    """The tensors that a call reads, also those that need no gradient."""
-    found: list[Tensor] = []
-    for x in cell.args:
-        if type(x) is Deferred:
-            found += _sources(x.cell)
-        elif isinstance(x, Tensor):
-            found.append(x)
-    return found
-
-
 def _returned(value: Any) -> Any:
     """What a model returns, with what was made in the place of deferred tensors."""
     if type(value) is Deferred:
-        return real(value)
+        return materialized(value)
     if type(value) in (tuple, list):
         return type(value)(_returned(item) for item in value)
     if type(value) is dict:

@@ -16,7 +16,7 @@ from dibit.engine.model_state import ModelState
 
 
 @dataclass(frozen=True)
-class Sorted:
+class SortedEdges:
     """Edges in the order of the nodes at one of their ends, as compressed rows.
 
     Attributes:
@@ -38,7 +38,7 @@ class Sorted:
         return x if self.order is None else x.index_select(0, self.order)
 
 
-def sort(by: Tensor, count: int, other: Tensor) -> Sorted:
+def sort(by: Tensor, count: int, other: Tensor) -> SortedEdges:
     """Sort edges by the nodes at one end; `other` (E,) has those at the other end.
 
     Raises:
@@ -46,8 +46,8 @@ def sort(by: Tensor, count: int, other: Tensor) -> Sorted:
     """
     crow, order = ops.sort_edges(by, count)
     if bool((by[1:] >= by[:-1]).all()):
-        return Sorted(crow, other.to(order.dtype), None)
-    return Sorted(crow, other.index_select(0, order).to(order.dtype), order)
+        return SortedEdges(crow, other.to(order.dtype), None)
+    return SortedEdges(crow, other.index_select(0, order).to(order.dtype), order)
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Plan:
         by_source: for their gradients, sums over the edges that go out; compressed rows (sources, targets).
     """
 
-    by_target: Sorted
-    by_source: Sorted
+    by_target: SortedEdges
+    by_source: SortedEdges
 
     @property
     def shape(self) -> torch.Size:

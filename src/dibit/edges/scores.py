@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dibit._torch.huge_pages import empty
 from dibit.codec import ops
-from dibit.edges.deferred import Cell, Deferred
+from dibit.edges.deferred import Deferred, PendingCall
 from dibit.edges.plan import Plan
 from dibit.engine.forward_pass import ForwardPass
 from dibit.residuals.base import load, released, save
@@ -28,16 +28,16 @@ from dibit.rules.product import at_least_4_bits
 CHUNK = 1 << 13  # edges at a time: what is made of them stays in the caches
 
 
-def evaluate(cell: Cell, start: int, stop: int) -> Tensor:
+def evaluate(cell: PendingCall, start: int, stop: int) -> Tensor:
     """The rows of some edges of what a deferred tensor stands for."""
     if cell.function is Tensor.index_select:
         x, _, index = cell.args
         return x.detach().index_select(0, index[start:stop])  # type: ignore[no-any-return]
-    args = [evaluate(x.cell, start, stop) if type(x) is Deferred else x for x in cell.args]
+    args = [evaluate(x.pending, start, stop) if type(x) is Deferred else x for x in cell.args]
     return cell.function(*(x.detach() if isinstance(x, Tensor) else x for x in args))  # type: ignore[no-any-return]
 
 
-def summed(cell: Cell, edges: int, shape: tuple[int, ...]) -> Tensor:
+def summed(cell: PendingCall, edges: int, shape: tuple[int, ...]) -> Tensor:
     """The sum over the last dimension of what a deferred tensor stands for: (E, ...)."""
     like = cell.roots[0]
     out = torch.empty((edges, *shape), dtype=like.dtype, device=like.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dibit._torch.huge_pages import empty
 from dibit.codec import ops
-from dibit.edges.plan import Plan, Sorted
+from dibit.edges.plan import Plan, SortedEdges
 from dibit.engine.forward_pass import ForwardPass
 from dibit.residuals.base import load, released, save
 from dibit.residuals.constant_csr import ConstantCSR
@@ -129,17 +129,21 @@ def _by_head(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return x.reshape(x.shape[0], heads, -1).contiguous(), scale.reshape(-1, heads).contiguous()
 
 
-def _add_scaled(out: Tensor, edges: Sorted, scale: Tensor, x: Tensor) -> None:
+def _add_scaled(out: Tensor, edges: SortedEdges, scale: Tensor, x: Tensor) -> None:
     ops.add_scaled(out, edges.crow, edges.col, edges.order, scale, x)
 
 
-def edge_sum(forward: ForwardPass, x: Tensor, out: Tensor, plan: Plan, scale: Tensor | None, target: Tensor) -> Tensor:
+def edge_sum(
+    forward: ForwardPass, x: Tensor, out: Tensor, plan: Plan, scale: Tensor | None, target: Tensor | None
+) -> Tensor:
     """out += A x, for a rule: with constant weights (E, 1), or with ones.
 
     Args:
-        target: the caller's (E,), of whose counts a mean is made.
+        target: the caller's (E,), of whose counts a mean is made; `None` where `out` may hold something else, so that
+            the result is not A x.
     """
-    graph = edge_graph(plan, forward.holdings.key(target))
+    graph = edge_graph(plan, None if target is None else forward.holdings.key(target))
+    known = target is not None and scale is None and x.dim() == 2
     weights = kept = None
     if scale is not None and x.requires_grad:
         forward.plain(scale)
@@ -147,13 +151,13 @@ def edge_sum(forward: ForwardPass, x: Tensor, out: Tensor, plan: Plan, scale: Te
     if scale is not None:
         weights = plan.by_target.values(scale.reshape(-1))
     if not x.requires_grad and not out.requires_grad:
-        steady = scale is None and x.dim() == 2 and forward.held(x) and forward.steady(x)
+        steady = known and forward.held(x) and forward.steady(x)
         graph.add_to(out, x, weights)
         if steady:
             forward.derived(out, Aggregated(graph, Reference(x, x.shape)))
         return out
     y: Tensor = EdgeSum.apply(x, out, graph, weights, kept, None if kept is None else plan.by_source.order)
-    if x.dim() == 2 and scale is None:
+    if known:
         forward.aggregated(y, graph, x)
     return y
 

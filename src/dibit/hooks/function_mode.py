@@ -22,7 +22,7 @@ from dibit._torch.private.autograd import hooks_refused, pop_hooks, push_hooks, 
 from dibit._torch.private.operations import writes_to
 from dibit._torch.private.tensors import is_wrapped
 from dibit._torch.storage_identity import storage_key, storages, strided
-from dibit.edges.deferred import deferred_in, real
+from dibit.edges.deferred import first_deferred, materialized
 from dibit.edges.functions import Edges
 from dibit.engine.forward_pass import ForwardPass
 from dibit.engine.holdings import tensors_in
@@ -121,11 +121,11 @@ class Intercept(TorchFunctionMode):
         kwargs = kwargs or {}
         if _name(func) == "__get__" or torch.compiler.is_dynamo_compiling() or transformed():
             return func(*args, **kwargs)  # a property; within the model a compiled function, or a transform: exact
-        if deferred_in(args, kwargs) is not None:
+        if first_deferred(args, kwargs) is not None:
             result = self.edges.take(func, args, kwargs)
             if result is not NotImplemented:
                 return result
-            args, kwargs = real(args), real(kwargs)
+            args, kwargs = materialized(args), materialized(kwargs)
         forward_pass = self.forward_pass
         if func in inner_gradients.ASKING:
             return self._asked(func, args, kwargs)
@@ -155,8 +155,9 @@ class Intercept(TorchFunctionMode):
         push_hooks(*self.hooks)
         try:
             self.forward_pass.stack.function = func
-            self.forward_pass.seen += 1
-            return self.forward_pass.run_rule(func, rule, args, {})
+            result = self.forward_pass.run_rule(func, rule, args, {})
+            self.forward_pass.seen += result is not NotImplemented
+            return result
         finally:
             pop_hooks()
 
@@ -186,10 +187,9 @@ class Intercept(TorchFunctionMode):
         call = tape.before(func, args, kwargs) if func in PURE and torch.is_grad_enabled() else None
         tell_of_writes(forward_pass, func, args, kwargs)
         result = NotImplemented
-        if keeps and defers:
+        if keeps and defers and rule is None:
             result = self.edges.gather(func, args, kwargs)
             if result is not NotImplemented:
-                forward_pass.seen += 1
                 return result
         if rule is not None and keeps and not (func in DROPOUTS and self.calls.torchs(forward_pass.config, func)):
             result = forward_pass.run_rule(func, rule, args, kwargs)

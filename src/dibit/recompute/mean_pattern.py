@@ -41,7 +41,7 @@ def quotient_of(tape: Tape, y: Tensor) -> tuple[Node, Node] | None:
 def is_degree_of(divisor: Node, crow: Node | None) -> bool:
     """Whether a divisor is the number of elements of each row that `crow` (N + 1,) points to, at least 1."""
     clamped = _call(divisor, _AT_LEAST)
-    if crow is None or clamped is None or clamped[1:] != (1,):
+    if crow is None or clamped is None or clamped[1:] != (1,) or not _is_column(divisor):
         return False
     shaped = _call(clamped[0], _SHAPES)
     difference = None if shaped is None else _call(shaped[0], _DIFFERENCES)
@@ -53,19 +53,22 @@ def is_degree_of(divisor: Node, crow: Node | None) -> bool:
 
 def is_count_of(divisor: Node, rows: Node | None) -> bool:
     """Whether a divisor is how often each number comes in `rows` (E,), at least 1: ones that were added up by it."""
-    node: Any = divisor
-    for _ in range(_DEEPEST):
-        shaped = _call(node, _SHAPES | _EXPANSIONS)
-        if shaped is None:
-            break
-        node = shaped[0]
-    clamped = _call(node, _AT_LEAST)
-    if rows is None or clamped is None or clamped[1:] != (1,):
+    column: Any = divisor
+    while (expanded := _call(column, _EXPANSIONS)) is not None:
+        column = expanded[0]
+    shaped = _call(column, _SHAPES)
+    clamped = None if shaped is None else _call(shaped[0], _AT_LEAST)
+    if rows is None or clamped is None or clamped[1:] != (1,) or not _is_column(column):
         return False
     added = _call(clamped[0], _SCATTERS)
     if added is None or len(added) != 4 or added[1] not in (0, -1) or added[2] is not rows:
         return False
     return _call(added[0], {torch.zeros}) is not None and _call(added[3], {torch.ones}) is not None
+
+
+def _is_column(node: Node) -> bool:
+    """Whether a tensor has one number a row: a row (1, N) would divide columns."""
+    return len(node.shape) == 2 and node.shape[1] == 1
 
 
 def made_by_reciprocal(tape: Tape, x: Tensor) -> bool:

@@ -19,6 +19,7 @@ class Node:
     Attributes:
         ref: the tensor, while somebody else keeps it.
         version: of its content.
+        shape: of the tensor.
         nbytes: of the tensor itself, not of what it is a view of; expanded dimensions count once.
         call: function and arguments, tensors among them as nodes; `None` where the tape does not know.
         constant: it requires no gradient.
@@ -28,10 +29,10 @@ class Node:
         parents: the nodes among the call's arguments.
     """
 
-    __slots__ = ("base", "call", "constant", "content", "nbytes", "parents", "ref", "role", "version")
+    __slots__ = ("base", "call", "constant", "content", "nbytes", "parents", "ref", "role", "shape", "version")
 
     def __init__(self, x: Tensor, call: tuple[Any, Any, Any] | None) -> None:
-        self.ref, self.version, self.nbytes = TensorWeakRef(x), version(x), nbytes(x)
+        self.ref, self.version, self.shape, self.nbytes = TensorWeakRef(x), version(x), x.shape, nbytes(x)
         self.call, self.constant = call, not x.requires_grad
         self.parents = () if call is None else tuple(nodes_in((call[1], call[2])))
         self.role = ""

@@ -192,7 +192,6 @@ class QuotientByConstant(torch.autograd.Function):
         return torch.div(a, b, out=empty_like(a))
 
     @staticmethod
-    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         return dy / load(ctx)[0].value(), None, None
 

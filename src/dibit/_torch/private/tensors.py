@@ -231,7 +231,7 @@ _make_wrapper = find(
     "time and memory: node features are gathered by edges",
 )
 _natively = find(
-    "torch._C.DisableTorchFunctionSubclass",
+    "torch._C.DisableTorchFunction",
     "ask such a tensor for its shape",
     "time and memory: node features are gathered by edges",
 )
@@ -244,6 +244,6 @@ def without_memory(kind: type[Tensor], shape: torch.Size, dtype: torch.dtype, de
 
 
 def natively(function: Any, args: Any, kwargs: Any) -> Any:
-    """Call a function on tensors of subclasses as if they were plain ones (where `DEFERS`)."""
+    """Call a function past all function modes and subclasses (where `DEFERS`)."""
     with _natively():
         return function(*args, **kwargs)

@@ -8,6 +8,7 @@ from dibit.codec.backends.cpu.edges import (
     add_neighbours,
     add_scaled,
     add_signed,
+    aggregate,
     edge_products,
     edge_signs,
     sort_edges,
@@ -23,7 +24,7 @@ from dibit.codec.backends.cpu.elementwise import (
     relu_dropout_gradient,
     signs,
 )
-from dibit.codec.backends.cpu.products import aggregate, column_sums, norm_gradient, weight_gradient
+from dibit.codec.backends.cpu.products import column_sums, norm_gradient, weight_gradient
 from dibit.codec.backends.cpu.sampling import pick_rows, row_scores
 
 __all__ = [

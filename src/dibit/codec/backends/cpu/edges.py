@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dibit._torch.huge_pages import empty
 from dibit.codec.backends.cpu.kernels import edges as kernels
 from dibit.codec.dispatch import kernel
 from dibit.codec.numpy_views import array
@@ -22,13 +23,22 @@ def sort_edges(index: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return pointers, order
 
 
+@kernel(values=torch.float32, x=torch.float32)
+def aggregate(crow: Tensor, col: Tensor, values: Tensor, x: Tensor) -> Tensor:
+    out = empty((crow.shape[0] - 1, x.shape[1]), x.dtype)
+    if out.numel():
+        work = max(out.numel(), col.numel())
+        kernels.add_weighted(work, array(crow), array(col), array(values), array(x), array(out), True)
+    return out
+
+
 @kernel(out=torch.float32, x=torch.float32, values=torch.float32)
 def add_neighbours(out: Tensor, crow: Tensor, col: Tensor, values: Tensor | None, x: Tensor) -> None:
     work, graph = max(out.numel(), col.numel()), (array(crow), array(col))
     if values is None:
         kernels.add_neighbours(work, *graph, array(x), array(out))
     else:
-        kernels.add_weighted(work, *graph, array(values), array(x), array(out))
+        kernels.add_weighted(work, *graph, array(values), array(x), array(out), False)
 
 
 @kernel(out=torch.float32, x=torch.float32, scale=torch.float32)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dibit._torch.huge_pages import empty, empty_like
+from dibit._torch.huge_pages import empty_like
 from dibit.codec.backends.cpu.arguments import float32_ranges, keys
 from dibit.codec.backends.cpu.blocks import dequantize
 from dibit.codec.backends.cpu.kernels import products as kernels
@@ -104,12 +104,4 @@ def norm_gradient(
             block,
             np.float32(dither),
         )
-    return out
-
-
-@kernel(values=torch.float32, x=torch.float32)
-def aggregate(crow: Tensor, col: Tensor, values: Tensor, x: Tensor) -> Tensor:
-    out = empty((crow.shape[0] - 1, x.shape[1]), x.dtype)
-    if out.numel():
-        kernels.aggregate(max(out.numel(), col.numel()), array(crow), array(col), array(values), array(x), array(out))
     return out

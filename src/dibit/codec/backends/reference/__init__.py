@@ -19,6 +19,7 @@ from dibit.codec.backends.reference.edges import (
     add_neighbours,
     add_scaled,
     add_signed,
+    aggregate,
     edge_products,
     edge_signs,
     sort_edges,
@@ -35,7 +36,7 @@ from dibit.codec.backends.reference.elementwise import (
     relu_dropout_gradient,
     signs,
 )
-from dibit.codec.backends.reference.products import aggregate, column_sums, norm_gradient, weight_gradient
+from dibit.codec.backends.reference.products import column_sums, norm_gradient, weight_gradient
 from dibit.codec.backends.reference.sampling import pick_rows, row_scores
 
 __all__ = [

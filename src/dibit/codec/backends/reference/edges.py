@@ -21,6 +21,12 @@ def sort_edges(index: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return pointers, index.argsort(stable=True).to(dtype)
 
 
+def aggregate(crow: Tensor, col: Tensor, values: Tensor, x: Tensor) -> Tensor:
+    """A x for A in compressed rows (N, M) and a contiguous x (M, D): (N, D), in the dtype of x."""
+    shape = crow.shape[0] - 1, x.shape[0]
+    return torch.sparse.mm(torch.sparse_csr_tensor(crow, col, values, shape, check_invariants=False), x)
+
+
 def add_neighbours(out: Tensor, crow: Tensor, col: Tensor, values: Tensor | None, x: Tensor) -> None:
     """out[n] += sum of values[e] x[col[e]] over the edges e of node n, added one by one in their order.
 

@@ -62,9 +62,3 @@ def norm_gradient(
     if dither and g.numel():
         g = g * (1 + dither_variance(ranges, g.numel(), bits, block).to(g.dtype).view(g.shape) / g.shape[0])
     return (g - shift - x * factor) * gain
-
-
-def aggregate(crow: Tensor, col: Tensor, values: Tensor, x: Tensor) -> Tensor:
-    """A x for A in compressed rows (N, M) and a contiguous x (M, D): (N, D), in the dtype of x."""
-    shape = crow.shape[0] - 1, x.shape[0]
-    return torch.sparse.mm(torch.sparse_csr_tensor(crow, col, values, shape, check_invariants=False), x)

@@ -52,11 +52,15 @@ def add_neighbours(crow, col, x, out):
 
 
 @Kernel
-def add_weighted(crow, col, values, x, out):
+def add_weighted(crow, col, values, x, out, fresh):
+    """`fresh`: what is in `out` does not count."""
     rows, width = out.shape
     for task in nb.prange((rows + TASK - 1) // TASK):
         for row in range(task * TASK, min(rows, (task + 1) * TASK)):
             total = out[row]
+            if fresh:
+                for k in range(width):
+                    total[k] = f32(0)
             e, end = crow[row], crow[row + 1]
             while e + 4 <= end:
                 v0, v1, v2, v3 = values[e], values[e + 1], values[e + 2], values[e + 3]

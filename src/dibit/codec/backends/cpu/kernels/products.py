@@ -93,25 +93,3 @@ def norm_gradient(codes, ranges, g, out, shift_by, factor, gain, key0, key1, bit
                             x = decoded(bytes_[j], shift, mask, none, none, step, zero, scale)
                             result[j] = (part[j] - a[j] - x * f[j]) * s[j]
                     at += m
-
-
-@Kernel
-def aggregate(crow, col, values, x, out):
-    rows, width = out.shape
-    for task in nb.prange((rows + 255) // 256):
-        for row in range(task * 256, min(rows, (task + 1) * 256)):
-            total = out[row]
-            for k in range(width):
-                total[k] = f32(0)
-            e, end = crow[row], crow[row + 1]
-            while e + 4 <= end:  # four rows of x at once: the caches are asked for all before the first arrives
-                v0, v1, v2, v3 = values[e], values[e + 1], values[e + 2], values[e + 3]
-                x0, x1, x2, x3 = x[col[e]], x[col[e + 1]], x[col[e + 2]], x[col[e + 3]]
-                for k in range(width):
-                    total[k] = (((total[k] + v0 * x0[k]) + v1 * x1[k]) + v2 * x2[k]) + v3 * x3[k]
-                e += 4
-            while e < end:
-                v, part = values[e], x[col[e]]
-                for k in range(width):
-                    total[k] += v * part[k]
-                e += 1
