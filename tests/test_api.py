@@ -426,3 +426,8 @@ def test_without_numba_plain_torch_serves_and_says_so() -> None:
 def test_a_rule_for_no_function_is_a_sentence() -> None:
     with pytest.raises(TypeError, match=r"expected a function of torch, such as torch\.asinh"):
         dibit.compress(nn.Linear(4, 4), rules={"asinh": lambda forward, x: NotImplemented})
+
+
+def test_a_rule_that_is_none_is_a_sentence() -> None:
+    with pytest.raises(TypeError, match=r"rules has 2 for asinh; expected a rule: a function of the running pass"):
+        dibit.compress(nn.Linear(4, 4), rules={torch.asinh: 2})  # type: ignore[dict-item]

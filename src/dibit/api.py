@@ -42,27 +42,34 @@ def compress(
 
     Args:
         model: any `torch.nn.Module`; parts of it may be called on their own.
-        config: a recipe's name ("default", "small", "exact", "iexact"), a `Config`, `None` (everything exact), or a
+        config: the name of a recipe (`dibit.recipes.RECIPES`), a `Config`, `None` (everything exact), or a
             mapping from module names to those. A name stands for the module and all within; `*` and `?` match as in
             file names; the first entry that matches counts, and modules without a match stay exact.
         noise: a bound on the squared error of the gradient over its square, in the place of the recipe's
             (`Config.noise`); for configs that leave out rows.
-        rules: more entries for the table, or others for its functions: function -> `rule(step, *args, **kwargs)`, see
-            `dibit.rules`.
+        rules: the model's own rules, by the function of torch that each takes over: function ->
+            `rule(forward, *args, **kwargs)`, see `dibit.rules`. `torch.asinh` and `torch.Tensor.asinh` are two
+            functions: give a rule for each by which the model calls.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: `model` is no module, a setting is neither a name nor a `Config`, or a key of `rules` no function.
+        TypeError: `model` is no module, a setting is neither a name nor a `Config`, or a key or a value of `rules` is
+            no function.
         ValueError: a recipe or a module name is unknown; the message gives the nearest. Or `noise` is not above 0, or
             no config leaves out rows.
     """
     _check_module("compress", model)
     warn_if_missing()
-    for function in rules or {}:
+    for function, rule in (rules or {}).items():
         if not callable(function):
             raise TypeError(f"rules has the key {function!r}; expected a function of torch, such as torch.asinh.")
+        if not callable(rule):
+            raise TypeError(
+                f"rules has {rule!r} for {getattr(function, '__name__', function)}; expected a rule: a function of the "
+                "running pass and of the arguments, see docs/architecture.md."
+            )
     settings = _bounded(_resolve(model, config), noise)
     decompress(model)
     state = ModelState(model, dict(rules or {}))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dibit.cli import main
+from dibit.recipes import RECIPES
 from dibit.reproduce.variants import ACCURACY, BLOCKS, DISTRIBUTION
 from dibit.tools.errors import install
 from tests.train.conftest import command, small
@@ -171,7 +172,7 @@ def test_timing_is_interleaved_and_paired(monkeypatch: pytest.MonkeyPatch) -> No
         (["tuned", "--out", "x", "--cell", "all", "crao-gcn"], "or all. Did you mean 'cora-gcn'"),
         (
             ["tuned", "--out", "x", "--recipe", "dflt"],
-            "--recipe is 'dflt', expected default, small, exact, iexact, none",
+            f"--recipe is 'dflt', expected {', '.join(RECIPES)}, none",
         ),
         (
             ["tuned", "--out", "x", "--cell", "cora-gcn", "--recipe", "none", "exact"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,25 @@ def test_a_function_has_one_rule() -> None:
 def test_in_place_spellings_are_those_of_rules_that_work_in_place() -> None:
     assert {torch.relu_, F.leaky_relu_, torch.sigmoid_, Tensor.exp_, F.elu_, torch.dropout_} <= set(RULES)
     assert not {Tensor.add_, Tensor.mul_, Tensor.div_, Tensor.addmm_} & set(RULES)
+
+
+@pytest.mark.parametrize(
+    ("other", "function"),
+    [
+        (torch.absolute, torch.abs),
+        (Tensor.absolute_, torch.abs_),
+        (torch.multiply, torch.mul),
+        (Tensor.divide, torch.div),
+        (torch.true_divide, torch.div),
+        (torch.linalg.matmul, torch.matmul),
+        (torch.special.expit, torch.sigmoid),
+        (torch.special.erf, torch.erf),
+    ],
+)
+def test_torchs_other_names_have_the_rule(other: Any, function: Any) -> None:
+    operation = [next(name for name in OPERATIONS if each in spellings(name)) for each in (other, function)]
+    assert operation[0] == operation[1]
+    assert other in RULES
 
 
 def test_masks_are_drawn_for_all_spellings_of_dropout() -> None:

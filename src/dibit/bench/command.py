@@ -56,7 +56,7 @@ def build_parser(kind: str) -> Parser:
             ("graphs", "Names or .npz files, as in dibit train (default: planted:6000 amazon_computers)."),
             ("models", "Of sage, gcn, gin, gat; all by default."),
             ("norms", "Of none, batch, layer, layer-graph, graph, instance, pair, l2; all by default."),
-            ("settings", "Of default, small, iexact, unbounded, all-rows (default: default iexact)."),
+            ("settings", f"Of {', '.join(RECIPES)}, unbounded, all-rows (default: default iexact)."),
         ):
             flag(name, str, text, "NAME", several=True)
         flag("layers", int, "Convolutions (default: 2 3 4 8 16 32).", "L", least=1, several=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import dibit
 from dibit import Config, Sample
+from dibit.recipes import RECIPES
 
 
 def _rows(
@@ -35,7 +36,7 @@ def _rows(
 _CURVE = ((2, 6), (4, 10), (6, 16), (10, 24), (16, 40))  # one row of so many, of linear and of norm inputs
 # Settings of one kind, from many bytes to few: the curves of the figure.
 FAMILIES: dict[str, dict[str, Config]] = {
-    "papers": {"exact": dibit.recipe("exact"), "iexact": dibit.recipe("iexact")},
+    "papers": {name: RECIPES[name] for name in ("exact", "iexact")},
     "all rows": {"2 bit": Config(), "8 bit": Config(bits=8)},
     **{
         f"rows by {by}" if by != "uniform" else "rows uniformly": {
@@ -44,10 +45,9 @@ FAMILIES: dict[str, dict[str, Config]] = {
         for by in ("uniform", "norm", "gradient")
     },
 }
-# Beside the default, at about its bytes.
+# The recipes, and what lies beside the default at about its bytes.
 _BESIDE: dict[str, Config] = {
-    "default": dibit.recipe("default"),
-    "small": dibit.recipe("small"),
+    **RECIPES,
     "default ratios": replace(dibit.recipe("default"), noise=None),  # without the bound on the error
     "small ratios": replace(dibit.recipe("small"), noise=None),
     "rows/3 at 1 bit": _rows(3, 16, bits=1),

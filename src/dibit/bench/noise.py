@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import dibit
 from dibit import Config, Sample
 from dibit.engine.model_state import state_of
+from dibit.recipes import RECIPES
 from dibit.study import gradient_error
 from dibit.train.data import NodeDataset
 
@@ -24,9 +25,7 @@ LAYERS = (2, 3, 4, 8, 16, 32)
 EPOCHS = (0, 30)
 GRAPHS = ("planted:6000", "amazon_computers")
 CONFIGS: dict[str, Config] = {
-    "default": dibit.recipe("default"),
-    "small": dibit.recipe("small"),
-    "iexact": dibit.recipe("iexact"),
+    **RECIPES,
     "unbounded": replace(dibit.recipe("default"), noise=None),  # rows by the recipe's ratios, whatever the error is
     "all-rows": replace(dibit.recipe("default"), noise=1e-9),  # as many rows as a bound can ask for
 }

@@ -46,6 +46,7 @@ class PendingCall:
         run: runs a call as the pass does.
         value: what the call has given; `None` while nobody has needed it.
         used: a sum was computed without it, so that a gradient may go past it.
+        counted: it is in the ledger as something that plain torch keeps.
     """
 
     def __init__(self, function: Any, args: tuple[Any, ...], roots: tuple[Tensor, ...], run: Run) -> None:
@@ -53,7 +54,7 @@ class PendingCall:
         self.roots = tuple({id(root): root for root in roots}.values())
         self.value: Tensor | None = None
         self.path = GradientPath()
-        self.used = self.making = False
+        self.used = self.making = self.counted = False
         self.dependents: list[weakref.ref[PendingCall]] = []
         for x in args:
             if type(x) is Deferred:

@@ -8,6 +8,7 @@ and goes on as it would in plain torch.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -194,7 +195,7 @@ class Edges:
             self.forward.before_change(out)
         else:
             out = out.clone()
-        y = self.rule(func, _rule, (x, out, scale, plan, source, target, zeros))
+        y = self.rule(func, _rule, (gathered, x, out, scale, plan, source, target, zeros))
         if y is not NotImplemented:
             messages.pending.used = gathered.used = True
         return y
@@ -225,7 +226,7 @@ class Edges:
         scores = summed(product.pending, product.shape[0], tuple(product.shape[1:-1]))
         shaped = a.reshape(a.shape[0], -1, a.shape[-1]), b.reshape(b.shape[0], -1, b.shape[-1])
         rows = scores.reshape(scores.shape[0], -1)
-        y = self.rule(func, _score_rule, (*shaped, weight, slope, rows, plan, source, target))
+        y = self.rule(func, _score_rule, (ends, *shaped, weight, slope, rows, plan, source, target))
         if y is not NotImplemented:
             for cell in (*cells, *ends):
                 cell.used = True
@@ -263,6 +264,7 @@ class Edges:
 
 def _rule(
     forward: ForwardPass,
+    gathered: PendingCall,
     x: Tensor,
     out: Tensor,
     scale: Tensor | None,
@@ -273,13 +275,16 @@ def _rule(
 ) -> Tensor:
     needs = x.requires_grad, scale is not None and scale.requires_grad
     forward.plain(source if needs[0] else None, target if any(needs) else None)
-    if scale is None or not (scale.requires_grad or scale.shape[1:].numel() > 1):
+    if needs[1]:
+        _count(forward, gathered)
+    if scale is None or not (needs[1] or scale.shape[1:].numel() > 1):
         return edge_sum(forward, x, out, plan, scale, target if zeros else None)
     return scaled_sum(forward, x, scale, out, plan)
 
 
 def _score_rule(
     forward: ForwardPass,
+    ends: Sequence[PendingCall],
     a: Tensor,
     b: Tensor,
     weight: Tensor | None,
@@ -291,8 +296,18 @@ def _score_rule(
 ) -> Tensor:
     forward.plain(target if a.requires_grad else None, source if b.requires_grad else None)
     if weight is None:
+        _count(forward, *(end for end, other in zip(ends, (b, a), strict=True) if other.requires_grad))
         return scalar_products(forward, a, b, scores, plan)
     return additive_scores(forward, a, b, weight, slope, scores, plan)
+
+
+def _count(forward: ForwardPass, *gathers: PendingCall) -> None:
+    """Plain torch would keep these, each once, however many operations save it."""
+    for gather in gathers:
+        if not gather.counted:
+            x, _, index = gather.args
+            forward.plain(index.numel() * x.shape[1:].numel() * x.element_size())
+            gather.counted = True
 
 
 def _returned(value: Any) -> Any:

@@ -118,8 +118,6 @@ class AdditiveScores(torch.autograd.Function):
 
 def scalar_products(forward: ForwardPass, a: Tensor, b: Tensor, scores: Tensor, plan: Plan) -> Tensor:
     """For a rule: scores (E, H) that were computed of a (N, H, C) and b (M, H, C)."""
-    each = scores.shape[0] * a.shape[1:].numel() * a.element_size()
-    forward.plain(*(each for x in (a, b) if x.requires_grad))
     kept_a = _end(forward, a, b) if b.requires_grad else None
     kept_b = _end(forward, b, a) if a.requires_grad else None
     return ScalarProducts.apply(a, b, scores, kept_a, kept_b, plan)  # type: ignore[no-any-return,no-untyped-call]

@@ -167,6 +167,4 @@ def scaled_sum(forward: ForwardPass, x: Tensor, scale: Tensor, out: Tensor, plan
     kept_x = factor(forward, x, scale, x.numel()) if scale.requires_grad else None
     kept_scale = forward.exact(scale) if x.requires_grad else None
     forward.plain(scale if x.requires_grad else None)
-    if scale.requires_grad:
-        forward.plain(scale.shape[0] * x.shape[1:].numel() * x.element_size())
     return ScaledSum.apply(x, scale, out, kept_x, kept_scale, plan)

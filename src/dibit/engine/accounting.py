@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from dibit.engine.holdings import Holdings
 from dibit.engine.ledger import Ledger, Row
 from dibit.engine.module_stack import ModuleStack, function_name
 from dibit.residuals.base import Residual
-from dibit.residuals.exact import LosslessForm, Recomputed
+from dibit.residuals.exact import Exact, LosslessForm, Recomputed
 
 
 class Accounting:
@@ -25,6 +26,7 @@ class Accounting:
         self.ledger, self.holdings, self.stack = ledger, holdings, stack
         self.row: Row | None = None
         self._copied: set[Any] = set()  # parameters that autocast has copied in this pass
+        self._saved: list[weakref.ref[Exact]] = []  # by the running rule; dead where it threw the graph away
 
     def open(self, function: Any) -> None:
         """Begin a row for an operation that a rule takes."""
@@ -34,8 +36,28 @@ class Accounting:
     def close(self, declined: bool) -> None:
         """The rule has ended; where it declined there is no row."""
         row, self.row = self.row, None
-        if declined and self.ledger is not None and row is not None:
-            self.ledger.rows.remove(row)
+        if self.ledger is not None and row is not None:
+            if declined:
+                self.ledger.rows.remove(row)
+            else:
+                self._count(row)
+        self._saved.clear()
+
+    def saved_by_rule(self, kept: Exact) -> None:
+        """The running rule saves this, which `note` or `kept` may have entered, or may yet."""
+        if self.row is not None:
+            self._saved.append(weakref.ref(kept))
+
+    def _count(self, row: Row) -> None:
+        """Enter what the rule has saved and not named."""
+        assert self.ledger is not None
+        for reference in self._saved:
+            kept = reference()
+            if kept is not None and not self.holdings.held(kept.x):
+                before = row.kept
+                self.ledger.kept_tensor(row, kept.x)
+                if row.kept > before:
+                    row.how = row.how or "exact"
 
     def note(self, residual: Residual | Any) -> Any:
         """Enter a residual under the operation that is running."""

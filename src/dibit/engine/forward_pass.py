@@ -12,6 +12,7 @@ from torch import Tensor
 from dibit._torch.storage_identity import storage_key, storages, strided
 from dibit._torch.user_objects import is_a
 from dibit.codec import Affine
+from dibit.codec.seed_stream import Key
 from dibit.config import Config
 from dibit.engine.accounting import Accounting
 from dibit.engine.batch_info import current
@@ -51,6 +52,7 @@ class ForwardPass:
         inside: a rule is saving tensors of its own.
         low: autocast's dtype, while a rule runs for a function that takes it; `low_cached`: it copies a parameter once.
         factor: the name of what the running rule keeps to multiply the gradient by.
+        seeded: the running rule has asked for a seed.
         deferred: residuals whose form depends on what the model returns.
         before_writes: called with a storage before something writes to it.
     """
@@ -81,7 +83,7 @@ class ForwardPass:
             self.measuring,
         )
         self.seen = 0
-        self.inside = False
+        self.inside = self.seeded = False
         self.low: torch.dtype | None = None
         self.low_cached = True
         self.factor = ""
@@ -101,7 +103,7 @@ class ForwardPass:
             if is_a(x, Tensor) and (not (parts := storages(x)) or (parts[0] is x and not x.numel())):
                 return NotImplemented  # of nothing there is nothing to win, and no rows of a width can be told
         self.accounting.open(func)
-        self.inside, self.factor = True, ""
+        self.inside, self.factor, self.seeded = True, "", False
         result = NotImplemented
         try:
             result = rule(self, *args, **kwargs)
@@ -110,6 +112,8 @@ class ForwardPass:
             self.accounting.close(declined=result is NotImplemented)
         if self.factor:
             _name_node(result, self.factor)
+        if self.seeded and self.draws.key is not None:
+            _tell(result, self.draws.key)
         return result
 
     def end(self, outputs: Any) -> None:
@@ -180,6 +184,7 @@ class ForwardPass:
 
     def seed(self, purpose: str, device: torch.device, *more: int) -> Tensor:
         """A fresh seed of the codec, int64 (), on the device."""
+        self.seeded = True
         return self.draws.seed(purpose, device, *more)
 
     # -- what a rule keeps ------------------------------------------------------------------------------------------
@@ -339,8 +344,9 @@ class ForwardPass:
 
     def pack(self, x: Tensor) -> LosslessForm:
         """What is kept of a tensor that an operation saves: autograd calls it."""
-        if self.inside:  # a rule's own tensors: entered in the ledger where they were made
+        if self.inside:  # a rule's own tensors
             kept = exact(x)
+            self.accounting.saved_by_rule(kept)
             self.lossless.follow(kept)
             return kept
         free = self.held(x)
@@ -377,6 +383,13 @@ class ForwardPass:
         if is_a(x, Tensor) and strided(x):
             self.before_change(x)
             self.holdings.expose(self.holdings.storage(x))
+
+
+def _tell(result: Any, key: Key) -> None:
+    """Let the pass's key know when the backward pass comes to what a rule has drawn."""
+    node = getattr(result, "grad_fn", None)
+    if node is not None:
+        node.register_prehook(lambda _: key.used())
 
 
 def _name_node(result: Any, name: str) -> None:

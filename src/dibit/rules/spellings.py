@@ -79,9 +79,10 @@ def rule(
 
 def spellings(name: str) -> dict[Any, Adapter | None]:
     """The functions of torch by this name, each with what makes its own rule of the rule of this name."""
-    found: dict[Any, Adapter | None] = dict.fromkeys(torch_functions(name))
+    names = (name, *_ALIASES.get(name, ()))
+    found: dict[Any, Adapter | None] = dict.fromkeys(torch_functions(" ".join(names)))
     if name in OPERATIONS and OPERATIONS[name].in_place:
-        found |= dict.fromkeys(torch_functions(f"{name}_"), _in_place)
+        found |= dict.fromkeys(torch_functions(" ".join(f"{each}_" for each in names)), _in_place)
     return found | _MORE.get(name, {})
 
 
@@ -162,17 +163,31 @@ def _torch_binary_cross_entropy(rule: Rule) -> Rule:
     return spelled
 
 
-# By the name of a rule: functions of other names, and those whose arguments are others, with their adapters.
+# By the name of a rule: torch's other names for the function.
+_ALIASES = {"abs": ("absolute",), "div": ("divide", "true_divide"), "mul": ("multiply",)}
+
+# By the name of a rule: functions that are found by no name, and those whose arguments are others, with their adapters.
 _MORE: dict[str, dict[Any, Adapter | None]] = {
-    "matmul": {torch.mm: None, Tensor.mm: None, Tensor.__matmul__: None, Tensor.__rmatmul__: _swapped},
+    "matmul": {
+        torch.mm: None,
+        Tensor.mm: None,
+        torch.linalg.matmul: None,
+        Tensor.__matmul__: None,
+        Tensor.__rmatmul__: _swapped,
+    },
     "sparse_mm": {torch.sparse.mm: None},
-    "div": {torch.true_divide: None, Tensor.true_divide: None},
+    "sigmoid": {torch.special.expit: None},
+    "erf": {torch.special.erf: None},
     "pow": {Tensor.__pow__: None},
     "dropout": {torch.dropout: _torch_dropout, torch.dropout_: _torch_dropout_},
     "batch_norm": {torch.batch_norm: _torch_norm},
     "instance_norm": {torch.instance_norm: _torch_norm},
     "layer_norm": {torch.layer_norm: _torch_layer_norm},
     "norm_relu_dropout": {nn.norm_relu_dropout: None},
-    "log_softmax": {torch.log_softmax: _torch_log_softmax, Tensor.log_softmax: _torch_log_softmax},
+    "log_softmax": {
+        torch.log_softmax: _torch_log_softmax,
+        Tensor.log_softmax: _torch_log_softmax,
+        torch.special.log_softmax: None,
+    },
     "binary_cross_entropy_with_logits": {torch.binary_cross_entropy_with_logits: _torch_binary_cross_entropy},
 }

@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 from dibit.tools.errors import UserError, nearest, require, shown
 from dibit.tools.parser import Parser, value_of
 from dibit.train.presets import settings_file
-from dibit.train.settings import Settings, group_fields, groups
+from dibit.train.settings import RECIPES, Settings, group_fields, groups
 from dibit.train.yaml_file import read_flat
 
 _DESCRIPTION = """\
@@ -38,7 +38,10 @@ def build_parser() -> Parser:
         title, texts = _described(kind)
         group = parser.add_argument_group(title)
         for f in group_fields(kind):
-            parser.flag(f.name, hints[f.name], texts.get(f.name, ""), default=f.default, group=group)
+            text = texts.get(f.name, "")
+            if f.name == "recipe":
+                text = f"One of {', '.join(RECIPES)}. {text}"
+            parser.flag(f.name, hints[f.name], text, default=f.default, group=group)
     return parser
 
 

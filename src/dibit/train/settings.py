@@ -247,7 +247,7 @@ class CompressionSettings:
     """What is kept for the backward pass.
 
     Attributes:
-        recipe: 'default'; 'small', fewer bytes; 'exact' or 'iexact', the papers' settings; or 'none', plain training.
+        recipe: What is kept of activations (docs/operations.md), or 'none' for plain training.
         bits: Bits an element, one of 1, 2, 4, 8, instead of the recipe's own.
         block: Elements that share one range, or 'row' (each row has its own, as in EXACT), instead of the
             recipe's own.
