@@ -23,10 +23,10 @@ about 460 edges and 16 features, plain and compressed with the default recipe. T
 - **plain B / node**, **kept**: the bytes that autograd keeps for the backward pass, plain and compressed, divided by
   the number of nodes.
 - **plain B / edge**, **kept**: the same for tensors with more than two rows a node, divided by the number of edges.
-- **times less**: all plain bytes over all kept bytes; "all" where nothing is kept.
+- **times less**: all plain bytes divided by all kept bytes; "all" means that nothing is kept.
 - **exact floats**: operations that still keep floating-point tensors exactly (of 1 KiB and more), and how much.
 
-Tests check for each layer that the forward pass is bit-identical, that no more bytes are kept than plain, and that the
+Tests check for each layer that the forward pass is bit-identical, that Dibit keeps no more bytes than the plain model, and that the
 gradient of every parameter and input is unbiased (`tests/zoo`). Small tensors weigh more here than in a real model.
 
 `python -m benchmarks.layer_table` writes this page.
