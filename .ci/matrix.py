@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "versions.md"
 # The floor of pyproject.toml, the version that everything else here is run on, the newest, and a newer Python.
 CELLS = (("3.11", "2.6.0"), ("3.11", "2.13.0"), ("3.11", "2.14.1"), ("3.13", "2.13.0"))
-CORE = ("codec", "recompute", "engine", "rules", "hooks", "compile", "_torch", "zoo")
+CORE = ("codec", "recompute", "residuals", "engine", "rules", "edges", "hooks", "compile", "_torch", "zoo")
 FREE = ("torch", "triton", "nvidia", "numba", "llvmlite", "numpy", "scipy", "sympy")  # as torch and Python ask
 HEAD = """\
 # Versions
