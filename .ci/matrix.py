@@ -100,7 +100,7 @@ def _test(folder: Path, tests: list[str]) -> None:
         "pyg": subprocess.run(show, capture_output=True, text=True, check=True).stdout.strip(),
         "passed": counts.get("passed", 0),
         "skipped": counts.get("skipped", 0),
-        "failed": list(dict.fromkeys(re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.M))),
+        "failed": list(dict.fromkeys(re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", text, re.M))),
         "date": datetime.date.today().isoformat(),
     }
     (folder / "result.json").write_text(json.dumps(result))

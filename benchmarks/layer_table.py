@@ -26,8 +26,9 @@ about 460 edges and 16 features, plain and compressed with the default recipe. T
 - **times less**: all plain bytes divided by all kept bytes; "all" means that nothing is kept.
 - **exact floats**: operations that still keep floating-point tensors exactly (of 1 KiB and more), and how much.
 
-Tests check for each layer that the forward pass is bit-identical, that Dibit keeps no more bytes than the plain model, and that the
-gradient of every parameter and input is unbiased (`tests/zoo`). Small tensors weigh more here than in a real model.
+Tests check for each layer that the forward pass is bit-identical, that Dibit keeps no more bytes than the plain model,
+and that the gradient of every parameter and input is unbiased (`tests/zoo`). Small tensors weigh more here than in a
+real model.
 
 `python -m benchmarks.layer_table` writes this page.
 """
