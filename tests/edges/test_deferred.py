@@ -367,6 +367,31 @@ def test_nothing_of_a_gather_stays() -> None:
     y.sum().backward()
 
 
+@pytest.mark.parametrize(
+    ("gather", "deferred"),
+    {
+        "index_select": (lambda x: x.index_select(0, SOURCE), True),
+        "dim from the end": (lambda x: x.index_select(-2, SOURCE), True),
+        "brackets": (lambda x: x[SOURCE], True),
+        "gather": (lambda x: torch.gather(x, 0, SOURCE[:, None].expand(E, D)), True),
+        "negative": (lambda x: x[SOURCE - N], False),
+        "mask": (lambda x: x.repeat(9, 1)[: E + 1][torch.arange(E + 1) > 0], False),
+        "two": (lambda x: x[SOURCE, :], False),
+        "table": (lambda x: x[SOURCE.view(-1, 1)].squeeze(1), False),
+        "each its own": (lambda x: x.gather(0, SOURCE[:, None].expand(E, D).contiguous()), False),
+        "columns": (lambda x: x.gather(1, SOURCE[:N, None].remainder(D).expand(N, D)).repeat(9, 1)[:E], False),
+    }.values(),
+)
+def test_ways_to_gather(gather: Callable[[Tensor], Tensor], deferred: bool) -> None:
+    model, seen = Model(total, gather), []
+    y, grad = outcome(model)
+    model.gather = lambda x: seen.append(type(found := gather(x))) or found  # type: ignore[func-returns-value]
+    own_y, own_grad = outcome(dibit.compress(model, EXACT))
+    assert seen == [Deferred if deferred else Tensor]
+    assert torch.equal(own_y, y)
+    assert torch.allclose(own_grad, grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max()))
+
+
 @nothing_compressed
 def test_small_gathers_are_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functions, "LEAST", E * D + 1)

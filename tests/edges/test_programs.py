@@ -48,14 +48,21 @@ def scripted(x: Tensor) -> Tensor:
     return x * 0.5
 
 
+GATHERS: list[Callable[[Tensor, Tensor], Tensor]] = [
+    lambda x, index: x.index_select(0, index),
+    lambda x, index: x[index],
+    lambda x, index: torch.gather(x, 0, index[:, None, None].expand(E, H, C)),
+]
+
+
 def drawn(seed: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """A program of node features (N, H, C), a factor an edge and weights (1, H, C); it gives (N, ...)."""
-    number = random.Random(seed)
+    number, gather = random.Random(seed), GATHERS[seed % len(GATHERS)]
     steps = [number.randrange(1 << 30) for _ in range(number.randint(1, 5))]
     end = number.randrange(1 << 30)
 
     def run(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
-        ends = [x.index_select(0, SOURCE), x.index_select(0, TARGET)]
+        ends = [gather(x, SOURCE), gather(x, TARGET)]
         values = list(ends)
         for step in steps:
             pick = random.Random(step)

@@ -40,6 +40,7 @@ from dibit.rules.common import is_plain_float
 LEAST = 1 << 16  # elements of a gather: a smaller one is made at once
 _WIDE = 8  # elements a row below which the index weighs as much as the row
 _GATHERS = torch_functions("index_select")
+_GATHERS_EACH = torch_functions("gather")
 _SUMS = torch_functions("add __add__ __radd__")
 _TOTALS = torch_functions("sum")
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -66,10 +67,11 @@ class Edges:
         forward.before_writes.append(self._written)
 
     def gather(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """x.index_select(0, index) as a deferred tensor; `NotImplemented` for any other call."""
-        if func not in _GATHERS or kwargs or len(args) != 3 or not DEFERS:
+        """x.index_select(0, index), or x[index], as a deferred tensor; `NotImplemented` for any other call."""
+        call = _gather(func, args) if DEFERS and not kwargs else None
+        if call is None:
             return NotImplemented
-        x, dim, index = args
+        x, dim, index = call
         if type(index) is not Tensor or index.dtype != torch.int64 or index.dim() != 1 or not is_plain_float(x):
             return NotImplemented
         if x.dim() < 2 or dim not in (0, -x.dim()) or x.dtype != torch.float32 or x.device.type != "cpu":
@@ -260,6 +262,19 @@ class Edges:
         found = reference()
         if found is not None:
             materialized(found)
+
+
+def _gather(func: Any, args: Any) -> tuple[Any, Any, Any] | None:
+    """The arguments of `index_select` that give the same; `None` if this is no gather of whole rows."""
+    if func in _GATHERS and len(args) == 3:
+        return args  # type: ignore[no-any-return]
+    if func is Tensor.__getitem__ and type(args[0]) in _PLAIN and type(args[1]) is Tensor:
+        return args[0], 0, args[1]
+    if func in _GATHERS_EACH and len(args) == 3 and type(args[0]) in _PLAIN and type(args[2]) is Tensor:
+        x, dim, index = args
+        if x.dim() == index.dim() > 1 and x.shape[1:] == index.shape[1:]:
+            return x, dim, one_column(index, index)
+    return None
 
 
 def _rule(
