@@ -118,6 +118,9 @@ class Config:
         noise: a bound on the squared error of the gradient over its square. The ratios of `Sample` above are then the
             most that is left out: after the first steps, more rows are kept where the error that was measured asks for
             it (`dibit.engine.noise.row_plan`). `None`: the ratios hold whatever the error is.
+        lossless: nothing is rounded or left out, and the gradient is the plain one up to the order of summation. What
+            is saved comes from masks of 1 bit, narrow indices, and tensors that are computed again. Of the settings
+            above, `dropout` alone then has a meaning.
     """
 
     bits: int = 2
@@ -130,6 +133,7 @@ class Config:
     dropout: Literal["seed", "mask"] = "seed"
     inputs: Literal["reference", "compress"] = "reference"
     noise: float | None = None
+    lossless: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:

@@ -150,6 +150,7 @@ FAILS_PLAINLY = {
     ("F.layer_norm bias alone", "autocast bf16"),
     ("F.layer_norm bias alone", "autocast fp16"),
     ("F.cross_entropy weighted", "model bf16"),
+    *([("F.mse_loss", "model bf16")] if torch.__version__ < "2.7" else []),
 }
 
 
@@ -159,7 +160,7 @@ def test_every_operation(name: str, way: str) -> None:
     """Outputs bit for bit, plain bytes, dtypes and values of gradients; unary operations see half precision."""
     make = OPERATIONS[name]
     if (name, way) in FAILS_PLAINLY:
-        with pytest.raises(RuntimeError, match="expected scalar type"):
+        with pytest.raises(RuntimeError, match="expected scalar type|expected BFloat16"):
             run(make, way, None)
         return
     plain, before, truth = run(make, way, None)

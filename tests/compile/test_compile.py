@@ -166,7 +166,7 @@ class One(nn.Module):
     def __init__(self, name: str, function: Any) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.function, self.call = function, CALLS.get(name, lambda f, h, net: f(h))
+        self.parts = function, CALLS.get(name, lambda f, h, net: f(h))  # torch 2.6 takes functions for methods
         self.first, self.last = nn.Linear(16, D, bias=False), nn.Linear(D, 4)
         self.weight, self.bias = nn.Parameter(torch.randn(D, D) / 8), nn.Parameter(torch.rand(D))
         self.slopes, self.gain = nn.Parameter(torch.rand(D)), nn.Parameter(torch.rand(D))
@@ -174,7 +174,7 @@ class One(nn.Module):
         self.register_buffer("var", torch.ones(D))
 
     def forward(self, x: Tensor) -> Tensor:
-        function, call = self.function, self.call  # the Dynamo of torch 2.6 takes them for methods otherwise
+        function, call = self.parts
         return self.last(call(function, self.first(x) * 2, self) * 1)
 
 

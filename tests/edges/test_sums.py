@@ -202,6 +202,20 @@ def test_where_weights_are_constant_the_gradient_is_exact(name: str, order: str)
     assert torch.allclose(found[1], found[0], rtol=1e-4, atol=1e-5 * float(found[0].abs().max()))
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", [*CONVS, *ATTENTION, *OTHERS])
+def test_lossless_is_the_plain_gradient(name: str, order: str) -> None:
+    model, x, edge_index = Net((CONVS | ATTENTION | OTHERS)[name]()), torch.randn(N, D), graph(order)
+    own = dibit.compress(copy.deepcopy(model), "lossless")
+    readout = torch.randn_like(model(x, edge_index))
+    for each in (model, own):
+        (each(x, edge_index) * readout).sum().backward()
+    truth, found = (
+        torch.cat([p.grad.flatten() for p in each.parameters() if p.grad is not None]) for each in (model, own)
+    )
+    assert (found - truth).norm() <= 1e-5 * truth.norm()
+
+
 @pytest.mark.statistics
 @pytest.mark.parametrize("name", [*ATTENTION, "SAGE", "GCN"])
 def test_gradient_is_unbiased(name: str) -> None:

@@ -108,7 +108,7 @@ OPERATIONS: list[tuple[list[Any], Callable[[Any, Tensor, Net], Any]]] = [
     ([F.prelu, torch.prelu, Tensor.prelu], lambda f, x, net: f(x, net.slope)),
     *[
         (names(op, torch, Tensor), call)
-        for op in ("add", "mul", "div", "true_divide")
+        for op in ("add", "mul", "multiply", "div", "divide", "true_divide")
         for call in (
             lambda f, x, net: f(x, net.other),
             lambda f, x, net: f(x, x.abs() + 1),
@@ -124,7 +124,7 @@ OPERATIONS: list[tuple[list[Any], Callable[[Any, Tensor, Net], Any]]] = [
     ([*names("matmul", torch, Tensor), Tensor.__matmul__], lambda f, x, net: f(x, net.weight.T)),
     ([*names("matmul", torch, Tensor), Tensor.__matmul__], lambda f, x, net: f(x, x.mT.sigmoid())),
     ([Tensor.__rmatmul__], lambda f, x, net: f(net.weight.T, x)),
-    (names("mm", torch, Tensor), lambda f, x, net: f(x, net.weight.T)),
+    ([*names("mm", torch, Tensor), torch.linalg.matmul], lambda f, x, net: f(x, net.weight.T)),
     (names("addmm", torch, Tensor), lambda f, x, net: f(net.bias, x, net.weight.T)),
     (names("bmm", torch, Tensor), lambda f, x, net: f(x, x.mT.sigmoid())),
     ([torch.sparse.mm], lambda f, x, net: f(_sparse(len(x)), x)),
@@ -138,7 +138,7 @@ OPERATIONS: list[tuple[list[Any], Callable[[Any, Tensor, Net], Any]]] = [
     ([F.layer_norm, torch.layer_norm], lambda f, x, net: f(x, x.shape[-1:], net.gain, net.gain)),
     ([F.layer_norm], lambda f, x, net: f(x, x.shape[-2:])),
     ([norm_relu_dropout], lambda f, x, net: f(x, None, None, None, None, 0.0, True, 0.1, 1e-5)),
-    ([F.log_softmax, torch.log_softmax, Tensor.log_softmax], lambda f, x, net: f(x, -1)),
+    ([F.log_softmax, torch.log_softmax, Tensor.log_softmax, torch.special.log_softmax], lambda f, x, net: f(x, -1)),
     ([F.log_softmax], lambda f, x, net: f(x, 0) * 2),
     ([F.cross_entropy, F.nll_loss], lambda f, x, net: f(x, _index(x), reduction="none")),
     ([F.mse_loss], lambda f, x, net: f(x, net.other, reduction="none")),

@@ -141,7 +141,7 @@ def aliases(operation: str, *more: object, binary: bool = False) -> dict[str, Ca
             return functional(lambda x: function(x, x.flip(0).sigmoid() + 0.5))
         return functional(lambda x: function(x.sigmoid() + 0.5, *more))
 
-    owners = {"torch": torch, "Tensor": Tensor, "F": F}
+    owners = {"torch": torch, "Tensor": Tensor, "F": F, "special": torch.special}
     found = {
         f"{owner}.{name}": make(getattr(owners[owner], name))
         for owner in owners
@@ -156,9 +156,16 @@ LOSSY |= {
     **aliases("mul", binary=True),
     **aliases("div", binary=True),
     **aliases("true_divide", binary=True),
+    **aliases("multiply", binary=True),
+    **aliases("divide", binary=True),
+    "torch.linalg.matmul": with_weight(torch.linalg.matmul),
+    "torch.special.log_softmax": functional(lambda x: torch.special.log_softmax(x, 1)),
     **{
         name: case
-        for operation in ("exp", "sqrt", "rsqrt", "reciprocal", "log", "square", "abs", "sin", "cos", "erf", "softsign")
+        for operation in (
+            *("exp", "sqrt", "rsqrt", "reciprocal", "log", "square", "abs", "absolute", "sin", "cos", "erf", "expit"),
+            "softsign",
+        )
         for name, case in aliases(operation).items()
     },
     **aliases("pow", 1.7),

@@ -15,7 +15,7 @@ WRAPS = ("checkpoint", "reentrant", "no_grad", "inference", "autocast")
 ERRORS = ("ValueError", "KeyboardInterrupt", "SystemExit", "GeneratorExit")
 # What only the compressed run does around the program: `tests.twin.run`.
 AROUND = ("", "", "", "", "track", "batch", "held", "averaged", "copied", "by name", "again")
-RECIPES = ("default", "default", "default", "small", "exact", "iexact", "8 bits", "rows", "seed")
+RECIPES = ("default", "default", "default", "small", "exact", "iexact", "lossless", "8 bits", "rows", "seed")
 
 
 def _of(table: dict) -> st.SearchStrategy[str]:  # type: ignore[type-arg]

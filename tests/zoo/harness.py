@@ -87,6 +87,8 @@ def biases(
     least = ROUNDING * sum(g.double().square().sum().item() for g in truth.values())
     found = {}
     for name in truth:
+        if not truth[name].isfinite().all():
+            continue  # nothing to compare with: PPFConv's input on torch 2.6
         bias = bias_of(lambda i, name=name: samples[i][name], truth[name], len(samples))
         miss = (torch.stack([sample[name].double() for sample in samples]).mean(0) - truth[name]).square().sum()
         found[name] = replace(bias, exact=True, z=0.0) if miss <= least else bias

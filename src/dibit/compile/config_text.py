@@ -34,8 +34,8 @@ class Setting(NamedTuple):
 
 
 def setting_of(config: Config | None) -> Setting | None:
-    """`None` stays `None`: everything exact."""
-    if config is None:
+    """`None`: everything exact, as compiled code is where nothing may be rounded."""
+    if config is None or config.lossless:
         return None
     text = text_of(config)
     reduce = settings(text, NORM).reduce

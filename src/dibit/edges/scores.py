@@ -142,7 +142,7 @@ def additive_scores(
 def _end(forward: ForwardPass, x: Tensor, by: Tensor) -> Any:
     """What is kept of one end, which enters what comes before the other."""
     config = running_config(forward)
-    if forward.held(x) or forward.cheaper_exact(x, without_reduction(config)):
+    if config.lossless or forward.held(x) or forward.cheaper_exact(x, without_reduction(config)):
         return forward.exact(x)
     wide = positive.codec(forward, x, by, both=True)
     return forward.keep(x, leaf=False, config=wide or replace(at_least_4_bits(config), block="row"))

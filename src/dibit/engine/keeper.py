@@ -63,6 +63,8 @@ class Keeper:
         own = self.stack.config
         assert own is not None
         config = config or own
+        if own.lossless:
+            return self._lossless(x)
         origin = self.holdings.origin(x)
         if own.inputs == "reference":
             if self.holdings.held(origin) and self._by_reference(x, origin, copied):
@@ -114,6 +116,8 @@ class Keeper:
 
     def gathered(self, x: Tensor, config: Config) -> Residual:
         """See `ForwardPass.gathered`."""
+        if self.stack.config is not None and self.stack.config.lossless:
+            return self._lossless(x)
         origin, tape = self.holdings.origin(x), self.lossless.tape
         found = tape.gathered(origin)
         beside = None if found is None else self.lossless.secured(found[1])
@@ -133,6 +137,11 @@ class Keeper:
     def clear(self) -> None:
         """The pass has ended."""
         self._leaves.clear()
+
+    def _lossless(self, x: Tensor) -> Residual:
+        """Exact, of what it was summed up from where that is known."""
+        known = None if self.holdings.held(origin := self.holdings.origin(x)) else self.sources.residual(origin)
+        return self.exact(x) if known is None else self._noted(known)
 
     # -- references -------------------------------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ from dibit.engine.model_state import Rule
 from dibit.hooks import inner_gradients
 from dibit.hooks.dropout_masks import DROPOUTS, Calls, hooks_free, run_away
 from dibit.recompute.repeatable import PURE, torch_functions
+from dibit.rules import EXACT
 
 _EXPOSES = torch_functions("numpy data_ptr __array__ __dlpack__ untyped_storage storage share_memory_")
 _FROM_OUTSIDE = torch_functions("as_tensor asarray from_numpy frombuffer from_dlpack")  # may share memory
@@ -183,6 +184,8 @@ class Intercept(TorchFunctionMode):
                     return result
             return func(*args, **kwargs)
         tape, rule = forward_pass.tape, self.rules.get(func)
+        if forward_pass.config.lossless and func not in EXACT and func not in forward_pass.state.rules:
+            rule = None
         # Under no_grad others may write to what is made, out of sight: a Function's own forward pass runs there.
         call = tape.before(func, args, kwargs) if func in PURE and torch.is_grad_enabled() else None
         tell_of_writes(forward_pass, func, args, kwargs)

@@ -16,6 +16,7 @@ from dibit.rules import activation, add, aggregate, dropout, linear, loss, norm,
 from dibit.rules.spellings import OPERATIONS, spellings, table
 
 __all__ = [
+    "EXACT",
     "KINDS",
     "RULES",
     "activation",
@@ -31,6 +32,8 @@ __all__ = [
 ]
 
 RULES: Mapping[Any, Rule] = table({name: operation.rule for name, operation in OPERATIONS.items()})
+# The functions whose rules run under `Config(lossless=True)`.
+EXACT = frozenset(function for name, operation in OPERATIONS.items() if operation.exact for function in spellings(name))
 # What the ledger's rows hold, by the name that they have there; see `dibit.rules.spellings.Operation.kind`.
 KINDS: Mapping[str, str] = {
     function_name(function): operation.kind for name, operation in OPERATIONS.items() for function in spellings(name)

@@ -43,7 +43,7 @@ from dibit.rules.spellings import rule
 aten = torch.ops.aten
 
 
-@rule(kind="ReLU", in_place=True, runs_again=True, saves_result=True)
+@rule(kind="ReLU", in_place=True, runs_again=True, saves_result=True, exact=True)
 def relu(forward: ForwardPass, input: Tensor, inplace: bool = False) -> Any:
     if not is_plain_float(input) or not input.requires_grad:
         return NotImplemented
@@ -57,7 +57,7 @@ def relu(forward: ForwardPass, input: Tensor, inplace: bool = False) -> Any:
     return _masked(forward, input, bits, 0.0, lambda _: result, False)
 
 
-@rule(in_place=True, runs_again=True)
+@rule(in_place=True, runs_again=True, exact=True)
 def leaky_relu(forward: ForwardPass, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
     if not is_plain_float(input) or not input.requires_grad or negative_slope < 0:
         return NotImplemented

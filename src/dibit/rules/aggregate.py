@@ -151,7 +151,7 @@ class ScatterExtreme(torch.autograd.Function):
         return won * (dy / winners).gather(ctx.dim, index), None, None, None, None, None
 
 
-@rule(kind="linear inputs")  # for a mean plain torch keeps the input, which is the linear layer's, too
+@rule(kind="linear inputs", exact=True)  # for a mean plain torch keeps the input, which is the linear layer's, too
 def sparse_mm(forward: ForwardPass, mat1: Tensor, mat2: Tensor, reduce: str | None = None) -> Any:
     if type(mat1) is not Tensor or mat1.layout == torch.strided or mat1.requires_grad:
         return NotImplemented
@@ -184,21 +184,21 @@ def aggregate_features(forward: ForwardPass, matrix: Tensor, x: Tensor, reduce: 
     return y
 
 
-@rule(kind="linear inputs")
+@rule(kind="linear inputs", exact=True)
 def matmul(forward: ForwardPass, input: Tensor, other: Tensor, *, out: Any = None) -> Any:
     if out is None and isinstance(input, Tensor) and input.layout != torch.strided:
         return sparse_mm(forward, input, other)
     return dense_matmul(forward, input, other, out=out)
 
 
-@rule(kind="linear inputs")
+@rule(kind="linear inputs", exact=True)
 def addmm(forward: ForwardPass, input: Tensor, mat1: Tensor, mat2: Tensor, **kwargs: Any) -> Any:
     if isinstance(mat1, Tensor) and mat1.layout != torch.strided:
         return NotImplemented
     return dense_addmm(forward, input, mat1, mat2, **kwargs)
 
 
-@rule()
+@rule(exact=True)
 def scatter_reduce_(
     forward: ForwardPass, input: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True
 ) -> Any:

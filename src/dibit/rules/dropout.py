@@ -104,7 +104,7 @@ def seeded(x: Tensor, p: float, inplace: bool = False) -> Any:
     return ExactDropout.apply(x, dropout_seed(x.device), float(p), inplace) if drops(x, p) else NotImplemented
 
 
-@rule(kind="dropout")
+@rule(kind="dropout", exact=True)
 def dropout(forward: ForwardPass, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     config = forward.config
     if config is None or not training or not drops(input, p):

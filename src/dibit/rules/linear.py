@@ -193,7 +193,7 @@ def _meter(forward: ForwardPass, kept: Any) -> Meter | None:
     return forward.meter(getattr(kept, "key", "") or forward.place("input"))
 
 
-@rule(kind="linear inputs", autocast=low_precision)
+@rule(kind="linear inputs", autocast=low_precision, exact=True)
 def linear(forward: ForwardPass, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if not (is_plain_float(input, weight) and weight.dim() == 2 and weight.requires_grad):
         return NotImplemented  # a frozen weight keeps no input, in plain torch too

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dibit._torch.autocast import at_least_single
@@ -17,6 +18,7 @@ from dibit.codec.seed_stream import dropout_seed
 from dibit.engine.forward_pass import ForwardPass
 from dibit.residuals.base import load, save
 from dibit.residuals.masks import Mask, SeededMask
+from dibit.rules.activation import relu
 from dibit.rules.common import first_order, is_plain_float
 from dibit.rules.dropout import dropout
 from dibit.rules.norm import batch_norm_gradient, keep_normalised
@@ -56,7 +58,7 @@ class NormReLUDropout(torch.autograd.Function):
         ctx.measured = ctx.meter.key if ctx.meter else ""
         ctx.shared, ctx.p = outer is inner, p
         ctx.dtypes = x.dtype, None if weight is None else weight.dtype
-        save(ctx, None if ctx.shared else outer, inner, inverse, weight, mask, seed)
+        save(ctx, None if ctx.shared else outer, inner, inverse, weight, mask, seed if p else None)
         forward.normed(y, inner, weight, bias, (mask, SeededMask(seed, p)) if p else (mask,))
         return y
 
@@ -64,6 +66,7 @@ class NormReLUDropout(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         outer, inner, inverse, weight, mask, seed = load(ctx)
+        seed = seed_tensor(0, dy.device) if seed is None else seed
         g = ops.relu_dropout_gradient(dy.contiguous(), mask.bits, seed, ctx.p).to(inverse.dtype)
         dx, dw, db = batch_norm_gradient(g, None if ctx.shared else outer, inner, inverse, weight, ctx.meter)
         needs = ctx.needs_input_grad
@@ -90,7 +93,7 @@ def _statistics(x: Tensor, running: tuple[Any, Any], momentum: float, eps: float
     return mean, torch.rsqrt(var + eps)
 
 
-@rule(kind="norm inputs")
+@rule(kind="norm inputs", exact=True)
 def norm_relu_dropout(
     forward: ForwardPass,
     input: Tensor,
@@ -110,6 +113,8 @@ def norm_relu_dropout(
         return NotImplemented
     if not training or not 0 <= p < 1 or not any(t.requires_grad for t in (input, *given)):
         return NotImplemented
+    if config.lossless:
+        return _one_by_one(forward, input, running_mean, running_var, weight, bias, p, momentum, eps)
     forward.plain(input)
     own = p if config.dropout == "seed" else 0.0
     running = running_mean, running_var
@@ -118,3 +123,22 @@ def norm_relu_dropout(
         return y
     masked = dropout(forward, y, p, training)  # torch's own draw
     return y if masked is NotImplemented else masked
+
+
+def _one_by_one(
+    forward: ForwardPass,
+    input: Tensor,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any,
+    bias: Any,
+    p: float,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Torch's own BatchNorm, and masks of 1 bit."""
+    normed = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
+    forward.plain(input, 2 * input.shape[1] * input.element_size())
+    y = relu(forward, normed)
+    masked = dropout(forward, y, p, True)
+    return y if masked is NotImplemented else masked  # type: ignore[no-any-return]

@@ -92,6 +92,8 @@ def _operands(a: Any, b: Any) -> bool:
 def _factors(forward: ForwardPass, a: Tensor, b: Tensor, count: int) -> tuple[Any, Any] | None:
     """What is kept of both factors of a product of `count` elements (0: no broadcasting); `None`: nothing is lossy."""
     config = running_config(forward)
+    if config.lossless:
+        return None
     pairs = (a, b), (b, a)
     needed = [x for x, by in pairs if by.requires_grad]
     if all(_exact(forward, x, count, without_reduction(config)) for x in needed):
@@ -117,7 +119,7 @@ def _exact(forward: ForwardPass, x: Tensor, count: int, config: Config, gathers:
 def factor(forward: ForwardPass, x: Tensor, by: Tensor, count: int) -> Any:
     """What is kept of a factor x, which enters what comes before `by`; `count` as in `_factors`."""
     config = running_config(forward)
-    if _exact(forward, x, count, without_reduction(config)):
+    if config.lossless or _exact(forward, x, count, without_reduction(config)):
         return forward.exact(x)
     if by.is_leaf:  # a parameter: x enters its gradient and no other, as a linear layer's input does
         many = isinstance(config.reduce, Sample) and x.dim() > 1 and by.numel() * _BROADCAST <= x.numel()

@@ -30,12 +30,14 @@ class Operation:
         rule: takes the pass and the function's arguments.
         kind: of what it keeps, in reports of memory: "linear inputs", "norm inputs", "ReLU", "dropout" or "other".
         in_place: the rule has an argument `inplace`, and so serves `torch.relu_`, too.
+        exact: the rule runs under `Config(lossless=True)`.
     """
 
     name: str
     rule: Rule
     kind: str
     in_place: bool
+    exact: bool
 
 
 OPERATIONS: dict[str, Operation] = {}
@@ -49,6 +51,7 @@ def rule(
     autocast: Callable[[Rule], Rule] | None = None,
     runs_again: bool = False,
     saves_result: bool = False,
+    exact: bool = False,
 ) -> Callable[[Rule], Rule]:
     """Register the rule of a function, and say what others must know of the function.
 
@@ -62,11 +65,13 @@ def rule(
         runs_again: the function is cheap and gives the same bits when it is run again, so that results need not be
             kept that can be computed from something smaller.
         saves_result: plain torch keeps the result, not the input.
+        exact: what the rule keeps is exact if `ForwardPass.keep` gives exact residuals, and no more than plain torch
+            keeps.
     """
 
     def register(function: Rule) -> Rule:
         made = function if autocast is None else autocast(function)
-        operation = Operation(name or function.__name__, made, kind, in_place)
+        operation = Operation(name or function.__name__, made, kind, in_place, exact)
         OPERATIONS[operation.name] = operation
         if runs_again:
             found = spellings(operation.name)

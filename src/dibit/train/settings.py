@@ -285,11 +285,12 @@ class CompressionSettings:
                     f"--noise {self.noise} has no meaning with --recipe {self.recipe}, which has no rows that a bound "
                     f"could add; take --recipe {others}, or leave it out."
                 )
+        rounds = self.recipe in recipes.RECIPES and not recipes.RECIPES[self.recipe].lossless
         for name in ("bits", "block", "levels", "noise"):
-            if self.recipe == "none" and getattr(self, name) is not None:
+            if not rounds and getattr(self, name) is not None:
                 raise UserError(
-                    f"--{name} {getattr(self, name)} has no meaning with --recipe none, which keeps "
-                    "everything as it is; leave one of the two out."
+                    f"--{name} {getattr(self, name)} has no meaning with --recipe {self.recipe}, which rounds nothing; "
+                    "leave one of the two out."
                 )
 
 
