@@ -45,7 +45,8 @@ def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 def test_version_and_help() -> None:
     version, usage = _run("--version"), _run("train", "--help")
     assert (version.returncode, usage.returncode) == (0, 0)
-    assert version.stdout.startswith("dibit 0.")
+    assert version.stdout == f"dibit {dibit.__version__}\n"
+    assert f"\nversion: {dibit.__version__}\n" in (Path(__file__).parents[1] / "CITATION.cff").read_text()
     assert "--weight-decay" in usage.stdout
 
 

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import version
 
 from dibit.tools.errors import Interrupted, TrainingError, UserError, nearest, printable, shown
 from dibit.tools.files import reason
@@ -77,7 +76,9 @@ def _dispatch(words: list[str]) -> int:
         print(usage("dibit", "[--help] [--version] COMMAND", _DESCRIPTION, about))
         return 0 if words else 2
     if command in ("-V", "--version"):
-        print(f"dibit {version('dibit')}")
+        from dibit import __version__
+
+        print(f"dibit {__version__}")
         return 0
     if command not in COMMANDS:
         hint = nearest(command, (*COMMANDS, "--help", "--version"))

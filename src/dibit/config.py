@@ -168,7 +168,7 @@ class Config:
                 return int(self.block)
 
     def resolve(self, rows: int) -> Config:
-        """For a matrix of so many rows: how many of them are kept is decided, and all of anything is no reduction."""
+        """The config for a matrix of so many rows, with the ratio that is then taken; a ratio of 1 is no reduction."""
         reduce = self.reduce.resolve(rows) if isinstance(self.reduce, Sample) else self.reduce
         if reduce is not None and reduce.ratio == 1:
             reduce = None

@@ -128,7 +128,7 @@ def test_a_dense_model_is_one_graph_with_the_plain_forward_and_keeps_codes_alone
     own = kept(y, *held(model, x))
     dense = [t for t in own.values() if t.is_floating_point() and t.numel() >= N * 8]
     assert not dense, [t.shape for t in dense]
-    assert nbytes(own) < (0.09 if recipe == "default" else 0.17) * nbytes(kept(expected, *held(plain, x)))
+    assert nbytes(own) < (0.1 if recipe == "default" else 0.17) * nbytes(kept(expected, *held(plain, x)))
     y.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     for mine, theirs in zip(model.buffers(), plain.buffers(), strict=True):  # running statistics

@@ -144,7 +144,7 @@ def test_a_model_that_takes_another_way_is_told(way: int) -> None:
     net = dibit.compress(Net(), Config(reduce=Sample(2)))
     kept_rows(net, x, a, rows)
     net.way = way
-    with pytest.raises(RuntimeError, match="is not that of the pass before"):
+    with pytest.raises(RuntimeError, match="differ from those of the pass before"):
         kept_rows(net, x, a, rows)
     kept_rows(dibit.compress(net, Config(reduce=Sample(2))), x, a, rows)  # from the start on it is its way
     found = kept_rows(net, x, a, rows)
@@ -199,7 +199,7 @@ def test_a_part_of_the_model_is_not_its_output() -> None:
 
 
 def test_another_matrix_on_the_same_row_pointers() -> None:
-    """The pattern is told by both its tensors."""
+    """Both of its tensors identify the pattern."""
     x, a, rows = inputs()
 
     class Two(Net):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 import dibit
 from dibit.engine.forward_pass import ForwardPass
 from tests.marks import nothing_compressed
+from tests.unbiased import bias_of
 
 N, D = 50, 16
 
@@ -39,7 +42,7 @@ def noisy(forward: ForwardPass, x: Tensor) -> Any:
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(D))
+        self.weight = nn.Parameter(torch.linspace(-1, 1, D))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.asinh(x + self.weight)
@@ -68,3 +71,15 @@ def test_what_a_rule_draws_repeats_under_a_seed() -> None:
     first = gradient(model, x, 0)
     assert torch.equal(gradient(model, x, 0), first)
     assert not torch.equal(gradient(model, x, 1), first)
+
+
+def test_the_rule_of_the_documentation() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text()
+    found: dict[str, Any] = {}
+    exec(re.search(r"```python\n(.*?)```", page, re.S)[1], found)  # type: ignore[index]
+    x = torch.randn(N, D)
+    truth = gradient(Net(), x, 0)
+    model = dibit.compress(Net(), rules={torch.asinh: found["asinh"]})
+    bias = bias_of(lambda i: gradient(model, x, i), truth, 64)
+    assert bias.unbiased, bias
+    assert not bias.exact

@@ -133,13 +133,15 @@ LOSSY = {
 }
 
 
-def aliases(operation: str, *more: object, binary: bool = False) -> dict[str, Callable[[], Net]]:
-    """An operation by each of its names, on something positive that autograd does not keep anyway."""
+def aliases(
+    operation: str, *more: object, binary: bool = False, positive: bool = False
+) -> dict[str, Callable[[], Net]]:
+    """An operation by each of its names, on something, of both signs or positive, that autograd does not keep."""
 
     def make(function: Callable[..., Tensor]) -> Callable[[], Net]:
         if binary:
             return functional(lambda x: function(x, x.flip(0).sigmoid() + 0.5))
-        return functional(lambda x: function(x.sigmoid() + 0.5, *more))
+        return functional(lambda x: function(x.sigmoid() + 0.5 if positive else x * 1.5, *more))
 
     owners = {"torch": torch, "Tensor": Tensor, "F": F, "special": torch.special}
     found = {
@@ -162,13 +164,15 @@ LOSSY |= {
     "torch.special.log_softmax": functional(lambda x: torch.special.log_softmax(x, 1)),
     **{
         name: case
-        for operation in (
-            *("exp", "sqrt", "rsqrt", "reciprocal", "log", "square", "abs", "absolute", "sin", "cos", "erf", "expit"),
-            "softsign",
-        )
+        for operation in ("exp", "square", "abs", "absolute", "sin", "cos", "erf", "expit", "softsign")
         for name, case in aliases(operation).items()
     },
-    **aliases("pow", 1.7),
+    **{
+        name: case
+        for operation in ("sqrt", "rsqrt", "reciprocal", "log")
+        for name, case in aliases(operation, positive=True).items()
+    },
+    **aliases("pow", 1.7, positive=True),
     **aliases("__pow__", 3),
     **aliases("softplus", 2.0),
     "square of one tensor": functional(lambda x: x * x),

@@ -18,7 +18,7 @@ from dibit.nn import norm_relu_dropout
 from dibit.recompute.repeatable import AUTOCAST, IN_PLACE, PURE, SAVES_RESULT
 from dibit.rules import KINDS, RULES
 from dibit.rules.elementwise import elementwise
-from dibit.rules.spellings import OPERATIONS, spellings
+from dibit.rules.spellings import OPERATIONS, rule, spellings
 
 
 def test_a_function_has_one_rule() -> None:
@@ -79,10 +79,21 @@ def test_a_rule_can_be_pickled(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("former", "name"),
-    [("fused", "norm_relu_dropout"), ("large", "large_outputs"), *((name, name) for name in ("activation", "norm"))],
+    [
+        ("fused", "norm_relu_dropout"),
+        ("large", "large_outputs"),
+        *((name, name) for name in ("activation", "norm", "positive", "product", "relative", "returned")),
+    ],
 )
 def test_the_former_names_of_modules_can_be_imported(former: str, name: str) -> None:
     assert importlib.import_module(f"dibit.functions.{former}") is importlib.import_module(f"{rules.__name__}.{name}")
+
+
+def test_a_rule_for_no_function_of_torch_is_a_sentence() -> None:
+    with pytest.raises(ValueError, match="a rule was registered for 'tripled', but torch has no function of this name"):
+
+        @rule()
+        def tripled(forward: Any, input: Tensor) -> Any: ...
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def measure(elements: int, block: int, rounds: int, note: Callable[[str], None])
         elements: float32 elements of the tensor.
         block: elements that share one range.
         rounds: counted rounds.
-        note: is told how far the measurement is.
+        note: called with a line that says how far the measurement is.
 
     Returns:
         {"elements", "block", "rounds", "copy": GB/s, "rows"}: kernel, bytes, seconds, GB/s, and the share of the copy.

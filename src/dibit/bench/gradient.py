@@ -86,7 +86,7 @@ def measure(
         epochs: steps taken before each measurement, 0 first.
         draws: of the codec, at each.
         settings: names of `CONFIGS`.
-        note: is told how far the measurement is.
+        note: called with a line that says how far the measurement is.
 
     Returns:
         {"model", "epochs", "draws", "graphs"}: by graph rows of setting, bytes a node (all that the step keeps, by

@@ -218,7 +218,7 @@ def measure(
         epochs: steps taken before each measurement.
         draws: of the codec.
         settings: recipes.
-        note: is told how far the measurement is.
+        note: called with a line that says how far the measurement is.
         done: is given each row once it is measured.
         skip: rows of an earlier run, which are taken as they are.
 

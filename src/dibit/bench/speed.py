@@ -20,7 +20,7 @@ def measure(workload: Workload, settings: Sequence[str], rounds: int, note: Call
         workload: what is trained.
         settings: "plain" among them, or the ratios are to the first.
         rounds: counted rounds.
-        note: is told how far the measurement is.
+        note: called with a line that says how far the measurement is.
 
     Returns:
         {"workload", "rounds", "rows"}, a row a setting: median seconds of the step, its forward and its backward half

@@ -43,7 +43,7 @@ class Affine:
 
     def finite(self, x: Tensor) -> Tensor:
         """float32 0-d: 0 where the function's value for x is finite, else NaN; the value itself is not computed."""
-        own = ops.finite(self.shift) + ops.finite(self.scale)
+        own: Tensor = ops.finite(self.shift) + ops.finite(self.scale)
         return own if self.from_statistics else own + ops.finite(x)
 
 
@@ -129,9 +129,10 @@ def _quantize(
     block = config.block_size(rows, x.shape[1])
     rounding = reference.NEAREST if config.rounding == "nearest" else reference.STOCHASTIC
     shift, scale = (None, None) if affine is None else (affine.shift, affine.scale)
-    return ops.quantize_rows(
+    found: tuple[Tensor, Tensor, Tensor] = ops.quantize_rows(
         x.contiguous(), index, shift, scale, seed, config.bits, block, levels_of(config, block), stats, rounding
     )
+    return found
 
 
 def reduced(x: Tensor, config: Config, seed: Tensor) -> Tensor:
@@ -139,7 +140,7 @@ def reduced(x: Tensor, config: Config, seed: Tensor) -> Tensor:
     if isinstance(config.reduce, Project):
         p = projection(x.shape[1], config.reduce.ratio, seed, at_least_single(x[:0]).dtype)
         if x.dtype in HALF:  # in parts: no copy of x in float32 at once
-            return torch.cat([part.to(p.dtype) @ p for part in x.split(_ROWS)])
+            return torch.cat([part.to(p.dtype) @ p for part in torch.split(x, _ROWS)])
         return x @ p
     return x
 

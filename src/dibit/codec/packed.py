@@ -109,7 +109,7 @@ class Packed:
     def reduced(self, dither: float | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """The reduced tensor, unpacked, of shape `reduced_shape`; `dither` and `dtype` as in `ops.dequantize`."""
         elements, block, bits = self.layout
-        return ops.dequantize(
+        x: Tensor = ops.dequantize(
             self.codes,
             self.ranges,
             self.seed,
@@ -119,7 +119,8 @@ class Packed:
             levels_of(self.config, block),
             self.dither if dither is None else dither,
             dtype or self.dtype,
-        ).view(self.reduced_shape)
+        )
+        return x.view(self.reduced_shape)
 
     def outer(self, dy: Tensor, sample: tuple[Tensor, Tensor] | None) -> Tensor:
         """dY^T R: (O, columns kept) for dy (N, O) and the reduced tensor R, which is never formed.
@@ -128,7 +129,7 @@ class Packed:
             sample: the result of `self.sample`, in float32, or in float64 for such a dy.
         """
         block, (index, weight) = self.block, sample or (None, None)
-        return ops.weight_gradient(
+        gradient: Tensor = ops.weight_gradient(
             self.codes,
             self.ranges,
             self.seed,
@@ -141,6 +142,7 @@ class Packed:
             levels_of(self.config, block),
             self.dither,
         )
+        return gradient
 
     @property
     def dither(self) -> float:
@@ -178,7 +180,8 @@ class Packed:
         step = (self.ranges[:, 1].float() - self.ranges[:, 0].float()) / top
         u = uniform_range(0, elements, self.seed) + UNIT / 2
         per_element = step.square().repeat_interleave(block)[:elements]
-        return (squares[codes.int()] * (1 - 2 * u) * per_element).view(self.reduced_shape).to(self.dtype)
+        bias: Tensor = squares[codes.int()] * (1 - 2 * u) * per_element
+        return bias.view(self.reduced_shape).to(self.dtype)
 
 
 def levels_of(config: Config, block: int) -> list[float]:

@@ -2,7 +2,7 @@
 
 - `deferred`: a gather that has not been made, as a tensor
 - `patterns`: what such a tensor is made of
-- `functions`: what is done with one: shapes are told, factors noted, sums evaluated, everything else makes it
+- `functions`: what is done with one: its shape is known, factors are noted, sums computed; all else makes it
 - `sums`: the sums over edges, and their gradients
 - `scores`: the scores of edges of which attention is made
 - `plan`: a graph's edges in the order of their targets, and of their sources

@@ -132,7 +132,7 @@ def _again(path: GradientPath, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of the roots that need one, by running the call again."""
     if path.call is None:
         raise RuntimeError(
-            "a gradient arrived at node features that were gathered by edges and never looked at; use them by "
+            "a gradient arrived at gathered node features that no function of torch has used; use them through "
             "functions of torch, or leave that module uncompressed."
         )
     if path.versions != [version(x) for x in _tensors(path.call)]:

@@ -1,4 +1,4 @@
-"""What is done with a gather that has not been made: shapes are told, factors noted, sums evaluated.
+"""What is done with a gather that has not been made: its shape is known, factors are noted, sums computed.
 
 A model that sums up its neighbours makes x[source], perhaps times a weight an edge, and adds the rows to those of their
 targets. `Edges` sees the three calls, and makes the sum from x alone. Whatever else is done with x[source] makes it,

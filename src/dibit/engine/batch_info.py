@@ -20,7 +20,7 @@ _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel
 
 @dataclass(frozen=True)
 class BatchInfo:
-    """Told by `batch`.
+    """What the caller gave to `dibit.batch`.
 
     Attributes:
         node_ids: int64 (rows,) or `None`.
@@ -102,7 +102,7 @@ def batch(model: nn.Module, node_ids: Tensor | None = None, loss_rows: Tensor | 
     Where nothing of the model is compressed, nothing happens: one loop serves the plain model too.
 
     Args:
-        model: the one that `dibit.compress` got, a part of it, or what contains it: the models inside are told.
+        model: the one that `dibit.compress` got, a part of it, or what contains it: then for each model inside.
         node_ids: int64 (rows,), numbers of the nodes in the whole graph, such as `batch.n_id` of a `NeighborLoader`.
         loss_rows: int64 (some,) or bool (rows,): the loss is made of these rows of the model's output, and no others.
             Pass the same tensor at each step: what it reaches is computed once. The model is then the compressed one,

@@ -18,7 +18,7 @@ class Draws:
         seeded_dropout: dropout's masks are drawn from seeds, too.
 
     Attributes:
-        key: of the pass, once it has drawn; it is told when the backward pass comes.
+        key: of the pass, once it has drawn; residuals call its `used` in the backward pass.
     """
 
     def __init__(self, stack: ModuleStack, seeded_dropout: bool) -> None:

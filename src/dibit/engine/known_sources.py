@@ -83,7 +83,7 @@ class KnownSources:
         return None
 
     def _is_mean(self, parts: tuple[Node, Node], key: Any, graph: ConstantCSR) -> bool:
-        """Whether a quotient_of is of the sum over a graph's neighbours that has this key, by their number."""
+        """Whether a quotient divides this key's sum over neighbours by the number of neighbours."""
         if graph.mean or parts[0] is not self.tape.nodes.get(key):
             return False
         if graph.counted is not None:

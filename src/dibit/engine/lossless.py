@@ -23,7 +23,7 @@ class LosslessForms:
 
     Args:
         holdings: of the pass.
-        ledger: is told where a reference has to become a copy.
+        ledger: where a reference has to become a copy, it counts that.
 
     Attributes:
         tape: the operations of the pass, as far as their results can be computed again.

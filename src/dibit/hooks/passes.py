@@ -155,7 +155,7 @@ def _part(active: Pass, hook: Any, module: nn.Module, forward: Callable[..., Any
 
 
 def _unseen(mode: Intercept, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """A forward that TorchScript runs: exact, and in the ledger under its name, as hooks are told what it keeps."""
+    """A forward that TorchScript runs: exact, and in the ledger under its name, as saved-tensor hooks see it."""
     forward_pass, keeps = mode.forward_pass, torch.is_grad_enabled() and hooks_free()
     _remove_mode(mode)  # the hooks are called while it would be active
     mode.away = True

@@ -89,7 +89,7 @@ class CutSearch:
             if node is None or top is None or node.call is None or node.call[0] not in self._selections:
                 break
             if not node.call[1] or not isinstance(node.call[1][0], Node):
-                break  # by keyword: which one is selected from is not told by the order
+                break  # by keyword: the order does not say which one is selected from
             node, *others = node.parents
             for other in others:
                 part = self.cheapest(other, 0, {})

@@ -1,4 +1,4 @@
-"""Writing the program that computes a node's tensor from the leaves of a cut."""
+"""Writing the program that computes a node's tensor from the tensors that are kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def write_program(node: Node, leaves: Sequence[Node], shared: Shared) -> Program
 
 
 class _Writer:
-    """Puts the operations between the leaves of a cut and a node in order. (A nested function would be a cycle.)"""
+    """Puts the operations between the kept tensors and a node in order. (A nested function would be a cycle.)"""
 
     def __init__(self, leaves: Sequence[Node], shared: Shared) -> None:
         self.leaves, self.shared = len(leaves), shared

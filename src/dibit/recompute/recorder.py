@@ -156,7 +156,7 @@ class Tape:
         return self.search.gathered(self.nodes.get(self.key(x)))
 
     def program(self, x: Tensor, leaves: Sequence[Node]) -> Program:
-        """The operations from the leaves of a cut to x."""
+        """The operations from the kept tensors to x."""
         return write_program(self.nodes[self.key(x)], leaves, self.shared)
 
     def lose(self, node: Node) -> None:

@@ -87,7 +87,7 @@ def save(ctx: Any, *parts: Saved | Tensor | None) -> None:
 def load(ctx: Any) -> list[Any]:
     """What `save` kept: residuals on the tensors that autograd held, tensors, `None`.
 
-    The backward pass has come to them, which each is told.
+    Calls `loaded` of each residual.
     """
     tensors = ctx.saved_tensors
     found: list[Any] = []
@@ -102,14 +102,17 @@ def load(ctx: Any) -> list[Any]:
     return found
 
 
+FREED = (
+    "the backward pass came through this graph a second time, after what it needs was freed; call "
+    "backward(retain_graph=True) the first time."
+)
+
+
 def released(ctx: Any, attribute: str) -> Any:
     """An attribute of a context, which goes when autograd frees what it has saved: the graph itself may live on."""
     value = getattr(ctx, attribute)
     if value is None:
-        raise RuntimeError(
-            "the backward pass came through this graph a second time, after what it needs was freed; say "
-            "backward(retain_graph=True) the first time."
-        )
+        raise RuntimeError(FREED)
     if not keeps_graph():
         setattr(ctx, attribute, None)
     return value

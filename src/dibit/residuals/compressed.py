@@ -24,7 +24,7 @@ class Compressed(Residual, GradientMap):
         watch: measures the gradients that it is multiplied with, where the next step's rows depend on them.
         key: of it among the residuals of a pass, the same in the next pass.
         module: whose operation keeps it.
-        drawn: key of the pass, which is told when the backward pass comes to it.
+        drawn: key of the pass, whose `used` is called in the backward pass.
     """
 
     packed: Packed

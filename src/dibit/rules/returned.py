@@ -15,6 +15,7 @@ from dibit._torch.private.autograd import keeps_graph
 from dibit._torch.private.tensors import TensorWeakRef
 from dibit._torch.storage_identity import storage_key, version
 from dibit.engine.forward_pass import ForwardPass
+from dibit.residuals.base import FREED
 from dibit.residuals.exact import Exact
 
 
@@ -34,10 +35,7 @@ class Cell:
     def use(self) -> None:
         """A backward pass begins."""
         if self.spent:
-            raise RuntimeError(
-                "Trying to backward through the graph a second time, after what it needs was freed; call "
-                "backward(retain_graph=True) the first time."
-            )
+            raise RuntimeError(FREED)
 
     def used(self) -> None:
         """A backward pass has what it needs."""

@@ -71,6 +71,11 @@ def rule(
 
     def register(function: Rule) -> Rule:
         made = function if autocast is None else autocast(function)
+        if not spellings(name or function.__name__):
+            raise ValueError(
+                f"a rule was registered for {name or function.__name__!r}, but torch has no function of this name; "
+                "choose the name of one, or give the rule to dibit.compress(rules=...)."
+            )
         operation = Operation(name or function.__name__, made, kind, in_place, exact)
         OPERATIONS[operation.name] = operation
         if runs_again:

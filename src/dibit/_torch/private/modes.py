@@ -29,9 +29,10 @@ def _pop() -> TorchFunctionMode:
 
 _found_pop = find("torch.overrides._pop_mode", "take function modes off the stack")
 _stack = find(
-    "torch.overrides._get_current_function_mode_stack", "see which function modes are on the stack",
+    "torch.overrides._get_current_function_mode_stack",
+    "see which function modes are on the stack",
     needed=_found_pop is None,
-)  # fmt: skip
+)
 _count = find(
     "torch._C._len_torch_function_stack", "see how many function modes are on the stack", needed=_stack is None
 )

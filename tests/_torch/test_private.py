@@ -17,7 +17,7 @@ import pytest
 from dibit._torch import private
 from dibit._torch.private import registry
 
-PACKAGE = Path(__file__).parents[1] / "src" / "dibit"
+PACKAGE = Path(__file__).parents[2] / "src" / "dibit"
 HERE = PACKAGE / "_torch" / "private"
 # Private names of others than torch.
 ALLOWED = {
