@@ -15,7 +15,6 @@ from dibit.recompute.mean_pattern import is_count_of, is_degree_of, quotient_of
 from dibit.recompute.nodes import Node
 from dibit.recompute.recorder import Tape
 from dibit.residuals.base import Residual
-from dibit.residuals.compressed import Compressed
 from dibit.residuals.constant_csr import ConstantCSR
 from dibit.residuals.derived import Aggregated
 from dibit.residuals.masks import Mask, SeededMask
@@ -96,7 +95,7 @@ class KnownSources:
         self, y: Tensor, kept: Any, weight: Tensor | None, bias: Tensor | None, masks: Sequence[Mask | SeededMask] = ()
     ) -> None:
         """A norm's result y, after masks, can be estimated from what the norm keeps, if that has every row."""
-        if isinstance(kept, Compressed) and kept.packed.config.reduce is None and kept.packed.shape == y.shape:
+        if (packed := kept.encoded) is not None and packed.config.reduce is None and packed.shape == y.shape:
             weight, bias = (None if x is None else x.detach().clone() for x in (weight, bias))
             found: Normed | Passed = Normed(kept, weight, bias)
             for mask in masks:

@@ -14,6 +14,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from dibit._torch.private.autograd import keeps_graph
+from dibit.codec import Packed
 
 
 class Saved(ABC):
@@ -48,6 +49,18 @@ class Residual(Saved):
     @abstractmethod
     def value(self) -> Tensor:
         """The tensor, or an unbiased estimate of it, in its own shape and dtype."""
+
+    @property
+    def encoded(self) -> Packed | None:
+        """Its codes, where it is kept by the codec as it is."""
+        return None
+
+    def rounded(self) -> tuple[Packed | None, Any]:
+        """The codes whose rounding is in `value`, and the mean square of what multiplies it there."""
+        return self.encoded, 1.0
+
+    def observe(self, dy: Tensor) -> None:
+        """The backward pass is about to multiply it by these rows (N, D)."""
 
     def outer(self, dy: Tensor) -> Tensor:
         """dY^T X, or an unbiased estimate: (O, D) for dy (N, O) and x (N, D), of the dtype of dy or a wider one."""

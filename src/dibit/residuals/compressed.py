@@ -56,6 +56,14 @@ class Compressed(Residual, GradientMap):
         if self.drawn is not None:
             self.drawn.used()
 
+    @property
+    def encoded(self) -> Packed:
+        return self.packed
+
+    def observe(self, dy: Tensor) -> None:
+        if self.watch is not None:
+            self.watch.observe(dy)
+
     def value(self) -> Tensor:
         self.loaded()
         return decode(self.packed)
@@ -63,8 +71,7 @@ class Compressed(Residual, GradientMap):
     def outer(self, dy: Tensor) -> Tensor:
         packed = self.packed
         self.loaded()
-        if self.watch is not None:
-            self.watch.observe(dy)
+        self.observe(dy)
         # sums, and weights that may go beyond float16's largest number
         dtype = torch.float32 if dy.dtype in HALF else dy.dtype
         grad = packed.outer(dy, packed.sample(dtype))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dibit.codec import ops
+from dibit.codec import Packed, ops
 from dibit.residuals.base import Residual, outer
 from dibit.residuals.compressed import Compressed
 from dibit.residuals.masks import Mask, SeededMask
@@ -45,6 +46,9 @@ class Normed(Residual):
             y *= self.weight
         return y if self.bias is None else y.add_(self.bias)
 
+    def rounded(self) -> tuple[Packed | None, Any]:
+        return self.source.encoded, 1.0 if self.weight is None else self.weight.float().square().mean()
+
     def outer(self, dy: Tensor) -> Tensor:
         return _outer_by_parts(self, dy)
 
@@ -76,6 +80,11 @@ class Passed(Residual):
             return ops.relu_dropout_gradient(source.source.value(), source.mask.bits, mask.seed, mask.p)
         y = mask.apply(source.value())
         return y if self.scale == 1 else y.mul_(self.scale)
+
+    def rounded(self) -> tuple[Packed | None, Any]:
+        packed, gain = self.source.rounded()
+        scale = 1 / (1 - self.mask.p) if isinstance(self.mask, SeededMask) else self.scale
+        return packed, gain * scale**2
 
     @property
     def _chain(self) -> tuple[Normed, Mask | None, SeededMask | None] | None:

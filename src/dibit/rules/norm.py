@@ -25,7 +25,6 @@ from dibit.config import Config, Project, Sample
 from dibit.engine.forward_pass import ForwardPass
 from dibit.engine.noise.meter import Meter
 from dibit.residuals.base import load, save
-from dibit.residuals.compressed import Compressed
 from dibit.rules import large_outputs
 from dibit.rules.common import first_order, is_plain_float, own, running_config, without_reduction
 from dibit.rules.spellings import rule
@@ -183,7 +182,7 @@ def batch_norm_gradient(
     shared = outer is None
     dx = norm_gradient(g, total / count, inner if shared else outer, product / count, gain, shared)
     if meter is not None:
-        kept = inner.packed.reduced() if isinstance(inner, Compressed) else inner.value().reshape(g.shape)
+        kept = inner.encoded.reduced() if inner.encoded is not None else inner.value().reshape(g.shape)
         meter.norm((gain * product).square().sum() / count, dx, variance(inner if shared else outer), kept)
     return dx, product, total
 
@@ -205,7 +204,7 @@ def layer_norm_gradient(
         if inner is not None:
             dx -= outer.value() * (g * inner.value()).mean(1, keepdim=True)
         else:  # both uses lie in one row: one draw, sampled rows take their weight once
-            packed = outer.packed
+            packed = outer.encoded
             sample = packed.sample(g.dtype)
             part = g if sample is None else g.index_select(0, sample[0])
             first, second = pair(outer)
@@ -229,25 +228,25 @@ def layer_norm_gradient(
 
 def variance(kept: Any) -> float:
     """Of what is kept of a normalised input: of rows that are left out and of rounding, over its square."""
-    if not isinstance(kept, Compressed):
+    if kept.encoded is None:
         return 0.0
-    sample = kept.packed.config.reduce
-    return float(sample.ratio - 1) if isinstance(sample, Sample) else 0.2 * 4.0 ** (2 - kept.packed.config.bits)
+    sample = kept.encoded.config.reduce
+    return float(sample.ratio - 1) if isinstance(sample, Sample) else 0.2 * 4.0 ** (2 - kept.encoded.config.bits)
 
 
 def correction(kept: Any) -> bool:
     """Whether one draw used twice needs the rounding variance taken off."""
-    if not isinstance(kept, Compressed):
+    if kept.encoded is None:
         return False
-    config = kept.packed.config
+    config = kept.encoded.config
     return config.rounding == "dither" or (config.levels != "uniform" and _random(config))
 
 
 def pair(kept: Any) -> tuple[Tensor, Tensor]:
     """Two estimates of one draw (reduced rows), whose errors are uncorrelated but for `correction`."""
-    if not isinstance(kept, Compressed):
+    if kept.encoded is None:
         return kept.value(), kept.value()
-    packed = kept.packed
+    packed = kept.encoded
     if correction(kept) or not _random(packed.config):
         value = packed.reduced()
         return value, value
@@ -260,11 +259,10 @@ def _random(config: Config) -> bool:
 
 def column_sums(kept: Any, g: Tensor) -> Tensor:
     """sum over rows of g * x_hat: (D,) for g (N, D)."""
-    if isinstance(kept, Compressed) and kept.watch is not None:
-        kept.watch.observe(g)
-    if not isinstance(kept, Compressed) or isinstance(kept.packed.config.reduce, Project):
+    kept.observe(g)
+    if kept.encoded is None or isinstance(kept.encoded.config.reduce, Project):
         return (g * kept.value().reshape(g.shape)).sum(0)
-    packed = kept.packed
+    packed = kept.encoded
     if (sample := packed.sample(g.dtype)) is not None:
         index, weight = sample
         return (g.index_select(0, index) * weight[:, None] * packed.reduced()).sum(0)
@@ -278,9 +276,9 @@ def column_sums(kept: Any, g: Tensor) -> Tensor:
 
 def norm_gradient(g: Tensor, mean: Tensor, kept: Any, product: Tensor, gain: Tensor, shared: bool) -> Tensor:
     """(g - mean - x_hat * product) * gain; `shared`: the same draw made `product`, the mean of g * x_hat."""
-    if not isinstance(kept, Compressed) or isinstance(kept.packed.config.reduce, Project):
+    if kept.encoded is None or isinstance(kept.encoded.config.reduce, Project):
         return (g - mean - kept.value().reshape(g.shape) * product) * gain
-    packed = kept.packed
+    packed = kept.encoded
     if (sample := packed.sample(g.dtype)) is not None:
         index, weight = sample
         dx = torch.addcmul(-mean * gain, g, gain, out=empty_like(g))

@@ -64,10 +64,8 @@ class Product(torch.autograd.Function):
 
 
 def _seen(kept: Any, dy: Tensor) -> Tensor:
-    """The factor, after it has been told what it is multiplied with."""
-    watch = getattr(kept, "watch", None)
-    if watch is not None:
-        watch.observe(as_rows(dy))
+    """The factor, which sees what it is multiplied by."""
+    kept.observe(as_rows(dy))
     return kept.value()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +13,8 @@ from dibit.codec import decode, encode, seed_tensor
 from dibit.config import Config, Project
 from dibit.engine.noise.row_plan import RowPlan
 from dibit.residuals.base import Residual, outer
-from dibit.residuals.compressed import Compressed
 from dibit.residuals.derived import Aggregated
-from dibit.residuals.masks import SeededMask
-from dibit.residuals.norm_results import Normed, Passed, parts
+from dibit.residuals.norm_results import parts
 
 _COLUMNS = 512  # that are compared with one another at most
 _SOME = 1 << 11  # rows that tell how large rounding is
@@ -38,7 +35,7 @@ class Meter:
             s, g = torch.stack((terms, _square(dw))).tolist()
             self.plan.measured(self.key, (0.0, s, 0.0, g, 1.0, 0.0, 0.0, s))
             return dw
-        if isinstance(residual, Compressed):
+        if residual.encoded is not None:
             dw, sums, ratio = self._of_rows(residual, dy)
         else:
             (dw, sums), ratio = self._of_parts(residual, dy), 1
@@ -56,10 +53,11 @@ class Meter:
         """The gradient that goes on."""
         self.plan.measured(self.key, (0.0, 0.0, 0.0, 0.0, 0.0, float(_square(dx)), 1.0, 0.0))
 
-    def _of_rows(self, residual: Compressed, dy: Tensor) -> tuple[Tensor, tuple[Tensor, ...], int]:
+    def _of_rows(self, residual: Residual, dy: Tensor) -> tuple[Tensor, tuple[Tensor, ...], int]:
         """dY^T X by the rows kept; S, what the others and what rounding add to its variance, and the sums of rows'
         lengths to the fourth and to the second power; the ratio."""
-        dw, packed = residual.outer(dy), residual.packed
+        dw, packed = residual.outer(dy), residual.encoded
+        assert packed is not None
         x, gradient = packed.reduced(), _squares(dy)
         sample = packed.sample(torch.float32)
         if sample is None:
@@ -118,21 +116,14 @@ def _rounding(residual: Residual, x: Tensor, start: int = 0) -> Tensor:
     Args:
         start: which of all rows the first of these is.
     """
-    norm: Any = residual
-    gain: Any = 1.0
-    while isinstance(norm, Passed):
-        scale = 1 / (1 - norm.mask.p) if isinstance(norm.mask, SeededMask) else norm.scale
-        norm, gain = norm.source, gain * scale**2
-    if isinstance(norm, Normed):
-        residual = norm.source
-        gain = gain if norm.weight is None else norm.weight.float().square().mean() * gain
-    if not isinstance(residual, Compressed) or isinstance(residual.packed.config.reduce, Project):
+    packed, gain = residual.rounded()
+    if packed is None or isinstance(packed.config.reduce, Project):
         return x.new_zeros(())
-    config, ranges = residual.packed.config, residual.packed.ranges
+    config, ranges = packed.config, packed.ranges
     bins = ((ranges[:, 1].float() - ranges[:, 0].float()) / (2**config.bits - 1)).square()
     share = gain / (12 if config.rounding == "dither" else 6)
     filled = torch.cat([torch.count_nonzero(part, dim=1) for part in x.split(_ROWS)])
-    own = _mean_of_blocks(bins, start, x.shape[0], x.shape[1], residual.packed.block)
+    own = _mean_of_blocks(bins, start, x.shape[0], x.shape[1], packed.block)
     return filled * own * share  # zeros stay zeros, nearly
 
 
