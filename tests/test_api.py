@@ -149,7 +149,7 @@ class TestBadInput:
             ({"bits": 3}, "bits = 3 was given; choose one of 1, 2, 4, 8"),
             ({"block": 0}, "block = 0 was given; expected a whole number of at least 1"),
             ({"block": "rows"}, "block = 'rows' was given"),
-            ({"levels": "gaussian"}, "did you mean|known: 'uniform', 'normal'"),
+            ({"levels": "gaussian"}, "did you mean|the known names are 'uniform', 'normal'"),
             ({"levels": (0, 2, 1, 3)}, "give 4 increasing numbers"),
             ({"levels": (0, 1)}, "give 4 increasing numbers"),
             ({"rounding": "stochastc"}, "did you mean 'stochastic'?"),

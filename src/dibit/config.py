@@ -15,10 +15,10 @@ BITS = (1, 2, 4, 8)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error sentence: what there is, and what was probably meant."""
+    """The end of an error sentence: what was probably meant, and what there is."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return (f"did you mean {close[0]!r}? " if close else "") + "known: " + ", ".join(map(repr, known))
+    return (f"did you mean {close[0]!r}? " if close else "") + "the known names are " + ", ".join(map(repr, known))
 
 
 @dataclass(frozen=True)
