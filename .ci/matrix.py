@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="PYTHON-TORCH", help="such as 3.11-2.6.0")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "matrix", help="of the environments")
     parser.add_argument("--tests", nargs="+", default=[f"tests/{name}" for name in CORE])
+    parser.add_argument("--failed", action="store_true", help="run again only what failed, and count what passes now")
     args = parser.parse_args()
     for python, torch in CELLS:
         name = f"{python}-{torch}"
@@ -48,7 +49,10 @@ def main() -> None:
             print(f"{name}: there is no python{python} here; it is left out.", flush=True)
             continue
         _install(interpreter, torch, args.folder / name)
-        _test(args.folder / name, args.tests)
+        if args.failed:
+            _again(args.folder / name)
+        else:
+            _record(args.folder / name, *_test(args.folder / name, args.tests))
     found = [(cell, args.folder / "-".join(cell) / "result.json") for cell in CELLS]
     results = [(cell, json.loads(path.read_text())) for cell, path in found if path.exists()]
     PAGE.write_text(_page(results))
@@ -86,7 +90,8 @@ def _install(interpreter: str, torch: str, folder: Path) -> None:
     (folder / ".ready").touch()
 
 
-def _test(folder: Path, tests: list[str]) -> None:
+def _test(folder: Path, tests: list[str]) -> tuple[dict[str, int], list[str]]:
+    """Counts of what passed and was skipped, and the names of what failed."""
     print(f"{folder.name}: testing", flush=True)
     own = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "NUMBA_CACHE_DIR": str(folder / "numba")}
     command = [folder / "bin" / "pytest", "-n", str(os.cpu_count()), "--dist", "loadgroup", *tests]
@@ -95,12 +100,24 @@ def _test(folder: Path, tests: list[str]) -> None:
         subprocess.run(command, cwd=ROOT, env=os.environ | own, stdout=out, stderr=subprocess.STDOUT, check=False)
     text = log.read_text()
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|skipped)\b", text)}
+    return counts, list(dict.fromkeys(re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", text, re.M)))
+
+
+def _again(folder: Path) -> None:
+    """Run what failed once more."""
+    before = json.loads((folder / "result.json").read_text())
+    if before["failed"]:
+        counts, failed = _test(folder, before["failed"])
+        _record(folder, {**before, "passed": before["passed"] + counts.get("passed", 0)}, failed)
+
+
+def _record(folder: Path, counts: dict[str, int], failed: list[str]) -> None:
     show = [folder / "bin" / "python", "-c", "import torch_geometric as g; print(g.__version__)"]
     result = {
         "pyg": subprocess.run(show, capture_output=True, text=True, check=True).stdout.strip(),
         "passed": counts.get("passed", 0),
         "skipped": counts.get("skipped", 0),
-        "failed": list(dict.fromkeys(re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", text, re.M))),
+        "failed": failed,
         "date": datetime.date.today().isoformat(),
     }
     (folder / "result.json").write_text(json.dumps(result))
