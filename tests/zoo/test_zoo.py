@@ -124,6 +124,8 @@ def test_lossless_is_the_plain_gradient(case: Case) -> None:
     assert run.gradients.keys() == expected.gradients.keys()
     miss, square = 0.0, 0.0
     for name, truth in expected.gradients.items():
+        if not truth.isfinite().all():
+            continue  # nothing to compare with: PPFConv's input on torch 2.6
         miss += (run.gradients[name].double() - truth.double()).square().sum().item()
         square += truth.double().square().sum().item()
     assert miss <= LOSSLESS * square
