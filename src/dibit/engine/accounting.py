@@ -12,7 +12,7 @@ from dibit.engine.holdings import Holdings
 from dibit.engine.ledger import Ledger, Row
 from dibit.engine.module_stack import ModuleStack, function_name
 from dibit.residuals.base import Residual
-from dibit.residuals.exact import Exact, LosslessForm, Recomputed
+from dibit.residuals.exact import Exact, LosslessForm
 
 
 class Accounting:
@@ -102,7 +102,7 @@ class Accounting:
             row = Row(self.stack.module, function_name(self.stack.function), kept.how, tuple(x.shape))
             self.ledger.add(row)
             self.ledger.plain_tensor(row, x)
-            for form in kept.leaves if isinstance(kept, Recomputed) else (kept,):
+            for form in kept.leaves:
                 if not self.holdings.held(form.x):
                     self.ledger.kept_tensor(row, form.x)
 

@@ -28,7 +28,7 @@ from dibit.recompute.nodes import nbytes
 from dibit.residuals.base import Residual
 from dibit.residuals.compressed import Compressed
 from dibit.residuals.derived import Gathered
-from dibit.residuals.exact import Lossless, Recomputed, Reference
+from dibit.residuals.exact import Reference
 from dibit.residuals.gradient_norms import GradientNormObserver
 
 
@@ -112,7 +112,7 @@ class Keeper:
             return self._reference(origin, x.shape)
         known = self.lossless.recomputed(origin, nbytes(x)) if origin is not x else None
         kept = known or self.lossless.exactly(x)
-        return self._noted(kept if isinstance(kept, Recomputed) else Lossless(kept))
+        return self._noted(kept.residual())
 
     def gathered(self, x: Tensor, config: Config) -> Residual:
         """See `ForwardPass.gathered`."""

@@ -68,8 +68,8 @@ class KnownSources:
         if parts is None:
             return found
         for key, source in self._derived.items():
-            if isinstance(source, Aggregated) and self._is_mean(parts, key, source.graph):
-                return replace(source, graph=replace(source.graph, mean=True))
+            if (of := source.aggregated) is not None and self._is_mean(parts, key, of[0]):
+                return Aggregated(replace(of[0], mean=True), of[1])
         return None
 
     def _average(self, y: Tensor) -> tuple[ConstantCSR, weakref.ref[Tensor], Any] | None:

@@ -55,6 +55,11 @@ class Residual(Saved):
         """Its codes, where it is kept by the codec as it is."""
         return None
 
+    @property
+    def aggregated(self) -> tuple[Any, Residual] | None:
+        """The constant graph over which this is a sum, and what is kept of the tensor that was summed."""
+        return None
+
     def rounded(self) -> tuple[Packed | None, Any]:
         """The codes whose rounding is in `value`, and the mean square of what multiplies it there."""
         return self.encoded, 1.0

@@ -57,6 +57,10 @@ class Aggregated(Residual):
             self.graph.with_tensors(tensors[: self.graph.count]), self.source.with_tensors(tensors[self.graph.count :])
         )
 
+    @property
+    def aggregated(self) -> tuple[ConstantCSR, Residual]:
+        return self.graph, self.source
+
     def value(self) -> Tensor:
         return self.graph.product(self.source.value())
 

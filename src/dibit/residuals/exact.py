@@ -37,6 +37,15 @@ class Exact:
     def with_tensor(self, x: Tensor) -> Exact:
         return exact(x)
 
+    @property
+    def leaves(self) -> tuple[Exact]:
+        """What takes memory."""
+        return (self,)
+
+    def residual(self) -> Residual:
+        """The same for a rule."""
+        return Lossless(self)
+
 
 def _of_shape(x: Tensor) -> str:
     return f" of shape {tuple(x.shape)}" if storages(x) else ""  # not all can be asked
@@ -76,6 +85,15 @@ class Narrowed:
         """The same on a tensor that comes back from autograd."""
         return Narrowed(x, self.dtype, self.base, self.shape)
 
+    @property
+    def leaves(self) -> tuple[Narrowed]:
+        """What takes memory."""
+        return (self,)
+
+    def residual(self) -> Residual:
+        """The same for a rule."""
+        return Lossless(self)
+
 
 @dataclass(frozen=True)
 class Recomputed(Residual):
@@ -92,6 +110,9 @@ class Recomputed(Residual):
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Recomputed:
         return replace(self, leaves=with_tensors(self.leaves, tensors))
+
+    def residual(self) -> Residual:
+        return self
 
     def restore(self) -> Tensor:
         return self.program.run([leaf.restore() for leaf in self.leaves], self.shared)

@@ -13,7 +13,6 @@ from dibit.codec import decode, encode, seed_tensor
 from dibit.config import Config, Project
 from dibit.engine.noise.row_plan import RowPlan
 from dibit.residuals.base import Residual, outer
-from dibit.residuals.derived import Aggregated
 from dibit.residuals.norm_results import parts
 
 _COLUMNS = 512  # that are compared with one another at most
@@ -29,9 +28,9 @@ class Meter:
 
     def weight_gradient(self, residual: Residual, dy: Tensor) -> Tensor:
         """dY^T X (O, D), measured: dY (N, O) times an input."""
-        if isinstance(residual, Aggregated):  # of features: exact; to aggregate their gradients for this costs too much
-            dw = residual.outer(dy)
-            terms = _squares(dy).sum() * _squares(residual.source.value()).mean()
+        if residual.aggregated is not None:  # of features: exact; to aggregate their gradients for this costs too much
+            dw, source = residual.outer(dy), residual.aggregated[1]
+            terms = _squares(dy).sum() * _squares(source.value()).mean()
             s, g = torch.stack((terms, _square(dw))).tolist()
             self.plan.measured(self.key, (0.0, s, 0.0, g, 1.0, 0.0, 0.0, s))
             return dw
