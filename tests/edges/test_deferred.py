@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -429,3 +430,55 @@ def test_second_derivatives_through_a_hooked_gather_are_refused() -> None:
     dibit.compress(model, EXACT)
     with pytest.raises(RuntimeError, match="second derivatives"):
         torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+
+
+@torch.jit.script
+def _grown(x: Tensor) -> Tensor:
+    return x.add_(1.0)
+
+
+def _in_a_thread(x: Tensor) -> None:
+    thread = threading.Thread(target=lambda: x.detach().add_(1))
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("write", [_grown, _in_a_thread], ids=["TorchScript", "thread"])
+def test_a_write_that_nobody_sees_is_a_sentence(write: Callable[[Tensor], Any]) -> None:
+    def program(h: Tensor) -> Tensor:
+        x_j = h[SOURCE]
+        write(h)
+        return total(x_j)
+
+    model = dibit.compress(Model(program, lambda x: x * 1), EXACT)
+    with pytest.raises(RuntimeError, match="changed after a gather had read them and before it was used"):
+        model(torch.randn(N, D))
+
+
+@pytest.mark.parametrize("what", ["x", "index", "factor"])
+def test_what_numpy_holds_is_gathered_at_once(what: str) -> None:
+    def program(h: Tensor) -> Tensor:
+        held = {"x": h.detach().clone(), "index": SOURCE.clone(), "factor": SCALE.clone()}
+        array = held[what].numpy()
+        messages = (held["x"] if what == "x" else h)[held["index"]] * held["factor"]
+        array[:] = 0
+        return total(messages) + h
+
+    model = Model(program, lambda x: x * 1)
+    y, grad = outcome(model)
+    own_y, own_grad = outcome(dibit.compress(model, EXACT))
+    assert torch.equal(own_y, y)
+    if what != "index":  # plain torch's gradient then goes to node 0
+        assert torch.allclose(own_grad, grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max()))
+
+
+def test_detached_in_place() -> None:
+    def program(h: Tensor) -> Tensor:
+        x_j = h[SOURCE]
+        return total(x_j.detach_()) + h
+
+    model = Model(program, lambda x: x * 1)
+    y, grad = outcome(model)
+    own_y, own_grad = outcome(dibit.compress(model, EXACT))
+    assert torch.equal(own_y, y)
+    assert torch.allclose(own_grad, grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max()))

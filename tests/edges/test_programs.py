@@ -28,7 +28,7 @@ SOURCE, TARGET = torch.randint(0, N, (2, E), generator=GENERATOR)
 def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functions, "LEAST", 1)
     for name in ("keep", "keep_factor", "gathered"):
-        monkeypatch.setattr(Keeper, name, lambda self, x, *args, **kwargs: self.exact(x))
+        monkeypatch.setattr(Keeper, name, lambda self, x, *args, copied=False, **more: self.exact(x, copied))
 
 
 class Doubled(torch.autograd.Function):
@@ -97,7 +97,10 @@ def drawn(seed: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
             y = messages.new_zeros(N, H, C).scatter_add_(0, index[:, None, None].expand_as(messages), messages)
         else:
             y = out.scatter_add(0, index[:, None, None].expand(E, H, C), messages)
-        return y + torch.zeros(N, H, C).index_add_(0, TARGET, values[0])  # a gather that others have looked at
+        y = y + torch.zeros(N, H, C).index_add_(0, TARGET, values[0])  # a gather that others have looked at
+        if pick.random() < 0.3:
+            x.mul_(2)
+        return y
 
     return run
 
@@ -127,7 +130,10 @@ def outcome(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
 def test_outcome_is_the_plain_one(seed: int) -> None:
     torch.manual_seed(seed)
     model = Net(seed)
-    y, grads = outcome(model)
+    try:
+        y, grads = outcome(model)
+    except RuntimeError:
+        pytest.skip("plain torch refuses it: a tensor that it keeps was changed in place")
     for _ in range(2):
         own, found = outcome(dibit.compress(model))
         assert torch.equal(own, y)

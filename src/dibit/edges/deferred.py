@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dibit._torch.private.tensors import natively, without_memory
-from dibit._torch.storage_identity import version
+from dibit._torch.storage_identity import storage_key, version
 
 Run = Callable[[Any, Any, Any], Any]
 # A function and its arguments; calls may be among them.
@@ -35,6 +35,22 @@ class GradientPath:
         self.call: Call | None = None
         self.roots: tuple[Tensor, ...] = ()
         self.versions: list[int] = []
+
+    def secure(self, storage: int) -> None:
+        """Somebody is about to write to this storage: what the call reads of it becomes a copy."""
+        if self.call is None or not any(storage_key(x) == storage for x in _tensors(self.call)):
+            return
+        copies: dict[int, Tensor] = {}
+
+        def own(x: Any) -> Any:
+            if type(x) is tuple:
+                return x[0], tuple(map(own, x[1]))
+            if not isinstance(x, Tensor) or storage_key(x) != storage:
+                return x
+            return copies.setdefault(id(x), x.detach().clone().requires_grad_(x.requires_grad))
+
+        self.call, self.roots = own(self.call), tuple(map(own, self.roots))
+        self.versions = [version(x) for x in _tensors(self.call)]
 
 
 class PendingCall:
@@ -56,13 +72,33 @@ class PendingCall:
         self.path = GradientPath()
         self.used = self.making = self.counted = False
         self.dependents: list[weakref.ref[PendingCall]] = []
+        self._versions = [(x, version(x)) for x in args if isinstance(x, Tensor) and type(x) is not Deferred]
         for x in args:
             if type(x) is Deferred:
                 x.pending.dependents.append(weakref.ref(self))
 
+    def lost(self) -> bool:
+        """Whether code that Dibit does not see, such as TorchScript, has written to what the call reads."""
+        own = (x.pending for x in self.args if type(x) is Deferred)
+        return self.value is None and (any(x.lost() for x in own) or any(version(x) != at for x, at in self._versions))
+
+    def check(self) -> None:
+        """What it reads has the content that it had when the call was given.
+
+        Raises:
+            RuntimeError: it has not.
+        """
+        if self.lost():
+            raise RuntimeError(
+                "node features, edges or weights were changed after a gather had read them and before it was used, by "
+                "code that Dibit does not see, such as a TorchScript function or another thread; leave that module "
+                "uncompressed."
+            )
+
     def make(self) -> Tensor:
         """Run the call, once: with gradients, as where it was given."""
         if self.value is None:
+            self.check()
             self.making = True
             with torch.enable_grad():
                 self.value = self.run(self.function, materialized(self.args), {})
@@ -74,6 +110,7 @@ class PendingCall:
     def make_below(self) -> Tensor:
         """The same below autograd."""
         if self.value is None:
+            self.check()
             self.value = natively(self.function, materialized(self.args, below=True), {})  # else it is deferred again
         self.remember()
         return self.value

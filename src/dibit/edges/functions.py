@@ -8,6 +8,7 @@ and goes on as it would in plain torch.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from dibit.edges.deferred import (
     ASKS_GRADIENT,
     METADATA,
     Deferred,
+    GradientPath,
     PendingCall,
     defer,
     first_deferred,
@@ -63,11 +65,12 @@ class Edges:
         self.forward, self.run, self.rule = forward, run, rule
         self.plans = Plans(known_plans(forward.state))
         self._alive: list[Any] = []
+        self._paths: list[weakref.ref[GradientPath]] = []
         self._zeros: set[Any] = set()  # keys of what `_sized` has made
         forward.before_writes.append(self._written)
 
     def gather(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """x.index_select(0, index), or x[index], as a deferred tensor; `NotImplemented` for any other call."""
+        """x.index_select(0, index), x[index] or torch.gather as a deferred tensor; else `NotImplemented`."""
         call = _gather(func, args) if DEFERS and not kwargs else None
         if call is None:
             return NotImplemented
@@ -78,6 +81,8 @@ class Edges:
             return NotImplemented
         width = x.shape[1:].numel()
         if width < _WIDE or index.numel() * width < LEAST or index.numel() < x.shape[0]:
+            return NotImplemented
+        if self.forward.holdings.is_exposed(x) or self.forward.holdings.is_exposed(index):
             return NotImplemented
         low, high = index.aminmax()
         if low < 0 or high >= x.shape[0]:
@@ -93,6 +98,9 @@ class Edges:
         assert found is not None
         if func in self.forward.state.rules:
             return NotImplemented  # the user's own
+        if func is Tensor.detach_ and args and args[0] is found:
+            found.pending.value = found.pending.make().detach()
+            return natively(func, args, kwargs)
         if func in ASKS_GRADIENT and args and args[0] is found:
             watch(found)
             return natively(func, args, kwargs)
@@ -130,6 +138,7 @@ class Edges:
         self.plans.end()
         self.forward.before_writes.clear()
         self._zeros.clear()
+        self._paths.clear()
         self.run = self.rule = None
 
     # -- one call ---------------------------------------------------------------------------------------------------
@@ -137,6 +146,7 @@ class Edges:
     def _defer(self, cell: PendingCall, shape: torch.Size, like: Tensor) -> Deferred:
         made = defer(cell, shape, like)
         self._alive.append(TensorWeakRef(made))
+        self._paths.append(weakref.ref(cell.path))
         return made
 
     def _sized(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -164,6 +174,8 @@ class Edges:
         if type(a) is type(b) and is_ends(a, b):
             return self._rowwise(func, (a, b))
         x, scale = (a, b) if type(a) is Deferred else (b, a)
+        if isinstance(scale, Tensor) and self.forward.holdings.is_exposed(scale):
+            return NotImplemented
         if kind(x) == "leaky" and is_plain_float(scale) and scale.dtype == x.dtype and is_weight(scale, x):
             return self._rowwise(func, (a, b))
         if not is_plain_float(scale) or scale.dtype != x.dtype or torch.is_inference(scale):
@@ -183,6 +195,7 @@ class Edges:
             return NotImplemented
         if out.shape[1:] != messages.shape[1:] or target.shape[0] != messages.shape[0] or not out.is_contiguous():
             return NotImplemented
+        messages.pending.check()
         gathered, scale = parts(messages)
         if gathered.value is not None:
             return NotImplemented
@@ -216,6 +229,7 @@ class Edges:
             if slope < 0:
                 return NotImplemented
             cells += [leaky.pending, leaky.pending.args[0].pending]
+        product.pending.check()
         ends = [x.pending for x in cells[-1].args]
         if any(cell.value is not None for cell in (*cells, *ends)):
             return NotImplemented
@@ -246,6 +260,9 @@ class Edges:
 
     def _written(self, storage: int) -> None:
         """Something is about to write to a storage: what is made of it is made now."""
+        for path in self._paths:
+            if (alive := path()) is not None:
+                alive.secure(storage)
         kept = []
         for reference in self._alive:
             found = reference()
@@ -260,7 +277,7 @@ class Edges:
     @staticmethod
     def _make(reference: Any) -> None:
         found = reference()
-        if found is not None:
+        if found is not None and not found.pending.lost():  # whoever uses it then gets the error
             materialized(found)
 
 

@@ -135,7 +135,7 @@ def additive_scores(
     kept_a = kept_b = None
     if w.requires_grad:
         config = without_reduction(running_config(forward))
-        kept_a, kept_b = (forward.keep(x, leaf=w.is_leaf, config=config) for x in (a, b))
+        kept_a, kept_b = (forward.keep(x, leaf=w.is_leaf, config=config, copied=True) for x in (a, b))
     return AdditiveScores.apply(a, b, w, scores, signs, slope, kept_a, kept_b, plan)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -143,6 +143,6 @@ def _end(forward: ForwardPass, x: Tensor, by: Tensor) -> Any:
     """What is kept of one end, which enters what comes before the other."""
     config = running_config(forward)
     if config.lossless or forward.held(x) or forward.cheaper_exact(x, without_reduction(config)):
-        return forward.exact(x)
+        return forward.exact(x, copied=True)
     wide = positive.codec(forward, x, by, both=True)
-    return forward.keep(x, leaf=False, config=wide or replace(at_least_4_bits(config), block="row"))
+    return forward.keep(x, leaf=False, config=wide or replace(at_least_4_bits(config), block="row"), copied=True)

@@ -164,7 +164,7 @@ def edge_sum(
 
 def scaled_sum(forward: ForwardPass, x: Tensor, scale: Tensor, out: Tensor, plan: Plan) -> Tensor:
     """The same for a scale (E, ..., 1) that may need a gradient."""
-    kept_x = factor(forward, x, scale, x.numel()) if scale.requires_grad else None
+    kept_x = factor(forward, x, scale, x.numel(), copied=True) if scale.requires_grad else None
     kept_scale = forward.exact(scale) if x.requires_grad else None
     forward.plain(scale if x.requires_grad else None)
     return ScaledSum.apply(x, scale, out, kept_x, kept_scale, plan)

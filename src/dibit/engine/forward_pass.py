@@ -197,7 +197,7 @@ class ForwardPass:
             leaf: it enters gradients of parameters only, so one draw may serve all leaves of the same tensor. A path
                 residual enters gradients of what comes before and is always drawn anew.
             config: default: that of the running module.
-            copied: plain torch keeps something that was computed from x, not x itself.
+            copied: plain torch keeps something that was computed from x, not x itself, so that x may be changed.
         """
         return self.keeper.keep(x, leaf=leaf, config=config, copied=copied)
 
@@ -225,13 +225,17 @@ class ForwardPass:
         """
         return self.keeper.keep_affine(x, affine, config, watched)
 
-    def exact(self, x: Tensor) -> Residual:
-        """A residual that loses nothing."""
-        return self.keeper.exact(x)
+    def exact(self, x: Tensor, copied: bool = False) -> Residual:
+        """A residual that loses nothing; `copied` as in `keep`."""
+        return self.keeper.exact(x, copied)
 
-    def gathered(self, x: Tensor, config: Config) -> Residual:
-        """A path residual: of the smaller tensor that x was gathered, viewed or expanded from, if there is one."""
-        return self.keeper.gathered(x, config)
+    def gathered(self, x: Tensor, config: Config, copied: bool = False) -> Residual:
+        """A path residual: of the smaller tensor that x was gathered, viewed or expanded from, if there is one.
+
+        Args:
+            copied: as in `keep`.
+        """
+        return self.keeper.gathered(x, config, copied=copied)
 
     def cheaper_exact(self, x: Tensor, config: Config, gathered: Config | None = None, uses: int = 1) -> bool:
         """Whether x can be kept exactly for less than its codes would take, or those of what it was gathered from.
@@ -347,7 +351,7 @@ class ForwardPass:
         if self.inside:  # a rule's own tensors
             kept = exact(x)
             self.accounting.saved_by_rule(kept)
-            self.lossless.follow(kept)
+            self.lossless.follow(kept, x)
             return kept
         free = self.held(x)
         if strided(x):

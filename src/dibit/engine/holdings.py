@@ -104,6 +104,10 @@ class Holdings:
         """Somebody may write to a storage out of sight: NumPy, DLPack, a kernel by its address."""
         self._exposed.add(storage)
 
+    def is_exposed(self, x: Tensor) -> bool:
+        """Whether somebody may write to x out of sight."""
+        return self.storage(x) in self._exposed
+
     # -- autocast's copies ------------------------------------------------------------------------------------------
 
     def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -28,7 +28,7 @@ from dibit.recompute.nodes import nbytes
 from dibit.residuals.base import Residual
 from dibit.residuals.compressed import Compressed
 from dibit.residuals.derived import Gathered
-from dibit.residuals.exact import Reference
+from dibit.residuals.exact import Reference, exact
 from dibit.residuals.gradient_norms import GradientNormObserver
 
 
@@ -64,7 +64,7 @@ class Keeper:
         assert own is not None
         config = config or own
         if own.lossless:
-            return self._lossless(x)
+            return self._lossless(x, copied)
         origin = self.holdings.origin(x)
         if own.inputs == "reference":
             if self.holdings.held(origin) and self._by_reference(x, origin, copied):
@@ -105,29 +105,34 @@ class Keeper:
             limit = min(limit, encoded_bytes(source.shape, gathered))
         return self.lossless.tape.cut(x, limit) is not None
 
-    def exact(self, x: Tensor) -> Residual:
+    def exact(self, x: Tensor, copied: bool = False) -> Residual:
         """See `ForwardPass.exact`."""
         origin = self.holdings.origin(x)
-        if self.holdings.held(origin) and self._by_reference(x, origin):
-            return self._reference(origin, x.shape)
+        if self.holdings.held(origin):
+            if self._by_reference(x, origin, copied):
+                return self._reference(origin, x.shape)
+            if copied:
+                return self._noted(exact(x.detach().clone()).residual())
+        elif copied:
+            return self._noted(self.lossless.leaf(x).residual())
         known = self.lossless.recomputed(origin, nbytes(x)) if origin is not x else None
         kept = known or self.lossless.exactly(x)
         return self._noted(kept.residual())
 
-    def gathered(self, x: Tensor, config: Config) -> Residual:
+    def gathered(self, x: Tensor, config: Config, copied: bool = False) -> Residual:
         """See `ForwardPass.gathered`."""
         if self.stack.config is not None and self.stack.config.lossless:
-            return self._lossless(x)
+            return self._lossless(x, copied)
         origin, tape = self.holdings.origin(x), self.lossless.tape
         found = tape.gathered(origin)
         beside = None if found is None else self.lossless.secured(found[1])
         if found is None or beside is None:
-            return self.keep(x, leaf=False, config=config)
+            return self.keep(x, leaf=False, config=config, copied=copied)
         source = found[0]
         tensor = source.tensor()
         assert tensor is not None
         if source.root is not None and not self.holdings.settled(tensor) and self.lossless.secure(source) is None:
-            return self.keep(x, leaf=False, config=config)
+            return self.keep(x, leaf=False, config=config, copied=copied)
         row, self.accounting.row = self.accounting.row, None  # the ledger gets one entry, of the whole
         kept = self.keep(tensor, leaf=False, config=config, copied=True)
         self.accounting.row = row
@@ -138,10 +143,11 @@ class Keeper:
         """The pass has ended."""
         self._leaves.clear()
 
-    def _lossless(self, x: Tensor) -> Residual:
-        """Exact, of what it was summed up from where that is known."""
-        known = None if self.holdings.held(origin := self.holdings.origin(x)) else self.sources.residual(origin)
-        return self.exact(x) if known is None else self._noted(known)
+    def _lossless(self, x: Tensor, copied: bool) -> Residual:
+        """Exact; by what it was summed up from where that is known."""
+        origin = self.holdings.origin(x)
+        known = None if self.holdings.held(origin) else self.sources.residual(origin)
+        return self.exact(x, copied) if known is None else self._noted(known)
 
     # -- references -------------------------------------------------------------------------------------------------
 

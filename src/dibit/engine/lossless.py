@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ class LosslessForms:
         self._forms: dict[Any, Exact | Narrowed] = {}  # by what they are for ("lossless", "copy", "leaf") and content
         self._content: dict[Any, list[Exact | Narrowed]] = {}  # by dtype and shape
         self._leaves: dict[int, list[Exact]] = {}  # by storage: kept in the place of tensors computed from them
+        self._plain: dict[int, list[weakref.ref[Exact]]] = {}  # by storage: kept as plain torch keeps them
 
     def free(self, x: Tensor) -> bool:
         """Whether x, a strided tensor, can be computed from in the backward pass at no cost.
@@ -113,12 +115,29 @@ class LosslessForms:
                 return self._copy(x)
             if is_whole(x):
                 self.owners.guard.rely(self.holdings.key(whole), whole, root.content, root.role)
-        return self._leaf(x)
+        return self.leaf(x)
+
+    def leaf(self, x: Tensor) -> Exact | Narrowed:
+        """x itself, as what others are computed from; a copy as soon as somebody writes to it."""
+        key = ("leaf", self.holdings.key(x))
+        if key in self._forms:
+            return self._forms[key]
+        x, held = x.detach(), self.holdings.held(x)  # what is kept must not hold the graph that it belongs to
+        if not held and x.untyped_storage().nbytes() > 2 * nbytes(x):
+            x = x.clone()  # a small view would keep all that it is a view of
+            held = False
+        if held:  # of integers the content is compared: neither their version nor their owner's `set_` matters
+            kept: Exact | Narrowed = exact(x.data if is_whole(x) else x)
+        else:
+            kept = self.once(x)
+        self._forms[key] = kept = self._may_change(kept)
+        self.tape.cuts.clear()  # what starts from x costs less now
+        return kept
 
     def once(self, x: Tensor) -> Exact | Narrowed:
         """x as it is or narrowed, on an earlier constant of the same content where there is one."""
         if x.is_floating_point() and x.numel() != max(x.shape, default=0):
-            return exact(x)  # an activation: its content is its own
+            return self._as_plain(exact(x), x)  # an activation: its content is its own
         key = ("lossless", self.holdings.key(x))
         if key not in self._forms:
             kept = narrow(x)
@@ -129,10 +148,19 @@ class LosslessForms:
             self.tape.cuts.clear()  # what starts from x costs less now
         return self._forms[key]
 
-    def follow(self, kept: Exact) -> None:
-        """A rule keeps a tensor itself: it becomes a copy where somebody writes to what was kept before of it."""
-        if strided(kept.x) and (leaves := self._leaves.get(storage_key(kept.x))) is not None:
+    def follow(self, kept: Exact, x: Tensor) -> None:
+        """A rule keeps x itself: it becomes a copy where somebody writes to what was kept before of it."""
+        if not strided(kept.x):
+            return
+        if (leaves := self._leaves.get(storage_key(kept.x))) is not None:
             leaves.append(kept)
+        else:
+            self._as_plain(kept, x)
+
+    def _as_plain(self, kept: Exact, x: Tensor) -> Exact:
+        if kept.x is not x:  # a tensor of its own, to be told from those of others
+            self._plain.setdefault(storage_key(kept.x), []).append(weakref.ref(kept))
+        return kept
 
     # -- writes, and the end ----------------------------------------------------------------------------------------
 
@@ -158,7 +186,8 @@ class LosslessForms:
             if storage in self.holdings.roles:
                 continue
             others = holders(leaves[0].x)
-            if others is None or others > len({id(leaf.x) for leaf in leaves}):
+            plain = [kept for ref in self._plain.get(storage, ()) if (kept := ref()) is not None]
+            if others is None or others > len({id(kept.x) for kept in (*leaves, *plain)}):
                 own(leaves)
                 if self._ledger is not None:
                     for leaf in leaves:
@@ -166,7 +195,7 @@ class LosslessForms:
 
     def clear(self) -> None:
         """The pass has ended."""
-        for table in (self._forms, self._content, self._leaves):
+        for table in (self._forms, self._content, self._leaves, self._plain):
             table.clear()
         self.tape.clear()
 
@@ -185,23 +214,6 @@ class LosslessForms:
             kept = kept.with_tensor(kept.x.clone())
         self._forms["copy", self.holdings.key(x)] = kept = self._shared_content(kept)
         self.tape.cuts.clear()
-        return kept
-
-    def _leaf(self, x: Tensor) -> Exact | Narrowed:
-        """x itself, as what others are computed from."""
-        key = ("leaf", self.holdings.key(x))
-        if key in self._forms:
-            return self._forms[key]
-        x, held = x.detach(), self.holdings.held(x)  # what is kept must not hold the graph that it belongs to
-        if not held and x.untyped_storage().nbytes() > 2 * nbytes(x):
-            x = x.clone()  # a small view would keep all that it is a view of
-            held = False
-        if held:  # of integers the content is compared: neither their version nor their owner's `set_` matters
-            kept: Exact | Narrowed = exact(x.data if is_whole(x) else x)
-        else:
-            kept = self.once(x)
-        self._forms[key] = kept = self._may_change(kept)
-        self.tape.cuts.clear()  # what starts from x costs less now
         return kept
 
     def _shared_content(self, kept: Exact | Narrowed) -> Exact | Narrowed:

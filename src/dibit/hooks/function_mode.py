@@ -93,10 +93,13 @@ def tell_of_writes(forward_pass: ForwardPass, func: Any, args: Any, kwargs: Any)
 def tell_of_results(forward_pass: ForwardPass, func: Any, args: Any, result: Any) -> None:
     """Note memory that this call has made. What has a gradient tells by itself."""
     for x in result if type(result) in (tuple, list) else (result,):
-        if type(x) is Tensor and not x.requires_grad and strided(x) and func not in _FROM_OUTSIDE:
+        if type(x) is Tensor and not x.requires_grad and strided(x):
             storage = storage_key(x)
             if not any(storage == storage_key(part) for a in tensors_in(args) for part in storages(a)):
-                forward_pass.made(x)
+                if func in _FROM_OUTSIDE:
+                    forward_pass.holdings.expose(storage)
+                else:
+                    forward_pass.made(x)
 
 
 def written(func: Any, args: Any) -> Iterator[Any]:

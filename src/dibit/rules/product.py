@@ -114,16 +114,16 @@ def _exact(forward: ForwardPass, x: Tensor, count: int, config: Config, gathers:
     )
 
 
-def factor(forward: ForwardPass, x: Tensor, by: Tensor, count: int) -> Any:
-    """What is kept of a factor x, which enters what comes before `by`; `count` as in `_factors`."""
+def factor(forward: ForwardPass, x: Tensor, by: Tensor, count: int, copied: bool = False) -> Any:
+    """What is kept of a factor x, which enters what comes before `by`; see `_factors` and `ForwardPass.keep`."""
     config = running_config(forward)
     if config.lossless or _exact(forward, x, count, without_reduction(config)):
-        return forward.exact(x)
+        return forward.exact(x, copied)
     if by.is_leaf:  # a parameter: x enters its gradient and no other, as a linear layer's input does
         many = isinstance(config.reduce, Sample) and x.dim() > 1 and by.numel() * _BROADCAST <= x.numel()
-        return forward.keep(x, leaf=True, config=None if many else without_reduction(config))
+        return forward.keep(x, leaf=True, config=None if many else without_reduction(config), copied=copied)
     if (not count or x.numel() == count) and (wide := positive.codec(forward, x, by, both=not count)) is not None:
-        return forward.gathered(x, wide)
+        return forward.gathered(x, wide, copied)
     config = at_least_4_bits(config)
     if count:
         gathered = forward.tape.gathered(forward.origin(x)) is not None
@@ -134,7 +134,7 @@ def factor(forward: ForwardPass, x: Tensor, by: Tensor, count: int) -> Any:
                 return keep_signed(forward, x)
             if config.block_size(x.shape[:-1].numel(), x.shape[-1]) > x.shape[-1]:
                 config = replace(config, block="row")
-    return forward.gathered(x, config)
+    return forward.gathered(x, config, copied)
 
 
 def at_least_4_bits(config: Config) -> Config:
