@@ -30,6 +30,7 @@ from dibit.compile.config_text import config_of, text_of
 from dibit.compile.rules import COMPILED, RULES
 from dibit.recipes import RECIPES
 from dibit.rules.spellings import OPERATIONS, spellings
+from tests.autograd_graph import nodes
 from tests.unbiased import bias_of, gradient
 
 pytestmark = [
@@ -94,13 +95,7 @@ def storages_of(*tensors: Tensor) -> set[int]:
 def kept(y: Tensor, *others: Tensor) -> dict[int, Tensor]:
     """All that the graph of y keeps, by storage, but for `others`."""
     found: dict[int, Tensor] = {}
-    stack, seen = [y.grad_fn], set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        stack += [following for following, _ in node.next_functions]
+    for node in nodes(y):
         saved = list(getattr(node, "saved_tensors", ()))
         saved += [value for name in dir(node) if name.startswith("_saved_") for value in [getattr(node, name)]]
         for x in saved:

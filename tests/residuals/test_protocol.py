@@ -19,6 +19,7 @@ from dibit.residuals.exact import Lossless, Recomputed, Reference
 from dibit.residuals.masks import Mask, SeededMask
 from dibit.residuals.norm_results import Normed, Passed
 from dibit.rules.relative import Signed
+from tests.autograd_graph import nodes
 
 N, D = 1_200, 32
 
@@ -47,14 +48,7 @@ class Net(nn.Module):
 
 def kept(y: Tensor) -> Iterator[tuple[Saved, list[Tensor]]]:
     """The residuals in a graph of autograd: each as `save` leaves it, and the tensors that autograd holds for it."""
-    stack: list[Any] = [y.grad_fn]
-    seen = set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        stack += [following for following, _ in node.next_functions]
+    for node in nodes(y):
         tensors, at = getattr(node, "saved_tensors", ()), 0
         for residual, count in getattr(node, "layout", None) or ():
             if residual is not None:

@@ -71,10 +71,10 @@ class Edges:
 
     def gather(self, func: Any, args: Any, kwargs: Any) -> Any:
         """x.index_select(0, index), x[index] or torch.gather as a deferred tensor; else `NotImplemented`."""
-        call = _gather(func, args) if DEFERS and not kwargs else None
-        if call is None:
+        given = _gather(func, args) if DEFERS and not kwargs else None
+        if given is None:
             return NotImplemented
-        x, dim, index = call
+        x, dim, index = given
         if type(index) is not Tensor or index.dtype != torch.int64 or index.dim() != 1 or not is_plain_float(x):
             return NotImplemented
         if x.dim() < 2 or dim not in (0, -x.dim()) or x.dtype != torch.float32 or x.device.type != "cpu":
@@ -87,8 +87,8 @@ class Edges:
         low, high = index.aminmax()
         if low < 0 or high >= x.shape[0]:
             return NotImplemented  # torch says what is wrong
-        cell = PendingCall(Tensor.index_select, (x, 0, index), (x,), self.run)
-        return self._defer(cell, torch.Size((index.numel(), *x.shape[1:])), x)
+        call = PendingCall(Tensor.index_select, (x, 0, index), (x,), self.run)
+        return self._defer(call, torch.Size((index.numel(), *x.shape[1:])), x)
 
     def take(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A call that has a deferred tensor among its arguments; `NotImplemented` if that has to be made."""
@@ -143,10 +143,10 @@ class Edges:
 
     # -- one call ---------------------------------------------------------------------------------------------------
 
-    def _defer(self, cell: PendingCall, shape: torch.Size, like: Tensor) -> Deferred:
-        made = defer(cell, shape, like)
+    def _defer(self, call: PendingCall, shape: torch.Size, like: Tensor) -> Deferred:
+        made = defer(call, shape, like)
         self._alive.append(TensorWeakRef(made))
-        self._paths.append(weakref.ref(cell.path))
+        self._paths.append(weakref.ref(call.path))
         return made
 
     def _sized(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -182,8 +182,8 @@ class Edges:
             return NotImplemented
         if kind(x) != "gather" or scale.shape != (*x.shape[:-1], 1):
             return NotImplemented
-        cell = PendingCall(func, (a, b), (*x.pending.roots, scale), self.run)
-        return self._defer(cell, x.shape, scale)
+        call = PendingCall(func, (a, b), (*x.pending.roots, scale), self.run)
+        return self._defer(call, x.shape, scale)
 
     def _sum(self, func: Any, out: Any, dim: Any, target: Any, messages: Deferred) -> Any:
         """Messages added to the rows of their targets."""
@@ -220,7 +220,7 @@ class Edges:
         what = kind(product)
         if what not in ("product", "weighted"):
             return NotImplemented
-        cells, slope, weight = [product.pending], 0.0, None
+        calls, slope, weight = [product.pending], 0.0, None
         if what == "weighted":
             leaky, weight = product.pending.args
             if type(leaky) is not Deferred:
@@ -228,10 +228,10 @@ class Edges:
             slope = float(leaky.pending.args[1]) if len(leaky.pending.args) > 1 else 0.01
             if slope < 0:
                 return NotImplemented
-            cells += [leaky.pending, leaky.pending.args[0].pending]
+            calls += [leaky.pending, leaky.pending.args[0].pending]
         product.pending.check()
-        ends = [x.pending for x in cells[-1].args]
-        if any(cell.value is not None for cell in (*cells, *ends)):
+        ends = [x.pending for x in calls[-1].args]
+        if any(call.value is not None for call in (*calls, *ends)):
             return NotImplemented
         (a, _, target), (b, _, source) = (end.args for end in ends)
         if a.dim() < 3 or not any(x.requires_grad for x in (a, b)):
@@ -244,8 +244,8 @@ class Edges:
         rows = scores.reshape(scores.shape[0], -1)
         y = self.rule(func, _score_rule, (ends, *shaped, weight, slope, rows, plan, source, target))
         if y is not NotImplemented:
-            for cell in (*cells, *ends):
-                cell.used = True
+            for call in (*calls, *ends):
+                call.used = True
             y = y.view(scores.shape)
         return y
 

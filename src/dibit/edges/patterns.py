@@ -19,14 +19,14 @@ def kind(x: Deferred) -> str:
         "gather"; "scaled", that times a factor an edge; "product" or "sum" of two gathers; "leaky", the leaky ReLU of
         such a sum; "weighted", that times weights; empty if it has been made.
     """
-    cell = x.pending
-    if cell.value is not None:
+    call = x.pending
+    if call.value is not None:
         return ""
-    if cell.function is Tensor.index_select:
+    if call.function is Tensor.index_select:
         return "gather"
-    found = [kind(part) for part in cell.args if type(part) is Deferred]
+    found = [kind(part) for part in call.args if type(part) is Deferred]
     if found == ["gather", "gather"]:
-        return "product" if cell.function in PRODUCTS else "sum"
+        return "product" if call.function in PRODUCTS else "sum"
     return {"gather": "scaled", "sum": "leaky", "leaky": "weighted"}.get(found[0], "")
 
 
@@ -51,17 +51,17 @@ def one_column(index: Any, messages: Deferred) -> Any:
 
 def parts(messages: Deferred) -> tuple[PendingCall, Tensor | None]:
     """The gather, and what it is multiplied by."""
-    cell = messages.pending
-    if cell.function is Tensor.index_select:
-        return cell, None
-    a, b = cell.args
+    call = messages.pending
+    if call.function is Tensor.index_select:
+        return call, None
+    a, b = call.args
     return (a.pending, b) if type(a) is Deferred else (b.pending, a)
 
 
-def sources(cell: PendingCall) -> list[Tensor]:
+def sources(call: PendingCall) -> list[Tensor]:
     """The tensors that a call reads, also those that need no gradient."""
     found: list[Tensor] = []
-    for x in cell.args:
+    for x in call.args:
         if type(x) is Deferred:
             found += sources(x.pending)
         elif isinstance(x, Tensor):

@@ -28,22 +28,22 @@ from dibit.rules.product import at_least_4_bits
 CHUNK = 1 << 13  # edges at a time: what is made of them stays in the caches
 
 
-def evaluate(cell: PendingCall, start: int, stop: int) -> Tensor:
+def evaluate(call: PendingCall, start: int, stop: int) -> Tensor:
     """The rows of some edges of what a deferred tensor stands for."""
-    if cell.function is Tensor.index_select:
-        x, _, index = cell.args
+    if call.function is Tensor.index_select:
+        x, _, index = call.args
         return x.detach().index_select(0, index[start:stop])  # type: ignore[no-any-return]
-    args = [evaluate(x.pending, start, stop) if type(x) is Deferred else x for x in cell.args]
-    return cell.function(*(x.detach() if isinstance(x, Tensor) else x for x in args))  # type: ignore[no-any-return]
+    args = [evaluate(x.pending, start, stop) if type(x) is Deferred else x for x in call.args]
+    return call.function(*(x.detach() if isinstance(x, Tensor) else x for x in args))  # type: ignore[no-any-return]
 
 
-def summed(cell: PendingCall, edges: int, shape: tuple[int, ...]) -> Tensor:
+def summed(call: PendingCall, edges: int, shape: tuple[int, ...]) -> Tensor:
     """The sum over the last dimension of what a deferred tensor stands for: (E, ...)."""
-    like = cell.roots[0]
+    like = call.roots[0]
     out = torch.empty((edges, *shape), dtype=like.dtype, device=like.device)
     with torch.no_grad():
         for start in range(0, edges, CHUNK):
-            out[start : start + CHUNK] = evaluate(cell, start, start + CHUNK).sum(-1)
+            out[start : start + CHUNK] = evaluate(call, start, start + CHUNK).sum(-1)
     return out
 
 

@@ -112,7 +112,7 @@ class Keeper:
             if self._by_reference(x, origin, copied):
                 return self._reference(origin, x.shape)
             if copied:
-                return self._noted(exact(x.detach().clone()).residual())
+                return self._noted(exact(x.detach().clone()).residual())  # whoever holds it may change it
         elif copied:
             return self._noted(self.lossless.leaf(x).residual())
         known = self.lossless.recomputed(origin, nbytes(x)) if origin is not x else None

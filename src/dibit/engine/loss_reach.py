@@ -71,9 +71,9 @@ class LossReach:
         for key, steps in assumed.items():
             if (true := found.get(key, -1)) is None or true > steps:
                 raise RuntimeError(
-                    f"the operations between {key.partition(':')[0]!r} and the output differ from those of the "
-                    "pass before, but dibit.batch(model, loss_rows=...) needs them to be the "
-                    "same; leave loss_rows out for such a model."
+                    f"the operations between {key.partition(':')[0]!r} and the output differ from those of the pass "
+                    "before, but dibit.batch(model, loss_rows=...) needs them to be the same; leave loss_rows out for "
+                    "such a model."
                 )
         self.steps = {key: steps for key, steps in found.items() if steps is not None}
 

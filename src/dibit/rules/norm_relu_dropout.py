@@ -113,32 +113,15 @@ def norm_relu_dropout(
         return NotImplemented
     if not training or not 0 <= p < 1 or not any(t.requires_grad for t in (input, *given)):
         return NotImplemented
-    if config.lossless:
-        return _one_by_one(forward, input, running_mean, running_var, weight, bias, p, momentum, eps)
     forward.plain(input)
-    own = p if config.dropout == "seed" else 0.0
     running = running_mean, running_var
-    y = NormReLUDropout.apply(input.contiguous(), weight, bias, running, momentum, eps, float(own), forward)
+    if config.lossless:  # torch's own BatchNorm, and masks of 1 bit
+        forward.plain(2 * input.shape[1] * input.element_size())  # its statistics
+        own, y = 0.0, relu(forward, F.batch_norm(input, *running, weight, bias, True, momentum, eps))
+    else:
+        own = float(p) if config.dropout == "seed" else 0.0
+        y = NormReLUDropout.apply(input.contiguous(), weight, bias, running, momentum, eps, own, forward)
     if own == p:
         return y
-    masked = dropout(forward, y, p, training)  # torch's own draw
+    masked = dropout(forward, y, p, training)
     return y if masked is NotImplemented else masked
-
-
-def _one_by_one(
-    forward: ForwardPass,
-    input: Tensor,
-    running_mean: Any,
-    running_var: Any,
-    weight: Any,
-    bias: Any,
-    p: float,
-    momentum: float,
-    eps: float,
-) -> Tensor:
-    """Torch's own BatchNorm, and masks of 1 bit."""
-    normed = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
-    forward.plain(input, 2 * input.shape[1] * input.element_size())
-    y = relu(forward, normed)
-    masked = dropout(forward, y, p, True)
-    return y if masked is NotImplemented else masked  # type: ignore[no-any-return]
