@@ -173,6 +173,7 @@ def test_a_kill_in_the_middle_of_a_write(how: signal.Signals, tmp_path: Path) ->
         child = os.fork()
         if not child:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: a parallel operation would wait for ever
             number = last
             try:
                 while True:
