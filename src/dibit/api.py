@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from dibit._torch.private import USABLE, warn_if_missing
-from dibit.config import Config, Sample, nearest
+from dibit.config import Config, Sample, did_you_mean
 from dibit.engine.ledger import Ledger, Row
 from dibit.engine.model_state import Found, ModelState, Rule, state_of, states_in
 from dibit.engine.row_scores import Scores
@@ -190,7 +190,7 @@ def _resolve(model: nn.Module, config: Setting | Mapping[str, Setting]) -> dict[
     patterns = {pattern: _config(setting) for pattern, setting in config.items()}
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in names):
-            raise ValueError(f"no module is named {pattern!r}; {nearest(pattern, [n for n in names if n])}.")
+            raise ValueError(f"no module is named {pattern!r}; {did_you_mean(pattern, [n for n in names if n])}.")
     return {
         name: next((setting for pattern, setting in patterns.items() if _matches(name, pattern)), None)
         for name in names

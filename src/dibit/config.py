@@ -14,7 +14,7 @@ import torch
 BITS = (1, 2, 4, 8)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of an error sentence: what was probably meant, and what there is."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -195,4 +195,4 @@ def _positive(name: str, value: object, more: str = "") -> None:
 
 def _choice(name: str, value: object, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise ValueError(f"{name} = {value!r} was given; {nearest(str(value), known)}.")
+        raise ValueError(f"{name} = {value!r} was given; {did_you_mean(str(value), known)}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dibit.config import Config, Project, Sample, nearest
+from dibit.config import Config, Project, Sample, did_you_mean
 
 # The papers keep the projected input of every linear layer (features included), a dropout mask of 1 bit, and the
 # whole normalised input of BatchNorm.
@@ -36,5 +36,5 @@ def recipe(name: str) -> Config:
         ValueError: the name is unknown; the message gives the nearest.
     """
     if name not in RECIPES:
-        raise ValueError(f"recipe {name!r} is unknown; {nearest(str(name), RECIPES)}.")
+        raise ValueError(f"recipe {name!r} is unknown; {did_you_mean(str(name), RECIPES)}.")
     return RECIPES[name]

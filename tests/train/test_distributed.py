@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dibit.train import UserError, checkpoint
-from dibit.train.distributed import World, told
+from dibit.train.distributed import World, world_of_environment
 
 pytestmark = pytest.mark.slow
 
@@ -66,11 +66,11 @@ sys.path.insert(0, sys.argv[2])
 from dibit.train import Settings
 from dibit.train.batches import MiniBatch
 from dibit.train.data import load_graph
-from dibit.train.distributed import told
+from dibit.train.distributed import world_of_environment
 from dibit.train.task import Task
 from tests.unbiased import bias_of
 
-world = told()
+world = world_of_environment()
 dist.init_process_group("gloo")
 model = {"hidden": 16, "layers": 2, "norm": "none", "dropout": 0}
 settings = Settings().updated(dataset=sys.argv[1], device="cpu", loader="cluster", **model)
@@ -143,10 +143,10 @@ def test_the_whole_graph_cannot_be_shared(small: Path, tmp_path: Path) -> None:
 def test_who_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert told() == World(0, 1, 0)
+    assert world_of_environment() == World(0, 1, 0)
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match="torchrun"):
-        told()
+        world_of_environment()
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert told() == World(3, 4, 1)
+    assert world_of_environment() == World(3, 4, 1)

@@ -40,9 +40,9 @@ def copies(dtype: torch.dtype | None, *tensors: Tensor | None) -> tuple[Any, ...
 
 
 def low_precision(rule: Callable[..., Any]) -> Callable[..., Any]:
-    """Of a rule for a function that autocast runs in its own dtype: linear layers and products of matrices.
+    """Mark a rule for a function that autocast runs in its own dtype, such as linear layers and matrix products.
 
-    Leaves of autograd's graph, parameters first of all, are handed on as they are, with `step.low` for the dtype of
+    Leaves of autograd's graph, parameters first of all, are handed on as they are, with `forward.low` for the dtype of
     their copies: so the gradient of a weight is made in the weight's dtype, and nothing but the weight is kept.
     """
 
@@ -61,7 +61,7 @@ def low_precision(rule: Callable[..., Any]) -> Callable[..., Any]:
         def copy(x: Any) -> Any:
             if not isinstance(x, Tensor) or not x.is_floating_point() or (x.is_leaf and x.requires_grad):
                 return x
-            return forward.cast(x, low)
+            return forward.holdings.cast(x, low)
 
         return _without_autocast(rule, forward, args, kwargs, copy, device, low)
 
@@ -69,7 +69,7 @@ def low_precision(rule: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def full_precision(sample: Callable[[Tensor], Tensor]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Of a rule for a function that autocast may run in float32: which ones, differs by device and version.
+    """Mark a rule for a function that autocast may run in float32; whether it does depends on device and version.
 
     Args:
         sample: calls the function with a (2, 2) tensor of half precision, so that the dtype of its result tells.
@@ -88,7 +88,7 @@ def full_precision(sample: Callable[[Tensor], Tensor]) -> Callable[[Callable[...
                 return rule(forward, *args, **kwargs)
 
             def copy(x: Any) -> Any:
-                return forward.cast(x, torch.float32) if isinstance(x, Tensor) and x.dtype in HALF else x
+                return forward.holdings.cast(x, torch.float32) if isinstance(x, Tensor) and x.dtype in HALF else x
 
             return _without_autocast(rule, forward, args, kwargs, copy, device, None)
 
@@ -110,12 +110,7 @@ def _without_autocast(
     device: torch.device,
     low: torch.dtype | None,
 ) -> Any:
-    try:
-        cached = torch.is_autocast_cache_enabled()
-        with exact_dtypes(device):
-            forward.low, forward.low_cached = low, cached
-            args, kwargs = tuple(map(copy, args)), {name: copy(x) for name, x in kwargs.items()}
-            return rule(forward, *args, **kwargs)
-    finally:
-        forward.low = None
-        forward.forget_copies()
+    cached = torch.is_autocast_cache_enabled()
+    with exact_dtypes(device), forward.autocast(low, cached):
+        args, kwargs = tuple(map(copy, args)), {name: copy(x) for name, x in kwargs.items()}
+        return rule(forward, *args, **kwargs)

@@ -205,7 +205,7 @@ class MaskedDropout(torch.autograd.Function):
 
 
 def _statistics(x: Tensor) -> Tensor:
-    """Of half-precision inputs in float32, as they are: a trace takes them for half precision, too."""
+    """Statistics of a half-precision input in float32, their own dtype, though a trace shows them in half precision."""
     return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 

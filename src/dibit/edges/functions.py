@@ -67,7 +67,7 @@ class Edges:
         self._alive: list[Any] = []
         self._paths: list[weakref.ref[GradientPath]] = []
         self._zeros: set[Any] = set()  # keys of what `_sized` has made
-        forward.before_writes.append(self._written)
+        forward.writes.listen(self._written)
 
     def gather(self, func: Any, args: Any, kwargs: Any) -> Any:
         """x.index_select(0, index), x[index] or torch.gather as a deferred tensor; else `NotImplemented`."""
@@ -136,7 +136,6 @@ class Edges:
     def clear(self) -> None:
         """The pass has ended, one way or the other."""
         self.plans.end()
-        self.forward.before_writes.clear()
         self._zeros.clear()
         self._paths.clear()
         self.run = self.rule = None
@@ -154,7 +153,7 @@ class Edges:
         sized = func is Tensor.new_zeros and len(args) == 2 and not kwargs and type(args[1]) in (tuple, torch.Size)
         if sized and args[0].element_size() * math.prod(args[1]) >= LARGE:
             zeros = empty(args[1], args[0].dtype, args[0].device).zero_()
-            self.forward.made(zeros)
+            self.forward.holdings.made(zeros)
             self._zeros.add(self.forward.holdings.key(zeros))
             return zeros
         like = torch.empty(0, dtype=args[0].dtype, device=args[0].device)
@@ -207,7 +206,7 @@ class Edges:
             return NotImplemented
         zeros = self._is_zero(out)
         if func in _IN_PLACE:
-            self.forward.before_change(out)
+            self.forward.writes.before(out)
         else:
             out = out.clone()
         y = self.rule(func, _rule, (gathered, x, out, scale, plan, source, target, zeros))
@@ -253,7 +252,7 @@ class Edges:
         """Whether what is added to is known to be zero, so that the sum is that of the messages alone."""
         if self.forward.holdings.key(out) in self._zeros:
             return True
-        call = self.forward.tape.node(out).call
+        call = self.forward.lossless.tape.node(out).call
         return call is not None and call[0] is torch.zeros
 
     # -- what is still there ----------------------------------------------------------------------------------------

@@ -151,14 +151,14 @@ def edge_sum(
     if scale is not None:
         weights = plan.by_target.values(scale.reshape(-1))
     if not x.requires_grad and not out.requires_grad:
-        steady = known and forward.held(x) and forward.steady(x)
+        steady = known and forward.held(x) and forward.lossless.steady(x)
         graph.add_to(out, x, weights)
         if steady:
-            forward.derived(out, Aggregated(graph, Reference(x, x.shape)))
+            forward.sources.derived(out, Aggregated(graph, Reference(x, x.shape)))
         return out
     y: Tensor = EdgeSum.apply(x, out, graph, weights, kept, None if kept is None else plan.by_source.order)
     if known:
-        forward.aggregated(y, graph, x)
+        forward.sources.aggregated(y, graph, x)
     return y
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from dibit.engine.holdings import Holdings
 from dibit.engine.ledger import Ledger, Row
 from dibit.engine.module_stack import ModuleStack, function_name
-from dibit.residuals.base import Residual
+from dibit.residuals.base import Residual, Saved
 from dibit.residuals.exact import Exact, LosslessForm
 
 
@@ -58,6 +60,22 @@ class Accounting:
                 self.ledger.kept_tensor(row, kept.x)
                 if row.kept > before:
                     row.how = row.how or "exact"
+
+    @contextmanager
+    def entering(self, row: Row | None) -> Iterator[None]:
+        """A block whose entries go into this row; `None`: nowhere."""
+        before, self.row = self.row, row
+        try:
+            yield
+        finally:
+            self.row = before
+
+    def replaced(self, residual: Saved, x: Tensor) -> None:
+        """The running operation keeps x, which the model returns, in the place of a residual that was noted."""
+        if self.ledger is not None and self.row is not None:
+            self.ledger.dropped(residual.tensors)
+            self.ledger.kept_tensor(self.row, x)
+            self.row.how = "reference (returned)"
 
     def note(self, residual: Residual | Any) -> Any:
         """Enter a residual under the operation that is running."""
@@ -106,6 +124,8 @@ class Accounting:
                 if not self.holdings.held(form.x):
                     self.ledger.kept_tensor(row, form.x)
 
-    def clear(self) -> None:
-        """The pass has ended."""
+    def end(self, outputs: Iterable[Tensor]) -> None:
+        """The pass has ended with these outputs."""
+        if self.ledger is not None:
+            self.ledger.close(outputs)
         self._copied.clear()

@@ -129,13 +129,13 @@ def batch(model: nn.Module, node_ids: Tensor | None = None, loss_rows: Tensor | 
     if loss_rows is not None:
         least = _check("loss_rows", loss_rows, "the rows of the output, or a mask of them", torch.int64, torch.bool)
         _check_returns(model, found)
-    told = [model, *(each.state.root for each in found)], BatchInfo(node_ids, loss_rows, least)
+    entry = [model, *(each.state.root for each in found)], BatchInfo(node_ids, loss_rows, least)
     batches = _local.batches  # of this thread: a generator may be closed in another
-    batches.append(told)
+    batches.append(entry)
     try:
         yield
     finally:
-        batches[:] = [each for each in batches if each is not told]  # blocks of two generators may cross
+        batches[:] = [each for each in batches if each is not entry]  # blocks of two generators may cross
 
 
 def _check_returns(model: nn.Module, found: list[Found]) -> None:
@@ -168,13 +168,13 @@ def _check(name: str, value: object, what: str, *dtypes: torch.dtype) -> int:
 
 
 def innermost(model: nn.Module) -> BatchInfo | None:
-    """What the innermost `batch` block of this thread told of the compressed model."""
-    for models, told in reversed(_local.batches):
+    """What the innermost `batch` block of this thread says about the compressed model."""
+    for models, info in reversed(_local.batches):
         if any(each is model for each in models):
-            return told
+            return info
     return None
 
 
 def current(model: nn.Module) -> BatchInfo:
-    """The same, empty where nothing was told."""
+    """The same; empty where there is no block."""
     return innermost(model) or _NOTHING

@@ -9,53 +9,41 @@ import torch
 from torch import Tensor
 
 from dibit._torch.storage_identity import strided
-from dibit.codec import Affine, encode, encoded_bytes, norm_scores
-from dibit.codec.row_sampling import LEFT_OUT, by_length, unevenness
-from dibit.config import Config, Project, Sample
+from dibit.codec import Affine, encoded_bytes
+from dibit.config import Config
 from dibit.engine.accounting import Accounting
-from dibit.engine.batch_info import BatchInfo
-from dibit.engine.draws import Draws
-from dibit.engine.holdings import Holdings
+from dibit.engine.encoder import Encoder
 from dibit.engine.known_sources import KnownSources
 from dibit.engine.lossless import LosslessForms
-from dibit.engine.measuring import Measuring
-from dibit.engine.model_state import ModelState
-from dibit.engine.module_stack import ModuleStack, function_name
-from dibit.engine.noise.meter import rounding_of
-from dibit.engine.noise.noise_flow import Leaf
-from dibit.engine.noise.row_plan import UNEVEN
+from dibit.engine.module_stack import ModuleStack
 from dibit.recompute.nodes import nbytes
 from dibit.residuals.base import Residual
-from dibit.residuals.compressed import Compressed
 from dibit.residuals.derived import Gathered
 from dibit.residuals.exact import Reference, exact
-from dibit.residuals.gradient_norms import GradientNormObserver
 
 
 class Keeper:
     """Makes the residuals of one pass, from all that is known of its tensors.
 
-    Attributes:
-        reached: by residual, how far from the output it lies, of those that left out rows beyond the loss's reach.
+    Args:
+        stack: the running modules of the pass.
+        lossless: what it keeps exactly.
+        sources: how its tensors came about.
+        accounting: its ledger's rows.
+        encoder: of everything else.
     """
 
     def __init__(
         self,
-        state: ModelState,
-        batch: BatchInfo,
-        matrix: Tensor | None,
         stack: ModuleStack,
-        holdings: Holdings,
         lossless: LosslessForms,
         sources: KnownSources,
         accounting: Accounting,
-        draws: Draws,
-        measuring: Measuring,
+        encoder: Encoder,
     ) -> None:
-        self.state, self.batch, self.matrix, self.stack = state, batch, matrix, stack
-        self.holdings, self.lossless, self.sources = holdings, lossless, sources
-        self.accounting, self.draws, self.measuring = accounting, draws, measuring
-        self.reached: dict[str, int] = {}
+        self.stack, self.lossless, self.sources = stack, lossless, sources
+        self.accounting, self.encoder = accounting, encoder
+        self.holdings, self.measuring = lossless.holdings, encoder.measuring
         self._leaves: dict[Any, Residual] = {}  # by content, dtype and config
 
     def keep(self, x: Tensor, *, leaf: bool, config: Config | None = None, copied: bool = False) -> Residual:
@@ -75,7 +63,7 @@ class Keeper:
             if known is not None:
                 return self._noted(known)
         if not leaf:
-            return self._noted(self._encode(x, config, "path"))
+            return self._noted(self.encoder.encode(x, config, "path"))
         key = (self.holdings.key(origin), x.dtype, config)
         found = self._leaves.get(key)
         if found is None:
@@ -84,15 +72,12 @@ class Keeper:
 
     def keep_factor(self, x: Tensor, config: Config, name: str, fixed: bool) -> Residual:
         """See `ForwardPass.keep_factor`; `name`: of the factor, for the measurement of noise."""
-        plan = self.measuring.plan
-        if self.measuring.active:
-            self.measuring.metered = True
-            plan.measured(name, rounding_of(x.detach(), config))
-        return self.keep(x, leaf=False, config=plan.factor_config(name, config, x.numel(), fixed))
+        self.measuring.factor(name, x, config)
+        return self.keep(x, leaf=False, config=self.measuring.plan.factor_config(name, config, x.numel(), fixed))
 
     def keep_affine(self, x: Tensor, affine: Affine, config: Config, watched: bool) -> Residual:
         """See `ForwardPass.keep_affine`."""
-        return self._noted(self._encode(x, config, "path", affine, watched))
+        return self._noted(self.encoder.encode(x, config, "path", affine, watched))
 
     def cheaper_exact(self, x: Tensor, config: Config, gathered: Config | None, uses: int) -> bool:
         """See `ForwardPass.cheaper_exact`."""
@@ -170,81 +155,10 @@ class Keeper:
 
     def _leaf_residual(self, x: Tensor, origin: Tensor, config: Config) -> Residual:
         if config.noise is None:
-            return self._encode(x, config, "leaf", watched=True)
+            return self.encoder.encode(x, config, "leaf", watched=True)
         name = self.measuring.residual()
         estimate = self.sources.estimate(origin)
-        plan = self.measuring.plan
-        config = plan.leaf_config(name, config, x.shape, estimate is not None, self.state.root)
+        config = self.measuring.leaf_config(name, config, x.shape, estimate is not None)
         if estimate is not None and config.inputs == "reference":
             return replace(estimate, key=name)
-        return self._encode(x, config, "leaf", watched=True, name=name)
-
-    def _encode(
-        self,
-        x: Tensor,
-        config: Config,
-        purpose: str,
-        affine: Affine | None = None,
-        watched: bool = False,
-        name: str = "",
-    ) -> Compressed:
-        salt = (self.state.salt,) if self.state.salt else ()
-        scores = watch = candidates = None
-        key = name
-        if watched and (self.batch.loss_rows is not None or _by_gradient(config)):
-            key = name or self.measuring.residual()
-            rows = x.detach().reshape(x.shape[:-1].numel(), x.shape[-1])
-            if _by_gradient(config):
-                scores, watch = self._scores(key, rows, x.shape, affine is None)
-            config, scores, candidates = self._within_reach(key, config, rows, scores)
-        packed = encode(x, config, self.draws.seed(purpose, x.device, *salt), affine, scores, candidates)
-        if self.state.observer is not None:
-            x = x if affine is None else affine(x)
-            self.state.observer(self.stack.module, function_name(self.stack.function), x, packed)
-        return Compressed(packed, watch, key, self.stack.module, self.draws.key)
-
-    def _scores(
-        self, key: str, rows: Tensor, shape: torch.Size, norms: bool
-    ) -> tuple[Tensor | None, GradientNormObserver | None]:
-        """Scores of rows by the gradients of earlier steps; by their norms as long as there are none."""
-        table, ids = self.state.scores, self.batch.node_ids
-        if ids is not None:
-            ids = ids.to(rows.device)
-            if (each := shape[1:-1].numel()) > 1:  # the heads of a node are rows of their own
-                ids = (ids[: shape[0], None] * each + torch.arange(each, device=ids.device)).reshape(-1)
-            if ids.numel() < rows.shape[0]:  # they are no nodes: edges, which have no names
-                return norm_scores(rows) if norms else None, None
-        scores = table.of(key, rows, ids)
-        if scores is None and norms:
-            scores = norm_scores(rows)
-        elif scores is not None and norms and (leaf := table.plan.leaves.get(key)) is not None:
-            scores = self._by_length(scores, rows, leaf)
-        return scores, table.watch(key, ids)
-
-    def _by_length(self, scores: Tensor, rows: Tensor, leaf: Leaf) -> Tensor:
-        """Scores of |dY_n| |x_n| where the rows of a leaf are of uneven lengths, of |dY_n| elsewhere."""
-        lengths = norm_scores(rows) if self.measuring.active or leaf.uneven else None
-        if lengths is not None and self.measuring.active:
-            leaf.uneven = unevenness(lengths) > UNEVEN
-        return by_length(scores, lengths) if leaf.uneven and lengths is not None else scores
-
-    def _within_reach(
-        self, key: str, config: Config, rows: Tensor, scores: Tensor | None
-    ) -> tuple[Config, Tensor | None, int | None]:
-        """Leave out the rows that the loss does not reach: config, scores and how many rows may be kept."""
-        loss_rows, reduce = self.batch.loss_rows, config.reduce
-        if loss_rows is None or self.matrix is None or isinstance(reduce, Project):
-            return config, scores, None
-        found = self.state.reach.rows_within(key, self.matrix, loss_rows, rows.shape[0])
-        if found is None or not 0 < found[1] < rows.shape[0]:
-            return config, scores, None
-        self.reached[key] = self.state.reach.steps[key]
-        if scores is None:
-            by_norm = reduce is not None and reduce.by == "norm"
-            scores = norm_scores(rows) if by_norm else rows.new_zeros(rows.shape[0], dtype=torch.uint8)
-        scores = torch.where(found[0], scores, LEFT_OUT)
-        return config if reduce is not None else replace(config, reduce=Sample(1)), scores, found[1]
-
-
-def _by_gradient(config: Config) -> bool:
-    return isinstance(config.reduce, Sample) and config.reduce.by == "gradient"
+        return self.encoder.encode(x, config, "leaf", watched=True, name=name)

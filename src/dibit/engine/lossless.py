@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dibit._torch.storage_identity import holders, storage_key, storages, strided, version
+from dibit._torch.storage_identity import holders, storage_key, storages, strided
 from dibit.codec.fingerprint import fingerprint
 from dibit.engine.holdings import Holdings
 from dibit.engine.ledger import Ledger
@@ -103,7 +103,7 @@ class LosslessForms:
         root, key = node.root, self.holdings.key(x)
         if root is not None and key not in self.holdings.referenced:
             for copy in (self._forms.get(("copy", key)), self._forms.get(("lossless", key))):
-                if isinstance(copy, Narrowed) or (copy is not None and storage_key(copy.x) != storage_key(x)):
+                if copy is not None and storage_key(copy.x) != storage_key(x):
                     return copy
             whole = root.tensor()
             steady = self.owners.relied(x, root.role) if copied else self.owners.steady(x, root.role)
@@ -144,7 +144,7 @@ class LosslessForms:
             node = self.tape.nodes.get(self.holdings.key(x))
             # Of a tensor that an operation has inside, nobody can say whether it will be written to.
             inside = node is not None and node.call is not None and self.holdings.is_made(x)
-            self._forms[key] = self._shared_content(kept) if isinstance(kept, Narrowed) or inside else kept
+            self._forms[key] = self._shared_content(kept) if inside or storage_key(kept.x) != storage_key(x) else kept
             self.tape.cuts.clear()  # what starts from x costs less now
         return self._forms[key]
 
@@ -222,8 +222,7 @@ class LosslessForms:
             return kept  # comparing would wait for the device
         known = self._content.setdefault((type(kept), kept.x.dtype, kept.x.shape), [])
         for other in known:
-            unchanged = not isinstance(other, Exact) or version(other.x) == other.version
-            if unchanged and torch.equal(other.x, kept.x):
+            if other.unchanged and torch.equal(other.x, kept.x):
                 self._may_change(other)
                 return self._may_change(kept.with_tensor(other.x))
         known.append(kept)
@@ -231,7 +230,6 @@ class LosslessForms:
 
     def _may_change(self, kept: Exact | Narrowed) -> Exact | Narrowed:
         """What stands for more than plain torch's own reference becomes a copy where somebody else can write to it."""
-        if isinstance(kept, Exact):
-            kept.x = kept.x.detach()  # a tensor of its own, to be told from those of others
-            self._leaves.setdefault(storage_key(kept.x), []).append(kept)
+        if (exposed := kept.exposed()) is not None:
+            self._leaves.setdefault(storage_key(exposed.x), []).append(exposed)
         return kept

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch.overrides import resolve_name
@@ -31,7 +33,7 @@ class ModuleStack:
 
     @property
     def config(self) -> Config | None:
-        """Of the innermost module that is running; `None` leaves everything exact."""
+        """The config of the innermost module that is running; `None` leaves everything exact."""
         return self.configs[-1] if self.configs and self.exact_within is None else None
 
     @property
@@ -61,6 +63,17 @@ class ModuleStack:
             return False
         self.exact_within = None if self.asked else 0
         return True
+
+    @contextmanager
+    def resumed(self, config: Config | None) -> Iterator[None]:
+        """A block that computes as what had this config, after its module has ended."""
+        before, self.exact_within = self.exact_within, None
+        self.configs.append(config)
+        try:
+            yield
+        finally:
+            self.configs.pop()
+            self.exact_within = before
 
     def stay_exact(self) -> None:
         """Everything is exact until the running module ends: it has made a tensor that it may differentiate by."""

@@ -170,7 +170,7 @@ class Owners:
         self._others = 0
 
     def role(self, storage: int) -> str:
-        """Of a tensor that somebody else owns; tensors that are neither arguments nor the model's are counted."""
+        """The role of a tensor that somebody else owns: one that is no argument and not the model's gets a number."""
         found = self.roles.get(storage)
         if found is None:
             self._others += 1

@@ -42,7 +42,7 @@ class Stage:
         return [a for a in found if a.count >= 3 and a.varied().any()]
 
     def gradient_error(self, config: Config, draws: int) -> Estimate:
-        """Of the whole gradient against the plain one; scores of rows come from the steps before this epoch."""
+        """The error of the whole gradient; scores of rows come from the steps before this epoch."""
         trial = self._trial()
         before = partial(self._steps_before, trial) if self._before else None
         return gradient_error(trial, partial(self._step, trial), config, draws, before)

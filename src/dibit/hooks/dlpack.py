@@ -22,7 +22,7 @@ def watch() -> None:
     def to_dlpack(x: Any, *args: Any, **kwargs: Any) -> Any:
         active = running()
         if active is not None and isinstance(active.forward_pass, ForwardPass):
-            active.forward_pass.exposed(x)
+            active.forward_pass.writes.exposed(x)
         return given(x, *args, **kwargs)
 
     torch.utils.dlpack.to_dlpack = to_dlpack  # type: ignore[assignment]

@@ -129,7 +129,7 @@ def _context(frame: FrameType) -> FunctionCtx | None:
 class Exactly:
     """A forward pass in which nothing is compressed and masks alone are drawn; in the place of a `ForwardPass`."""
 
-    seen = 1  # it has no part in the warning that nothing was compressed
+    taken = 1  # it has no part in the warning that nothing was compressed
 
     def __init__(self) -> None:
         self.stack = ModuleStack()

@@ -72,22 +72,22 @@ def _has_statistics(function: Any) -> bool:
 def tell_of_writes(forward_pass: ForwardPass, func: Any, args: Any, kwargs: Any) -> None:
     """What is kept must not change with a tensor that this call writes to, or lets somebody write to."""
     if _changes(func):
-        forward_pass.before_change(args[0] if args else kwargs.get("input", kwargs.get("self")))
+        forward_pass.writes.before(args[0] if args else kwargs.get("input", kwargs.get("self")))
     elif func in _EXPOSES and args:
-        forward_pass.exposed(args[0])
+        forward_pass.writes.exposed(args[0])
     elif _has_statistics(func):
         for x in (*args[1:], *kwargs.values()):
             if isinstance(x, Tensor) and not x.requires_grad:
-                forward_pass.before_change(x)
+                forward_pass.writes.before(x)
     elif isinstance(func, (_OPERATOR, _OVERLOAD)):
         for x in written(func, args):
-            forward_pass.before_change(x)
+            forward_pass.writes.before(x)
     elif _option(func, "inplace") is not None and _given(func, "inplace", args, kwargs):
-        forward_pass.before_change(args[0] if args else kwargs.get("input"))
+        forward_pass.writes.before(args[0] if args else kwargs.get("input"))
     elif _option(func, "max_norm") is not None and _given(func, "max_norm", args, kwargs) is not None:
-        forward_pass.before_change(_given(func, "weight", args, kwargs))  # rows of an embedding that are too long
+        forward_pass.writes.before(_given(func, "weight", args, kwargs))  # rows of an embedding that are too long
     if kwargs and kwargs.get("out") is not None:
-        forward_pass.before_change(kwargs["out"])
+        forward_pass.writes.before(kwargs["out"])
 
 
 def tell_of_results(forward_pass: ForwardPass, func: Any, args: Any, result: Any) -> None:
@@ -99,7 +99,7 @@ def tell_of_results(forward_pass: ForwardPass, func: Any, args: Any, result: Any
                 if func in _FROM_OUTSIDE:
                     forward_pass.holdings.expose(storage)
                 else:
-                    forward_pass.made(x)
+                    forward_pass.holdings.made(x)
 
 
 def written(func: Any, args: Any) -> Iterator[Any]:
@@ -159,9 +159,7 @@ class Intercept(TorchFunctionMode):
         push_hooks(*self.hooks)
         try:
             self.forward_pass.stack.function = func
-            result = self.forward_pass.run_rule(func, rule, args, {})
-            self.forward_pass.seen += result is not NotImplemented
-            return result
+            return self.forward_pass.run_rule(func, rule, args, {})
         finally:
             pop_hooks()
 
@@ -186,7 +184,7 @@ class Intercept(TorchFunctionMode):
                 if result is not NotImplemented:
                     return result
             return func(*args, **kwargs)
-        tape, rule = forward_pass.tape, self.rules.get(func)
+        tape, rule = forward_pass.lossless.tape, self.rules.get(func)
         if forward_pass.config.lossless and func not in EXACT and func not in forward_pass.state.rules:
             rule = None
         # Under no_grad others may write to what is made, out of sight: a Function's own forward pass runs there.
@@ -199,7 +197,6 @@ class Intercept(TorchFunctionMode):
                 return result
         if rule is not None and keeps and not (func in DROPOUTS and self.calls.torchs(forward_pass.config, func)):
             result = forward_pass.run_rule(func, rule, args, kwargs)
-            forward_pass.seen += result is not NotImplemented
         if result is NotImplemented and func in DROPOUTS:
             result = self.calls.masked(forward_pass.stack.configs[-1], func, args, kwargs)
         if result is NotImplemented:
@@ -229,15 +226,15 @@ class Intercept(TorchFunctionMode):
         if (
             forward_pass.stack.exact_within is not None
             and forward_pass.stack.exact_within <= 1
-            and not forward_pass.state.told
+            and not forward_pass.state.said_exact
         ):
-            forward_pass.state.told = True
+            forward_pass.state.said_exact = True
             warnings.warn(
                 f"dibit: {type(forward_pass.state.root).__name__} asks for a gradient inside its forward pass, which "
                 "has to be exact, so what it computes from the tensor that it differentiates by is not compressed.",
                 stacklevel=3,
             )
-        forward_pass.seen += 1
+        forward_pass.taken += 1
         before, forward_pass.stack.exact_within = (
             forward_pass.stack.exact_within,
             0,

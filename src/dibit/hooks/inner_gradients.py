@@ -38,7 +38,7 @@ def makes_leaf(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 def asked(func: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Tensor] | None]:
-    """Of a call of `ASKING`: what is differentiated, and by what (`None`: every leaf)."""
+    """What a call of `ASKING` differentiates, and by what (`None`: every leaf)."""
     names = {
         torch.autograd.grad: ("outputs", "inputs"),
         torch.autograd.backward: ("tensors", "grad_tensors", "retain_graph", "create_graph", "_", "inputs"),

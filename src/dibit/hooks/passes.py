@@ -62,7 +62,7 @@ class Pass:
         """Step aside for a part of the model that is compiled: the mode and hooks of compiled code take over."""
         _remove_mode(self.mode)
         self.suspended = True
-        self.forward_pass.seen += 1
+        self.forward_pass.taken += 1
 
     def resume(self) -> None:
         self.suspended = False
@@ -104,9 +104,9 @@ def _eager(hook: Any, module: nn.Module, forward: Callable[..., Any], args: Any,
         return _part(active, hook, module, forward, args, kwargs)
     compressed = compresses()
     hook.called(module)
-    told = innermost(hook.state.root) if compressed and not (hook.name or hook.state.passive) else None
-    if told is not None:
-        told.check_inputs(hook.state, list(tensors_in((args, kwargs))))
+    batch = innermost(hook.state.root) if compressed and not (hook.name or hook.state.passive) else None
+    if batch is not None:
+        batch.check_inputs(hook.state, list(tensors_in((args, kwargs))))
     active = Pass(hook, (args, kwargs), compressed)
     forward_pass = active.forward_pass
     try:
@@ -124,11 +124,11 @@ def _eager(hook: Any, module: nn.Module, forward: Callable[..., Any], args: Any,
         forward_pass.end(None)
         raise
     forward_pass.end(output)
-    forward_pass.seen += compiled_mode.local.mode.used
+    forward_pass.taken += compiled_mode.local.mode.used
     if compressed and forward_pass.stack.compresses:
-        nothing_compressed.passed(hook.state, forward_pass.seen, whole=not hook.name)
-    if told is not None:
-        told.check_output(hook.state, list(tensors_in(output)))
+        nothing_compressed.passed(hook.state, forward_pass.taken, whole=not hook.name)
+    if batch is not None:
+        batch.check_output(hook.state, list(tensors_in(output)))
     return output
 
 
@@ -162,7 +162,7 @@ def _unseen(mode: Intercept, forward: Callable[..., Any], args: Any, kwargs: Any
     try:
         for x in tensors_in((args, kwargs)):
             if not forward_pass.held(x):
-                forward_pass.before_change(x)  # the forward may write to it
+                forward_pass.writes.before(x)  # the forward may write to it
         forward_pass.stack.function = "TorchScript"
         with torch.autograd.graph.saved_tensors_hooks(*mode.hooks) if keeps else nullcontext():
             return forward(*args, **kwargs)

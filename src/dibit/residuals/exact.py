@@ -27,7 +27,7 @@ class Exact:
     how = "exact"
 
     def restore(self) -> Tensor:
-        if version(self.x) != self.version:
+        if not self.unchanged:
             raise RuntimeError(
                 f"a tensor{_of_shape(self.x)} that the backward pass needs was changed in place after the "
                 f"forward pass (version {version(self.x)}, expected {self.version}); use the out-of-place operation."
@@ -36,6 +36,16 @@ class Exact:
 
     def with_tensor(self, x: Tensor) -> Exact:
         return exact(x)
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether nobody has written to what is kept."""
+        return version(self.x) == self.version
+
+    def exposed(self) -> Exact | None:
+        """Itself, on a tensor of its own to be told from others', where somebody else can write to what is kept."""
+        self.x = self.x.detach()
+        return self
 
     @property
     def leaves(self) -> tuple[Exact]:
@@ -84,6 +94,11 @@ class Narrowed:
     def with_tensor(self, x: Tensor) -> Narrowed:
         """The same on a tensor that comes back from autograd."""
         return Narrowed(x, self.dtype, self.base, self.shape)
+
+    unchanged = True  # nobody else has it
+
+    def exposed(self) -> None:
+        """Nobody else can write to what is kept; see `Exact.exposed`."""
 
     @property
     def leaves(self) -> tuple[Narrowed]:

@@ -79,9 +79,9 @@ def _masked(
 ) -> Any:
     """The result of a piecewise linear function whose derivative is 1 where `bits` says x > 0, else `slope`."""
     mask = forward.note(Mask(bits, slope))
-    source = forward.estimate_before_change(input) if inplace else forward.estimate(input)
+    source = forward.sources.changing(input) if inplace else forward.sources.estimate(input)
     y = Elementwise.apply(input, compute, mask, inplace)
-    forward.passed(source, y, mask)
+    forward.sources.passed(source, y, mask)
     if saves_result:
         forward.plain(y)
     return y

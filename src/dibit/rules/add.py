@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from dibit._torch.huge_pages import empty_like, worth_huge_pages
 from dibit._torch.private.tensors import COUNTS_USES, gradient_asked, held_once
-from dibit.engine.accounting import Accounting
 from dibit.engine.forward_pass import ForwardPass
+from dibit.engine.model_state import ModelState
 from dibit.rules.common import first_order, is_plain_float
 from dibit.rules.spellings import rule
 
@@ -48,7 +48,7 @@ def add(forward: ForwardPass, input: Any, other: Any, *, alpha: Any = 1, out: An
         return NotImplemented
     if not (input.is_contiguous() and other.is_contiguous()):
         return NotImplemented
-    forward.seen -= 1  # no sign that the model has anything to compress
+    forward.keeps_nothing()
     if forward.function is Tensor.add and input is not other:  # `a + b`: for torch.add the counts are others
         counts = sys.getrefcount(input), sys.getrefcount(other)
         for x, count, most in zip((other, input), counts[::-1], _counts_of_temporaries()[::-1], strict=True):
@@ -82,18 +82,19 @@ def _counts_of_temporaries() -> tuple[int, int]:
 class _Probe(TorchFunctionMode):
     """Counts references to both operands of an addition, on the way on which `Intercept` sends them to a rule."""
 
-    accounting: Any = Accounting(None, None, None)  # type: ignore[arg-type]
-    inside = False
-    factor = ""
-    counts = 0, 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = 0, 0
+        self._forward = ForwardPass(ModelState(None), ())
+
+        def count(forward: ForwardPass, input: Tensor, other: Tensor, *, alpha: Any = 1, out: Any = None) -> Tensor:
+            self.counts = sys.getrefcount(input), sys.getrefcount(other)
+            return input
+
+        self._count = count
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is not Tensor.add:
             return func(*args, **kwargs)
-        return ForwardPass.run_rule(self, func, self.count, args, kwargs)  # type: ignore[arg-type]
-
-    @staticmethod
-    def count(forward: _Probe, input: Tensor, other: Tensor, *, alpha: Any = 1, out: Any = None) -> Tensor:
-        forward.counts = sys.getrefcount(input), sys.getrefcount(other)
-        return input
+        return self._forward.run_rule(func, self._count, args, kwargs)

@@ -164,12 +164,12 @@ def sparse_mm(forward: ForwardPass, mat1: Tensor, mat2: Tensor, reduce: str | No
     if not mat2.requires_grad:
         return aggregate_features(forward, mat1, mat2, reduce)
     forward.plain(mat1, mat2 if reduce is not None else None)
-    forward.references(mat1)
+    forward.holdings.refer(mat1)
     graph = constant_graph(forward, mat1, reduce)
     if reduce in _ARG:
         return AggregateExtreme.apply(mat2, mat1, reduce, graph, forward)
     y = Aggregate.apply(mat2, mat1, reduce, graph)
-    forward.aggregated(y, graph, mat2)
+    forward.sources.aggregated(y, graph, mat2)
     return y
 
 
@@ -177,10 +177,10 @@ def aggregate_features(forward: ForwardPass, matrix: Tensor, x: Tensor, reduce: 
     """A x of features that the caller holds, too: it can be computed again, so that the next layer keeps nothing."""
     if reduce in _ARG or not (forward.held(matrix) and forward.held(x)):
         return NotImplemented
-    steady = forward.steady(matrix) and forward.steady(x)
+    steady = forward.lossless.steady(matrix) and forward.lossless.steady(x)
     y = product(matrix, x, reduce)
     if steady:
-        forward.derived(y, Aggregated(constant_graph(forward, matrix, reduce), Reference(x, x.shape)))
+        forward.sources.derived(y, Aggregated(constant_graph(forward, matrix, reduce), Reference(x, x.shape)))
     return y
 
 

@@ -109,13 +109,13 @@ def dropout(forward: ForwardPass, input: Tensor, p: float = 0.5, training: bool 
     config = forward.config
     if config is None or not training or not drops(input, p):
         return NotImplemented
-    source = forward.estimate_before_change(input) if inplace else forward.estimate(input)
+    source = forward.sources.changing(input) if inplace else forward.sources.estimate(input)
     if config.dropout == "mask":
         if not input.requires_grad:
             return NotImplemented
         masks: list[Mask] = []
         y = MaskedDropout.apply(input, forward, p, inplace, masks)
-        forward.passed(source, y, masks[0], 1 / (1 - p))
+        forward.sources.passed(source, y, masks[0], 1 / (1 - p))
         return y
     residual = SeededMask(dropout_seed(input.device), float(p))
     if input.requires_grad:
@@ -123,8 +123,8 @@ def dropout(forward: ForwardPass, input: Tensor, p: float = 0.5, training: bool 
         forward.note(residual)
     y = SeededDropout.apply(input, residual, inplace)
     if not inplace:
-        forward.tape.made(dropped, (input, residual.seed, residual.p), y)
-    if not inplace and forward.held(input) and forward.steady(input):
-        forward.derived(y, SeededMask(residual.seed, residual.p, input))
-    forward.passed(source, y, residual)
+        forward.lossless.tape.made(dropped, (input, residual.seed, residual.p), y)
+    if not inplace and forward.held(input) and forward.lossless.steady(input):
+        forward.sources.derived(y, SeededMask(residual.seed, residual.p, input))
+    forward.sources.passed(source, y, residual)
     return y

@@ -188,16 +188,23 @@ def keep_input(forward: ForwardPass, x: Tensor, weight: Tensor) -> Any:
 
 
 def _meter(forward: ForwardPass, kept: Any) -> Meter | None:
-    if kept is None or not forward.measured:
+    if kept is None or not forward.measuring.active:
         return None
-    return forward.meter(getattr(kept, "key", "") or forward.place("input"))
+    return forward.measuring.meter(getattr(kept, "key", "") or forward.measuring.operation("input"))
+
+
+def _source(forward: ForwardPass, y: Tensor) -> tuple[ConstantCSR, Tensor] | None:
+    """A and x of a y = A x whose gradient nobody has asked for, where the recipe does not insist on keeping y."""
+    if forward.config is None or forward.config.inputs != "reference":
+        return None
+    return forward.sources.source(y)
 
 
 @rule(kind="linear inputs", autocast=low_precision, exact=True)
 def linear(forward: ForwardPass, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if not (is_plain_float(input, weight) and weight.dim() == 2 and weight.requires_grad):
         return NotImplemented  # a frozen weight keeps no input, in plain torch too
-    if weight.is_leaf and (found := forward.source(aggregate := forward.origin(input))) is not None:
+    if weight.is_leaf and (found := _source(forward, aggregate := forward.holdings.origin(input))) is not None:
         graph, x = found
         forward.plain(input)
         residual = forward.keep(x, leaf=True, copied=True)

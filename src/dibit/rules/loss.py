@@ -21,33 +21,28 @@ from dibit.engine.forward_pass import ForwardPass
 from dibit.residuals.base import Residual, load, save
 from dibit.residuals.exact import Exact, exact
 from dibit.rules.common import eight_bit, first_order, is_plain_float, running_config
-from dibit.rules.returned import Cell
+from dibit.rules.returned import KeptApart
 from dibit.rules.spellings import rule
 
 
-class Deferred(Cell):
-    """A result whose form is settled when the forward pass ends: by reference if returned, else as a residual."""
+class Probabilities(KeptApart):
+    """exp(y) of a log-softmax's result y: by a reference to y if the model returns that, else by their codes."""
 
     def __init__(self, forward: ForwardPass, y: Tensor) -> None:
         self.exact: Exact | None = exact(y.detach())  # y itself will hold the graph, and with it this object
         self.residual: Residual | None = None
         self.config = eight_bit(running_config(forward))
-        self.row = forward.row
-        forward.deferred.append(self)
+        forward.settle_later(self)
 
     def settle(self, forward: ForwardPass, returned: set[int]) -> None:
         assert self.exact is not None
-        forward.row = self.row
         if storage_key(self.exact.x) in returned:
             forward.kept(self.exact.x, how="reference (returned)")
         else:
-            forward.stack.configs.append(self.config)
             self.residual = forward.keep(self.exact.restore().exp(), leaf=False, config=self.config)
-            forward.stack.configs.pop()
             self.exact = None
-        forward.row = None
 
-    def probabilities(self) -> Tensor:
+    def value(self) -> Tensor:
         self.use()
         if self.residual is not None:
             p = self.residual.value()
@@ -67,13 +62,13 @@ class LogSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, dtype: torch.dtype | None, forward: ForwardPass) -> Tensor:
         y = torch.log_softmax(x, dim, dtype=dtype)
-        ctx.cell, ctx.dim, ctx.dtype = Deferred(forward, y), dim, x.dtype
+        ctx.p, ctx.dim, ctx.dtype = Probabilities(forward, y), dim, x.dtype
         return y
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        p = ctx.cell.probabilities().to(dy.dtype)
+        p = ctx.p.value().to(dy.dtype)
         return (dy - p * dy.sum(ctx.dim, keepdim=True)).to(ctx.dtype), None, None, None
 
 

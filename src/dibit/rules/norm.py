@@ -34,12 +34,12 @@ def norm_config(forward: ForwardPass, shape: torch.Size, columns: bool, place: s
     """The codec of a norm's normalised input (..., D), with statistics of its columns or of its rows.
 
     Args:
-        place: the norm's name, see `ForwardPass.place`.
+        place: the norm's name, see `Measuring.operation`.
     """
     config = running_config(forward)
     own = config.norm or without_reduction(config)
     if config.noise is not None:
-        own = forward.state.scores.plan.norm_config(place, own, shape, columns, forward.state.root)
+        own = forward.measuring.norm_config(place, own, shape, columns)
     return own.resolve(shape[:-1].numel())
 
 
@@ -70,10 +70,10 @@ class BatchNorm(torch.autograd.Function):
             rows = x.detach().movedim(1, -1)
             rows = rows[0] if rows_of_one(x) else rows
             normalised = Affine(mean, inverse, from_statistics=training)
-            place = forward.place("norm")
+            place = forward.measuring.operation("norm")
             outer, inner = keep_normalised(forward, rows, normalised, training and ctx.needs_input_grad[0], place)
         ctx.shared = outer is inner
-        ctx.meter = forward.meter(place) if outer is not None else None
+        ctx.meter = forward.measuring.meter(place) if outer is not None else None
         ctx.measured = ctx.meter.key if ctx.meter else ""
         save(ctx, None if ctx.shared else outer, inner, inverse, weight)
         ctx.training, ctx.dtypes = training, (x.dtype, weight.dtype if weight is not None else None)
@@ -81,7 +81,7 @@ class BatchNorm(torch.autograd.Function):
         ctx.hops, ctx.fresh_result = None if training else 0, True
         y = own(y)
         if x.dim() == 2 or rows_of_one(x):  # of others the channels are moved to the end
-            forward.normed(y if x.dim() == 2 else y[0].t(), inner, weight, bias)
+            forward.sources.normed(y if x.dim() == 2 else y[0].t(), inner, weight, bias)
         return y
 
     @staticmethod
@@ -144,18 +144,18 @@ class LayerNorm(torch.autograd.Function):
         forward.plain(mean.nbytes + inverse.nbytes)
         mean, inverse = at_least_single(mean), at_least_single(inverse)
         rows = ((x.detach() - mean) * inverse).reshape(-1, width)
-        place = forward.place("norm")
+        place = forward.measuring.operation("norm")
         config = norm_config(forward, rows.shape, False, place)
         outer = forward.keep(rows, leaf=False, config=config)
         inner = forward.keep(rows, leaf=False, config=config) if isinstance(config.reduce, Project) else None
         inverse = inverse.reshape(-1, 1)
         forward.kept(inverse)
         save(ctx, outer, inner, inverse, weight)
-        ctx.meter = forward.meter(place)
+        ctx.meter = forward.measuring.meter(place)
         ctx.measured = ctx.meter.key if ctx.meter else ""
         ctx.shape, ctx.dtypes = shape, (x.dtype, y.dtype if weight is None else weight.dtype)
         ctx.hops = 0 if len(shape) == 1 else None
-        forward.normed(y, outer, weight, bias)
+        forward.sources.normed(y, outer, weight, bias)
         return y
 
     @staticmethod
@@ -227,7 +227,7 @@ def layer_norm_gradient(
 
 
 def variance(kept: Any) -> float:
-    """Of what is kept of a normalised input: of rows that are left out and of rounding, over its square."""
+    """The variance of what is kept of a normalised input over its square, by rows that are left out and by rounding."""
     if kept.encoded is None:
         return 0.0
     sample = kept.encoded.config.reduce

@@ -51,15 +51,15 @@ class NormReLUDropout(torch.autograd.Function):
         # plain torch keeps the statistics, the ReLU's output and dropout's mask
         noise = x.numel() * (x.element_size() if x.device.type == "cpu" else 1)
         forward.plain(mean.nbytes + inverse.nbytes, y.nbytes, noise if p else 0)
-        place = forward.place("norm")
+        place = forward.measuring.operation("norm")
         normalised = Affine(mean, inverse, from_statistics=True)
         outer, inner = keep_normalised(forward, x, normalised, ctx.needs_input_grad[0], place)
-        ctx.meter = forward.meter(place) if outer is not None else None
+        ctx.meter = forward.measuring.meter(place) if outer is not None else None
         ctx.measured = ctx.meter.key if ctx.meter else ""
         ctx.shared, ctx.p = outer is inner, p
         ctx.dtypes = x.dtype, None if weight is None else weight.dtype
         save(ctx, None if ctx.shared else outer, inner, inverse, weight, mask, seed if p else None)
-        forward.normed(y, inner, weight, bias, (mask, SeededMask(seed, p)) if p else (mask,))
+        forward.sources.normed(y, inner, weight, bias, (mask, SeededMask(seed, p)) if p else (mask,))
         return y
 
     @staticmethod

@@ -44,7 +44,7 @@ def codec(forward: ForwardPass, x: Tensor, by: Tensor, both: bool) -> Config | N
     if not x.numel() or not by.numel():
         return None
     if not _at_hand(x):
-        certain = all(_positive(forward.tape, forward.origin(part)) for part in (x, by))
+        certain = all(_positive(forward.lossless.tape, forward.holdings.origin(part)) for part in (x, by))
         return relative(config, whole()) if certain else None
     octaves = _octaves(x.detach())
     if octaves is None or (_octaves(by.detach()) is None if both else not bool(by.detach().amin() >= 0)):

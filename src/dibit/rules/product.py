@@ -70,7 +70,7 @@ def _seen(kept: Any, dy: Tensor) -> Tensor:
 
 
 def _gradient(g: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Of a factor of this shape and dtype, from the gradient of the product's shape."""
+    """The gradient of a factor of this shape and dtype, from one of the product's shape."""
     return g.sum_to_size(shape).to(dtype)
 
 
@@ -126,10 +126,10 @@ def factor(forward: ForwardPass, x: Tensor, by: Tensor, count: int, copied: bool
         return forward.gathered(x, wide, copied)
     config = at_least_4_bits(config)
     if count:
-        gathered = forward.tape.gathered(forward.origin(x)) is not None
+        gathered = forward.lossless.tape.gathered(forward.holdings.origin(x)) is not None
         if x is by and not gathered:
             return keep_signed(forward, x)
-        if x.shape == by.shape or made_by_reciprocal(forward.tape, by):
+        if x.shape == by.shape or made_by_reciprocal(forward.lossless.tape, by):
             if x.shape[-1] < _ROW and not gathered:
                 return keep_signed(forward, x)
             if config.block_size(x.shape[:-1].numel(), x.shape[-1]) > x.shape[-1]:

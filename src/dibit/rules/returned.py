@@ -19,7 +19,7 @@ from dibit.residuals.base import FREED
 from dibit.residuals.exact import Exact
 
 
-class Cell:
+class KeptApart:
     """What a function keeps on its own, not through `save_for_backward`: freed as autograd frees what that keeps."""
 
     spent = False
@@ -44,7 +44,7 @@ class Cell:
             self.drop()
 
 
-class Slope(Cell):
+class Slope(KeptApart):
     """A derivative by its codes, or by the result of the function if the model returns it.
 
     Args:
@@ -53,10 +53,10 @@ class Slope(Cell):
     """
 
     def __init__(self, forward: ForwardPass, kept: Any, of: Callable[[Tensor], Tensor]) -> None:
-        self.kept, self.of, self.row = kept, of, forward.row
+        self.kept, self.of = kept, of
         self.result: Any = None  # weakly until the pass ends
         self.version = -1
-        forward.deferred.append(self)
+        forward.settle_later(self)
 
     def watch(self, y: Tensor) -> None:
         """The result, once autograd knows it."""
@@ -66,10 +66,7 @@ class Slope(Cell):
         y, self.result = None if self.result is None else self.result(), None
         if y is None or version(y) != self.version or storage_key(y) not in returned:
             return
-        if forward.ledger is not None and self.row is not None:
-            forward.ledger.dropped(self.kept.tensors)
-            forward.ledger.kept_tensor(self.row, y)
-            self.row.how = "reference (returned)"
+        forward.accounting.replaced(self.kept, y)
         self.kept, self.result = None, Exact(y.detach(), self.version)
 
     def apply(self, grad: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 from dibit.tools.errors import Interrupted, TrainingError, UserError, require
 from dibit.tools.files import json_path, reason, write_atomically
 from dibit.train.arguments import build_parser, parse
-from dibit.train.distributed import World, joined, told
+from dibit.train.distributed import World, joined, world_of_environment
 from dibit.train.run_folder import RunFolder, how_to_go_on, recipes, trainings
 from dibit.train.settings import Settings
 
@@ -26,7 +26,7 @@ def train(argv: Sequence[str]) -> int:
     for module in ("yaml", "rich", "tensorboard"):  # before the training, not after it
         require(module)
     json_file = json_path(settings.run.json)
-    world = told()
+    world = world_of_environment()
     if world.size > 1 and settings.loader.loader == "full":
         raise UserError(
             f"{world.size} processes were started, but --loader full is one step on the whole graph, which they cannot "

@@ -65,7 +65,7 @@ class World:
         return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
-def told() -> World:
+def world_of_environment() -> World:
     """What torchrun has written into the environment; one process where it has not.
 
     Raises:

@@ -10,7 +10,7 @@ import torch
 
 
 def state(device: torch.device) -> dict[str, Any]:
-    """Of torch on the CPU ("rng") and on the device ("cuda_rng"), NumPy's and Python's: tensors and plain values."""
+    """The states of torch's generators on the CPU ("rng") and the device ("cuda_rng"), and of NumPy's and Python's."""
     version, words, gauss = random.getstate()
     return {
         "rng": torch.get_rng_state(),

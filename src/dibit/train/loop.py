@@ -125,12 +125,12 @@ class _Training:
         self.trained = self.model if self.world.size == 1 else nn.parallel.DistributedDataParallel(self.model)
 
     def _measure(self, config: dibit.Config | None) -> Measured:
-        """Of the model as it is, compressed first if there is a config."""
+        """What the model keeps and takes as it is, compressed first if there is a config."""
         found = measure(self.task, self.model, config, self.batches) if self.world.first else None
         return self.world.shared(found)
 
     def _measure_again(self) -> Measured:
-        """Of the trained model; no draw of any generator is lost, should the training go on."""
+        """The same of the trained model; no draw of any generator is lost, should the training go on."""
         state, given = generators.state(self.task.device), seed_stream.given()
         found = self._measure(None)
         generators.restore(state, self.task.device)

@@ -217,8 +217,8 @@ def measure(task: Task, model: nn.Module, config: dibit.Config | None, batches: 
         optimizer, scaler = adam(trial, task.settings.optimisation), task.scaler()
         for _ in range(3):  # by then Adam's moments and scores are there, and how many rows the error asks for
             alone.step(trial, optimizer, batch, scaler)
-        told = dibit.batch(trial, node_ids=batch.nodes, loss_rows=batch.rows)
-        with dibit.track(trial) as saved, task.autocast(), told:
+        rows = dibit.batch(trial, node_ids=batch.nodes, loss_rows=batch.rows)
+        with dibit.track(trial) as saved, task.autocast(), rows:
             logits = trial(batch.x, *batch.adjacency)
         del logits
         optimizer.zero_grad(set_to_none=True)  # frees what the profiler has not seen come

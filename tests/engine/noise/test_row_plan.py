@@ -81,11 +81,11 @@ class TestFormulas:
         options = [range(1, plan.leaves[key].most + 1) for key in free]
         all_rows = plan.predicted(level, dict.fromkeys(free, 1))
         for bound in (1.05 * all_rows, 2 * all_rows, 5 * all_rows):
-            chosen = plan._within(bound * plan._signal, level)
+            chosen = plan.prediction.within(bound * plan.prediction.signal, level)
             assert plan.predicted(level, chosen) <= bound * (1 + 1e-9)
             within = [dict(zip(free, own, strict=True)) for own in itertools.product(*options)]
-            fewest = min(plan._bytes(level, r) for r in within if plan.predicted(level, r) <= bound)
-            assert plan._bytes(level, chosen) <= 1.6 * fewest
+            fewest = min(plan.prediction.elements(level, r) for r in within if plan.predicted(level, r) <= bound)
+            assert plan.prediction.elements(level, chosen) <= 1.6 * fewest
 
     @pytest.mark.parametrize("seed", range(20))
     @pytest.mark.parametrize("level", [Level.SAMPLED, Level.ALL])
@@ -93,10 +93,10 @@ class TestFormulas:
         """And no rows are kept of what adds nothing to it."""
         plan = plan_of(4, seed)
         plan.leaves["quiet"] = Leaf(noise=1e-5, terms=1e-5, rounding=1e-6, signal=0.0, elements=512, most=6)
-        least = plan._error(level, dict.fromkeys(plan.leaves, 1))
+        least = plan.prediction.error(level, dict.fromkeys(plan.leaves, 1))
         for bound in (0.0, 0.9 * least):
-            chosen = plan._within(bound, level)
-            assert plan._error(level, chosen) <= 1.1 * least
+            chosen = plan.prediction.within(bound, level)
+            assert plan.prediction.error(level, chosen) <= 1.1 * least
             assert chosen["quiet"] == 6
 
     @pytest.mark.parametrize("signal", [-1.0, 0.0])
@@ -111,7 +111,7 @@ class TestFormulas:
         assert plan.level is Level.SAMPLED, "its noise does not come from norms"
 
     def test_nothing_is_changed_within_the_bound(self) -> None:
-        assert plan_of(3, 1)._within(1e6, level=Level.SAMPLED) == {}
+        assert plan_of(3, 1).prediction.within(1e6, level=Level.SAMPLED) == {}
 
     def test_state_is_whole(self) -> None:
         plan = plan_of(3, 2)

@@ -84,9 +84,12 @@ class Meter:
         return dw, (s, s.new_zeros(()), r, fourth, second)
 
     def norm(self, along: Tensor, dx: Tensor, variance: float, normalised: Tensor | None = None) -> None:
-        """Of a norm: the square of what it subtracts along x_hat, 0-d, and dX, to which so much of it was added.
+        """Take in the measurement of a norm.
 
         Args:
+            along: the square of what it subtracts along x_hat, 0-d.
+            dx: the gradient of its input (rows, D).
+            variance: of what it keeps of x_hat, over its square: so much of `along` was added to dX as noise.
             normalised: x_hat (rows, D), as far as it was kept, where its statistics are those of columns.
         """
         spread = along.new_zeros(()) if normalised is None else concentration(normalised)
@@ -140,7 +143,7 @@ def _powers(squares: Tensor, weight: Tensor | float = 1.0) -> tuple[Tensor, Tens
 
 
 def _squares(x: Tensor) -> Tensor:
-    """Of each row of x (N, D), float32 (N,)."""
+    """The squared length of each row of x (N, D), float32 (N,)."""
     return torch.linalg.vector_norm(x, dim=1, dtype=at_least_single(x[:0]).dtype).float().square()
 
 

@@ -71,7 +71,7 @@ class Leaf:
     missed: int = 0
 
     def q(self, level: int, share: float = 1.0) -> float:
-        """Of the noise in dY, with so much of the factors' variance as their bits leave."""
+        """The noise in dY over the square of dY; `share`: of the factors' variance, what their bits leave."""
         factors = (self.sampled_factors, self.all_rows_factors, self.fine_factors)[level]
         return (self.sampled, self.all_rows, self.fine)[level] + share * factors
 

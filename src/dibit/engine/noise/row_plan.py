@@ -36,25 +36,21 @@ from torch import Tensor, nn
 from dibit._torch.private.modules import NORMS
 from dibit.config import Config, Sample
 from dibit.engine.noise.noise_flow import Factor, Leaf, Level, Norm, pass_down
+from dibit.engine.noise.prediction import DEEP, NEAR, Prediction
 
 _EACH = 4  # first passes that are measured
 _SOON, _EVERY = 4, 16  # of the later ones, in the beginning and where what is measured has changed; in the end
 _CHANGED = 1.25  # factor in the error that is a change
 _NEW, _LATER = 0.5, 0.75  # share of a new measurement in what is known: of the first ones, and of later ones
 _BACK = 0.7  # norms are sampled again where less than so much of the bound would be reached
-_NEAR = 1.1  # times the least error is near it
 _PATH = 0.25  # share of the bound for what comes by the way of dX: it is known up to a power of the depth only
 _MANY = 64  # passes before one step that are measured at most
 _GONE = 4  # what so many measured steps have not had is forgotten
 _FEW = 3  # norms of a model that are sampled as long as nothing is known
 _FIRST = 2  # ratio of linear inputs in a model of more, as long as nothing is known
 _BLOCK = 128  # elements a range, of a norm that keeps all rows
-_ROUNDED = 0.2  # variance of a normalised input at 2 bits with dither
 UNEVEN = 1.3  # of lengths, the mean square over the squared mean: so much noise rows by |dY| alone make too much
 _SPREAD = 0.035  # the concentration as long as it is not known
-_DEEP = 8  # norms behind one another, of which those next to the loss may keep more bits
-_NEXT = 0.45  # share of the norms that are next to the loss
-_FINE = 4  # bits of these
 _FINER = (4, 8)  # bits of factors, where the recipe's make too much noise
 _OF_LEAF, _OF_NORM, _OF_FACTOR = 8, 4, 2  # numbers of a measurement
 _TERMS = 1  # place of S among a leaf's
@@ -128,23 +124,12 @@ class RowPlan:
             level = Level.ALL if self.deep(model) else Level.SAMPLED
         if level is Level.SAMPLED:
             return config
-        return whole(config, self._bits(norm, level))
+        return whole(config, self.prediction.bits(norm, level))
 
     @property
-    def _depth(self) -> int:
-        """Norms behind one another, on the quietest way."""
-        return 1 + max((norm.above for norm in self.norms.values()), default=-1)
-
-    def _bits(self, norm: Norm, level: int) -> int | None:
-        """Bits of a norm that keeps all rows; `None`: the recipe's."""
-        fine = level == Level.FINE and self._depth >= _DEEP and norm.above < _NEXT * self._depth
-        return _FINE if fine else None
-
-    def _variance(self, norm: Norm, level: int) -> float:
-        """Of what a norm keeps of x_hat, over its square."""
-        if level == Level.SAMPLED:
-            return norm.ratio - 1
-        return _ROUNDED if self._bits(norm, level) is None else _ROUNDED * 4.0 ** (2 - _FINE)
+    def prediction(self) -> Prediction:
+        """Errors and bytes at every choice, by what is known now."""
+        return Prediction(self.leaves, self.norms, self.factors)
 
     def deep(self, model: nn.Module) -> bool:
         """Whether a model has so many norms that they keep all rows as long as nothing is known."""
@@ -184,35 +169,14 @@ class RowPlan:
         """
         self._walks += 1
         self._since = began if self._since is None else min(began, self._since)
-        pass_down(outputs, self._since, self.leaves, self.norms, self.factors, self._variance)
+        pass_down(outputs, self._since, self.leaves, self.norms, self.factors, self.prediction.variance)
 
     def predicted(self, level: int | None = None, ratios: Mapping[str, int] | None = None) -> float:
         """The squared error of the gradient over its square, at a level of the norms (by default the one chosen)."""
         level = self.level or Level.SAMPLED if level is None else level
-        error = self._error(level, self.ratios if ratios is None else ratios, self._share(self.finer))
-        return error / self._signal if self._signal > 0 else math.inf if error > 0 else 0.0
-
-    def _error(self, level: int, ratios: Mapping[str, int], share: float = 1.0) -> float:
-        """The squared error of the gradient."""
-        return sum(leaf.error(self._ratio(key, level, ratios), level, share) for key, leaf in self.leaves.items())
-
-    def _path(self, level: int) -> float:
-        """The part of it that norms make."""
-        return sum(leaf.path_error(level) for leaf in self.leaves.values())
-
-    def _share(self, finer: int) -> float:
-        """Of the factors' variance, what is left at so many bits."""
-        given = min((factor.bits for factor in self.factors.values() if not factor.fixed), default=finer)
-        return 4.0 ** min(0, given - finer) if finer else 1.0
-
-    @property
-    def _signal(self) -> float:
-        """The square of the gradient; below zero where nothing but noise was seen."""
-        return sum(leaf.signal for leaf in self.leaves.values())
-
-    def _ratio(self, key: str, level: int, ratios: Mapping[str, int]) -> int:
-        leaf = self.leaves[key]
-        return 1 if not leaf.elements or (level and leaf.served) else min(leaf.most, ratios.get(key, leaf.most))
+        prediction = self.prediction
+        error = prediction.error(level, self.ratios if ratios is None else ratios, prediction.share(self.finer))
+        return error / prediction.signal if prediction.signal > 0 else math.inf if error > 0 else 0.0
 
     def decide(self) -> None:
         """Choose, after an optimiser's step."""
@@ -256,22 +220,23 @@ class RowPlan:
 
     def _choose(self) -> None:
         """Choose level and ratios: the fewest bytes within the bound or, out of reach, near the least error."""
-        whole = self.bound * max(0.0, self._signal)
-        levels = list(Level) if self._depth >= _DEEP else [Level.SAMPLED, Level.ALL]
+        prediction = self.prediction
+        whole = self.bound * max(0.0, prediction.signal)
+        levels = list(Level) if prediction.depth >= DEEP else [Level.SAMPLED, Level.ALL]
         bits = [0, *_FINER] if any(factor.variance for factor in self.factors.values() if not factor.fixed) else [0]
         within, beyond = [], []
         for level, finer in itertools.product(levels, bits):
             less = (self.level is not None and level < self.level) or finer < self.finer
-            bound, share = whole * (_BACK if less else 1.0), self._share(finer)
-            ratios = self._within(bound, level, share)
-            error, path = self._error(level, ratios, share), self._path(level)
-            choice = self._bytes(level, ratios, finer), -level, finer, ratios
+            bound, share = whole * (_BACK if less else 1.0), prediction.share(finer)
+            ratios = prediction.within(bound, level, share)
+            error, path = prediction.error(level, ratios, share), prediction.path(level)
+            choice = prediction.elements(level, ratios, finer), -level, finer, ratios
             if error <= bound and (level is levels[-1] or path <= _PATH * bound):
                 within.append(choice)
             beyond.append((max(error, path / _PATH), choice))
         if not within:
             least = min(error for error, _ in beyond)
-            within = [choice for error, choice in beyond if error <= _NEAR * least]
+            within = [choice for error, choice in beyond if error <= NEAR * least]
         _, chosen, self.finer, self.ratios = min(within, key=lambda choice: choice[:3])
         self.level = Level(-chosen)
 
@@ -367,50 +332,6 @@ class RowPlan:
         for name, value in measured.items():
             old = getattr(what, name)
             setattr(what, name, old + share * (value - old))
-
-    def _within(self, bound: float, level: int, share: float = 1.0) -> dict[str, int]:
-        """The ratios of least bytes whose error is within a bound or, if that is out of reach, near the least error."""
-        free = {key: leaf for key, leaf in self.leaves.items() if self._ratio(key, level, {}) > 1}
-        least = sum(leaf.error(1, level, share) for leaf in self.leaves.values())
-        # an error grows with its ratio in a straight line
-        slopes = {key: leaf.error(2, level, share) - leaf.error(1, level, share) for key, leaf in free.items()}
-
-        def ratios(price: float) -> dict[str, int]:
-            """Where a byte less would cost more error than `price`, the ratio is as small as that asks for."""
-            chosen = {}
-            for key, leaf in free.items():
-                best = math.sqrt(price * leaf.elements / slopes[key]) if slopes[key] > 0 else math.inf
-                chosen[key] = int(max(1, min(leaf.most, best)))
-            return chosen
-
-        def error(chosen: Mapping[str, int]) -> float:
-            return least + sum(slopes[key] * (ratio - 1) for key, ratio in chosen.items())
-
-        if error({key: leaf.most for key, leaf in free.items()}) <= bound:
-            return {}
-        bound = max(bound, _NEAR * least)
-        low, high = -60.0, 60.0  # powers of e around error per element
-        scale = sum(leaf.terms for leaf in free.values()) / max(1, sum(leaf.elements for leaf in free.values()))
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (middle, high) if error(ratios(scale * math.exp(middle))) <= bound else (low, middle)
-        return ratios(scale * math.exp(low))
-
-    def _bytes(self, level: int, ratios: Mapping[str, int], finer: int = 0) -> float:
-        """Of what is kept, in elements of 2 bits."""
-        leaves = (
-            0.0 if level and leaf.served else leaf.elements / self._ratio(key, level, ratios)
-            for key, leaf in self.leaves.items()
-        )
-        norms = (norm.elements * self._kept(norm, level) for norm in self.norms.values())
-        factors = (f.elements * (f.bits if f.fixed else max(f.bits, finer)) / 2 for f in self.factors.values())
-        return sum(leaves) + sum(norms) + sum(factors)
-
-    def _kept(self, norm: Norm, level: int) -> float:
-        """Of a norm's elements, those of 2 bits that it keeps: over columns two draws of some rows, or one of all."""
-        if level == Level.SAMPLED:
-            return (1 + (norm.concentration > 0)) / norm.ratio
-        return 1.0 if self._bits(norm, level) is None else _FINE / 2
 
 
 def _filled(known: Any, values: list[float]) -> Any:

@@ -117,7 +117,7 @@ def _graphs() -> tuple[type, ...]:
 
 
 class _Nothing:
-    """Of which there are no objects."""
+    """A class that has no objects, in the place of one that is not installed."""
 
 
 @contextmanager
