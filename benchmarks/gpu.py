@@ -360,6 +360,7 @@ def _kernels(device: torch.device, nodes: int) -> dict[str, tuple[Callable[[], A
     mask = own.pack_mask(x)
     found["pack a mask"] = partial(own.pack_mask, x), size + mask.nbytes
     found["ReLU + mask"] = partial(own.relu, x), 2 * size + mask.nbytes
+    found["scale by a mask"] = partial(own.scale_masked, dy, mask, 1.25), 2 * size + mask.nbytes
     found["apply a mask"] = partial(own.apply_mask, dy, mask, 0.0), 2 * size + mask.nbytes
     found["dropout from a seed"] = partial(own.dropout, x, seed, 0.5), 2 * size
     found["norm + ReLU + dropout + mask"] = (

@@ -144,6 +144,9 @@ def test_masks_and_dropout_agree(n: int) -> None:
         expected = torch.where(x <= 0, grad * slope, grad)
         for f in (ops.apply_mask, reference.apply_mask):
             assert torch.equal(f(grad, bits, slope), expected)
+    for f in (ops.scale_masked, reference.scale_masked):
+        expected = (x * torch.where(x <= 0, 0.0, 1.25)).nan_to_num(9)
+        assert torch.equal(f(x, bits, 1.25).nan_to_num(9).view(torch.int32), expected.view(torch.int32))
     for p in (0.1, 0.5, 0.75):
         assert torch.equal(ops.dropout(x, seed, p).nan_to_num(9), reference.dropout(x, seed, p).nan_to_num(9))
 
@@ -470,6 +473,7 @@ SAMPLES = {
     ),
     "pack_mask": lambda: (torch.randn(5, 9),),
     "relu": lambda: (torch.randn(5, 9),),
+    "scale_masked": lambda: (torch.randn(5, 9), ops.pack_mask(torch.randn(5, 9)), 1.25),
     "apply_mask": lambda: (torch.randn(5, 9), ops.pack_mask(torch.randn(5, 9)), 0.1),
     "dropout": lambda: (torch.randn(5, 9), seed_tensor(1), 0.5),
     "signs": lambda: (seed_tensor(1), 100),

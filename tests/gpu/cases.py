@@ -165,6 +165,7 @@ def elementwise(scale: int) -> Iterator[Case]:
         yield Case(f"ReLU, {title}", "relu", (x,))
         for slope in (0.0, 0.2):
             yield Case(f"apply a mask, slope {slope}, {title}", "apply_mask", (grad, mask, slope))
+        yield Case(f"scale by a mask, {title}", "scale_masked", (grad, mask, 1.25))
         for p in (0.5, 0.9):
             yield Case(f"dropout {p}, {title}", "dropout", (x, seed, p))
         for p in (0.0, 0.3):

@@ -156,6 +156,7 @@ def _elementwise() -> None:
         cuda.finite(x)
         for slope in (0.0, 0.2):
             cuda.apply_mask(x, mask, slope)
+        cuda.scale_masked(x, mask, 1.25)
         for p in (0.0, 0.5):
             cuda.dropout(x, seed, p)
             cuda.norm_relu_dropout(x, vector, vector, vector, seed, p)

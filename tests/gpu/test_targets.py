@@ -41,6 +41,7 @@ KERNELS = (
     "quantize",
     "relu_dropout_gradient",
     "row_scores",
+    "scale_masked",
     "signs",
     "sum_probabilities",
     "weight_gradient",

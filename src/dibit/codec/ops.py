@@ -28,6 +28,7 @@ add_signed = operator(reference.add_signed, writes="out")
 pack_mask = operator(reference.pack_mask)
 relu = operator(reference.relu)
 apply_mask = operator(reference.apply_mask)
+scale_masked = operator(reference.scale_masked)
 dropout = operator(reference.dropout)
 norm_relu_dropout = operator(reference.norm_relu_dropout)
 relu_dropout_gradient = operator(reference.relu_dropout_gradient)
@@ -54,6 +55,7 @@ OPS = (
     pack_mask,
     relu,
     apply_mask,
+    scale_masked,
     dropout,
     norm_relu_dropout,
     relu_dropout_gradient,
@@ -159,6 +161,11 @@ def _(x):
 @apply_mask.register_fake
 def _(grad, mask, slope):
     return _contiguous(grad)
+
+
+@scale_masked.register_fake
+def _(x, mask, scale):
+    return _contiguous(x)
 
 
 @dropout.register_fake

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dibit._torch.autocast import HALF
 from dibit.codec import ops
 from dibit.codec.seed_stream import dropout_seed
+from dibit.codec.torch_masks import bernoulli_bits
 from dibit.engine.forward_pass import ForwardPass
 from dibit.residuals.base import load, save
 from dibit.residuals.masks import Mask, SeededMask
@@ -58,10 +60,16 @@ class MaskedDropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, forward: ForwardPass, p: float, inplace: bool, made: list[Mask]) -> Tensor:
-        if x.device.type == "cpu":
+        bits = None
+        if x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous():
+            bits = bernoulli_bits(x.numel(), 1 - p)
+        if bits is not None:
+            mask = Mask(bits, 0.0)
+            y = copy_or_return(x, ops.scale_masked(x, bits, _scale(x, 1 - p)), inplace)
+            forward.plain(x.nbytes)
+        elif x.device.type == "cpu":
             noise = torch.empty_like(x).bernoulli_(1 - p)
-            kept = noise.detach().contiguous()
-            mask = Mask(ops.pack_mask(kept), 0.0)
+            mask = Mask(ops.pack_mask(noise.detach().contiguous()), 0.0)
             noise.div_(1 - p)
             y = x.mul_(noise) if inplace else x * noise
             forward.plain(noise.nbytes)
@@ -82,8 +90,13 @@ class MaskedDropout(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         (mask,) = load(ctx)
-        scale = torch.ones((), dtype=dy.dtype, device=dy.device).div_(ctx.keep)
-        return mask.apply(dy) * scale, None, None, None, None
+        return ops.scale_masked(dy.contiguous(), mask.bits, _scale(dy, ctx.keep)), None, None, None, None
+
+
+def _scale(x: Tensor, keep: float) -> float:
+    """What is kept is multiplied by this, rounded as torch rounds it: on a GPU in float32, whatever x has."""
+    dtype = x.dtype if x.device.type == "cpu" or x.dtype not in HALF else torch.float32
+    return float(torch.ones((), dtype=dtype).div_(keep))
 
 
 def dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:

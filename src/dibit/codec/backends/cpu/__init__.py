@@ -22,6 +22,7 @@ from dibit.codec.backends.cpu.elementwise import (
     passed_rows,
     relu,
     relu_dropout_gradient,
+    scale_masked,
     signs,
 )
 from dibit.codec.backends.cpu.products import column_sums, norm_gradient, weight_gradient
@@ -49,6 +50,7 @@ __all__ = [
     "relu",
     "relu_dropout_gradient",
     "row_scores",
+    "scale_masked",
     "signs",
     "sort_edges",
     "weight_gradient",

@@ -51,6 +51,14 @@ def apply_mask(grad: Tensor, mask: Tensor, slope: float) -> Tensor:
 
 
 @kernel(x=torch.float32)
+def scale_masked(x: Tensor, mask: Tensor, scale: float) -> Tensor:
+    out = empty_like(x)
+    if x.numel():
+        kernels.scale_masked(x.numel(), array(x).reshape(-1), array(mask), array(out).reshape(-1), np.float32(scale))
+    return out
+
+
+@kernel(x=torch.float32)
 def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     out = empty_like(x)
     if x.numel():

@@ -34,6 +34,7 @@ from dibit.codec.backends.reference.elementwise import (
     passed_rows,
     relu,
     relu_dropout_gradient,
+    scale_masked,
     signs,
 )
 from dibit.codec.backends.reference.products import column_sums, norm_gradient, weight_gradient
@@ -67,6 +68,7 @@ __all__ = [
     "relu",
     "relu_dropout_gradient",
     "row_scores",
+    "scale_masked",
     "signs",
     "sort_edges",
     "unpack",

@@ -27,6 +27,12 @@ def apply_mask(grad: Tensor, mask: Tensor, slope: float) -> Tensor:
     return torch.where(bits, grad, grad * slope if slope else torch.zeros_like(grad))
 
 
+def scale_masked(x: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """`x * (scale * bit)`: what dropout passes, where the mask is known. 0 x is not 0 for an infinite x."""
+    bits = unpack(mask.view(1, -1), x.numel(), 1).view(x.shape).to(x.dtype)
+    return x * (bits * scale)
+
+
 def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """Inverted dropout whose mask is a function of (seed, element): the same call gives dx from dy.
 

@@ -14,6 +14,7 @@ from dibit.codec.backends.triton.elementwise import (
     passed_rows,
     relu,
     relu_dropout_gradient,
+    scale_masked,
     signs,
 )
 from dibit.codec.backends.triton.products import column_sums, norm_gradient, weight_gradient
@@ -35,6 +36,7 @@ __all__ = [
     "relu",
     "relu_dropout_gradient",
     "row_scores",
+    "scale_masked",
     "signs",
     "weight_gradient",
 ]

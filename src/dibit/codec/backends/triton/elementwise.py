@@ -53,6 +53,13 @@ def apply_mask(grad: Tensor, mask: Tensor, slope: float) -> Tensor:
 
 
 @kernel(x=SINGLE)
+def scale_masked(x: Tensor, mask: Tensor, scale: float) -> Tensor:
+    out = _result(x)
+    _masked(kernels.scale_masked, mask, x.contiguous(), mask, out, x.numel(), mask.numel(), float(scale))
+    return out
+
+
+@kernel(x=SINGLE)
 def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     out, n, scale = _result(x), x.numel(), dropout_scale(p, x.dtype)
     launch(kernels.dropout, (parts(n, _RUN),), x.device, x.contiguous(), out, seed, n, float(p), scale, T=_RUN)

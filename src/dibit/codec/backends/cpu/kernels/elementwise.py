@@ -72,6 +72,19 @@ def apply_mask(grad, mask, out, slope):
 
 
 @Kernel
+def scale_masked(x, mask, out, scale):
+    n, size = x.size, mask.size
+    for task in nb.prange((size + CHUNK // 8 - 1) // (CHUNK // 8)):
+        start, stop = task * (CHUNK // 8), min(size, (task + 1) * (CHUNK // 8))
+        bytes_ = mask[start:stop]
+        for slot in range(8):
+            bit = np.uint8(1 << slot)
+            part, result = x[slot * size + start : min(n, slot * size + stop)], out[slot * size + start :]
+            for j in range(part.size):
+                result[j] = part[j] * (scale if bytes_[j] & bit else f32(0))
+
+
+@Kernel
 def dropout(x, out, key0, key1, p, scale):
     for task in nb.prange((x.size + CHUNK - 1) // CHUNK):
         start = task * CHUNK

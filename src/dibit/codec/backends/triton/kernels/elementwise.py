@@ -46,6 +46,21 @@ def apply_mask(grad_ptr, bits_ptr, out_ptr, n, size, slope, SLOPED: tl.constexpr
 
 
 @triton.jit
+def scale_masked(x_ptr, bits_ptr, out_ptr, n, size, scale, T: tl.constexpr):
+    """x * scale where the bit is set, x * 0 elsewhere."""
+    begin = tl.program_id(0).to(tl.int64) * T
+    j = tl.arange(0, T)
+    packed = tl.load(bits_ptr + begin + j, mask=begin + j < size, other=0).to(tl.int32)
+    first = begin
+    for slot in tl.static_range(8):
+        mask = (begin + j < size) & (first + j < n)
+        x = tl.load(x_ptr + first + j, mask=mask, other=0.0).to(tl.float32)
+        scaled = x * tl.where(((packed >> slot) & 1) == 1, scale, 0.0)
+        tl.store(out_ptr + first + j, scaled.to(out_ptr.dtype.element_ty), mask=mask)
+        first += size  # in 64 bits
+
+
+@triton.jit
 def dropout(x_ptr, out_ptr, seed_ptr, n, p, scale, T: tl.constexpr):
     """x * scale where the element's number is at least p, x * 0 elsewhere."""
     first = tl.program_id(0).to(tl.int64) * T
