@@ -35,9 +35,9 @@ def test_it_is_what_autograd_computes(
     function, options, derivative, of_result, operation = CASES[name]
     if not own:
         monkeypatch.setattr(derivatives, operation, None)
+    x = torch.cat((torch.linspace(-9.03, 9.01, 4001), torch.tensor([0.0, -0.0, 40, -40, 300, -300]))).to(dtype)
     # at 3 and -3 the derivative of Hardswish jumps, and versions of torch differ in which side they take
-    x = torch.cat((torch.linspace(-9.03, 9.01, 4001), torch.tensor([0.0, -0.0, 40, -40, 300, -300])))
-    x = x.double().to(dtype).requires_grad_()
+    x = x[x.abs() != 3].requires_grad_()
     y = function(x, **options)
     (expected,) = torch.autograd.grad(y.sum(), x)
     found = derivative((y if of_result else x).detach(), **options)
