@@ -26,15 +26,20 @@ from torch import Tensor, nn
 from torch_geometric.nn import SAGEConv
 
 NODES, WIDTH, CLASSES, STEPS = 120, 16, 5, 3
-# Attributes of objects that torch makes later, and what is looked up only when it is used: these are switched off by
-# the environment variable alone.
+# Attributes of objects that torch makes later, what torch itself needs while Dibit is imported, and what is looked up
+# only when it is used: these are switched off by the environment variable alone.
 SWITCHED = {
+    "pickle._Unpickler",
+    "sys._getframe",
     "torch._C.PyTorchFileReader",
     "torch._C._autograd._KinetoEvent.nbytes",
     "numba.core.dispatcher.Dispatcher.stats",
+    "torch._ops.OpOverload",
     "torch._ops.OpOverload._schema",
+    "torch._ops.OpOverloadPacket",
     "torch.autograd.graph.Node._saved_dim",
     "torch.autograd.graph.Node._sequence_nr",
+    "torch.autograd.graph.Node.name",
 }
 _TABLES = (
     "torch.nn.Module._forward_",
@@ -55,12 +60,34 @@ class _Gone:
 
 
 @contextlib.contextmanager
+def _unmade(owner: Any, attribute: str) -> Iterator[None]:
+    """A block in which an object does not make an attribute when it is asked for it, as `torch.ops` makes operators."""
+    kind, make = type(owner), type(owner).__getattr__
+
+    def refuse(self: Any, name: str) -> Any:
+        if self is owner and name == attribute:
+            raise AttributeError(name)
+        return make(self, name)
+
+    vars(owner).pop(attribute, None)
+    kind.__getattr__ = refuse
+    try:
+        yield
+    finally:
+        kind.__getattr__ = make
+
+
+@contextlib.contextmanager
 def hidden(name: str) -> Iterator[None]:
     """A block in which torch lacks an attribute, or what it is an attribute of."""
     path = name.split(".")
     owners = [importlib.import_module("torch")]
     for attribute in path[1:-1]:
         owners.append(getattr(owners[-1], attribute))
+    if name.startswith("torch.ops."):
+        with _unmade(owners[-1], path[-1]):
+            yield
+        return
     for owner, attribute in zip(reversed(owners), reversed(path), strict=False):
         own = vars(owner).get(attribute) if isinstance(owner, types.ModuleType | type) else None
         if own is None and isinstance(owner, types.ModuleType):  # this version of torch lacks it
@@ -290,10 +317,76 @@ def _stack(dibit: Any) -> None:
 
 
 def _written(dibit: Any) -> None:
-    from dibit._torch.private.operations import writes_to
+    from dibit._torch.private.operations import is_operator, writes_to
 
     x = torch.ones(1)
-    assert x in writes_to(torch.ops.aten.add_.Tensor, (x, x))
+    for operator in (torch.ops.aten.add_.Tensor, torch.ops.aten.add_):
+        assert is_operator(operator)
+        assert any(part is x for part in writes_to(operator, (x, torch.zeros(1))))
+    assert not any(map(is_operator, (torch.add, torch.Tensor.add, torch.Tensor.__add__, F.relu, torch.Tensor.relu_)))
+
+
+def _slopes(dibit: Any) -> None:
+    from dibit._torch.private import derivatives
+
+    x = torch.linspace(-4, 4, 100).requires_grad_()
+    for name in ("gelu", "silu", "mish", "hardswish", "elu"):
+        (expected,) = torch.autograd.grad(getattr(F, name)(x).sum(), x)
+        assert torch.allclose(getattr(derivatives, name)(x.detach()), expected, atol=1e-6)
+    slope = derivatives.elu_of_result(F.elu(x.detach()))
+    assert torch.allclose(slope, expected, atol=1e-6)
+    layers = nn.Linear(WIDTH, 32), nn.GELU(), nn.SiLU(), nn.Mish(), nn.Hardswish(), nn.ELU(inplace=True)
+    dibit.compress(nn.Sequential(*layers, nn.Linear(32, 3)))(torch.randn(64, WIDTH)).sum().backward()
+
+
+def _large(dibit: Any) -> None:
+    from dibit.rules import large_outputs
+
+    x, weight, bias, mean, var = torch.randn(1 << 14, 64), *torch.randn(3, 64), torch.rand(64)
+    expected = F.batch_norm(x, mean.clone(), var.clone(), weight, bias, True)
+    y, *statistics = large_outputs.batch_norm(x, weight, bias, mean, var, True, 0.1, 1e-5)
+    assert torch.equal(y, expected)
+    for found, own in zip(statistics, (x.mean(0), x.var(0, correction=0).add(1e-5).rsqrt()), strict=True):
+        assert torch.allclose(found, own, rtol=1e-5, atol=1e-6)
+
+
+def _reached(dibit: Any) -> None:
+    x, y, matrix = torch.randn(NODES, WIDTH), torch.randint(CLASSES, (7,)), graphs()["csr"]
+    model = dibit.compress(SAGE(), "iexact")
+    for _ in range(3):
+        with dibit.batch(model, loss_rows=torch.arange(7)):
+            F.cross_entropy(model(x, matrix)[:7], y).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def _inside(dibit: Any) -> None:
+    from torch_geometric import EdgeIndex
+
+    from dibit.engine.holdings import tensors_in
+
+    index = EdgeIndex(torch.tensor([[0, 1], [1, 0]]), sparse_size=(2, 2))
+    held = {x.data_ptr() for x in tensors_in([index]) if type(x) is Tensor}
+    assert index.as_tensor().data_ptr() in held
+
+
+def _searched(dibit: Any) -> None:
+    import pickle
+
+    from dibit.rules import RULES
+
+    assert pickle.loads(pickle.dumps(RULES[torch.exp])) is RULES[torch.exp]
+
+
+def _pickles(dibit: Any) -> None:
+    import pickle
+
+    from dibit.train.data.guard import arrays_only
+
+    content = pickle.dumps([1])
+    with contextlib.suppress(pickle.UnpicklingError), arrays_only():
+        pickle.loads(content)
+        raise AssertionError("it was read unchecked")
+    assert pickle.loads(content) == [1]
 
 
 def _lazy(dibit: Any) -> None:
@@ -320,6 +413,18 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "_get_current_function_mode_stack": _stack,
     "_len_torch_function_stack": _stack,
     "_schema": _written,
+    "OpOverload": _written,
+    "OpOverloadPacket": _written,
+    "gelu_backward": _slopes,
+    "silu_backward": _slopes,
+    "mish_backward": _slopes,
+    "hardswish_backward": _slopes,
+    "elu_backward": _slopes,
+    "out": _large,
+    "name": _reached,
+    "is_traceable_wrapper_subclass": _inside,
+    "_getframe": _searched,
+    "_Unpickler": _pickles,
     "is_lazy": _lazy,
 }
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.library import CustomOpDef
 
 import dibit
 from dibit._torch.private import APIS, KNOWN, WITHOUT, missing
@@ -85,7 +84,7 @@ def _threads(lost: list[str]) -> dict[str, int]:
 
 def _kernels(lost: list[str]) -> dict[str, dict[str, Any]]:
     """By type of device: what runs the codec's operators, and which of them run in plain torch."""
-    names = [name for name, op in vars(ops).items() if isinstance(op, CustomOpDef)]
+    names = [name for name in vars(ops) if name in reference.__all__]
     found: dict[str, dict[str, Any]] = {}
     for device in dict.fromkeys(("cpu", "cuda", *(point.name for point in entry_points(group=dispatch.GROUP)))):
         try:

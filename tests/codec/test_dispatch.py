@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -117,6 +118,19 @@ def test_kernels_are_loaded_with_the_first_tensor() -> None:
         "assert not any(name.startswith('dibit.codec.backends.triton') for name in sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_page_names_what_has_no_kernel_on_a_gpu() -> None:
+    """Of docs/gpu.md, the paragraph before "Random numbers"."""
+    pytest.importorskip("triton")
+    from dibit.codec.backends import triton
+
+    page = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text()
+    paragraph = page.partition("Of the codec's operators")[2].partition("Random numbers")[0]
+    said = re.findall(r"`([a-z_]+)`", paragraph)
+    operators = [name for name in vars(ops) if name in reference.__all__]
+    assert "fingerprint" in operators
+    assert sorted(said) == sorted(name for name in operators if not hasattr(triton, name))
 
 
 class TestKernel:

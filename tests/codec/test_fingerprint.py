@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dibit.codec import fingerprint as module
-from dibit.codec.fingerprint import fingerprint, of_bytes
+from dibit.codec import dispatch, ops
+from dibit.codec.backends import reference
+from dibit.codec.fingerprint import fingerprint
 from dibit.codec.numpy_views import array
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
@@ -18,9 +23,44 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int32
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 1000, 2**14 * 8, 2**17 + 3, 2**20 + 1])
 @pytest.mark.parametrize("offset", [0, 1, 8])
 def test_the_kernel_gives_the_definitions_number(size: int, offset: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_FEW", 0)
+    monkeypatch.setattr(sys.modules["dibit.codec.fingerprint"], "_FEW", 0)
     x = torch.randint(256, (size + offset,), dtype=torch.uint8)[offset:]
-    assert fingerprint(x) == int(of_bytes(x.clone()))
+    assert fingerprint(x) == int(ops.fingerprint(x)) == int(reference.fingerprint(x.clone()))
+    for found in (ops.fingerprint(x), reference.fingerprint(x)):
+        assert (found.dtype, found.shape) == (torch.int64, ())
+
+
+def test_values_stay() -> None:
+    """They are compared within a process alone, but a definition that changes must do so knowingly."""
+    x = torch.arange(20_003).remainder(251).to(torch.uint8)
+    assert fingerprint(x) == int(reference.fingerprint(x)) == 62584626412302910
+
+
+@pytest.mark.parametrize(("size", "asked"), [(2**11, 0), (2**11 + 1, 1)])
+def test_the_backend_is_asked_where_python_would_take_longer(
+    size: int, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Tensor] = []
+    own = SimpleNamespace(fingerprint=lambda content: calls.append(content) or torch.tensor(5))
+    monkeypatch.setattr(dispatch, "backend", lambda device: own)
+    assert (fingerprint(torch.randn(size)) == 5) == bool(asked)
+    assert len(calls) == asked
+
+
+def test_a_backend_without_one_runs_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(5000)
+    expected = fingerprint(x)
+    monkeypatch.setattr(dispatch, "backend", lambda device: SimpleNamespace())
+    assert fingerprint(x) == expected
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(5000)
+    expected = fingerprint(x)
+    monkeypatch.setattr(dispatch, "backend", functools.cache(dispatch.backend.__wrapped__))
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match="numba is not installed"):
+        assert fingerprint(x) == expected
 
 
 def changed(x: Tensor, how: str, at: int) -> Tensor:

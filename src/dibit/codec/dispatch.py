@@ -42,6 +42,21 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def served(definition: Callable[..., R]) -> Callable[..., R]:
+    """The function that runs a definition's kernel on the device of its first argument, without being torch's operator.
+
+    Args:
+        definition: see `dibit.codec.backends.reference`.
+    """
+    name = definition.__name__
+
+    @functools.wraps(definition)
+    def run(*args: Any) -> R:
+        return getattr(backend(args[0].device.type), name, definition)(*args)  # type: ignore[no-any-return]
+
+    return run
+
+
 def operator(definition: Callable[..., Any], writes: str = "") -> CustomOpDef:
     """The operator `dibit::NAME`, with the name and the schema of its definition, and a kernel for each device.
 
@@ -49,13 +64,8 @@ def operator(definition: Callable[..., Any], writes: str = "") -> CustomOpDef:
         definition: see `dibit.codec.backends.reference`.
         writes: the argument that it writes to, if there is one.
     """
-    name = definition.__name__
-
-    @functools.wraps(definition)
-    def run(*args: Any) -> Any:
-        return getattr(backend(args[0].device.type), name, definition)(*args)
-
-    return custom_op(f"dibit::{name}", with_typing(run, definition), mutates_args=(writes,) if writes else ())
+    function = with_typing(served(definition), definition)
+    return custom_op(f"dibit::{definition.__name__}", function, mutates_args=(writes,) if writes else ())
 
 
 @functools.cache
@@ -108,7 +118,7 @@ def kernel(**served: torch.dtype | tuple[torch.dtype, ...]) -> Callable[[Callabl
         called = function.__name__
         definition: Callable[P, R] | None = getattr(reference, called, None)
         if definition is None:
-            raise TypeError(f"{called} is no operator of the codec; dibit.codec.ops.OPS has them.")
+            raise TypeError(f"{called} is no operator of the codec; dibit.codec.ops has them.")
         places = list(inspect.signature(definition).parameters)
         for name in served:
             if name not in places:

@@ -1,4 +1,4 @@
-"""Every operator of the codec, as torch knows it: `dibit::NAME`, with its schema and its fake.
+"""Every operator of the codec; but for `fingerprint` as torch knows it: `dibit::NAME`, with its schema and its fake.
 
 An operator's name, arguments and documentation are those of its definition in `dibit.codec.backends.reference`;
 `dibit.codec.dispatch` finds the kernels that run it. A fake gives shapes and dtypes of the results, for
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dibit.codec.backends import reference
-from dibit.codec.dispatch import operator
+from dibit.codec.dispatch import operator, served
 from dibit.codec.layout import Layout, mask_bytes
 
 quantize = operator(reference.quantize)
@@ -37,6 +37,8 @@ signs = operator(reference.signs)
 finite = operator(reference.finite)
 row_scores = operator(reference.row_scores)
 pick_rows = operator(reference.pick_rows)
+# Never traced, and its tensors are often small: a call through torch would take longer than the kernel.
+fingerprint = served(reference.fingerprint)
 
 OPS = (
     quantize,

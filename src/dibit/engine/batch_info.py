@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from dibit._torch.private.modes import compiled_from
 from dibit._torch.storage_identity import storages
 from dibit.engine.model_state import Found, ModelState, states_in
 
@@ -141,8 +142,8 @@ def batch(model: nn.Module, node_ids: Tensor | None = None, loss_rows: Tensor | 
 def _check_returns(model: nn.Module, found: list[Found]) -> None:
     """What a model returns is what the compressed model in it returns."""
     inside: Any = model
-    while isinstance(inside, _WRAPPERS) or "_orig_mod" in dict(inside.named_children()):
-        inside = getattr(inside, "_orig_mod", None) or inside.module
+    while (compiled := compiled_from(inside)) is not None or isinstance(inside, _WRAPPERS):
+        inside = inside.module if compiled is None else compiled
     for each in found:
         if each.state.root is not inside:
             own = type(each.state.root).__name__

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from dibit._torch.private.autograd import next_sequence_number, sequence_number
-from dibit._torch.private.tensors import base_of
+from dibit._torch.private.tensors import base_of, flattened
 from dibit._torch.storage_identity import Alive, storage_key, storages, strided, version
 from dibit._torch.user_objects import attributes as own_attributes
-from dibit._torch.user_objects import defines, is_a, items, mapped, static
+from dibit._torch.user_objects import is_a, items, mapped, static
 from dibit.engine.owners import Owners, is_whole
 
 _DEEPEST = 6  # nested containers that are searched for the caller's tensors
@@ -152,11 +152,11 @@ def only_matrix(inputs: Any) -> Tensor | None:
 
 
 def _inside(x: Tensor) -> list[Any]:
-    """The tensors that a subclass such as EdgeIndex is around, as it tells the compiler."""
-    if type(x) in (Tensor, torch.nn.Parameter) or not defines(x, "__tensor_flatten__"):
+    """The tensors that a subclass such as EdgeIndex is around."""
+    if type(x) in (Tensor, torch.nn.Parameter):
         return []
     try:
-        return [getattr(x, name) for name in x.__tensor_flatten__()[0]]  # type: ignore[attr-defined]
+        return flattened(x)
     except Exception:  # one that cannot be flattened has nothing that it shows
         return []
 

@@ -14,16 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dibit._torch.private.autograd import saved_dim
+from dibit._torch.private.autograd import operation_of, saved_dim
 from dibit._torch.storage_identity import Alive, version
 from dibit.residuals.constant_csr import pattern
 
 # Operations of torch whose gradient stays in its row, whatever their settings.
-_ROW_BY_ROW = {
-    f"{name}Backward0"
-    for name in "ToCopy Add Sub Mul Div Neg Relu LeakyRelu Elu Gelu Silu Sigmoid Tanh Exp".split()  # noqa: SIM905
-}
-_LAST_DIMENSION = {"LogSoftmaxBackward0", "SoftmaxBackward0"}
+_ROW_BY_ROW = set(
+    "AccumulateGrad ToCopy Add Sub Mul Div Neg Relu LeakyRelu Elu Gelu Silu Sigmoid Tanh Exp".split()  # noqa: SIM905
+)
+_LAST_DIMENSION = {"LogSoftmax", "Softmax"}
 
 
 @dataclass
@@ -146,8 +145,8 @@ def _aggregations(node: Any, matrix: tuple[Any, ...] | None) -> int | None:
     hops: int | None = getattr(node, "hops", None)
     if hops is not None:
         return hops if hops == 0 or (matrix is not None and getattr(node, "matrix", None) == matrix) else None
-    name = type(node).__name__
-    if name in _ROW_BY_ROW or name == "AccumulateGrad":
+    name = operation_of(node)
+    if name in _ROW_BY_ROW:
         return 0
     if name in _LAST_DIMENSION:
         return 0 if saved_dim(node) in (1, 2**64 - 1, -1) else None

@@ -13,7 +13,6 @@ checkpoint's hooks do not, as there are none without gradients.
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from types import CodeType, FrameType
 from typing import Any
@@ -26,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from dibit._torch.private.autograd import hooks_refused, top_hooks, transformed
+from dibit._torch.private.frames import caller
 from dibit.config import Config
 from dibit.engine.model_state import ModelState
 from dibit.engine.module_stack import ModuleStack
@@ -81,11 +81,12 @@ class Calls:
     def __init__(self, state: ModelState, own: Any = None) -> None:
         self.state = state
         self._own = own
-        self._calls: list[tuple[CodeType, Any]] = []  # innermost last: what runs it, and the hooks in which it does
+        self._calls: list[tuple[CodeType | None, Any]] = []  # innermost last: what runs it, and in which hooks
 
     def enter(self) -> None:
         """A module begins, which the caller runs."""
-        self._calls.append((sys._getframe(1).f_code, self._foreign()))
+        frame = caller()
+        self._calls.append((None if frame is None else frame.f_code, self._foreign()))
 
     def leave(self, depth: int) -> None:
         """A module ends that was called within so many others."""
@@ -106,7 +107,7 @@ class Calls:
         part, hooks = self._calls[-1]
         if self._foreign() is not hooks:
             return True
-        frame: FrameType | None = sys._getframe(1)
+        frame = caller()
         while frame is not None and frame.f_code is not part:
             if frame.f_code in _RUN_AGAIN or not (_SEEN or _context(frame) is None):
                 return True

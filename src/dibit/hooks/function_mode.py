@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import FunctionType
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dibit._torch.private.autograd import hooks_refused, pop_hooks, push_hooks, top_hooks, transformed
-from dibit._torch.private.operations import writes_to
+from dibit._torch.private.operations import is_operator, writes_to
 from dibit._torch.private.tensors import is_wrapped
 from dibit._torch.storage_identity import storage_key, storages, strided
 from dibit.edges.deferred import first_deferred, materialized
@@ -34,7 +34,6 @@ from dibit.rules import EXACT
 
 _EXPOSES = torch_functions("numpy data_ptr __array__ __dlpack__ untyped_storage storage share_memory_")
 _FROM_OUTSIDE = torch_functions("as_tensor asarray from_numpy frombuffer from_dlpack")  # may share memory
-_OPERATOR, _OVERLOAD = type(torch.ops.aten.add), type(torch.ops.aten.add.Tensor)
 
 
 def _name(function: Any) -> str:
@@ -79,8 +78,8 @@ def tell_of_writes(forward_pass: ForwardPass, func: Any, args: Any, kwargs: Any)
         for x in (*args[1:], *kwargs.values()):
             if isinstance(x, Tensor) and not x.requires_grad:
                 forward_pass.writes.before(x)
-    elif isinstance(func, (_OPERATOR, _OVERLOAD)):
-        for x in written(func, args):
+    elif is_operator(func):
+        for x in writes_to(func, args):
             forward_pass.writes.before(x)
     elif _option(func, "inplace") is not None and _given(func, "inplace", args, kwargs):
         forward_pass.writes.before(args[0] if args else kwargs.get("input"))
@@ -100,13 +99,6 @@ def tell_of_results(forward_pass: ForwardPass, func: Any, args: Any, result: Any
                     forward_pass.holdings.expose(storage)
                 else:
                     forward_pass.holdings.made(x)
-
-
-def written(func: Any, args: Any) -> Iterator[Any]:
-    """The arguments that an operator's schema says it writes to."""
-    overloads = [func] if isinstance(func, _OVERLOAD) else [getattr(func, name) for name in func.overloads()]
-    for overload in overloads:
-        yield from writes_to(overload, args)
 
 
 class Intercept(TorchFunctionMode):

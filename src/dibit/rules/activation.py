@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dibit._torch.autocast import copies, low_precision
+from dibit._torch.private import derivatives
 from dibit.codec import ops
 from dibit.engine.forward_pass import ForwardPass
 from dibit.engine.model_state import Rule
@@ -39,8 +40,6 @@ from dibit.rules.elementwise import (
     elementwise_rule,
 )
 from dibit.rules.spellings import rule
-
-aten = torch.ops.aten
 
 
 @rule(kind="ReLU", in_place=True, runs_again=True, saves_result=True, exact=True)
@@ -147,28 +146,11 @@ def _gelu(x: Tensor, approximate: str) -> Tensor:
     return F.gelu(x, approximate=approximate)
 
 
-def _gelu_slope(x: Tensor, approximate: str = "none") -> Tensor:
-    return aten.gelu_backward(torch.ones_like(x), x, approximate=approximate)
-
-
-def _elu_slope(x: Tensor, alpha: float = 1.0) -> Tensor:
-    return aten.elu_backward(torch.ones_like(x), alpha, 1, 1, False, x)
-
-
-def _elu_slope_of_result(y: Tensor, alpha: float = 1.0) -> Tensor:
-    return aten.elu_backward(torch.ones_like(y), alpha, 1, 1, True, y)
-
-
-def _from(backward: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
-    """The derivative by x, from torch's own backward of (dy, x)."""
-    return lambda x: backward(torch.ones_like(x), x)
-
-
-gelu = elementwise("gelu", _gelu, _gelu_slope, codec=RECIPE)
-silu = elementwise("silu", F.silu, _from(aten.silu_backward), codec=RECIPE)
-mish = elementwise("mish", F.mish, _from(aten.mish_backward), codec=RECIPE)
-hardswish = elementwise("hardswish", F.hardswish, _from(aten.hardswish_backward), codec=RECIPE)
-elu = elementwise("elu", F.elu, _elu_slope, _elu_slope_of_result, codec=SATURATING)
+gelu = elementwise("gelu", _gelu, derivatives.gelu, codec=RECIPE)
+silu = elementwise("silu", F.silu, derivatives.silu, codec=RECIPE)
+mish = elementwise("mish", F.mish, derivatives.mish, codec=RECIPE)
+hardswish = elementwise("hardswish", F.hardswish, derivatives.hardswish, codec=RECIPE)
+elu = elementwise("elu", F.elu, derivatives.elu, derivatives.elu_of_result, codec=SATURATING)
 sigmoid = elementwise("sigmoid", torch.sigmoid, of_result=lambda y: y * (1 - y), codec=RELATIVE, runs_again=True)
 erf = elementwise("erf", torch.erf, lambda x: 2 / math.pi**0.5 * torch.exp(-x * x), codec=SATURATING)
 softsign = elementwise(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import builtins
 import functools
 import inspect
-import sys
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dibit._torch.autocast import at_least_single
+from dibit._torch.private.frames import calling_module
 from dibit.config import Config
 from dibit.engine.forward_pass import ForwardPass
 from dibit.engine.model_state import Rule
@@ -175,8 +175,8 @@ def elementwise(
         )
     f = POINTWISE[name] = Pointwise(plain, derivative, of_result, codec, _in_place(name, plain), uses, beside)
     made = elementwise_rule(f)
-    # a pickle finds the rule by its module and its name there, `exp` or `abs_`
-    made.__module__ = sys._getframe(1).f_globals["__name__"]
+    # a pickle finds the rule by its module and its name there, `exp` or `abs_`; without a module's name, by a search
+    made.__module__ = calling_module()  # type: ignore[assignment]
     made.__qualname__ = made.__name__ = f"{name}_" if hasattr(builtins, name) else name
     return rule(name, in_place=f.in_place is not None, saves_result=derivative is None, **traits)(made)
 

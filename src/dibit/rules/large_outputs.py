@@ -48,10 +48,9 @@ def batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """BatchNorm of x, and the mean and inverse standard deviation (D,) that it used."""
     settings = weight, bias, running_mean, running_var, training, momentum, eps
-    if worth_huge_pages(x) and training and x.dim() == 2 and x.is_contiguous() and x.dtype == torch.float32:
-        y, mean, inverse = empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
-        torch.ops.aten.native_batch_norm.out(x, *settings, out=y, save_mean=mean, save_invstd=inverse)
-        return y, mean, inverse
+    plain = x.dim() == 2 and x.is_contiguous() and x.dtype == torch.float32
+    if operations.WRITES_BATCH_NORM and training and plain and worth_huge_pages(x):
+        return operations.batch_norm_into(empty_like(x), x, *settings)
     y, mean, inverse = operations.batch_norm(x, *settings)
     if not training:
         mean, inverse = running_mean, torch.rsqrt(running_var + eps)

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dibit._torch.private.autograd import operation_of
 from dibit.config import Config
 from dibit.engine.forward_pass import ForwardPass
 from dibit.recompute.nodes import Node
@@ -92,4 +93,4 @@ def _made(node: Any, depth: int) -> bool:
 
 def _by_softmax(x: Tensor) -> bool:
     """Autograd knows what the tape does not."""
-    return x.grad_fn is not None and x.grad_fn.name() == "SoftmaxBackward0"
+    return operation_of(x.grad_fn) == "Softmax"

@@ -1,11 +1,12 @@
 """Private parts of torch: everything that Dibit uses beyond what torch documents, looked up here and nowhere else.
 
-Each one is entered in `registry.APIS` with its purpose and with what is lost without it. The rest of Dibit calls the
-functions of these modules, which choose a fallback when they are imported. A later version of torch that has dropped
-an API thus costs compression or speed, and never the import: `dibit doctor` prints the list.
+The operators of `torch.ops.aten` are among them, and a few private parts of Python. Each one is entered in
+`registry.APIS` with its purpose and with what is lost without it. The rest of Dibit calls the functions of these
+modules, which choose a fallback when they are imported. A later version of torch that has dropped an API thus costs
+compression or speed, and never the import: `dibit doctor` prints the list.
 """
 
-from dibit._torch.private import autograd, modes, modules, operations, tensors
+from dibit._torch.private import autograd, derivatives, frames, generator, modes, modules, operations, tensors
 from dibit._torch.private.registry import APIS, KNOWN, WITHOUT, PrivateApi, missing, warn_if_missing
 
 # Whether Dibit can compress at all. If not, compressed models train exactly as plain ones do.
@@ -21,6 +22,9 @@ __all__ = [
     "WITHOUT",
     "PrivateApi",
     "autograd",
+    "derivatives",
+    "frames",
+    "generator",
     "missing",
     "modes",
     "modules",

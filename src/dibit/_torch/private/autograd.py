@@ -122,6 +122,22 @@ def _next_sequence_number() -> int:
 _next = find(_autograd + "_get_sequence_nr", "know which nodes of the graph a pass has made", "time")
 next_sequence_number: Any = _next_sequence_number if _next is None else _next  # of the node that is made next
 
+_named = find(
+    "torch.autograd.graph.Node.name",
+    "see which operation of torch a node of the graph is",
+    "memory: rows that the loss cannot reach are kept; and, on a GPU, accuracy where softmaxes are multiplied",
+    look=lambda: _node().name() == "SoftmaxBackward0" or None,
+)
+
+
+def operation_of(node: Any) -> str:
+    """The operation of torch that made a node, such as "Softmax" or "Add"; another word where it was something else.
+
+    Empty where this version of torch has other names.
+    """
+    return type(node).__name__.removesuffix("Backward0") if _named else ""
+
+
 _forward_cls = find(
     "torch.autograd.Function._backward_cls._forward_cls",
     "find compressed operations in the graph",

@@ -87,6 +87,19 @@ def uncompiled(function: F) -> F:
     return call  # type: ignore[return-value]
 
 
+@functools.cache
+def _compiled_kind() -> type[torch.nn.Module]:
+    return type(torch.compile(torch.nn.Identity(), backend="eager"))  # type: ignore[return-value]
+
+
+def compiled_from(module: torch.nn.Module) -> torch.nn.Module | None:
+    """The model of which `torch.compile` has made this one; `None` of any other module."""
+    if "torch._dynamo" not in sys.modules:  # nothing has been compiled
+        return None
+    kind = _compiled_kind()
+    return next(module.children(), None) if kind is not torch.nn.Identity and is_a(module, kind) else None
+
+
 # -- tracers ------------------------------------------------------------------------------------------------------
 
 

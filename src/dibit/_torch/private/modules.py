@@ -8,14 +8,14 @@ Hooks do not see every end of a call: those with `always_call` run on `Exception
 from __future__ import annotations
 
 import functools
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, MutableMapping
-from types import CodeType, FrameType
+from types import CodeType
 from typing import Any
 
 from torch import nn
 
+from dibit._torch.private.frames import caller as frame_of_caller
 from dibit._torch.private.registry import find
 
 _NAME = "forward_call"
@@ -39,7 +39,7 @@ def around(module: nn.Module, function: Callable[..., Any], *given: Any) -> bool
     Returns:
         `False` where the hook was not called by a call of this module; then nothing has changed.
     """
-    frame: FrameType | None = sys._getframe(1)
+    frame = frame_of_caller()
     while frame is not None and frame.f_code is not _code:
         frame = frame.f_back
     if frame is None or frame.f_back is None:

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
+import platform
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import (
+    BuiltinFunctionType,
+    FunctionType,
+    MethodDescriptorType,
+    MethodType,
+    MethodWrapperType,
+    WrapperDescriptorType,
+)
 from typing import Any
 
 import torch
@@ -20,20 +31,38 @@ _functions = find(
 )
 VARIABLE_FUNCTIONS: Any = torch if _functions is None else _functions  # the functions of torch, before any wrapper
 
-find(
+_COPIED = "memory: what torch.ops operators read is copied, as if they wrote to it"
+_operator = find("torch._ops.OpOverloadPacket", "tell an operator of torch.ops from a function", _COPIED)
+_overload = find("torch._ops.OpOverload", "tell one signature of an operator from a function", _COPIED)
+_schema = find(
     "torch._ops.OpOverload._schema",
     "see which arguments an operator writes to",
-    "memory: what torch.ops operators read is copied, as if they wrote to it",
+    _COPIED,
     look=lambda: torch.ops.aten.add.Tensor._schema,
+)
+_OPERATORS = (_operator, _overload) if None not in (_operator, _overload) else ()
+_FUNCTIONS = (
+    FunctionType,
+    BuiltinFunctionType,
+    MethodType,
+    MethodDescriptorType,
+    MethodWrapperType,
+    WrapperDescriptorType,
 )
 
 
-def writes_to(overload: Any, args: Any) -> list[Any]:
-    """The arguments that an operator's schema says it writes to; all of them where torch does not tell."""
-    schema = getattr(overload, "_schema", None)
-    if schema is None:
+def is_operator(function: Any) -> bool:
+    """Whether this is an operator of `torch.ops`; of what torch does not tell apart, all that is no plain function."""
+    return isinstance(function, _OPERATORS) if _OPERATORS else not isinstance(function, _FUNCTIONS)
+
+
+def writes_to(operator: Any, args: Any) -> list[Any]:
+    """The arguments that an operator says it writes to; all of them where torch does not tell."""
+    if not _OPERATORS or _schema is None:
         return list(args)
-    declared = zip(schema.arguments, args, strict=False)
+    names = None if isinstance(operator, _overload) else operator.overloads()
+    overloads = [operator] if names is None else [getattr(operator, name) for name in names]
+    declared = (each for overload in overloads for each in zip(overload._schema.arguments, args, strict=False))
     return [value for argument, value in declared if argument.alias_info is not None and argument.alias_info.is_write]
 
 
@@ -66,6 +95,21 @@ def batch_norm(
     return torch.batch_norm(x, *settings), mean, torch.rsqrt(var + eps)
 
 
+_batch_norm_into = find(
+    "torch.ops.aten.native_batch_norm.out",
+    "write the result of a BatchNorm into a buffer of large pages",
+    "time: page faults in large results of a BatchNorm",
+)
+WRITES_BATCH_NORM = _batch_norm_into is not None  # whether there is `batch_norm_into`
+
+
+def batch_norm_into(y: Tensor, x: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`batch_norm` of a contiguous x (N, D) in training, on the CPU, written into y."""
+    mean, inverse = x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+    _batch_norm_into(x, *settings, out=y, save_mean=mean, save_invstd=inverse)
+    return y, mean, inverse
+
+
 _winners = find(
     "torch._C._functions.SparseMmReduceImplBackward0._saved_result1",
     "keep which neighbour has won a max or min",
@@ -93,12 +137,32 @@ _kineto = enter(
     "time: they are read from a file",
     tool=True,
 )
+_unpickler = enter(
+    "pickle._Unpickler",
+    "read a pickle in Python, without running what lies in it",
+    "data sets that hold pickles, which are not read unchecked",
+    tool=True,
+)
 _cache = enter(
     "numba.core.dispatcher.Dispatcher.stats",
     "say that kernels are compiled, before the first time",
     "that sentence, and the folder of kernels in dibit doctor",
     tool=True,
 )
+
+
+class _NoUnpickler:
+    """In the place of Python's, where there is none."""
+
+    dispatch: Mapping[int, Any] = {}
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise pickle.UnpicklingError(f"Python {platform.python_version()} cannot read a pickle without running it")
+
+
+def python_unpickler() -> Any:
+    """Python's `pickle.Unpickler` as a class in Python, whose opcodes are methods that can be replaced."""
+    return _unpickler.value or _NoUnpickler
 
 
 def archived(content: bytes, record: str) -> bytes | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from dibit._torch.private.registry import find
+from dibit._torch.user_objects import attributes, defines, is_a
 
 _SLOWER = "time, and a Ctrl-C that comes while one of torch's own weak references dies"
 _cdata = find("torch.UntypedStorage._cdata", "tell memory apart", _SLOWER)
@@ -221,6 +222,22 @@ def coo_parts(x: Tensor) -> list[Tensor]:
     if _coo:
         return [x._indices(), x._values()]
     return [x.indices(), x.values()] if x.is_coalesced() else []
+
+
+_flattens = find("torch.utils._python_dispatch.is_traceable_wrapper_subclass", "see the tensors inside an EdgeIndex")
+
+
+def flattened(x: Tensor) -> list[Tensor]:
+    """The tensors that one of a subclass is around: as it tells the compiler, or all that are attributes of it.
+
+    Raises:
+        Exception: whatever the subclass raises.
+    """
+    if not defines(x, "__tensor_flatten__"):
+        return []
+    if _flattens is None:
+        return [value for value in attributes(x).values() if is_a(value, Tensor)]
+    return [getattr(x, name) for name in x.__tensor_flatten__()[0]]  # type: ignore[attr-defined]
 
 
 # -- tensors without memory ---------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@
     triton/      Triton, for "cuda" tensors (NVIDIA, and AMD where Triton allows)
 
 Each holds an operator in the file of the same name: `blocks` (numbers to codes and back), `products` (with what was
-encoded), `elementwise` (masks, dropout, signs), `sampling` (which rows are kept).
+encoded), `elementwise` (masks, dropout, signs, a fingerprint), `sampling` (which rows are kept), `edges` (sums over
+edges).
 
 To add a backend:
 

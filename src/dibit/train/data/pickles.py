@@ -13,6 +13,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from dibit._torch.private.operations import python_unpickler
 from dibit.train.data.standins import ALLOWED, Array, CodeInFile, Csr, Dtype, keys, plain
 
 _CALLS = frozenset(map(id, ALLOWED.values()))
@@ -46,7 +47,10 @@ class _Counted:
         return content
 
 
-class ArraysUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
+_Unpickler = python_unpickler()
+
+
+class ArraysUnpickler(_Unpickler):  # type: ignore[misc,valid-type]
     """Rebuilds arrays, sparse matrices and plain containers, or raises `pickle.UnpicklingError`."""
 
     stack: list[Any]
@@ -149,7 +153,7 @@ class ArraysUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
         self._update(self.pop_mark())
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
-        **{code: run for code, run in pickle._Unpickler.dispatch.items() if bytes([code]) not in _NEVER},
+        **{code: run for code, run in _Unpickler.dispatch.items() if bytes([code]) not in _NEVER},
         pickle.REDUCE[0]: _reduce,
         pickle.NEWOBJ[0]: _reduce,
         pickle.NEWOBJ_EX[0]: _newobj_ex,

@@ -16,6 +16,7 @@ from dibit.codec.backends.cpu.edges import (
 from dibit.codec.backends.cpu.elementwise import (
     apply_mask,
     dropout,
+    fingerprint,
     finite,
     norm_relu_dropout,
     pack_mask,
@@ -39,6 +40,7 @@ __all__ = [
     "dropout",
     "edge_products",
     "edge_signs",
+    "fingerprint",
     "finite",
     "norm_gradient",
     "norm_relu_dropout",

@@ -1,4 +1,4 @@
-"""Operators that take element by element, on a CPU: masks, dropout, random signs, whether all is finite."""
+"""Operators that take element by element, on a CPU: masks, dropout, signs, whether all is finite, a fingerprint."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dibit._torch.autocast import HALF
 from dibit._torch.huge_pages import empty, empty_like
 from dibit.codec.backends.cpu.arguments import float32_ranges, keys
 from dibit.codec.backends.cpu.kernels import elementwise as kernels
+from dibit.codec.backends.cpu.kernels.fingerprint import fingerprint as fingerprint_kernel
 from dibit.codec.backends.reference import dropout_scale
 from dibit.codec.dispatch import kernel
 from dibit.codec.layout import mask_bytes
@@ -161,3 +162,11 @@ def finite(x: Tensor) -> Tensor:
     if not x.is_contiguous():
         return NotImplemented
     return torch.tensor(0.0 if kernels.finite(x.numel(), array(x).view(np.int32).reshape(-1)) else float("nan"))
+
+
+def fingerprint(content: Tensor) -> Tensor:
+    raw = array(content)
+    if raw.ctypes.data % 8:  # a view that begins between two words
+        raw = raw.copy()
+    whole = raw.size // 8 * 8
+    return torch.tensor(fingerprint_kernel(whole // 8, raw[:whole].view(np.uint64), raw[whole:]), device="cpu")

@@ -1,10 +1,12 @@
-"""Operators that take element by element: masks, dropout, random signs, whether all is finite."""
+"""Operators that take element by element: masks, dropout, random signs, whether all is finite, a fingerprint."""
 
 import torch
 from torch import Tensor
 
 from dibit.codec import rng
 from dibit.codec.backends.reference.blocks import dequantize, pack, unpack
+
+_PART = 1 << 20  # words of a fingerprint that are read at a time, so that temporary memory stays small
 
 
 def pack_mask(x: Tensor) -> Tensor:
@@ -118,3 +120,21 @@ def signs(seed: Tensor, count: int) -> Tensor:
 def finite(x: Tensor) -> Tensor:
     """float32 0-d: 0 where all of `x` is finite, else NaN; to be added to whatever stands for `x`."""
     return torch.where(x.isfinite().all(), 0.0, float("nan")).to(torch.float32)
+
+
+def fingerprint(content: Tensor) -> Tensor:
+    """64 bits of the content of a contiguous uint8 (n,): int64 0-d.
+
+    The bytes are read as words of 8, the last one filled up with zeros. The fingerprint is the sum over i of
+    mix(word_i + (i + 1) * GOLDEN) modulo 2^64, where mix is SplitMix64's finaliser. The sum may be taken in any order,
+    by any number of threads. A word that changes or moves changes the sum, but for a chance of 2^-64.
+    """
+    if content.numel() % 8 or content.storage_offset() % 8:
+        content = torch.nn.functional.pad(content, (0, -content.numel() % 8))
+    words = content.view(torch.int64)
+    total = torch.zeros((), dtype=torch.int64, device=content.device)
+    for start in range(0, words.numel(), _PART):
+        part = words[start : start + _PART]
+        number = torch.arange(start + 1, start + 1 + part.numel(), dtype=torch.int64, device=content.device)
+        total += rng.splitmix64(part + number * (rng.GOLDEN - 2**64)).sum()
+    return total

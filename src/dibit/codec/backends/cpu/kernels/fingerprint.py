@@ -1,4 +1,4 @@
-"""The kernel of `dibit.codec.fingerprint`."""
+"""The kernel of the fingerprint of content."""
 
 from __future__ import annotations
 
