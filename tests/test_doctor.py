@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -64,24 +63,27 @@ def lost() -> list[str]:
     return sentences
 
 
-def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "backend", lambda device: reference)
-    assert "Time: plain torch runs the codec for 'cpu' tensors; install numba." in lost()
-    assert ("install triton" in str(lost())) == torch.cuda.is_available()
+def test_no_compiler() -> None:
+    with dispatch.using_backend("cpu", reference), dispatch.using_backend("cuda", reference):
+        sentences = lost()
+    assert "Time: plain torch runs the codec for 'cpu' tensors; install numba." in sentences
+    assert ("install triton" in str(sentences)) == torch.cuda.is_available()
 
 
-def test_kernels_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    def backend(device: str) -> Any:
-        raise ImportError(f"no kernels for {device}\nat all")
-
-    monkeypatch.setattr(dispatch, "backend", backend)
+def test_kernels_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_kernels.py").write_text("raise ImportError('no kernels for xpu\\nat all')")
+    about = tmp_path / "broken-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[dibit.backends]\nxpu = broken_kernels\n")
+    monkeypatch.syspath_prepend(tmp_path)
     content = doctor.examine()
-    assert "The kernels for 'cpu' tensors cannot be loaded: ImportError: no kernels for cpu" in content["lost"]
-    assert "cpu               cannot be loaded" in doctor.printed(content)
+    assert "The kernels for 'xpu' tensors cannot be loaded: ImportError: no kernels for xpu" in content["lost"]
+    assert "xpu               cannot be loaded" in doctor.printed(content)
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "access", lambda *_: False)
     content = doctor.examine()
     assert "set NUMBA_CACHE_DIR" in str(content["lost"])
     assert "cannot be written" in doctor.printed(content)

@@ -90,7 +90,7 @@ def _kernels(lost: list[str]) -> dict[str, dict[str, Any]]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what is missing is said below
-                backend = dispatch.backend(device)
+                backend = dispatch.serving(device)
         except Exception as error:  # whatever a compiler, or somebody's package, may raise when it is loaded
             lost.append(f"The kernels for {device!r} tensors cannot be loaded: {_said(error)}")
             found[device] = {"by": None, "plain": names}

@@ -556,7 +556,7 @@ def test_every_operator_is_checked() -> None:
     [Config(bits=2, block=96), Config(bits=4, block="row", rounding="dither"), Config(reduce=Sample(3), block=96)],
 )
 @pytest.mark.parametrize("affine", [False, True])
-def test_in_parts_as_at_once(monkeypatch: pytest.MonkeyPatch, config: Config, affine: bool) -> None:
+def test_in_parts_as_at_once(config: Config, affine: bool) -> None:
     """Rounding numbers go with the element, not with the part; sampled rows are gathered part by part."""
     x = torch.randn(1001, 12)
     function = Affine(torch.randn(12), torch.rand(12), from_statistics=False) if affine else None
@@ -564,12 +564,13 @@ def test_in_parts_as_at_once(monkeypatch: pytest.MonkeyPatch, config: Config, af
     expected = whole.reduced()
     dy = torch.randn(1001, 5)
     gradient = Compressed(whole).outer(dy)
-    monkeypatch.setattr(layout, "PART", 96 * 3)
-    own = encode(x, config, 3, function)
+    with layout.parts_of(96 * 3):
+        own = encode(x, config, 3, function)
+        in_parts = Compressed(own).outer(dy)
     assert torch.equal(own.codes, whole.codes)
     assert torch.equal(own.ranges, whole.ranges)
     full = dy if (sample := own.sample(dy.dtype)) is None else dy[sample[0]] * sample[1][:, None]
-    for grad in (gradient, Compressed(own).outer(dy)):
+    for grad in (gradient, in_parts):
         assert torch.allclose(grad, full.T @ expected, rtol=1e-4, atol=1e-3)
 
 
@@ -613,17 +614,9 @@ def test_norm_relu_and_dropout_in_one_pass(n: tuple[int, int], p: float) -> None
 @pytest.mark.parametrize("block", [16, 33 * 8, 10_000])
 @pytest.mark.parametrize(("slope", "masked", "dropped"), [(0.0, False, False), (0.2, True, False), (0.0, True, True)])
 def test_rows_that_pass_a_norm_relu_and_dropout(
-    monkeypatch: pytest.MonkeyPatch,
-    rows: int,
-    width: int,
-    bits: int,
-    block: int,
-    slope: float,
-    masked: bool,
-    dropped: bool,
+    rows: int, width: int, bits: int, block: int, slope: float, masked: bool, dropped: bool
 ) -> None:
     """Part by part as the definition has the whole, a block that is not finite among them."""
-    monkeypatch.setattr(layout, "PART", 500)
     x = torch.randn(rows, width)
     x[rows // 2, 0] = float("inf")
     codes, ranges, _ = ops.quantize(x.reshape(-1), seed_tensor(4), bits, block, [], torch.bfloat16, 0)
@@ -633,7 +626,8 @@ def test_rows_that_pass_a_norm_relu_and_dropout(
         weight, bias = torch.randn(width, dtype=dtype), torch.randn(width, dtype=dtype)
         args = codes, ranges.to(dtype), seed_tensor(4), weight, bias, mask, slope, drop, 0.3
         rest = rows, bits, block, dither
-        parts = [ops.passed_rows(*args, start, stop, *rest) for start, stop in layout.row_parts(rows, width, block)]
+        with layout.parts_of(500):
+            parts = [ops.passed_rows(*args, start, stop, *rest) for start, stop in layout.row_parts(rows, width, block)]
         found, expected = torch.cat(parts), reference.passed_rows(*args, 0, rows, *rest)
         assert found.dtype == expected.dtype == dtype
         assert torch.equal(found.isnan(), expected.isnan())

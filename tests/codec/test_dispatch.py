@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ def test_two_packages_for_one_type_of_device(offer: Callable[[str, str], None]) 
 
 
 def test_without_its_compiler_the_definition_serves_and_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.warns(UserWarning, match=r"numba is not installed, so the CPU runs the plain-torch codec"):
         signs = ops.signs(seed_tensor(1), 9)
     assert torch.equal(signs, reference.signs(seed_tensor(1), 9))
@@ -107,6 +108,17 @@ def test_without_its_compiler_the_definition_serves_and_it_is_said_once(monkeypa
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ops.signs(seed_tensor(1), 9)
+
+
+def test_another_backend_serves_for_a_while() -> None:
+    first, second = (SimpleNamespace(signs=lambda seed, count, v=v: torch.full((count,), v)) for v in (2.0, 3.0))
+    with dispatch.using_backend("cpu", first):
+        with dispatch.using_backend("cpu", second):
+            assert ops.signs(seed_tensor(1), 1) == 3
+        assert ops.signs(seed_tensor(1), 1) == 2
+        assert dispatch.serving("cpu") is first
+    assert dispatch.serving("cpu") is cpu
+    assert ops.signs(seed_tensor(1), 1).abs() == 1
 
 
 def test_kernels_are_loaded_with_the_first_tensor() -> None:

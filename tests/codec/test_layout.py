@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dibit import Config, Project, Rows, Sample, encode
-from dibit.codec.layout import Layout, mask_bytes, reduced_shape, row_parts
+from dibit.codec.layout import Layout, mask_bytes, parts_of, reduced_shape, row_parts
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -43,11 +43,9 @@ def test_it_is_the_layout_of_what_is_encoded(reduce: Project | Sample | None, bl
 @pytest.mark.parametrize(
     ("rows", "width", "block"), [(0, 4, 16), (1, 1, 7), (1000, 12, 96), (3000, 12, 5000), (5, 0, 3)]
 )
-def test_parts_begin_with_a_block_and_cover_all_rows(
-    rows: int, width: int, block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dibit.codec.layout.PART", 200)
-    parts = list(row_parts(rows, width, block))
+def test_parts_begin_with_a_block_and_cover_all_rows(rows: int, width: int, block: int) -> None:
+    with parts_of(200):
+        parts = list(row_parts(rows, width, block))
     assert [row for first, stop in parts for row in range(first, stop)] == list(range(rows))
     assert all(first * width % block == 0 for first, _ in parts)
     assert all(first < stop for first, stop in parts) or not rows

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,18 +13,16 @@ from torch_geometric.utils import erdos_renyi_graph, to_torch_csr_tensor
 import dibit
 from dibit.codec import seed_stream
 from dibit.codec.row_sampling import LEFT_OUT
-from dibit.engine import draws, measuring
-from dibit.engine import row_scores as score_table
+from dibit.engine import draws
 from tests.engine.test_row_scores import N, readout, trained
 from tests.unbiased import bias_of, gradient
 
 
 @pytest.fixture
-def captured(monkeypatch: pytest.MonkeyPatch) -> None:
+def captured() -> Iterator[None]:
     """From now on every pass is one that a CUDA graph captures."""
-    for module in (draws, measuring, score_table):
-        monkeypatch.setattr(module, "capturing", lambda device: True)
-    monkeypatch.setattr(seed_stream, "draw", lambda: seed_stream.replayed_key(torch.device("cpu")))
+    with seed_stream.as_if_captured("cpu"):
+        yield
 
 
 def backward(net: nn.Module, x: Tensor, r: Tensor) -> list[Tensor]:

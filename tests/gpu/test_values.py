@@ -81,9 +81,10 @@ def test_scores_of_rows(width: int) -> None:
 
 
 @pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+def interpreted() -> Iterator[None]:
     """The CPU's tensors go through the GPU's kernels."""
-    monkeypatch.setattr(dispatch, "backend", lambda device: cuda)
+    with dispatch.using_backend("cpu", cuda):
+        yield
 
 
 CONFIGS = {
@@ -100,14 +101,13 @@ CONFIGS = {
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.usefixtures("interpreted")
-def test_the_codec_on_these_kernels(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_codec_on_these_kernels(config: Config) -> None:
     x = torch.randn(150, 16)
     function = Affine(x.mean(0), x.std(0), from_statistics=True)
     for affine in (None, function):
         own = encode(x, config, 3, affine)
         value = decode(own)
-        with monkeypatch.context() as patch:
-            patch.setattr(dispatch, "backend", lambda device: reference)
+        with dispatch.using_backend("cpu", reference):
             plain = encode(x, config, 3, affine)
             assert apart(value, decode(plain), 0.0) == 0
         assert apart(own.tensors, plain.tensors, 0.0) == 0
@@ -115,7 +115,7 @@ def test_the_codec_on_these_kernels(config: Config, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("recipe", ["default", "iexact"])
-def test_a_training_step_on_these_kernels(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_step_on_these_kernels(recipe: str) -> None:
     """The gradients of a whole model, to float32's rounding those of the other backend."""
     config = RECIPES[recipe]
     if recipe == "default":
@@ -126,8 +126,7 @@ def test_a_training_step_on_these_kernels(recipe: str, monkeypatch: pytest.Monke
     x = torch.randn(60, 9)
     found: list[list[Tensor]] = []
     for backend in (cuda, reference):
-        with monkeypatch.context() as patch:
-            patch.setattr(dispatch, "backend", lambda device, own=backend: own)
+        with dispatch.using_backend("cpu", backend):
             torch.manual_seed(2)
             model = dibit.compress(GraphSAGE(9, 16, 2, 3, dropout=0.5, norm="batch_norm"), config)
             optimiser = torch.optim.SGD(model.parameters(), 0.1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
@@ -183,11 +184,9 @@ def test_products_of_positive_factors(pair: tuple[str, str], after: str, recipe:
 
 
 @pytest.mark.parametrize("pair", [*itertools.combinations_with_replacement(TOLD, 2)], ids=" * ".join)
-def test_where_the_numbers_are_not_at_hand_the_tape_tells(
-    pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(positive, "_at_hand", lambda x: False)
-    test_products_of_positive_factors(pair, "log", "default")
+def test_where_the_numbers_are_not_at_hand_the_tape_tells(pair: tuple[str, str]) -> None:
+    with positive.without_looking():
+        test_products_of_positive_factors(pair, "log", "default")
 
 
 class Gate(nn.Module):
@@ -200,7 +199,7 @@ class Gate(nn.Module):
         return self.last(self.function(self.last(self.first(x)), self.last(self.second(x))))
 
 
-@pytest.mark.parametrize("at_hand", [True, False])
+@pytest.mark.parametrize("looking", [nullcontext, positive.without_looking])
 @pytest.mark.parametrize(
     "function",
     [
@@ -212,13 +211,12 @@ class Gate(nn.Module):
     ids=["ReLUs", "ReLU and sign", "softmax and sign", "ReLU and a floor"],
 )
 def test_other_products_keep_4_bits(
-    function: Callable[[Tensor, Tensor], Tensor], at_hand: bool, monkeypatch: pytest.MonkeyPatch
+    function: Callable[[Tensor, Tensor], Tensor], looking: Callable[[], AbstractContextManager[None]]
 ) -> None:
-    monkeypatch.setattr(positive, "_at_hand", lambda x: at_hand)
     torch.manual_seed(0)
     net, x = Gate(function), torch.randn(N, D)
     dibit.compress(net, "default")
-    with dibit.track(net) as memory:
+    with looking(), dibit.track(net) as memory:
         net(x)
     products = [row for row in memory.rows if "mul" in row.operation]
     assert products

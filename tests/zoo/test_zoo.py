@@ -14,7 +14,7 @@ from torch_geometric.nn import aggr, conv, models, norm
 
 import dibit
 from dibit import Config, Project, Sample
-from dibit.engine.keeper import Keeper
+from dibit.residuals.base import load, save
 from dibit.rules.activation import relu
 from tests.marks import nothing_compressed
 from tests.zoo import aggrs, convs, norms
@@ -155,22 +155,52 @@ def test_biased_rounding_is_seen(name: str) -> None:
     assert biased(case, nearest, draws)
 
 
-def test_a_shared_draw_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+class TwiceUsed(torch.autograd.Function):
+    """BatchNorm of a batch (N, D), whose gradient uses an estimate of the normalised input, and another one of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, first: Any, second: Any) -> Tensor:
+        save(ctx, first, second, weight / (x.var(0, correction=0) + eps).sqrt())
+        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        first, second, slope = load(ctx)
+        dw = (dy * first.value()).sum(0)
+        dx = slope * (dy - dy.mean(0) - second.value() * dw / len(dy))
+        return dx, dw, dy.sum(0), None, None, None
+
+
+def norm_of_draws(draws: int) -> Any:
+    """A rule of one's own for BatchNorm, with one draw for both uses of its input, or with two."""
+
+    def rule(
+        forward: Any,
+        x: Tensor,
+        mean: Any,
+        var: Any,
+        weight: Any,
+        bias: Any,
+        training: bool,
+        momentum: float,
+        eps: float,
+    ) -> Any:
+        own = x.detach()
+        normed = (own - own.mean(0)) / (own.var(0, correction=0) + eps).sqrt()
+        kept = [forward.keep(normed, leaf=False, config=forward.config.norm) for _ in range(draws)]
+        return TwiceUsed.apply(x, weight, bias, eps, kept[0], kept[-1])
+
+    return rule
+
+
+def test_a_shared_draw_is_seen() -> None:
     """BatchNorm uses its input twice: with one projection for both, the product of the two is off."""
     case = Case("GCN", lambda: g.GCN(D, D, 3, 5, norm="batch_norm"), lambda: ((x(), edges()), {}))
     draws = 40
     setting = Config(bits=8, norm=Config(bits=8, reduce=Project(4)))
     assert not biased(case, setting, draws)
-    encode = Keeper._encode
-
-    def shared(keeper: Keeper, x: Tensor, config: Config, *rest: Any, **more: Any) -> Any:
-        key: Any = "shared", keeper.holdings.key(x), config
-        if key not in keeper._leaves:
-            keeper._leaves[key] = encode(keeper, x, config, *rest, **more)
-        return keeper._leaves[key]
-
-    monkeypatch.setattr(Keeper, "_encode", shared)
-    assert biased(case, setting, draws)
+    assert not biased(case, setting, draws, {F.batch_norm: norm_of_draws(2)})
+    assert biased(case, setting, draws, {F.batch_norm: norm_of_draws(1)})
 
 
 def test_a_plain_model_stays_plain_beside_a_compressed_one() -> None:

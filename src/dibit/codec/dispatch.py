@@ -21,7 +21,8 @@ import importlib
 import importlib.util
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from typing import Any, ParamSpec, TypeVar
 
@@ -38,6 +39,8 @@ _OWN = {
     "cuda": ("dibit.codec.backends.triton", "triton", "the GPU"),
 }
 
+_instead: dict[str, Any] = {}  # backends that `using_backend` has put in the place of others
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -52,7 +55,8 @@ def served(definition: Callable[..., R]) -> Callable[..., R]:
 
     @functools.wraps(definition)
     def run(*args: Any) -> R:
-        return getattr(backend(args[0].device.type), name, definition)(*args)  # type: ignore[no-any-return]
+        device = args[0].device.type
+        return getattr(_instead.get(device) or backend(device), name, definition)(*args)  # type: ignore[no-any-return]
 
     return run
 
@@ -95,6 +99,25 @@ def backend(device: str) -> Any:
         )
         return reference
     return importlib.import_module(module)
+
+
+@contextmanager
+def using_backend(device: str, kernels: Any) -> Iterator[None]:
+    """Within it, another backend serves a type of device, in all threads: to compare backends with one another."""
+    before = _instead.get(device)
+    _instead[device] = kernels
+    try:
+        yield
+    finally:
+        if before is None:
+            del _instead[device]
+        else:
+            _instead[device] = before
+
+
+def serving(device: str) -> Any:
+    """The backend that serves a type of device now; see `backend` for errors."""
+    return _instead.get(device) or backend(device)
 
 
 def kernel(**served: torch.dtype | tuple[torch.dtype, ...]) -> Callable[[Callable[P, R]], Callable[P, R]]:

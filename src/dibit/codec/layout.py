@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from dibit.config import Config, Project, Sample
 
-PART = 1 << 20  # elements of a matrix that are gathered or unpacked at once: what a CPU's caches hold
+_part = 1 << 20  # elements of a matrix that are gathered or unpacked at once: what a CPU's caches hold
 
 
 class Layout(NamedTuple):
@@ -92,6 +93,17 @@ def row_parts(rows: int, width: int, block: int) -> Iterator[tuple[int, int]]:
     """First row and end of parts that are whole blocks of whole rows (all but the last); one at least."""
     width = max(1, width)
     least = math.lcm(block, width) // width
-    step = least * max(1, PART // (least * width))
+    step = least * max(1, _part // (least * width))
     for first in range(0, max(1, rows), step):
         yield first, min(rows, first + step)
+
+
+@contextmanager
+def parts_of(elements: int) -> Iterator[None]:
+    """Within it, a part of `row_parts` has so many elements: to show that no result depends on it."""
+    global _part
+    before, _part = _part, elements
+    try:
+        yield
+    finally:
+        _part = before

@@ -33,6 +33,8 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -56,6 +58,7 @@ class _Given:
 
 
 _lock = threading.Lock()
+_captured = ""  # see `as_if_captured`
 _first, _again = _Given(), _Given()
 _MOST = 16  # so many states of checkpoints are remembered until the generator reaches them
 _loaded: dict[int, list[int]] = {}  # digest of such a state -> how many keys of either kind it had given
@@ -162,14 +165,25 @@ def dropout_seed(device: torch.device) -> Tensor:
 
     While a CUDA graph is captured, the number comes from the device's own generator, and each replay draws another.
     """
-    if device.type == "cpu":
-        return draw()
-    return replayed_key(device) if capturing(device) else seed_tensor(int(draw()), device)
+    if capturing(device):
+        return replayed_key(device)
+    return draw() if device.type == "cpu" else seed_tensor(int(draw()), device)
 
 
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured on this device."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return device.type == _captured or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+@contextmanager
+def as_if_captured(device: str) -> Iterator[None]:
+    """Within it, a type of device draws as if a CUDA graph captured all that is done: to show it on a CPU."""
+    global _captured
+    before, _captured = _captured, device
+    try:
+        yield
+    finally:
+        _captured = before
 
 
 def replayed_key(device: torch.device) -> Tensor:

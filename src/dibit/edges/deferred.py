@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dibit._torch.private.tensors import natively, without_memory
+from dibit._torch.spellings import torch_functions
 from dibit._torch.storage_identity import storage_key, version
 
 Run = Callable[[Any, Any, Any], Any]
@@ -281,14 +282,8 @@ _PROPERTIES = (
     "shape dtype device layout ndim requires_grad is_leaf grad grad_fn is_cpu is_cuda is_sparse is_quantized is_meta "
     "is_nested is_mkldnn itemsize nbytes"
 )
-_METHODS = "size dim ndimension numel nelement element_size is_floating_point is_complex is_contiguous stride __len__"
+_METHODS = "size dim numel element_size is_floating_point is_complex is_contiguous stride __len__"
 # What tells of a tensor without reading it.
-METADATA = frozenset(
-    (
-        *(getattr(Tensor, name).__get__ for name in _PROPERTIES.split()),
-        *(getattr(Tensor, name) for name in _METHODS.split()),
-        *(torch.numel, torch.is_floating_point, torch.is_complex),
-    )
-)
+METADATA = torch_functions(_METHODS) | {getattr(Tensor, name).__get__ for name in _PROPERTIES.split()}
 # Who asks for the gradient of a tensor.
 ASKS_GRADIENT = frozenset((Tensor.register_hook, Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook))

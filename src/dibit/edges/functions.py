@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dibit._torch.huge_pages import LEAST as LARGE
 from dibit._torch.huge_pages import empty
 from dibit._torch.private.tensors import DEFERS, TensorWeakRef, is_view, natively
+from dibit._torch.spellings import torch_functions
 from dibit._torch.storage_identity import storage_key
 from dibit.edges.deferred import (
     ASKS_GRADIENT,
@@ -36,20 +36,19 @@ from dibit.edges.plan import Plan, Plans, known_plans
 from dibit.edges.scores import additive_scores, scalar_products, summed
 from dibit.edges.sums import edge_sum, scaled_sum
 from dibit.engine.forward_pass import ForwardPass
-from dibit.recompute.repeatable import SIZES_ONLY, torch_functions
+from dibit.recompute.repeatable import IN_PLACE, LIKE, SIZES_ONLY
 from dibit.rules.common import is_plain_float
 
 LEAST = 1 << 16  # elements of a gather: a smaller one is made at once
 _WIDE = 8  # elements a row below which the index weighs as much as the row
 _GATHERS = torch_functions("index_select")
 _GATHERS_EACH = torch_functions("gather")
-_SUMS = torch_functions("add __add__ __radd__")
+_SUMS = torch_functions("add")
 _TOTALS = torch_functions("sum")
 _PLAIN = (Tensor, torch.nn.Parameter)
-_LIKE = {Tensor.expand_as: Tensor.expand, Tensor.view_as: Tensor.view}
-_SCATTERS = torch_functions("scatter_add_ scatter_add")
-_ADDS = torch_functions("index_add_ index_add")
-_IN_PLACE = torch_functions("scatter_add_ index_add_")
+_LEAKY = torch_functions("leaky_relu")
+_SCATTERS = torch_functions("scatter_add", in_place=True)
+_ADDS = torch_functions("index_add", in_place=True)
 
 
 class Edges:
@@ -108,17 +107,17 @@ class Edges:
             return self._sized(func, args, kwargs)
         if func in _TOTALS and (kwargs or {"dim": args[1:]}) in ({"dim": -1}, {"dim": (-1,)}):
             return self._scores(func, found)
-        if func is F.leaky_relu and len(args) == 1 and not kwargs.get("inplace", False):
+        if func in _LEAKY and len(args) == 1 and not kwargs.get("inplace", False):
             args, kwargs = (*args, kwargs.get("negative_slope", 0.01)), {}
         if kwargs or found.pending.value is not None:
             return NotImplemented
-        if func in _LIKE and len(args) == 2 and type(args[0]) is Tensor:
-            return self.run(_LIKE[func], (args[0], *found.shape), {})
+        if func in LIKE and len(args) == 2 and type(args[0]) is Tensor:
+            return self.run(LIKE[func], (args[0], *found.shape), {})
         if func in PRODUCTS and len(args) == 2:
             return self._scaled(func, *args)
         if func in _SUMS and len(args) == 2 and is_ends(*args):
             return self._rowwise(func, args)
-        if func is F.leaky_relu and len(args) in (1, 2, 3) and args[2:] in ((), (False,)) and kind(found) == "sum":
+        if func in _LEAKY and len(args) in (1, 2, 3) and args[2:] in ((), (False,)) and kind(found) == "sum":
             return self._rowwise(func, args[:2])
         if func in _SCATTERS and len(args) == 4 and args[3] is found:
             out, dim, index, _ = args
@@ -205,7 +204,7 @@ class Edges:
         if plan is None:
             return NotImplemented
         zeros = self._is_zero(out)
-        if func in _IN_PLACE:
+        if func in IN_PLACE:
             self.forward.writes.before(out)
         else:
             out = out.clone()

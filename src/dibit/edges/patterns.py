@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from dibit._torch.spellings import torch_functions
 from dibit.edges.deferred import Deferred, PendingCall
-from dibit.recompute.repeatable import torch_functions
 
-PRODUCTS = torch_functions("mul __mul__ __rmul__ multiply")
+PRODUCTS = torch_functions("mul")
 
 
 def kind(x: Deferred) -> str:

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from dibit._torch.private.autograd import hooks_refused, pop_hooks, push_hooks, top_hooks, transformed
 from dibit._torch.private.operations import is_operator, writes_to
 from dibit._torch.private.tensors import is_wrapped
+from dibit._torch.spellings import torch_functions
 from dibit._torch.storage_identity import storage_key, storages, strided
 from dibit.edges.deferred import first_deferred, materialized
 from dibit.edges.functions import Edges
@@ -29,7 +30,7 @@ from dibit.engine.holdings import tensors_in
 from dibit.engine.model_state import Rule
 from dibit.hooks import inner_gradients
 from dibit.hooks.dropout_masks import DROPOUTS, Calls, hooks_free, run_away
-from dibit.recompute.repeatable import PURE, torch_functions
+from dibit.recompute.repeatable import PURE
 from dibit.rules import EXACT
 
 _EXPOSES = torch_functions("numpy data_ptr __array__ __dlpack__ untyped_storage storage share_memory_")

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dibit._torch.spellings import torch_functions
 from dibit.recompute.nodes import Node
 from dibit.recompute.recorder import Tape
-from dibit.recompute.repeatable import torch_functions
 
-_DIVISIONS = torch_functions("div true_divide __truediv__")
-_AT_LEAST = torch_functions("clamp clamp_ clamp_min clamp_min_")
-_DIFFERENCES = torch_functions("sub __sub__")
-_SCATTERS = torch_functions("scatter_add scatter_add_")
+_DIVISIONS = torch_functions("div", in_place=True)
+_AT_LEAST = torch_functions("clamp clamp_min", in_place=True)
+_DIFFERENCES = torch_functions("sub", in_place=True)
+_SCATTERS = torch_functions("scatter_add", in_place=True)
 _EXPANSIONS = torch_functions("expand")
 _SHAPES = torch_functions("view reshape unsqueeze")
-_RECIPROCALS = torch_functions("rsqrt reciprocal")
-_POWERS = torch_functions("pow __pow__")
-_DIVIDED = torch_functions("__rtruediv__ __rdiv__")
+_RECIPROCALS = torch_functions("rsqrt reciprocal", in_place=True)
+_POWERS = torch_functions("pow", in_place=True)
+_DIVIDED = torch_functions("rdiv")
 _DEEPEST = 4  # changes of shape between a reciprocal and the product that it enters
 _UPPER, _LOWER = slice(1, None), slice(None, -1)
 
@@ -40,10 +40,10 @@ def quotient_of(tape: Tape, y: Tensor) -> tuple[Node, Node] | None:
 
 def is_degree_of(divisor: Node, crow: Node | None) -> bool:
     """Whether a divisor is the number of elements of each row that `crow` (N + 1,) points to, at least 1."""
-    clamped = _call(divisor, _AT_LEAST)
-    if crow is None or clamped is None or clamped[1:] != (1,) or not _is_column(divisor):
+    clamped = _at_least_one(divisor)
+    if crow is None or clamped is None or not _is_column(divisor):
         return False
-    shaped = _call(clamped[0], _SHAPES)
+    shaped = _call(clamped, _SHAPES)
     difference = None if shaped is None else _call(shaped[0], _DIFFERENCES)
     if difference is None or len(difference) != 2:
         return False
@@ -57,13 +57,19 @@ def is_count_of(divisor: Node, rows: Node | None) -> bool:
     while (expanded := _call(column, _EXPANSIONS)) is not None:
         column = expanded[0]
     shaped = _call(column, _SHAPES)
-    clamped = None if shaped is None else _call(shaped[0], _AT_LEAST)
-    if rows is None or clamped is None or clamped[1:] != (1,) or not _is_column(column):
+    clamped = None if shaped is None else _at_least_one(shaped[0])
+    if rows is None or clamped is None or not _is_column(column):
         return False
-    added = _call(clamped[0], _SCATTERS)
+    added = _call(clamped, _SCATTERS)
     if added is None or len(added) != 4 or added[1] not in (0, -1) or added[2] is not rows:
         return False
     return _call(added[0], {torch.zeros}) is not None and _call(added[3], {torch.ones}) is not None
+
+
+def _at_least_one(node: Any) -> Any:
+    """What was clamped to at least 1, and to nothing else, to give this; `None` if it came about otherwise."""
+    call = _call(node, _AT_LEAST)
+    return call[0] if call is not None and call[1:] == (1,) and "max" not in node.call[2] else None
 
 
 def _is_column(node: Node) -> bool:
@@ -77,7 +83,7 @@ def made_by_reciprocal(tape: Tape, x: Tensor) -> bool:
     for _ in range(_DEEPEST):
         if node is None or node.call is None:
             return False
-        function, args, _ = node.call
+        function, args = node.call[0], (*node.call[1], *node.call[2].values())
         if function in _RECIPROCALS:
             return True
         if function in _POWERS:

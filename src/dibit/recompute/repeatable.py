@@ -11,39 +11,22 @@ from collections.abc import Set
 from types import FunctionType
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dibit._torch.private.operations import VARIABLE_FUNCTIONS
-
-
-def torch_functions(names: str) -> set[Any]:
-    """All functions of torch by these names: functions of `torch`, of `torch.nn.functional`, methods of tensors."""
-    # PyTorch Geometric puts a wrapper in the place of torch.index_select; the mode sees what the wrapper calls
-    found = (getattr(owner, name, None) for name in names.split() for owner in (torch, VARIABLE_FUNCTIONS, Tensor, F))
-    return {function for function in found if function is not None}
-
+from dibit._torch.spellings import torch_functions
 
 _SHAPES = (
     "view reshape unsqueeze squeeze expand expand_as transpose permute t flatten contiguous narrow select detach flip "
     "repeat view_as reshape_as __getitem__ index_select gather unflatten"
 )
-_ARITHMETIC = (
-    "sub neg clamp clamp_min where masked_fill __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ "
-    "__rtruediv__ __rdiv__ __neg__ __rpow__ rsub"
-)
-_LOGIC = (
-    "eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ logical_and logical_or logical_not isinf isnan "
-    "__and__ __or__ __invert__"
-)
+_ARITHMETIC = "sub neg clamp clamp_min where masked_fill rsub rdiv rpow"
+_LOGIC = "eq ne lt le gt ge logical_and logical_or logical_not isinf isnan bitwise_and bitwise_or bitwise_not"
 _MADE = "zeros ones full arange new_zeros new_ones new_full zeros_like ones_like full_like"
 _COMBINED = "cat stack scatter_add scatter_reduce index_add cumsum"
 _CASTS = "to long int float double bool half bfloat16"
 
 IN_PLACE = torch_functions(
-    "add_ sub_ mul_ div_ neg_ clamp_ masked_fill_ fill_ zero_ scatter_add_ scatter_reduce_ index_add_ __iadd__ "
-    "__isub__ __imul__ __itruediv__"
+    "add_ sub_ mul_ div_ neg_ clamp_ clamp_min_ masked_fill_ fill_ zero_ scatter_add_ scatter_reduce_ index_add_"
 )
 PURE = torch_functions(" ".join((_SHAPES, _ARITHMETIC, _LOGIC, _MADE, _COMBINED, _CASTS))) | IN_PLACE
 CREATED = torch_functions("zeros ones full arange")
@@ -53,8 +36,8 @@ SIZES_ONLY = torch_functions(
     "new_zeros new_ones new_full zeros_like ones_like full_like"
 )  # read no element of their input
 LIKE = {Tensor.expand_as: Tensor.expand, Tensor.view_as: Tensor.view, Tensor.reshape_as: Tensor.reshape}
-AUTOCAST = torch_functions("__rpow__ cumsum cat stack")  # their result may have another dtype under autocast
-SAVES_RESULT = torch_functions("__rpow__")  # their backward pass needs what they gave
+AUTOCAST = torch_functions("rpow cumsum cat stack")  # their result may have another dtype under autocast
+SAVES_RESULT = torch_functions("rpow")  # their backward pass needs what they gave
 # Functions with an `inplace` option: its place among the arguments, and the function that it stands for.
 OPTION: dict[Any, tuple[int, Any]] = {}
 

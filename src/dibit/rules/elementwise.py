@@ -21,10 +21,10 @@ from torch import Tensor
 
 from dibit._torch.autocast import at_least_single
 from dibit._torch.private.frames import calling_module
+from dibit._torch.spellings import torch_functions
 from dibit.config import Config
 from dibit.engine.forward_pass import ForwardPass
 from dibit.engine.model_state import Rule
-from dibit.recompute.repeatable import torch_functions
 from dibit.residuals.base import Residual, load, save
 from dibit.residuals.masks import Mask
 from dibit.rules.common import MIN_ELEMENTS, eight_bit, first_order, is_plain_float, without_reduction

@@ -8,25 +8,29 @@ result does not qualify: its elements lie about evenly between 0 and the largest
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor
 
 from dibit._torch.private.autograd import operation_of
+from dibit._torch.spellings import torch_functions
 from dibit.config import Config
 from dibit.engine.forward_pass import ForwardPass
 from dibit.recompute.nodes import Node
 from dibit.recompute.recorder import Tape
-from dibit.recompute.repeatable import torch_functions
 from dibit.rules.common import running_config
 from dibit.rules.relative import geometric, octaves_of, relative, whole
 
-_MADE = torch_functions("exp exp_ sigmoid sigmoid_")
+_MADE = torch_functions("exp sigmoid", in_place=True)
 _SELECTED = torch_functions(
     "view reshape unsqueeze squeeze expand transpose permute t flatten contiguous narrow select __getitem__ "
     "index_select"
 )
-_PRODUCTS = torch_functions("mul div true_divide __mul__ __rmul__ __truediv__")
+_PRODUCTS = torch_functions("mul div", in_place=True)
+_LOOKS: ContextVar[bool] = ContextVar("_LOOKS", default=True)
 _DEEPEST = 8
 _NARROW = 2.0**3  # of such a range the linear levels of 4 bits are good enough
 _WIDE = 2.0**8
@@ -44,7 +48,7 @@ def codec(forward: ForwardPass, x: Tensor, by: Tensor, both: bool) -> Config | N
     config = running_config(forward)
     if not x.numel() or not by.numel():
         return None
-    if not _at_hand(x):
+    if x.device.type != "cpu" or not _LOOKS.get():
         certain = all(_positive(forward.lossless.tape, forward.holdings.origin(part)) for part in (x, by))
         return relative(config, whole()) if certain else None
     octaves = _octaves(x.detach())
@@ -53,9 +57,14 @@ def codec(forward: ForwardPass, x: Tensor, by: Tensor, both: bool) -> Config | N
     return relative(config, geometric(octaves_of(octaves)))
 
 
-def _at_hand(x: Tensor) -> bool:
-    """Whether its numbers can be looked at without waiting for a device."""
-    return x.device.type == "cpu"
+@contextmanager
+def without_looking() -> Iterator[None]:
+    """Forward passes within it ask the tape on a CPU, too, as they do on a GPU."""
+    token = _LOOKS.set(False)
+    try:
+        yield
+    finally:
+        _LOOKS.reset(token)
 
 
 def _octaves(x: Tensor) -> float | None:
@@ -83,7 +92,7 @@ def _made(node: Any, depth: int) -> bool:
         return isinstance(node, int | float) and node > 0
     if node.call is None:
         return (x := node.ref()) is not None and _by_softmax(x)
-    function, args, _ = node.call
+    function, args = node.call[0], (*node.call[1], *node.call[2].values())
     if function in _MADE:
         return True
     if depth == _DEEPEST or not args or not (function in _PRODUCTS or function in _SELECTED):

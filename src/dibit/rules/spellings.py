@@ -2,7 +2,8 @@
 
 A rule is written once, for one spelling. The decorator `rule` above it says what others must know of the function.
 `table` makes the tables of eager and of compiled code (`dibit.rules.RULES`, `dibit.compile.rules.RULES`). It finds the
-spellings by the name of the rule; names and arguments that differ are in `_MORE`.
+spellings by the name of the rule (`dibit._torch.spellings`); functions that a rule serves with other arguments, or
+beside those of its name, are in `_MORE`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from dibit import nn
+from dibit._torch.spellings import torch_functions
 from dibit.engine.model_state import Rule
-from dibit.recompute.repeatable import repeatable, torch_functions
+from dibit.recompute.repeatable import repeatable
 
 Adapter = Callable[[Rule], Rule]
 
@@ -89,10 +91,9 @@ def rule(
 
 def spellings(name: str) -> dict[Any, Adapter | None]:
     """The functions of torch by this name, each with what makes its own rule of the rule of this name."""
-    names = (name, *_ALIASES.get(name, ()))
-    found: dict[Any, Adapter | None] = dict.fromkeys(torch_functions(" ".join(names)))
+    found: dict[Any, Adapter | None] = dict.fromkeys(torch_functions(name))
     if name in OPERATIONS and OPERATIONS[name].in_place:
-        found |= dict.fromkeys(torch_functions(" ".join(f"{each}_" for each in names)), _in_place)
+        found |= dict.fromkeys(torch_functions(f"{name}_"), _in_place)
     return found | _MORE.get(name, {})
 
 
@@ -173,31 +174,15 @@ def _torch_binary_cross_entropy(rule: Rule) -> Rule:
     return spelled
 
 
-# By the name of a rule: torch's other names for the function.
-_ALIASES = {"abs": ("absolute",), "div": ("divide", "true_divide"), "mul": ("multiply",)}
-
-# By the name of a rule: functions that are found by no name, and those whose arguments are others, with their adapters.
+# By the name of a rule: functions that it serves beside those of its name, and adapters for other arguments.
 _MORE: dict[str, dict[Any, Adapter | None]] = {
-    "matmul": {
-        torch.mm: None,
-        Tensor.mm: None,
-        torch.linalg.matmul: None,
-        Tensor.__matmul__: None,
-        Tensor.__rmatmul__: _swapped,
-    },
+    "matmul": {torch.mm: None, Tensor.mm: None, Tensor.__rmatmul__: _swapped},
     "sparse_mm": {torch.sparse.mm: None},
-    "sigmoid": {torch.special.expit: None},
-    "erf": {torch.special.erf: None},
-    "pow": {Tensor.__pow__: None},
     "dropout": {torch.dropout: _torch_dropout, torch.dropout_: _torch_dropout_},
     "batch_norm": {torch.batch_norm: _torch_norm},
     "instance_norm": {torch.instance_norm: _torch_norm},
     "layer_norm": {torch.layer_norm: _torch_layer_norm},
     "norm_relu_dropout": {nn.norm_relu_dropout: None},
-    "log_softmax": {
-        torch.log_softmax: _torch_log_softmax,
-        Tensor.log_softmax: _torch_log_softmax,
-        torch.special.log_softmax: None,
-    },
+    "log_softmax": {torch.log_softmax: _torch_log_softmax, Tensor.log_softmax: _torch_log_softmax},
     "binary_cross_entropy_with_logits": {torch.binary_cross_entropy_with_logits: _torch_binary_cross_entropy},
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import heapq
 import itertools
 import math
 import random
@@ -19,6 +20,7 @@ from torch_geometric.utils import to_torch_csr_tensor
 import dibit
 from dibit import Config, Sample
 from dibit.codec import decode, encode, seed_tensor
+from dibit.codec.layout import parts_of
 from dibit.compile.config_text import NORM, setting_of, settings
 from dibit.engine.model_state import state_of
 from dibit.engine.noise.meter import concentration, rounding_of
@@ -756,14 +758,16 @@ class TestTraining:
         assert own.keys() == its.keys()
         assert all(torch.equal(own[key], its[key]) for key in own)
 
-    def test_measuring_changes_no_gradient(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_measuring_changes_no_gradient(self) -> None:
         x, y = self.graph(1500)
         found = []
         for measures in (True, False):
-            monkeypatch.setattr(RowPlan, "measures", measures)
             torch.manual_seed(0)
             model = dibit.compress(Deep(4, nn.BatchNorm1d))
+            plan = state_of(model).scores.plan  # type: ignore[union-attr]
+            plan.due = 0 if measures else 1000  # the pass from which on it measures again
             F.cross_entropy(model(x), y).backward()
+            assert bool(plan._pending) == measures
             found.append([p.grad for p in model.parameters()])
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))  # type: ignore[arg-type]
 
@@ -904,9 +908,8 @@ class TestWhatIsLearnt:
         for _ in range(100):
             x = x * 1
         nodes = []
-        monkeypatch.setattr(
-            "dibit.engine.noise.noise_flow.heapq.heappush", lambda heap, item: nodes.append(item) or heap.append(item)
-        )
+        push = heapq.heappush
+        monkeypatch.setattr(heapq, "heappush", lambda heap, item: nodes.append(item) or push(heap, item))
         model = dibit.compress(nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 3)))
         model(x).sum().backward()
         assert 0 < len(nodes) < 30
@@ -959,19 +962,17 @@ class TestWhatIsLearnt:
         assert leaf.rounding / passes / 2 == pytest.approx(float(spread), rel=0.5)
 
     @pytest.mark.parametrize("norm", ["batch", "layer"])
-    def test_what_is_measured_part_by_part_is_what_is_measured_at_once(
-        self, norm: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_what_is_measured_part_by_part_is_what_is_measured_at_once(self, norm: str) -> None:
         torch.manual_seed(0)
         model = Served(norm, "relu", 0.5)
         length = torch.linspace(-3, 3, 4000)[:, None].exp()  # the parts differ
         x, readout = length * torch.randn(4000, D), torch.randn(4000, 6) / length
         found = []
         for part in (1 << 20, 1 << 12):
-            monkeypatch.setattr("dibit.codec.layout.PART", part)
             own = keeps_all_rows(copy.deepcopy(model), QUIET)
             torch.manual_seed(1)
-            (own(x) * readout).sum().backward()
+            with parts_of(part):
+                (own(x) * readout).sum().backward()
             state = state_of(own)
             assert state is not None
             found.append(state.scores.plan._pending)

@@ -1,0 +1,102 @@
+"""Tests replace no part of Dibit: they use what it offers for that (a seam), or look from outside."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+# What a test may replace for a while: thresholds and tables that make a small case run as a large one does, sizes of a
+# machine, and what takes a command minutes. Before you add to them, look at the seams that Dibit has: rules of one's
+# own, `dispatch.using_backend`, `layout.parts_of`, `seed_stream.as_if_captured` and `positive.without_looking`.
+SEAMS = """
+    dibit.doctor.trial dibit.encode dibit.recipe
+    dibit.edges.functions.LEAST dibit.rules.large_outputs.LEAST
+    dibit.reproduce.tuned.CELLS dibit.reproduce.tuned.FIRST dibit.reproduce.plan.Reproduction.graphs
+    dibit.bench.show.show dibit.bench.workload.TrainingStep.__call__ dibit.experiments.data.load_raw
+    dibit.train.data.graph.memory_bytes dibit.train.data.npz.memory_bytes dibit.train.data.split_file.memory_bytes
+    dibit.train.data.named.require dibit.train.loop.measure dibit.train.loop.train_one
+    dibit.train.task.Task.evaluate dibit.train.task.Task.noise dibit.train.task.Task.scaler dibit.train.task.Task.step
+    dibit._torch.private.registry.APIS dibit.tools.errors.__file__
+"""
+# Internals that tests still replace. This list only gets shorter.
+INTERNALS = """
+    dibit._torch.private.registry._said dibit.train.presets._FOLDER
+    dibit.bench.command._measure dibit.reproduce.command._run dibit.reproduce.distribution._measure
+    dibit.reproduce.parallel._start
+    dibit.codec.backends.cpu.kernels.elementwise.dropout.parallel dibit.codec.backends.triton.launch._run
+    dibit.codec.fingerprint._FEW dibit.codec.seed_stream.Key.__init__ dibit.codec.seed_stream._again
+    dibit.codec.seed_stream._first dibit.codec.seed_stream._loaded
+    dibit.edges.deferred.PendingCall.make dibit.edges.plan.sort
+    dibit.engine.draws.Key dibit.engine.draws.seed_tensor dibit.scores(net).plan._walks
+    dibit.rules.aggregate.ops.aggregate dibit.rules.large_outputs.empty
+"""
+ALLOWED = {*SEAMS.split(), *INTERNALS.split()}
+
+
+def imported(tree: ast.Module) -> dict[str, str]:
+    """What the names of a file's imports from Dibit stand for."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                whole, root = alias.name, alias.name.partition(".")[0]
+                found[alias.asname or root] = whole if alias.asname else root
+        elif isinstance(node, ast.ImportFrom):
+            found.update({alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names})
+    return {name: whole for name, whole in found.items() if whole.split(".")[0] == "dibit"}
+
+
+def replaced(text: str) -> Iterator[str]:
+    """Dotted names of all that a test file puts something else in the place of."""
+    tree = ast.parse(text)
+    known = imported(tree)
+
+    def dotted(node: ast.expr) -> str:
+        name, *rest = ast.unparse(node).split(".")
+        return ".".join((known.get(name, name), *rest))
+
+    def targets(node: ast.AST) -> Iterator[str]:
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("setattr", "object", "patch"):
+            first, *rest = (
+                part.value if isinstance(part, ast.Constant) else part for part in (*node.args[:2], None, None)
+            )
+            owner = first if isinstance(first, str) else dotted(first) if isinstance(first, ast.expr) else ""
+            yield owner if isinstance(first, str) else f"{owner}.{rest[0]}"
+        elif isinstance(node, ast.Assign):
+            flat = [part for each in node.targets for part in getattr(each, "elts", [each])]
+            yield from (dotted(part) for part in flat if isinstance(part, ast.Attribute))
+
+    for node in ast.walk(tree):
+        yield from (name for name in targets(node) if name.startswith("dibit."))
+
+
+FILES = sorted(TESTS.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(TESTS)))
+def test_nothing_but_seams_is_replaced(path: Path) -> None:
+    found = sorted(set(replaced(path.read_text())) - ALLOWED)
+    assert not found, f"{found} are no seams: look from outside, or use one of Dibit's seams"
+
+
+def test_what_is_allowed_is_done() -> None:
+    done = {name for path in FILES for name in replaced(path.read_text())}
+    assert done == ALLOWED
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("from dibit.engine.keeper import Keeper\nmonkeypatch.setattr(Keeper, '_encode', f)", "keeper.Keeper._encode"),
+        ("from dibit.engine import keeper as k\nk.Keeper.keep = f", "keeper.Keeper.keep"),
+        ("import dibit.engine.keeper\ndibit.engine.keeper.LEAST, x = 1, 2", "keeper.LEAST"),
+        ("patch.setattr('dibit.engine.keeper.LEAST', 1)", "keeper.LEAST"),
+        ("from dibit.engine import keeper\nwith mock.patch.object(keeper, 'LEAST', 1): pass", "keeper.LEAST"),
+    ],
+)
+def test_it_would_be_seen(line: str, name: str) -> None:
+    assert list(replaced(line)) == [f"dibit.engine.{name}"]
