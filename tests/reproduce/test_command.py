@@ -204,7 +204,7 @@ def test_bad_input_is_a_sentence_and_writes_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.parametrize("package", ["matplotlib", "jinja2", "pydantic", "rich"])
+@pytest.mark.parametrize("package", ["matplotlib", "markdown_it", "pydantic", "rich"])
 def test_a_missing_extra(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     assert main(["reproduce", "memory", "--out", str(tmp_path / "out")]) == 2

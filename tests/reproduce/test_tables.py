@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dibit.reproduce.records import Cell, Column, table
+from dibit.reproduce.records import paper, strong, table
 from dibit.reproduce.terminal import print_section
 from dibit.tools.errors import UserError
 from tests.reproduce.examples import all_sections, section
@@ -27,7 +27,7 @@ NUMBERS = {
             "default takes 1.03 times plain’s epochs",
             "cora-gcn: plain training is −3.70 points from the published mean",
         ),
-        *("amazon-computers-sage-15-layers, 15 × 64, norm layer, 1000 epochs", "93.25"),
+        *("amazon-computers-sage-15-layers, 15 × 64, norm layer, 1000", "93.25"),
     ],
 }
 
@@ -102,13 +102,19 @@ def test_a_narrow_terminal_breaks_lines_and_loses_nothing(
 
 def test_columns_that_hold_nothing_are_left_out() -> None:
     columns = [
-        Column("a", str),
-        Column("b", lambda row: "–"),
-        Column("c", lambda row: Cell("3", "paper"), False),
+        ("a", str),
+        ("b", lambda row: "–"),
+        ("c", lambda row: paper("3", "remembered")),
+        ("d", lambda row: strong("|")),
+        ("e", lambda row: "word"),
     ]
-    made = table("x", "", columns, [("", ["1"]), ("none", [])])
-    assert (made.titles, made.numeric) == (["a", "c"], [True, False])
-    assert made.groups == [("", [[Cell("1"), Cell("3", "paper")]])]
+    caption, made, note = table("x", columns, [("", ["1"]), ("none", []), ("own", ["2"])]).split("\n\n")
+    assert caption == "**x**"
+    assert made.splitlines() == [
+        *("| a | c | d | e |", "| ---: | ---: | ---: | --- |", "| 1 | *3 †* | **\\|** | word |"),
+        *("| **own** |  |  |  |", "| 2 | *3 †* | **\\|** | word |"),
+    ]
+    assert note.startswith("† Remembered, not confirmed")
 
 
 def test_importing_dibit_stays_light() -> None:

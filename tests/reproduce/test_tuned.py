@@ -327,7 +327,7 @@ def test_a_file_a_training_and_a_table(done: Path) -> None:
     assert [(each["cell"], each["recipe"]) for each in section["results"]["rows"]] == [
         *(("tiny-sage", "none"), ("tiny-sage", "default"), ("tiny-gcn-public", "none")),
     ]
-    assert 'id="tab-tuned"' in (done / "report.html").read_text()
+    assert 'id="fig-tuned"' in (done / "report.html").read_text()
 
 
 def test_a_process_trains_what_this_one_would(done: Path, root: Path, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def reproduce(argv: Sequence[str]) -> int:
         raise UserError("--out is missing; give the folder of the results, such as --out runs/reproduce.")
     plan = _plan(args)
     json_file = json_path(args.json)
-    for module in ("matplotlib", "jinja2", "pydantic", "rich"):  # before hours of work, not after them
+    for module in ("matplotlib", "markdown_it", "pydantic", "rich"):  # before hours of work, not after them
         require(module, "study")
     require("tensorboard")
     with Store(Path(args.out), args.overwrite) as store, warnings.catch_warnings():

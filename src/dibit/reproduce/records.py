@@ -1,16 +1,15 @@
-"""What a section shows, as plain records; the terminal, Markdown and the page have a renderer each for them."""
+"""What a section shows: facts, sentences and figures as records, and tables in Markdown."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from dibit.reproduce.panels import Figure
 from dibit.tools.number_format import NONE
 
 REMEMBERED = "† Remembered, not confirmed: this number could not be checked against its source; do not quote it."
-UNFINISHED = "This run was cut or still goes on: what is here is a part of the whole."
 
 
 class Fact(NamedTuple):
@@ -21,79 +20,61 @@ class Fact(NamedTuple):
     detail: str
 
 
-class Cell(NamedTuple):
-    """A cell: its text, whose number it is ("paper", "remembered" or "" for ours), and whether it stands out."""
-
-    text: str
-    mark: str = ""
-    strong: bool = False
-
-    @property
-    def written(self) -> str:
-        """The text, with a dagger where the number could not be checked."""
-        return f"{self.text} †" if self.mark == "remembered" else self.text
+class Marked(str):
+    """Markdown, where any other text is shown as it is."""
 
 
-def paper_cell(text: str) -> Cell:
-    """Return a cell with a paper's number."""
-    return Cell(text, "" if text == NONE else "paper")
+class Table(str):
+    """A table in Markdown, with its caption and its notes; `table` makes one."""
 
 
-class Column(NamedTuple):
-    """A column to be: its heading, what it has of a row, and whether it holds numbers (set right)."""
-
-    title: str
-    value: Callable[[Any], Cell | str]
-    numeric: bool = True
+Record = Fact | str | Table | Figure  # a text that is no table is a sentence on what was found
+Column = tuple[str, Callable[[Any], str]]  # its heading, and what it has of a row
+SETTING: Column = ("setting", lambda row: row.setting)
 
 
-SETTING = Column("setting", lambda row: row.setting, numeric=False)
+def plain(text: str) -> str:
+    """Return a text as Markdown that shows it as it is: names may hold markup."""
+    if isinstance(text, Marked):
+        return text
+    return re.sub(r"([\\`*{}\[\]<>#|$~&!]|(?<!\w)_|_(?!\w))", r"\\\1", text)
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table; `table` makes one.
+def strong(text: str) -> str:
+    """Make a text stand out."""
+    return text if text in ("", NONE) else Marked(f"**{plain(text)}**")
 
-    Attributes:
-        name: Its id.
-        caption: What it shows, with the units.
-        titles: Of the columns; the first one heads the rows.
-        numeric: Of each column, whether it holds numbers.
-        groups: (title, rows) in order; a table of one group without a title has plain rows.
-        notes: Sentences below.
-        fold: Where not empty, the page shows the table only when this line is opened.
-    """
 
-    name: str
-    caption: str
-    titles: Sequence[str]
-    numeric: Sequence[bool]
-    groups: Sequence[tuple[str, Sequence[Sequence[Cell]]]]
-    notes: Sequence[str]
-    fold: str
+def paper(text: str, mark: str | None = None) -> str:
+    """Mark a paper's number, one that is "remembered" with a dagger."""
+    return text if text in ("", NONE) else Marked(f"*{plain(text)}{' †' if mark == 'remembered' else ''}*")
+
+
+def listed(items: Iterable[str]) -> str:
+    """Write a list of what is already Markdown."""
+    return "\n".join(f"- {item}" for item in items)
 
 
 def table(
-    name: str,
-    caption: str,
-    columns: Iterable[Column],
-    groups: Iterable[tuple[str, Iterable[Any]]],
-    notes: Sequence[str] = (),
-    fold: str = "",
+    caption: str, columns: Iterable[Column], groups: Iterable[tuple[str, Iterable[Any]]], notes: Sequence[str] = ()
 ) -> Table:
-    """Make a table (see `Table`) of groups of rows; columns and groups that hold nothing are left out."""
-    columns = list(columns)
-    filled = []
-    for title, rows in groups:
-        cells = [[c if isinstance(c := column.value(row), Cell) else Cell(c) for column in columns] for row in rows]
-        filled += [(title, cells)] if cells else []
-    every = [row for _, rows in filled for row in rows]
-    keep = [i for i in range(len(columns)) if i == 0 or any(row[i].text != NONE for row in every)]
-    if any(cell.mark == "remembered" for row in every for cell in row):
-        notes = [*notes, REMEMBERED]
-    kept = [(title, [[row[i] for i in keep] for row in rows]) for title, rows in filled]
-    titles, numeric = [columns[i].title for i in keep], [columns[i].numeric for i in keep]
-    return Table(name, caption, titles, numeric, kept, notes, fold)
+    """Write a table; columns and groups that hold nothing are left out.
 
-
-Record = Fact | str | Table | Figure  # a text is a sentence on what was found
+    Args:
+        caption: What it shows, with the units.
+        columns: The first one heads the rows.
+        groups: (title, rows) in order.
+        notes: Sentences below.
+    """
+    titles, values = zip(*columns, strict=True)
+    found = [(title, [[plain(value(row)) for value in values] for row in rows]) for title, rows in groups]
+    every = [row for _, rows in found for row in rows]
+    kept = [i for i in range(len(titles)) if i == 0 or any(row[i] != NONE for row in every)]
+    words = [any(row[i][:1].isalpha() for row in every) for i in kept]
+    lines = [[plain(titles[i]) for i in kept], ["---" if left else "---:" for left in words]]
+    for title, rows in found:
+        lines += [[f"**{plain(title)}**", *[""] * (len(kept) - 1)]] if title and rows else []
+        lines += [[row[i] for i in kept] for row in rows]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    more = [REMEMBERED] if "†" in text else []
+    return Table("\n\n".join([f"**{plain(caption)}**", text, *map(plain, notes), *more]))
