@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+import torch
+
 import dibit
+from dibit.codec.encode import encoded_bytes
 from dibit.config import Config
 from dibit.experiments.shapes import ARXIV, SHAPES, Shape, random_graph, sage
 from dibit.reproduce.paper import LOG_MB
@@ -35,12 +38,9 @@ def closed_form(shape: Shape, config: Config | None, mask_bytes: int = 4) -> flo
     return (inputs + norms + hidden * 2 * n * shape.hidden / 8 + targets) / MB
 
 
-def _packed(rows: int, width: int, config: Config) -> float:
-    """q(w): codes of rows x width, and two numbers a block; a block of whole rows fills whole bytes."""
-    block = config.block_size(rows, width)
-    blocks, slots = -(-rows * width // block), 8 // config.bits
-    last = rows * width - (blocks - 1) * block
-    return (blocks - 1) * -(-block // slots) + -(-last // slots) + blocks * 2 * config.stats.itemsize
+def _packed(rows: int, width: int, config: Config) -> int:
+    """q(w): bytes of rows x width as the config quantises them, projected before or not at all."""
+    return encoded_bytes(torch.Size((rows, width)), replace(config, reduce=None))
 
 
 def measurements(run: Reproduction) -> list[Measurement]:
