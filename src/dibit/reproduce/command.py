@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dibit.reproduce import parallel, sections, tuned
-from dibit.reproduce.plan import Measurement, Plan, Reproduction
+from dibit.reproduce.plan import Measurement, Reproduction, ReproductionPlan
 from dibit.reproduce.store import DAYS, SECTIONS, Store, write
 from dibit.tools.errors import Interrupted, TrainingError, UserError, nearest, require
 from dibit.tools.files import json_path, reason
@@ -186,7 +186,7 @@ def _content(
     }
 
 
-def _plan(args: argparse.Namespace) -> Plan:
+def _plan(args: argparse.Namespace) -> ReproductionPlan:
     others = {"--dataset": args.dataset, "--full": args.full}
     own = {"--cell": args.cell, "--recipe": args.recipe, "--jobs": args.jobs is not None}
     if args.section == "tuned":
@@ -199,7 +199,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     given = {
         name: getattr(args, name) for name in ("seeds", "epochs", "rounds", "jobs") if getattr(args, name) is not None
     }
-    plan = Plan(
+    plan = ReproductionPlan(
         full=args.full,
         datasets=tuple(args.dataset or ()),
         root=args.root,

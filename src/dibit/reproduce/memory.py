@@ -15,7 +15,7 @@ from dibit.codec.encode import encoded_bytes
 from dibit.config import Config
 from dibit.experiments.shapes import ARXIV, SHAPES, Shape, random_graph, sage
 from dibit.reproduce.paper import LOG_MB
-from dibit.reproduce.plan import Measurement, Reproduction, Results, key
+from dibit.reproduce.plan import Measurement, Reproduction, Values, key
 from dibit.reproduce.variants import MEMORY, variants
 from dibit.rules import KINDS
 from dibit.tools.units import MB
@@ -62,7 +62,7 @@ def _compute(shape: Shape, setting: str, note: Callable[[str], None]) -> dict[st
     return measure(shape, variants()[setting])
 
 
-def table(run: Reproduction, results: Results) -> dict[str, Any]:
+def table(run: Reproduction, results: Values) -> dict[str, Any]:
     """Measured, closed form, log, side by side."""
     del run
     shapes = []
