@@ -17,7 +17,6 @@ from dibit.reproduce.charts import COLORS
 from dibit.reproduce.report import render
 from dibit.reproduce.sections import SECTIONS
 from dibit.reproduce.views import VIEWS
-from dibit.reproduce.views.paired import Difference, reach
 from dibit.tools.errors import UserError
 from dibit.tools.number_format import points, slug
 from tests.reproduce.examples import all_sections, section
@@ -250,14 +249,6 @@ def test_folders_of_the_machine_are_not_shown(tmp_path: Path) -> None:
     assert "graph.npz, cora" in text
     assert "someone" not in text
     assert "gone" not in text
-
-
-def test_one_wide_interval_does_not_flatten_the_others() -> None:
-    narrow = [Difference(mean=-0.002 * i, low=-0.002 * i - 0.01, high=-0.002 * i + 0.01) for i in range(9)]
-    assert reach([*narrow, Difference(mean=0.0, low=-0.9, high=0.9)]) == pytest.approx(reach(narrow), rel=0.3)
-    assert reach([Difference(mean=0.05)]) == pytest.approx(5.5)  # every mean is within
-    assert reach([Difference(mean=0.0, values=[-0.02, 0.02])]) == pytest.approx(2.2)  # and every seed
-    assert reach([Difference(mean=-0.002, low=-0.0045, high=0.0003)]) > 0.45  # one interval is most
 
 
 @pytest.mark.parametrize(

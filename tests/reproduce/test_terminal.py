@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from dibit.reproduce.records import paper, strong, table
 from dibit.reproduce.terminal import print_section
 from dibit.tools.errors import UserError
 from tests.reproduce.examples import all_sections, section
@@ -98,23 +97,6 @@ def test_a_narrow_terminal_breaks_lines_and_loses_nothing(
     printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)  # colours take no room
     assert max(map(len, printed.splitlines())) <= 70
     assert "…" not in printed
-
-
-def test_columns_that_hold_nothing_are_left_out() -> None:
-    columns = [
-        ("a", str),
-        ("b", lambda row: "–"),
-        ("c", lambda row: paper("3", "remembered")),
-        ("d", lambda row: strong("|")),
-        ("e", lambda row: "word"),
-    ]
-    caption, made, note = table("x", columns, [("", ["1"]), ("none", []), ("own", ["2"])]).split("\n\n")
-    assert caption == "**x**"
-    assert made.splitlines() == [
-        *("| a | c | d | e |", "| ---: | ---: | ---: | --- |", "| 1 | *3 †* | **\\|** | word |"),
-        *("| **own** |  |  |  |", "| 2 | *3 †* | **\\|** | word |"),
-    ]
-    assert note.startswith("† Remembered, not confirmed")
 
 
 def test_importing_dibit_stays_light() -> None:
