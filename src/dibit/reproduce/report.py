@@ -8,11 +8,12 @@ from typing import Any
 
 from dibit.reproduce import charts, page
 from dibit.reproduce.panels import Figure
-from dibit.reproduce.records import Column, Fact, Table, listed, plain, table
+from dibit.reproduce.records import Fact
 from dibit.reproduce.sections import parse, read
 from dibit.reproduce.store import MARKDOWN, PAGE
 from dibit.reproduce.views import VIEWS
 from dibit.tools.files import write_atomically
+from dibit.tools.markdown import Column, Table, bullets, plain, table
 from dibit.tools.number_format import NONE, duration
 
 _LEAD = (
@@ -52,11 +53,11 @@ class ReportSection:
         self.title, self.claim, self.state = view.TITLE, plain(view.CLAIM), "" if held.finished else _UNFINISHED
         records = list(view.records(held.results))
         facts = [record for record in records if isinstance(record, Fact)]
-        self.facts = listed(f"{plain(f.label)}: **{plain(f.value)}** ({plain(f.detail)})" for f in facts)
+        self.facts = bullets(f"{plain(f.label)}: **{plain(f.value)}** ({plain(f.detail)})" for f in facts)
         self.figures = [record for record in records if isinstance(record, Figure)]
         self.tables = [record for record in records if isinstance(record, Table)] or [Table("No results yet.")]
         texts = (record for record in records if isinstance(record, str) and not isinstance(record, Table))
-        self.sentences = listed(map(plain, texts))
+        self.sentences = bullets(map(plain, texts))
         settings = dict(held.settings or {})
         settings.pop("root", None)  # of files their names: folders are the machine's own
         if isinstance(settings.get("datasets"), list):
@@ -93,7 +94,7 @@ def document(contents: dict[str, dict[str, Any]], sections: list[ReportSection])
         blocks += [f"### {section.title}", section.facts] if section.facts else []
     missing = [f"{view.TITLE}: `{_command(name)}`" for name, view in VIEWS.items() if name not in contents]
     blocks += [] if sections else ["Nothing has been measured yet."]
-    blocks += ["Not run yet:", listed(missing)] if missing else []
+    blocks += ["Not run yet:", bullets(missing)] if missing else []
     for section in sections:
         blocks += section.written()
     if sections:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from dibit.reproduce.panels import Dot, Figure, Guide, Rows
 from dibit.reproduce.paper import CLAIMS
-from dibit.reproduce.records import SETTING, Column, Fact, Record, Table, paper, strong, table
+from dibit.reproduce.records import SETTING, Fact, Record, paper
 from dibit.reproduce.schema import JsonObject
+from dibit.tools.markdown import Column, Table, strong, table
 from dibit.tools.number_format import NONE, between, deviation, interval, mean, number, percent, points, spread
 
 TITLE = "Blocks"

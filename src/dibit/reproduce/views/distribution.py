@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from dibit.reproduce.panels import Curve, Curves, Figure
-from dibit.reproduce.records import Column, Fact, Record, Table, strong, table
+from dibit.reproduce.records import Fact, Record
 from dibit.reproduce.schema import JsonObject
 from dibit.reproduce.views.layers import LAYER, LayerRow, by_setting, labels
+from dibit.tools.markdown import Column, Table, strong, table
 from dibit.tools.number_format import number, percent, slug
 
 TITLE = "Distribution"

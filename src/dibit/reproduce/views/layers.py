@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from dibit.reproduce.records import Column
 from dibit.reproduce.schema import JsonObject
+from dibit.tools.markdown import Column
 
 _MODEL = "(model)"  # what lies in the model itself and in no module of it
 LAYER: tuple[Column, ...] = (

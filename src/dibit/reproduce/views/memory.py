@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from dibit.reproduce.panels import Dot, Figure, Rows
-from dibit.reproduce.records import SETTING, Column, Fact, Record, Table, paper, strong, table
+from dibit.reproduce.records import SETTING, Fact, Record, paper
 from dibit.reproduce.schema import JsonObject
+from dibit.tools.markdown import Column, Table, strong, table
 from dibit.tools.number_format import NONE, deviation, listed, mb, number, percent, slug
 
 TITLE = "Memory"

@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterator, Sequence
 
 from dibit.reproduce.panels import Dot, Figure, Guide, Rows
-from dibit.reproduce.records import Column, Record, paper, strong, table
+from dibit.reproduce.records import Record, paper
 from dibit.reproduce.schema import JsonObject
+from dibit.tools.markdown import Column, strong, table
 from dibit.tools.number_format import NONE, interval, mean, number, points, spread
 
 

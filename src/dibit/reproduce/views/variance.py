@@ -6,9 +6,10 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from dibit.reproduce.panels import Dot, Figure, Rows
-from dibit.reproduce.records import Column, Fact, Record, Table, paper, strong, table
+from dibit.reproduce.records import Fact, Record, paper
 from dibit.reproduce.schema import JsonObject
 from dibit.reproduce.views.layers import LAYER, LayerRow, by_setting, labels
+from dibit.tools.markdown import Column, Table, strong, table
 from dibit.tools.number_format import NONE, deviation, number, percent, slug
 
 TITLE = "Variance"
