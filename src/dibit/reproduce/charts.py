@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
-from dibit.reproduce.panels import Curves, Dot, Figure, Rows
+from dibit.reproduce.panels import Dot, Figure, Histogram, Rows
 from dibit.tools.errors import require
 from dibit.tools.figures import INK, SOFT, figure, grid, legend_above, plain_log, svg_of
 from dibit.tools.number_format import number, short
@@ -60,6 +60,11 @@ MARKS: dict[str, dict[str, Any]] = {  # of `Dot.others`, in matplotlib's words
     "fitted": {"color": COLORS["fitted"], "marker": "|", "ms": 10, "mew": 2},
     "expected": {"color": INK, "marker": "x", "ms": 4.5},
 }
+DENSITIES: dict[str, dict[str, Any]] = {  # of `Histogram.densities`
+    "uniform": {"color": COLORS["uniform"], "lw": 1.2},
+    "CN[1/R]": {"color": COLORS["normal"], "lw": 1.3},
+    "CN[1/G]": {"color": COLORS["block normal"], "lw": 1.3, "ls": (0, (3, 1.5))},
+}
 _RAIL, _BAND = "#c3c9d0", "#e6e8eb"
 _BESIDE: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7.5, "weight": "bold"}
 
@@ -76,7 +81,7 @@ def file(shown: Figure, svg: str) -> bytes:
 
 
 def _figure(shown: Figure) -> Drawing:
-    columns = shown.columns
+    columns = 2 if isinstance(shown.panels[0], Histogram) else 1
     heights = list(map(_height, shown.panels))
     lines = [max(heights[i : i + columns]) for i in range(0, len(heights), columns)]
     drawing = figure(sum(lines), _WIDTH)
@@ -86,7 +91,7 @@ def _figure(shown: Figure) -> Drawing:
         part = drawing.add_subfigure(places[divmod(i, columns)])
         part.suptitle(short(panel.title, 44 if columns == 1 else 24), x=0, ha="left")
         ax = part.subplots()
-        _draw_rows(ax, panel) if isinstance(panel, Rows) else _draw_curves(ax, panel)
+        _draw_rows(ax, panel) if isinstance(panel, Rows) else _draw_histogram(ax, panel)
         handles, labels = ax.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
     if entries:
@@ -96,11 +101,11 @@ def _figure(shown: Figure) -> Drawing:
     return drawing
 
 
-def _height(panel: Rows | Curves) -> float:
+def _height(panel: Rows | Histogram) -> float:
     """CSS pixels of a panel."""
-    if isinstance(panel, Curves):
+    if isinstance(panel, Histogram):
         return 178
-    rows = sum(len(rows) + bool(heading and rows) for heading, rows in panel.groups)
+    rows = sum(len(rows) + bool(heading) for heading, rows in panel.filled)
     return _ROW * rows + 44 + 18 * bool(panel.xlabel)
 
 
@@ -111,8 +116,8 @@ def _draw_rows(ax: Axes, panel: Rows) -> None:
         style: dict[str, Any] = {"label": guide.label, "ls": (0, (4, 2))} if guide.label else {}
         ax.axvline(guide.x, color=COLORS.get(guide.color, SOFT), lw=1, **style)
     named, y = {}, 0
-    for heading, rows in panel.groups:
-        if heading and rows:
+    for heading, rows in panel.filled:
+        if heading:
             _draw_heading(ax, y, heading)
             y += 1
         for label, dot in rows:
@@ -121,7 +126,7 @@ def _draw_rows(ax: Axes, panel: Rows) -> None:
                 ax.plot(x, y, ls="", label=name, **MARKS[name])
             named[y] = short(label, 24)
             y += 1
-    if any(dot.parts for _, rows in panel.groups for _, dot in rows):
+    if any(dot.parts for _, rows in panel.filled for _, dot in rows):
         ax.margins(x=0.2)  # room for the totals
     if panel.log:
         ax.set_xscale("log")
@@ -165,19 +170,20 @@ def _draw_dot(ax: Axes, y: int, label: str, dot: Dot) -> None:
         ax.plot(dot.value, y, "o", color=color, ms=6, mew=0)
 
 
-def _draw_curves(ax: Axes, panel: Curves) -> None:
-    ax.set_title(" ", fontsize=7.5)  # room for the subtitle
-    ax.text(0, 1.03, panel.subtitle, color=SOFT, fontsize=7.5, transform=_from_left(ax, ax.transAxes))
-    for curve in panel.curves:
-        if curve.points:
-            (x, y), color = zip(*curve.points, strict=True), COLORS.get(curve.color, SOFT)
-            if curve.filled:
-                ax.fill_between(x, y, step="post", color=color, alpha=0.35, lw=0, label=curve.label)
-            ax.plot(x, y, label="_" if curve.filled else curve.label, color=color, **curve.style)
-    for place, text in panel.texts.items():
-        shift, side = (3, "left") if place < sum(panel.xlim) / 2 else (-3, "right")
-        ax.annotate(text, (place, panel.top), (shift, -2), ha=side, va="top", **_BESIDE)
-    ax.set_xlim(panel.xlim)
+def _draw_histogram(ax: Axes, panel: Histogram) -> None:
+    ax.set_title(" ", fontsize=7.5)  # room for the line below the title
+    ax.text(0, 1.03, panel.words, color=SOFT, fontsize=7.5, transform=_from_left(ax, ax.transAxes))
+    bins, measured = len(panel.measured), panel.measured
+    edges, color = [3 * i / bins for i in range(bins + 1)], COLORS.get(panel.color, SOFT)
+    ax.stairs(measured, edges, fill=True, color=color, alpha=0.35, label="measured")
+    ax.stairs(measured, edges, color=color, baseline=None, lw=0.9)
+    for name, masses in panel.densities.items():
+        ax.stairs(masses, edges, baseline=None, label=name, **DENSITIES[name])
+    largest = max(range(bins), key=measured.__getitem__)
+    if measured[largest] > panel.top:
+        x, shift, side = (edges[largest + 1], 3, "left") if largest < bins / 2 else (edges[largest], -3, "right")
+        ax.annotate(f"{measured[largest]:.0f} %", (x, panel.top), (shift, -2), ha=side, va="top", **_BESIDE)
+    ax.set_xlim(0, 3)
     ax.set_ylim(0, panel.top)
     ax.locator_params(nbins=3)
     grid(ax, "y")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 
 class Dot(NamedTuple):
@@ -58,52 +58,48 @@ class Rows:
     @property
     def words(self) -> str:
         """Its numbers; nothing where it has none."""
-        if not any(dot.words for _, rows in self.groups for _, dot in rows):
-            return ""
-        written = [(heading, [f"{label} {dot.words}".strip() for label, dot in rows]) for heading, rows in self.groups]
-        return "; ".join(text for heading, rows in written for text in (heading, *rows) if text and rows)
+        written = [(heading, [f"{label} {dot.words}" for label, dot in rows]) for heading, rows in self.filled]
+        return "; ".join(text for heading, rows in written for text in (heading, *rows) if text)
 
-
-class Curve(NamedTuple):
-    """Points (x, y) in a colour of `dibit.reproduce.charts.COLORS`; `style` is in matplotlib's words."""
-
-    label: str
-    color: str
-    points: Sequence[tuple[float, float]]
-    style: Mapping[str, Any] = {}
-    filled: bool = False
+    @property
+    def filled(self) -> list[tuple[str, list[tuple[str, Dot]]]]:
+        """The groups and rows that hold something."""
+        found = [(heading, [row for row in rows if row[1].words]) for heading, rows in self.groups]
+        return [(heading, rows) for heading, rows in found if rows]
 
 
 @dataclass(frozen=True)
-class Curves:
-    """A panel of curves within `xlim` and from 0 to `top`, with texts by their x where a curve goes on above it."""
+class Histogram:
+    """A panel of % of the elements in equal bins over [0, 3], up to `top`, half as wide as others.
+
+    Attributes:
+        title: What is shown.
+        words: Its numbers, a line below the title.
+        color: A name of `dibit.reproduce.charts.COLORS`.
+        measured: By bin; where the largest is above `top` it carries its number.
+        densities: By bin, by names of `dibit.reproduce.charts.DENSITIES`.
+        top: End of the vertical axis.
+    """
 
     title: str
-    subtitle: str
-    curves: Sequence[Curve]
-    xlim: tuple[float, float]
+    words: str
+    color: str
+    measured: Sequence[float]
+    densities: Mapping[str, Sequence[float]]
     top: float
-    texts: Mapping[float, str] = field(default_factory=dict)
-
-    @property
-    def words(self) -> str:
-        """Its numbers."""
-        return self.subtitle
 
 
 class Figure:
-    """Panels below each other, or side by side in columns; those that hold nothing are left out.
+    """Panels of one kind, below each other or two in a row; those that hold nothing are left out.
 
     Args:
         name: Its id, and the name of its file.
         caption: What it shows.
         panels: In order.
-        columns: How many stand side by side, also on a phone.
     """
 
-    def __init__(self, name: str, caption: str, panels: Sequence[Rows | Curves], columns: int = 1) -> None:
-        self.name, self.caption, self.columns = name, caption, columns
-        self.panels = [panel for panel in panels if panel.words]
+    def __init__(self, name: str, caption: str, panels: Sequence[Rows | Histogram]) -> None:
+        self.name, self.caption, self.panels = name, caption, [panel for panel in panels if panel.words]
 
     @property
     def alt(self) -> str:

@@ -64,8 +64,7 @@ class ReportSection:
             settings["datasets"] = [Path(str(name)).name for name in settings["datasets"]]
         self.command = _command(self.name) + " --full" * bool(settings.pop("full", False))
         self.took = duration(held.seconds)
-        self.settings = ", ".join(f"{key} {plain(text)}" for key, text in _written(settings | {"took": self.took}))
-        run = {"date": held.date, "took": self.took, "finished": "yes" if held.finished else "no"}
+        run = {"date": held.date, "took": self.took, "finished": "yes" if held.finished else "no", **settings}
         self.run = dict(_written(run | (held.machine or {}) | (held.versions or {})))
 
     def written(self) -> Iterator[str]:
@@ -74,7 +73,7 @@ class ReportSection:
         for figure in self.figures:
             yield f"![{plain(figure.alt)}](figures/{figure.name}.svg)\n{plain(figure.caption)}"
         yield from self.tables
-        yield f"`{self.command}` ({self.settings})"
+        yield f"`{self.command}`"
 
 
 def _command(section: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from dibit.reproduce.panels import Dot, Figure, Guide, Rows
 from dibit.reproduce.paper import CLAIMS
-from dibit.reproduce.records import SETTING, Fact, Record, paper
+from dibit.reproduce.records import SETTING, Fact, Record
 from dibit.reproduce.schema import JsonObject
 from dibit.tools.markdown import Column, Table, strong, table
 from dibit.tools.number_format import NONE, between, deviation, interval, mean, number, percent, points, spread
@@ -114,26 +114,20 @@ def _sentences(graphs: Sequence[GraphBlocks]) -> Iterator[str]:
 
 def _timing_table(timing: Timing) -> Table:
     exact = next((row.saved_mb for row in timing.rows if row.setting == "EXACT"), None)
-    rounds = f" Medians over {timing.rounds} rounds, settings in turn." if timing.rounds else ""
 
     def against(row: TimingRow) -> str:
         return NONE if row.setting == "FP32" else percent(deviation(row.saved_mb, exact), 1, sign=True)
 
-    def claim(key: str, word: str) -> Column:
-        return ("the paper", lambda row: paper(f"{CLAIMS[key]} {word}" if row.setting == _BLOCKS else NONE))
-
     return table(
         f"Saved MB and seconds a step on the {timing.shape} shape ({timing.nodes:,} nodes, {timing.edges:,} edges)."
-        f"{rounds}",
+        + (f" Medians over {timing.rounds} rounds, settings in turn." if timing.rounds else ""),
         [
             SETTING,
             ("saved MB", lambda row: strong(number(row.saved_mb))),
             ("against EXACT", against),
-            claim("less_memory", "less"),
             ("s a step", lambda row: number(row.seconds, 3)),
             ("time to EXACT", lambda row: strong(number(row.to_exact, 3))),
             ("quartiles", lambda row: interval(row.low, row.high, lambda end: number(end, 3))),
-            claim("faster", "faster"),
             ("time to FP32", lambda row: number(row.to_fp32, 3)),
         ],
         [("", timing.rows)],
@@ -163,8 +157,7 @@ def _graph_table(graph: GraphBlocks) -> Table:
 
 def _figure(timing: Timing | None, graphs: Sequence[GraphBlocks]) -> Figure:
     def by_graph(dot: Callable[[GraphBlocks, BlocksRow], Dot]) -> list[tuple[str, list[tuple[str, Dot]]]]:
-        found = [(f"{g.name}, {g.model}", [(row.setting, dot(g, row)) for row in g.rows]) for g in graphs]
-        return [(heading, [(label, dot) for label, dot in rows if dot.words]) for heading, rows in found]
+        return [(f"{g.name}, {g.model}", [(row.setting, dot(g, row)) for row in g.rows]) for g in graphs]
 
     def error(_: GraphBlocks, row: BlocksRow) -> Dot:
         errors = row.errors
@@ -176,16 +169,14 @@ def _figure(timing: Timing | None, graphs: Sequence[GraphBlocks]) -> Figure:
 
     rows = timing.rows if timing else []
     saved = [(row.setting, Dot(parts={row.setting: row.saved_mb})) for row in rows if row.setting != "FP32"]
-    times = [(row.setting, Dot(row.to_exact, row.low, row.high)) for row in rows if row.to_exact is not None]
+    times = [(row.setting, Dot(row.to_exact, row.low, row.high)) for row in rows]
     positive = all(error > 0 for graph in graphs for row in graph.rows for error in row.errors)
-    epoch = min((float(epoch) for graph in graphs for row in graph.rows for epoch in row.gradient_error), default=0.0)
-    first = f"after epoch {epoch:g}" if epoch else "before training"
     shape = f" on the {timing.shape} shape (lines: quartiles over rounds)" if timing else ""
     return Figure(
         "blocks",
         f"By block size: saved MB and time a step{shape}, the squared error of the whole gradient relative to its "
-        f"square (filled: after the last epoch, hollow: {first}), and the change of test accuracy against plain FP32 "
-        "(small: each seed).",
+        "square (filled: after the last epoch, hollow: at the first one looked at), and the change of test accuracy "
+        "against plain FP32 (small: each seed).",
         [
             Rows("Saved MB", [("", saved)]),
             Rows(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from dibit.reproduce.panels import Curve, Curves, Figure
+from dibit.reproduce.panels import Figure, Histogram
 from dibit.reproduce.records import Fact, Record
 from dibit.reproduce.schema import JsonObject
 from dibit.reproduce.views.layers import LAYER, LayerRow, by_setting, labels
@@ -18,7 +18,6 @@ CLAIM = (
     "Jensen-Shannon divergence, layer by layer."
 )
 _SHORT = {"uniform": "U", "CN[1/R]": "R", "CN[1/G]": "G"}
-_STEPS = {"drawstyle": "steps-post", "lw": 1.3}
 
 
 class DistributionRow(LayerRow):
@@ -92,28 +91,13 @@ def _figure(graph: GraphDistribution, setting: str, epoch: int, rows: Sequence[D
         f"in each of {len(rows[0].histogram)} bins over [0, 3]. The largest bar that leaves a panel has its number. "
         "Below each name, the divergence to the uniform density (U), to CN[1/R] (R) and to CN[1/G] (G).",
         [_panel(row, label, top) for row, label in zip(rows, labels(rows), strict=True)],
-        columns=2,
     )
 
 
-def _panel(row: DistributionRow, label: str, top: float) -> Curves:
+def _panel(row: DistributionRow, label: str, top: float) -> Histogram:
     bins = len(row.histogram)
-
-    def steps(masses: Sequence[float]) -> list[tuple[float, float]]:
-        return [(3 * i / bins, 100 * mass) for i, mass in enumerate([*masses, *masses[-1:]])]
-
-    largest = max(range(bins), key=row.histogram.__getitem__)
-    cut = 100 * row.histogram[largest] > top
-    return Curves(
-        label,
-        " · ".join(f"{_SHORT.get(name, name)} {number(value, 3)}" for name, value in row.divergence.items()),
-        [
-            Curve("measured", row.setting, steps(row.histogram), {"drawstyle": "steps-post", "lw": 0.9}, filled=True),
-            Curve("uniform", "uniform", [(0, 100 / bins), (3, 100 / bins)], {"lw": 1.2}),
-            Curve("CN[1/R]", "normal", steps(row.models.get("CN[1/R]", ())), _STEPS),
-            Curve("CN[1/G]", "block normal", steps(row.models.get("CN[1/G]", ())), _STEPS | {"ls": (0, (3, 1.5))}),
-        ],
-        (0, 3),
-        top,
-        {3 * (largest + 0.5) / bins: f"{100 * row.histogram[largest]:.0f} %"} if cut else {},
-    )
+    densities = {"uniform": [100 / bins] * bins} | {
+        name: [100 * mass for mass in row.models[name]] for name in ("CN[1/R]", "CN[1/G]") if name in row.models
+    }
+    words = " · ".join(f"{_SHORT.get(name, name)} {number(value, 3)}" for name, value in row.divergence.items())
+    return Histogram(label, words, row.setting, [100 * mass for mass in row.histogram], densities, top)

@@ -8,7 +8,7 @@ from dibit.reproduce.panels import Dot, Figure, Rows
 from dibit.reproduce.records import SETTING, Fact, Record, paper
 from dibit.reproduce.schema import JsonObject
 from dibit.tools.markdown import Column, Table, strong, table
-from dibit.tools.number_format import NONE, deviation, listed, mb, number, percent, slug
+from dibit.tools.number_format import NONE, deviation, mb, number, percent, slug
 
 TITLE = "Memory"
 CLAIM = (
@@ -75,10 +75,6 @@ def _sentences(rows: Sequence[tuple[str, MemoryRow]]) -> Iterator[str]:
             f"Measured and closed form differ by {percent(worst, 2)} at most ({setting} on the {name} shape), "
             f"over {len(off)} measurements; the papers store their projections, which Dibit draws again."
         )
-    cuda = [f"{mb(row.closed_cuda_mb)} on the {name} shape" for name, row in rows if row.closed_cuda_mb is not None]
-    if cuda:
-        where = "On CUDA, where torch’s dropout mask takes 1 byte an element and not 4"
-        yield f"{where}, plain FP32 would keep {listed(cuda)}."
 
 
 def _table(shape: ShapeMemory) -> Table:
@@ -101,6 +97,7 @@ def _table(shape: ShapeMemory) -> Table:
             ("authors’ log", lambda row: paper(number(row.log_mb))),
             ("off the log", lambda row: percent(deviation(row.measured_mb, row.log_mb), 2, sign=True)),
             ("closed form", lambda row: paper(number(row.closed_mb))),
+            ("on CUDA", lambda row: paper(number(row.closed_cuda_mb))),
             ("off the form", lambda row: percent(deviation(row.measured_mb, row.closed_mb), 2, sign=True)),
             ("allocator", lambda row: number(row.allocator_mb)),
             ("bytes a node", lambda row: number(row.bytes_per_node, 0)),
@@ -108,7 +105,10 @@ def _table(shape: ShapeMemory) -> Table:
             *map(kept, _kinds(shape)),
         ],
         [("", shape.rows)],
-        [] if logged else [f"No log of the authors exists for {shape.name}: the closed form stands alone."],
+        [
+            *([] if logged else [f"No log of the authors exists for {shape.name}: the closed form stands alone."]),
+            "On CUDA torch’s dropout mask takes 1 byte an element, and not 4.",
+        ],
     )
 
 

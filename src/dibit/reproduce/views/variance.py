@@ -10,7 +10,7 @@ from dibit.reproduce.records import Fact, Record, paper
 from dibit.reproduce.schema import JsonObject
 from dibit.reproduce.views.layers import LAYER, LayerRow, by_setting, labels
 from dibit.tools.markdown import Column, Table, strong, table
-from dibit.tools.number_format import NONE, deviation, number, percent, slug
+from dibit.tools.number_format import NONE, deviation, interval, number, percent, slug
 
 TITLE = "Variance"
 CLAIM = (
@@ -69,8 +69,7 @@ class Results(JsonObject):
 
 def records(results: Results) -> Iterator[Record]:
     rows = [row for graph in results.measured for row in graph.rows]
-    yield from _facts(results.table, [row for row in rows if row.setting == "i-EXACT"])
-    yield from _sentences(rows)
+    yield from _findings(results.table, rows)
     measured = [graph for graph in results.measured if graph.rows]
     yield from map(_measured_figure, measured)
     if results.table:
@@ -82,32 +81,24 @@ def _changes(rows: Sequence[VarianceRow], levels: str = "normal") -> list[float]
     return [change for row in rows if (change := row.change(levels)) is not None]
 
 
-def _median(changes: Sequence[float]) -> str:
-    return percent(statistics.median(changes), 1, sign=True)
+def _signed(change: float | None) -> str:
+    return percent(change, 1, sign=True)
 
 
-def _facts(formula: Sequence[ExpectedVariance], iexact: Sequence[VarianceRow]) -> Iterator[Fact]:
+def _findings(formula: Sequence[ExpectedVariance], rows: Sequence[VarianceRow]) -> Iterator[Record]:
     papers = [(row.reduction, (row.paper or {}).get("reduction")) for row in formula]
-    off = [abs(ours - paper) for ours, paper in papers if paper is not None]
+    off = [abs(ours - theirs) for ours, theirs in papers if theirs is not None]
     if off:
         detail = f"from what the paper’s formulas give, over {len(off)} block sizes"
         yield Fact("Table of reductions: largest deviation", f"{number(100 * max(off), 3)} points", detail)
-    if changes := _changes(iexact):
-        ends = " to ".join(percent(end, 1, sign=True) for end in (min(changes), max(changes)))
-        label = "i-EXACT’s levels on real activations, change of the variance"
-        yield Fact(label, _median(changes), f"median of {len(changes)} layers; {ends}")
-
-
-def _sentences(rows: Sequence[VarianceRow]) -> Iterator[str]:
     for setting, own in by_setting(rows):
         normal, fitted = _changes(own), _changes(own, "fitted")
-        more = sum(change > 0 for change in normal)
-        best = f"; the best levels there are for the data reach {_median(fitted)}" if fitted else ""
         if normal:
-            yield (
-                f"{setting}: against uniform levels, those of the clipped normal change the variance of real "
-                f"activations by {_median(normal)} (median of {len(normal)} layers, in {more} of them it grows){best}."
-            )
+            ends = interval(min(normal), max(normal), _signed)
+            more = f"median of {len(normal)} layers, {ends}; in {sum(change > 0 for change in normal)} of them it grows"
+            best = f"; the best levels for the data reach {_signed(statistics.median(fitted))}" if fitted else ""
+            label = f"{setting}: change of the variance of real activations by the levels of the clipped normal"
+            yield Fact(label, _signed(statistics.median(normal)), more + best)
     found = [variance for row in rows for levels in _LEVELS if (variance := getattr(row, levels))]
     scores = [abs(v.monte_carlo - v.analytic) / v.error for v in found if v.monte_carlo is not None and v.error]
     if scores:
@@ -119,8 +110,7 @@ def _sentences(rows: Sequence[VarianceRow]) -> Iterator[str]:
 
 def _formula_table(rows: Sequence[ExpectedVariance]) -> Table:
     def pair(title: str, name: str, digits: int) -> tuple[Column, Column]:
-        last = name == "reduction"
-        write = percent if last else number
+        write = percent if name == "reduction" else number
         ours = (title, lambda row: write(getattr(row, name), digits))
         return ours, ("paper", lambda row: paper(write((row.paper or {}).get(name), digits)))
 
@@ -150,7 +140,7 @@ def _measured_table(graph: GraphVariance) -> Table:
             return number(found.monte_carlo, 4) + (f" ± {number(found.error, 4)}" if found.error is not None else "")
 
         def change(row: VarianceRow) -> str:
-            return NONE if levels == "uniform" else strong(percent(row.change(levels), 1, sign=True))
+            return NONE if levels == "uniform" else strong(_signed(row.change(levels)))
 
         by_formula: Column = (
             levels,
