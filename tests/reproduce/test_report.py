@@ -211,6 +211,15 @@ def test_panels_that_hold_nothing_are_left_out(tmp_path: Path) -> None:
     assert "Test accuracy minus FP32" not in text
 
 
+def test_a_figure_that_holds_nothing_is_left_out(tmp_path: Path) -> None:
+    blocks = all_sections()["blocks"]
+    graphs = [graph | {"rows": graph["rows"][:1]} for graph in blocks["results"]["graphs"]]  # plain FP32 alone
+    blocks["results"] |= {"timing": None, "graphs": graphs}
+    text = render(_write(tmp_path / "x", {"blocks": blocks})).read_text()
+    assert _figures(text) == set()
+    assert "Blocks on cora" in text
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.slow
 def test_text_is_escaped(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def _draw_bar(ax: Axes, y: int, label: str, dot: Dot) -> None:
 
 def _draw_dot(ax: Axes, y: int, label: str, dot: Dot) -> None:
     color = COLORS.get(label, SOFT)
-    rail = [x for x in (dot.earlier, dot.earlier and dot.value, *dot.others.values()) if x is not None]
+    rail = [x for x in (dot.earlier, dot.value) if x is not None] if dot.earlier is not None else dot.others.values()
     if rail:
         ax.plot([min(rail), max(rail)], [y, y], color=_RAIL, lw=2)
     if dot.earlier is not None:

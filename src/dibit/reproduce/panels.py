@@ -90,7 +90,7 @@ class Histogram:
 
 
 class Figure:
-    """Panels of one kind, below each other or two in a row; those that hold nothing are left out.
+    """Panels of one kind, below each other or two in a row; those that hold nothing are left out, and a figure of them.
 
     Args:
         name: Its id, and the name of its file.

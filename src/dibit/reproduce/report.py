@@ -54,7 +54,7 @@ class ReportSection:
         records = list(view.records(held.results))
         facts = [record for record in records if isinstance(record, Fact)]
         self.facts = bullets(f"{plain(f.label)}: **{plain(f.value)}** ({plain(f.detail)})" for f in facts)
-        self.figures = [record for record in records if isinstance(record, Figure)]
+        self.figures = [record for record in records if isinstance(record, Figure) and record.panels]
         self.tables = [record for record in records if isinstance(record, Table)] or [Table("No results yet.")]
         texts = (record for record in records if isinstance(record, str) and not isinstance(record, Table))
         self.sentences = bullets(map(plain, texts))

@@ -76,8 +76,7 @@ def records(results: Results) -> Iterator[Record]:
     if timing:
         yield from _facts(timing)
     yield from _sentences(graphs)
-    if timing or graphs:
-        yield _figure(timing, graphs)
+    yield _figure(timing, graphs)
     if timing:
         yield _timing_table(timing)
     yield from map(_graph_table, graphs)

@@ -67,8 +67,7 @@ def trainings(
         Rows("Test accuracy minus FP32, points", changes, [Guide(0, "FP32"), *guides], xlim=(-end, end)),
         Rows("Test accuracy, %", levels),
     ]
-    if any(panel.words for panel in panels):
-        yield Figure(name, of_figure, panels)
+    yield Figure(name, of_figure, panels)
     if groups:
         yield table(of_table, _COLUMNS, [(_heading(title, rows[0]), rows) for title, rows in groups])
 
