@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import dibit
-from dibit.bench.noise import NORMS, Cell, Training
+from dibit.bench.noise import NORMS, NetworkSettings, Training
 from dibit.engine.model_state import state_of
 from dibit.experiments.data import load_prepared
 
@@ -72,7 +72,7 @@ def main() -> None:
     graph = load_prepared(args.graph, args.root)
     for model in args.models:
         for norm in args.norms:
-            training = Training(Cell(model, norm, False, args.layers), graph)
+            training = Training(NetworkSettings(model, norm, False, args.layers), graph)
             for epoch in sorted(args.epochs):
                 training.until(epoch)
                 q = noise(training, args.draws)

@@ -100,7 +100,7 @@ def test_help_needs_no_extra() -> None:
     """Nor does it load PyTorch Geometric."""
     code = """
 import sys
-sys.modules.update(dict.fromkeys(("rich", "yaml", "tensorboard", "torchmetrics", "matplotlib", "jinja2")))
+sys.modules.update(dict.fromkeys(("rich", "yaml", "tensorboard", "torchmetrics", "matplotlib", "markdown_it")))
 from dibit.cli import COMMANDS, main
 from dibit.bench.command import KINDS
 for words in [[], *([name] for name in COMMANDS), *(["bench", kind] for kind in KINDS)]:

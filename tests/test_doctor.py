@@ -40,7 +40,7 @@ def test_all_that_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_a_missing_api_and_no_extra() -> None:
     code = """
 import sys
-sys.modules.update(dict.fromkeys(("rich", "yaml", "tensorboard", "torchmetrics", "matplotlib", "jinja2")))
+sys.modules.update(dict.fromkeys(("rich", "yaml", "tensorboard", "torchmetrics", "matplotlib", "markdown_it")))
 from dibit.cli import main
 sys.exit(main(["doctor"]))
 """

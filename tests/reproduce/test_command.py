@@ -110,10 +110,10 @@ def test_the_same_command_again_measures_nothing(
 
 def test_blocks_without_the_timing(small: Path, tmp_path: Path) -> None:
     from dibit.reproduce import blocks
-    from dibit.reproduce.plan import Plan, Reproduction
+    from dibit.reproduce.plan import Reproduction, ReproductionPlan
     from dibit.reproduce.store import Store
 
-    run = Reproduction(Plan(datasets=(str(small),), seeds=1, epochs=2, draws=2), Store(tmp_path / "out"))
+    run = Reproduction(ReproductionPlan(datasets=(str(small),), seeds=1, epochs=2, draws=2), Store(tmp_path / "out"))
     run.store.open()
     timing, *units = blocks.measurements(run)
     assert timing.name == blocks.TIMING
@@ -204,7 +204,7 @@ def test_bad_input_is_a_sentence_and_writes_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.parametrize("package", ["matplotlib", "jinja2", "pydantic", "rich"])
+@pytest.mark.parametrize("package", ["matplotlib", "markdown_it", "pydantic", "rich"])
 def test_a_missing_extra(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     assert main(["reproduce", "memory", "--out", str(tmp_path / "out")]) == 2
@@ -215,7 +215,7 @@ def test_a_missing_extra(package: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_graphs_that_cannot_be_loaded_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     from dibit.reproduce import plan as module
-    from dibit.reproduce.plan import Plan, Reproduction
+    from dibit.reproduce.plan import Reproduction, ReproductionPlan
     from dibit.reproduce.store import Store
     from dibit.tools.errors import UserError
 
@@ -227,7 +227,7 @@ def test_graphs_that_cannot_be_loaded_are_named(tmp_path: Path, monkeypatch: pyt
     from dibit.train.data.generated import planted
 
     monkeypatch.setattr("dibit.experiments.data.load_raw", refuse)
-    run = Reproduction(Plan(), Store(tmp_path))
+    run = Reproduction(ReproductionPlan(), Store(tmp_path))
     (graph,) = run.graphs()
     assert graph.name.startswith("planted")
     assert set(run.missing) == set(module.SMALL)

@@ -8,7 +8,7 @@ import pytest
 from dibit.experiments.shapes import ARXIV, FLICKR, SHAPES
 from dibit.reproduce import memory
 from dibit.reproduce.paper import LOG_MB
-from dibit.reproduce.plan import Plan, Reproduction
+from dibit.reproduce.plan import Reproduction, ReproductionPlan
 from dibit.reproduce.store import Store
 from dibit.reproduce.variants import MEMORY, variants
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, Any]]]:
     """shape -> setting -> row, measured as the command measures."""
-    run = Reproduction(Plan(), Store(Path(tmp_path_factory.mktemp("memory"))))
+    run = Reproduction(ReproductionPlan(), Store(Path(tmp_path_factory.mktemp("memory"))))
     done = {unit.name: unit.compute(lambda _: None) for unit in memory.measurements(run)}
     table = memory.table(run, done)
     return {shape["name"]: {row["setting"]: row for row in shape["rows"]} for shape in table["shapes"]}

@@ -22,7 +22,7 @@ import scipy.stats
 
 from dibit.cli import main
 from dibit.reproduce import parallel, tuned
-from dibit.reproduce.plan import Plan, Reproduction
+from dibit.reproduce.plan import Reproduction, ReproductionPlan
 from dibit.reproduce.store import Store
 from dibit.reproduce.tuned import _epochs_ratio, _together, cells, table, verdict
 from dibit.tools.errors import UserError
@@ -152,7 +152,7 @@ def tiny_cells(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def planned(out: Path, **plan: Any) -> list[Any]:
-    return tuned.measurements(Reproduction(Plan(**plan), Store(out)))
+    return tuned.measurements(Reproduction(ReproductionPlan(**plan), Store(out)))
 
 
 @pytest.mark.parametrize("name", tuned.CELLS)
@@ -225,7 +225,7 @@ def value(test: float, val: float = 0.8, noise: float | None = None, seconds: fl
 
 
 def test_table_of_what_is_there(tiny_cells: None, tmp_path: Path) -> None:
-    run = Reproduction(Plan(), Store(tmp_path))
+    run = Reproduction(ReproductionPlan(), Store(tmp_path))
     assert table(run, {}) == {"rows": [], "together": {}}
     done = {"tiny-sage default seed 0": value(0.75, noise=0.5)}
     (only,) = table(run, done)["rows"]
@@ -253,7 +253,7 @@ def test_table_of_pairs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
         for recipe, own in tests.items()
         for seed in cell.recipes[recipe]
     }
-    found = table(Reproduction(Plan(), Store(tmp_path)), done)
+    found = table(Reproduction(ReproductionPlan(), Store(tmp_path)), done)
     plain, default, iexact = found["rows"]
     assert default["difference"]["values"] == pytest.approx([0.001, 0.002, 0.003])
     assert default["difference"]["low"] == pytest.approx(0.002 - 4.302653 * 0.001 / 3**0.5, abs=1e-8)
@@ -327,7 +327,7 @@ def test_a_file_a_training_and_a_table(done: Path) -> None:
     assert [(each["cell"], each["recipe"]) for each in section["results"]["rows"]] == [
         *(("tiny-sage", "none"), ("tiny-sage", "default"), ("tiny-gcn-public", "none")),
     ]
-    assert 'id="tab-tuned"' in (done / "report.html").read_text()
+    assert 'id="fig-tuned"' in (done / "report.html").read_text()
 
 
 def test_a_process_trains_what_this_one_would(done: Path, root: Path, tmp_path: Path) -> None:
@@ -394,7 +394,7 @@ def test_the_same_command_again_computes_nothing(
 
 def test_what_a_kill_left_of_a_training_goes_when_its_result_is_there(copy: Path, root: Path) -> None:
     store = Store(copy)
-    unit = tuned.measurements(Reproduction(Plan(root=str(root)), store))[0]
+    unit = tuned.measurements(Reproduction(ReproductionPlan(root=str(root)), store))[0]
     store.manifest.add(*unit.files)
     for file in unit.files:
         file.parent.mkdir(parents=True, exist_ok=True)

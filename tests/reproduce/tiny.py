@@ -16,10 +16,10 @@ _PAIR = {"none": (0, 1), "default": (0,)}
 CELLS = {
     cell.name: cell
     for cell in (
-        tuned.Cell("tiny", "sage", SETTINGS, 93.0, _PAIR, split=True),
-        tuned.Cell("tiny", "gcn", SETTINGS, None, {"none": (0,)}, label="public"),
-        tuned.Cell("tiny", "sage", SETTINGS | {"lr": 1e30}, None, {"none": (0,)}, label="diverges"),
-        tuned.Cell("tiny", "sage", SETTINGS | {"epochs": 10**6}, None, {"none": (0,)}, label="long"),
+        tuned.TunedCell("tiny", "sage", SETTINGS, 93.0, _PAIR, split=True),
+        tuned.TunedCell("tiny", "gcn", SETTINGS, None, {"none": (0,)}, label="public"),
+        tuned.TunedCell("tiny", "sage", SETTINGS | {"lr": 1e30}, None, {"none": (0,)}, label="diverges"),
+        tuned.TunedCell("tiny", "sage", SETTINGS | {"epochs": 10**6}, None, {"none": (0,)}, label="long"),
     )
 }
 FIRST = ("tiny-sage", "tiny-gcn-public")

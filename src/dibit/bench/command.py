@@ -136,7 +136,7 @@ def _measure_noise(args: argparse.Namespace, progress: MeasurementProgress, path
     settings = _known("settings", args.settings or noise.SETTINGS, noise.CONFIGS)
     layers, epochs = args.layers or [*noise.LAYERS], args.epochs or [*noise.EPOCHS]
     residual = {"both": (False, True), "with": (True,), "without": (False,)}[args.residual]
-    grid = list(noise.cells(models, norms, layers, residual))
+    grid = list(noise.networks(models, norms, layers, residual))
     earlier = _earlier(args.resume) if args.resume else []
     rows = [*earlier]
 

@@ -36,7 +36,7 @@ _MEMORY = 4  # steps that scores are made of; older ones have faded
 
 
 @dataclass(frozen=True)
-class Cell:
+class NetworkSettings:
     """One network of the grid.
 
     Args:
@@ -58,12 +58,12 @@ class Cell:
 class Network(nn.Module):
     """A linear layer, `layers` times convolution, norm, ReLU and dropout, and a linear layer to the classes."""
 
-    def __init__(self, cell: Cell, features: int, classes: int, width: int = WIDTH) -> None:
+    def __init__(self, network: NetworkSettings, features: int, classes: int, width: int = WIDTH) -> None:
         super().__init__()
-        self.residual = cell.residual
+        self.residual = network.residual
         self.first, self.last = nn.Linear(features, width), nn.Linear(width, classes)
-        self.convs = nn.ModuleList(_conv(cell.model, width) for _ in range(cell.layers))
-        self.norms = nn.ModuleList(_norm(cell.norm, width) for _ in range(cell.layers))
+        self.convs = nn.ModuleList(_conv(network.model, width) for _ in range(network.layers))
+        self.norms = nn.ModuleList(_norm(network.norm, width) for _ in range(network.layers))
 
     def forward(self, x: Tensor, graph: Tensor) -> Tensor:
         """Logits (N, C) of features (N, F) on a sparse matrix, or on edges for GAT."""
@@ -116,25 +116,25 @@ def _norm(norm: str, width: int) -> nn.Module:
             return _L2()
 
 
-def cells(
+def networks(
     models: Sequence[str] = MODELS,
     norms: Sequence[str] = NORMS,
     layers: Sequence[int] = LAYERS,
     residual: Sequence[bool] = (False, True),
-) -> Iterator[Cell]:
+) -> Iterator[NetworkSettings]:
     """The part of the grid with these."""
-    return (Cell(m, n, r, k) for m in models for n in norms for r in residual for k in layers)
+    return (NetworkSettings(m, n, r, k) for m in models for n in norms for r in residual for k in layers)
 
 
 class Training:
     """A plain training of one network, stopped at several epochs."""
 
-    def __init__(self, cell: Cell, graph: NodeDataset) -> None:
+    def __init__(self, network: NetworkSettings, graph: NodeDataset) -> None:
         torch.manual_seed(0)
         self.x, self.y = graph.x, graph.y
         self.rows = torch.as_tensor(graph.split(0).train)
-        self.graph = _adjacency(cell.model, graph)
-        self.model = Network(cell, graph.x.shape[1], graph.num_classes).train()
+        self.graph = _adjacency(network.model, graph)
+        self.model = Network(network, graph.x.shape[1], graph.num_classes).train()
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=RATE)
         self.epoch = 0
         self._before: list[dict[str, Any]] = []
@@ -201,7 +201,7 @@ def _adjacency(model: str, graph: NodeDataset) -> Tensor:
 def measure(
     graphs: Sequence[str],
     root: str,
-    grid: Sequence[Cell],
+    grid: Sequence[NetworkSettings],
     epochs: Sequence[int],
     draws: int,
     settings: Sequence[str],
@@ -233,16 +233,17 @@ def measure(
     for name in graphs:
         note(f"loading {name}")
         graph = load_prepared(name, root)
-        for cell in grid:
+        for network in grid:
             wanted = [(e, s) for e in sorted(epochs) for s in settings]
-            wanted = [w for w in wanted if (graph.name, *asdict(cell).values(), *w) not in known]
-            training = Training(cell, graph) if wanted else None
+            wanted = [w for w in wanted if (graph.name, *asdict(network).values(), *w) not in known]
+            training = Training(network, graph) if wanted else None
             for epoch, setting in wanted:
                 assert training is not None
                 training.until(epoch)
-                note(f"{graph.name}: {cell}, epoch {epoch}, {setting}")
+                note(f"{graph.name}: {network}, epoch {epoch}, {setting}")
                 found = training.error(setting, draws)
-                row = {"graph": graph.name, **asdict(cell), "epoch": epoch, "setting": setting, "draws": draws, **found}
+                where = {"graph": graph.name, **asdict(network), "epoch": epoch, "setting": setting}
+                row = {**where, "draws": draws, **found}
                 rows.append(row)
                 done(row)
     return {"epochs": sorted(epochs), "draws": draws, "rows": rows}

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
+from operator import itemgetter
 from typing import Any
 
-from dibit.tools.errors import printable, require
+from dibit.tools import markdown
+from dibit.tools.errors import printable
+from dibit.tools.markdown import plain, table
 
 
 def show(content: Mapping[str, Any]) -> None:
     """Print what was measured, and on what machine."""
-    tables, consoles, text = require("rich.table"), require("rich.console"), require("rich.text").Text
-    console = consoles.Console() if sys.stdout.isatty() else consoles.Console(width=120)
-    results = content["results"]
+    results, machine, versions = content["results"], content["machine"], content["versions"]
+    blocks: list[str] = []
     for title, headings, rows in _KINDS[content["bench"]](results):
-        table = tables.Table(
-            title=text(printable(title), style="table.title"), title_justify="left"
-        )  # of a string, rich would read [...]
-        for i, heading in enumerate(headings):
-            table.add_column(text(heading), justify="left" if i == 0 else "right", no_wrap=i > 0)
-        for row in rows:
-            table.add_row(*map(text, row))
-        console.print(table)
-    machine = content["machine"]
-    plain = {"highlight": False, "markup": False, "emoji": False}
-    versions = ", ".join(f"{name} {content['versions'][name]}" for name in ("torch", "torch_geometric", "numba"))
-    console.print(f"{machine['processor']}, {machine['threads']} threads; {versions}", **plain)
-    for row in results.get("rows", ()):
-        if "failed" in row:
-            console.print(f"{row['setting']} failed: {row['failed']}", **plain)
+        columns = [(heading, itemgetter(i)) for i, heading in enumerate(headings)]
+        blocks.append(table(printable(title), columns, [("", rows)]))
+    used = ", ".join(f"{name} {versions[name]}" for name in ("torch", "torch_geometric", "numba"))
+    blocks.append(plain(f"{machine['processor']}, {machine['threads']} threads; {used}"))
+    failed = [row for row in results.get("rows", ()) if "failed" in row]
+    blocks += [plain(f"{row['setting']} failed: {row['failed']}") for row in failed]
+    markdown.show(blocks, 120)
 
 
 Table = tuple[str, list[str], list[list[str]]]

@@ -8,7 +8,7 @@ from typing import Any
 
 from dibit.experiments.cases import MODELS, Case, case
 from dibit.reproduce.paper import remembered
-from dibit.reproduce.plan import Measurement, Reproduction, Results
+from dibit.reproduce.plan import Measurement, Reproduction, Values
 from dibit.reproduce.training import training
 from dibit.reproduce.variants import ACCURACY
 from dibit.tools.errors import UserError
@@ -25,7 +25,7 @@ def measurements(run: Reproduction) -> list[Measurement]:
     return [training(run, each, setting, seed) for each in cases(run) for seed in seeds for setting in ACCURACY]
 
 
-def table(run: Reproduction, results: Results) -> dict[str, Any]:
+def table(run: Reproduction, results: Values) -> dict[str, Any]:
     """By graph, model and setting, with the paired difference to FP32."""
     rows = []
     for each in cases(run):

@@ -14,7 +14,7 @@ from dibit.experiments.cases import Case, case
 from dibit.experiments.shapes import ARXIV, Shape, random_graph, sage
 from dibit.experiments.stages import stages
 from dibit.reproduce.paper import CLAIMS
-from dibit.reproduce.plan import Measurement, Reproduction, Results, key
+from dibit.reproduce.plan import Measurement, Reproduction, Values, key
 from dibit.reproduce.training import training
 from dibit.reproduce.variants import BLOCKS, variants
 from dibit.tools.units import MB
@@ -45,7 +45,7 @@ def measurements(run: Reproduction) -> list[Measurement]:
     return found
 
 
-def table(run: Reproduction, results: Results) -> dict[str, Any]:
+def table(run: Reproduction, results: Values) -> dict[str, Any]:
     """By setting, on the shape and on each graph."""
     plan, graphs = run.plan, []
     for each in _cases(run):

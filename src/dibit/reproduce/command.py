@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dibit.reproduce import parallel, sections, tuned
-from dibit.reproduce.plan import Measurement, Plan, Reproduction
+from dibit.reproduce.plan import Measurement, Reproduction, ReproductionPlan
 from dibit.reproduce.store import DAYS, SECTIONS, Store, write
 from dibit.tools.errors import Interrupted, TrainingError, UserError, nearest, require
 from dibit.tools.files import json_path, reason
@@ -75,7 +75,7 @@ def reproduce(argv: Sequence[str]) -> int:
         raise UserError("--out is missing; give the folder of the results, such as --out runs/reproduce.")
     plan = _plan(args)
     json_file = json_path(args.json)
-    for module in ("matplotlib", "jinja2", "pydantic", "rich"):  # before hours of work, not after them
+    for module in ("matplotlib", "markdown_it", "pydantic", "rich"):  # before hours of work, not after them
         require(module, "study")
     require("tensorboard")
     with Store(Path(args.out), args.overwrite) as store, warnings.catch_warnings():
@@ -186,7 +186,7 @@ def _content(
     }
 
 
-def _plan(args: argparse.Namespace) -> Plan:
+def _plan(args: argparse.Namespace) -> ReproductionPlan:
     others = {"--dataset": args.dataset, "--full": args.full}
     own = {"--cell": args.cell, "--recipe": args.recipe, "--jobs": args.jobs is not None}
     if args.section == "tuned":
@@ -199,7 +199,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     given = {
         name: getattr(args, name) for name in ("seeds", "epochs", "rounds", "jobs") if getattr(args, name) is not None
     }
-    plan = Plan(
+    plan = ReproductionPlan(
         full=args.full,
         datasets=tuple(args.dataset or ()),
         root=args.root,

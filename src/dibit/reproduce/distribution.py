@@ -8,7 +8,7 @@ from typing import Any
 
 from dibit.experiments.cases import Case, case
 from dibit.experiments.stages import stages
-from dibit.reproduce.plan import Measurement, Reproduction, Results, key
+from dibit.reproduce.plan import Measurement, Reproduction, Values, key
 from dibit.reproduce.variants import DISTRIBUTION, variants
 from dibit.study import Activation, ClippedNormal, divergence, fit, histogram, uniform
 
@@ -21,7 +21,7 @@ def measurements(run: Reproduction) -> list[Measurement]:
     return [_measurement(run, case(graph, "sage", run.plan.epochs, run.plan.full)) for graph in run.main_graphs()]
 
 
-def table(run: Reproduction, results: Results) -> dict[str, Any]:
+def table(run: Reproduction, results: Values) -> dict[str, Any]:
     """Histograms, models, divergences, and what they say in words."""
     graphs = list(results.values())
     return {"bins": BINS, "graphs": graphs, "verdicts": verdicts([row for graph in graphs for row in graph["rows"]])}

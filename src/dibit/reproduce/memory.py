@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+import torch
+
 import dibit
+from dibit.codec.encode import encoded_bytes
 from dibit.config import Config
 from dibit.experiments.shapes import ARXIV, SHAPES, Shape, random_graph, sage
 from dibit.reproduce.paper import LOG_MB
-from dibit.reproduce.plan import Measurement, Reproduction, Results, key
+from dibit.reproduce.plan import Measurement, Reproduction, Values, key
 from dibit.reproduce.variants import MEMORY, variants
 from dibit.rules import KINDS
 from dibit.tools.units import MB
@@ -35,12 +38,9 @@ def closed_form(shape: Shape, config: Config | None, mask_bytes: int = 4) -> flo
     return (inputs + norms + hidden * 2 * n * shape.hidden / 8 + targets) / MB
 
 
-def _packed(rows: int, width: int, config: Config) -> float:
-    """q(w): codes of rows x width, and two numbers a block; a block of whole rows fills whole bytes."""
-    block = config.block_size(rows, width)
-    blocks, slots = -(-rows * width // block), 8 // config.bits
-    last = rows * width - (blocks - 1) * block
-    return (blocks - 1) * -(-block // slots) + -(-last // slots) + blocks * 2 * config.stats.itemsize
+def _packed(rows: int, width: int, config: Config) -> int:
+    """q(w): bytes of rows x width as the config quantises them, projected before or not at all."""
+    return encoded_bytes(torch.Size((rows, width)), replace(config, reduce=None))
 
 
 def measurements(run: Reproduction) -> list[Measurement]:
@@ -62,7 +62,7 @@ def _compute(shape: Shape, setting: str, note: Callable[[str], None]) -> dict[st
     return measure(shape, variants()[setting])
 
 
-def table(run: Reproduction, results: Results) -> dict[str, Any]:
+def table(run: Reproduction, results: Values) -> dict[str, Any]:
     """Measured, closed form, log, side by side."""
     del run
     shapes = []

@@ -1,137 +1,110 @@
-"""What a figure shows, as plain records: panels with marks, which `dibit.reproduce.charts` draws."""
+"""What a figure shows, as plain records, which `dibit.reproduce.charts` draws."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-
-class Marks(NamedTuple):
-    """Marks of one kind and colour in a panel.
-
-    Attributes:
-        kind: One of `dibit.reproduce.charts.KINDS`.
-        color: The setting, or another name that has a colour (`dibit.reproduce.charts.COLORS`).
-        at: Where, as (x, y); in a panel of rows y is the row. x of a bar is its length (bars of one row are stacked),
-            of an interval or a rail its (low, high).
-        label: In the legend; without one the marks are not in it.
-        texts: Of "text".
-    """
-
-    kind: str
-    color: str
-    at: Sequence[tuple[Any, float]]
-    label: str = ""
-    texts: Sequence[str] = ()
-
-
-class Heading(str):
-    """A row of a panel that names the rows below it."""
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Axes of a figure: rows with marks, or curves where there are no rows.
-
-    Attributes:
-        title: What is shown, with the unit.
-        marks: In the order in which they are drawn.
-        rows: Labels from the top down.
-        subtitle: A line below the title.
-        xlabel: Of the horizontal axis.
-        scale: Of the horizontal axis: "linear", "log", or "powers" of two at the marks.
-        xlim: Its ends; an interval that goes on ends in an arrow.
-        ylim: Of curves, from 0.
-    """
-
-    title: str
-    marks: Sequence[Marks]
-    rows: Sequence[str] = ()
-    subtitle: str = ""
-    xlabel: str = ""
-    scale: str = "linear"
-    xlim: tuple[float, float] | None = None
-    ylim: float | None = None
+from typing import NamedTuple
 
 
 class Dot(NamedTuple):
-    """A value in a row of a panel: with an interval, with the single values behind it, and with an earlier value."""
+    """What a row shows: a dot with what lies around it, or a bar.
 
-    value: float
+    Attributes:
+        value: Of the dot, in the colour of the row's label.
+        low: The interval's lower end.
+        high: Its upper end.
+        values: The single values behind it, as small dots.
+        earlier: An earlier value, as a hollow dot.
+        parts: Of a stacked bar: lengths by names of `dibit.reproduce.charts.COLORS`.
+        others: Values with marks of their own, by names of `dibit.reproduce.charts.MARKS`.
+    """
+
+    value: float | None = None
     low: float | None = None
     high: float | None = None
     values: Sequence[float] = ()
     earlier: float | None = None
+    parts: Mapping[str, float] = {}
+    others: Mapping[str, float] = {}
+
+    @property
+    def words(self) -> str:
+        """Its numbers."""
+        main = sum(self.parts.values()) if self.parts else self.value
+        own = [] if main is None else [_number(main)]
+        return ", ".join(own + [f"{name} {_number(x)}" for name, x in self.others.items()])
 
 
-def dots(
-    title: str, groups: Iterable[tuple[str, Mapping[str, Dot | None]]], guides: Sequence[Marks] = (), **panel: Any
-) -> Panel:
-    """Make a panel of (heading, {label: dot}): a row a label, whose colour is that of the label."""
-    rows: list[str] = []
-    marks = list(guides)
-    for heading, own in groups:
-        rows += [Heading(heading)] if heading and own else []
-        for label, dot in own.items():
-            row = len(rows)
-            rows.append(label)
-            if dot is None:
-                continue
-            if dot.earlier is not None:
-                marks.append(Marks("rail", "rail", [((dot.earlier, dot.value), row)]))
-                marks.append(Marks("hollow", label, [(dot.earlier, row)]))
-            marks.append(Marks("seed", label, [(value, row) for value in dot.values]))
-            if dot.low is not None and dot.high is not None:
-                marks.append(Marks("interval", label, [((dot.low, dot.high), row)]))
-            marks.append(Marks("dot", label, [(dot.value, row)]))
-    return Panel(title, marks, rows, **panel)
+class Guide(NamedTuple):
+    """A line across all rows, at `x`; with a label it is dashed, and in the legend."""
+
+    x: float
+    color: str
+    label: str = ""
 
 
 @dataclass(frozen=True)
-class Figure:
-    """Panels that stand side by side where there is room, else below each other; those without marks are left out.
+class Rows:
+    """A panel of rows from the top down: groups (heading, [(label, dot)]); what lies outside of `xlim` is cut."""
+
+    title: str
+    groups: Sequence[tuple[str, Sequence[tuple[str, Dot]]]]
+    guides: Sequence[Guide] = ()
+    xlabel: str = ""
+    log: bool = False
+    xlim: tuple[float, float] | None = None
+
+    @property
+    def words(self) -> str:
+        """Its numbers; nothing where it has none."""
+        written = [(heading, [f"{label} {dot.words}" for label, dot in rows]) for heading, rows in self.filled]
+        return "; ".join(text for heading, rows in written for text in (heading, *rows) if text)
+
+    @property
+    def filled(self) -> list[tuple[str, list[tuple[str, Dot]]]]:
+        """The groups and rows that hold something."""
+        found = [(heading, [row for row in rows if row[1].words]) for heading, rows in self.groups]
+        return [(heading, rows) for heading, rows in found if rows]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """A panel of % of the elements in equal bins over [0, 3], up to `top`, half as wide as others.
 
     Attributes:
+        title: What is shown.
+        words: Its numbers, a line below the title.
+        color: A name of `dibit.reproduce.charts.COLORS`.
+        measured: By bin; where the largest is above `top` it carries its number.
+        densities: By bin, by names of `dibit.reproduce.charts.DENSITIES`.
+        top: End of the vertical axis.
+    """
+
+    title: str
+    words: str
+    color: str
+    measured: Sequence[float]
+    densities: Mapping[str, Sequence[float]]
+    top: float
+
+
+class Figure:
+    """Panels of one kind, below each other or two in a row; those that hold nothing are left out, and a figure of them.
+
+    Args:
         name: Its id, and the name of its file.
         caption: What it shows.
         panels: In order.
-        small: Whether even a phone has room for two of them in a row.
     """
 
-    name: str
-    caption: str
-    panels: Sequence[Panel]
-    small: bool = False
-
-    def __post_init__(self) -> None:
-        def filled(panel: Panel) -> bool:
-            return any(marks.at and not marks.kind.startswith("guide") for marks in panel.marks)
-
-        object.__setattr__(self, "panels", list(filter(filled, self.panels)))
+    def __init__(self, name: str, caption: str, panels: Sequence[Rows | Histogram]) -> None:
+        self.name, self.caption, self.panels = name, caption, [panel for panel in panels if panel.words]
 
     @property
     def alt(self) -> str:
         """The main numbers in words, for readers who do not see it."""
-        return " ".join(f"{panel.title}: {_in_words(panel)}." for panel in self.panels)
-
-
-def _in_words(panel: Panel) -> str:
-    if not panel.rows:
-        lines = [marks for marks in panel.marks if marks.label and marks.kind != "ring"]
-        ends = [f"{m.label} {_number(m.at[0][1])} to {_number(m.at[-1][1])}" for m in lines if m.at]
-        return panel.subtitle or ", ".join(ends)
-    found: dict[int, list[str]] = {}
-    bars: dict[int, float] = {}
-    for marks in panel.marks:
-        for x, y in marks.at:
-            if marks.kind == "bar":
-                bars[int(y)] = bars.get(int(y), 0) + x
-            elif marks.kind in ("dot", "diamond", "stroke", "cross"):
-                found.setdefault(int(y), []).append(f"{marks.label} {_number(x)}".strip())
-    for row, size in bars.items():
-        found.setdefault(row, []).insert(0, _number(size))
-    return "; ".join(f"{label} {', '.join(found.get(i, ()))}".strip() for i, label in enumerate(panel.rows))
+        return " ".join(f"{panel.title}: {panel.words}." for panel in self.panels)
 
 
 def _number(value: float) -> str:

@@ -23,7 +23,7 @@ _TUNED = ("cells", "recipes", "tuned_seeds", "tuned_epochs", "jobs")  # what `tu
 
 
 @dataclass(frozen=True)
-class Plan:
+class ReproductionPlan:
     """How much is measured.
 
     Attributes:
@@ -84,7 +84,7 @@ class Measurement:
     files: tuple[Path, ...] = ()
 
 
-Results = Mapping[str, Any]  # values by the measurements' names, as far as they are there
+Values = Mapping[str, Any]  # values by the measurements' names, as far as they are there
 
 
 @dataclass(eq=False)
@@ -98,7 +98,7 @@ class Reproduction:
         missing: data set -> why it could not be loaded.
     """
 
-    plan: Plan
+    plan: ReproductionPlan
     store: Store
     quiet: bool = False
     missing: dict[str, str] = field(default_factory=dict)

@@ -10,9 +10,7 @@ from dibit.reproduce.store import SECTIONS
 from dibit.tools.errors import UserError, require, shown
 
 if TYPE_CHECKING:
-    from dibit.reproduce.schema import Section
-
-COMMAND = "dibit reproduce {section} --out DIR"
+    from dibit.reproduce.schema import SectionFile
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
@@ -36,8 +34,8 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def parse(section: Any, name: str, path: Path | None = None) -> Section[Any]:
-    """Return what a section file holds, as `dibit.reproduce.schema` describes it.
+def parse(section: Any, name: str, path: Path | None = None) -> SectionFile[Any]:
+    """Return what a section file holds, in the form of `dibit.reproduce.views`.
 
     Args:
         section: The file's content.
@@ -50,14 +48,15 @@ def parse(section: Any, name: str, path: Path | None = None) -> Section[Any]:
     require("pydantic", "study")
     from pydantic import ValidationError
 
-    from dibit.reproduce.schema import RESULTS, Section
+    from dibit.reproduce.schema import SectionFile
+    from dibit.reproduce.views import VIEWS
 
     file = shown(path or f"{name}.json", 200)
     try:
-        if (held := Section[Any].model_validate(section).section) != name:
+        if (held := SectionFile[Any].model_validate(section).section) != name:
             raise UserError(f"{file} holds the section {shown(repr(held))}; was the file renamed?")
-        kind: Any = RESULTS[name]
-        return Section[kind].model_validate(section)
+        kind: Any = VIEWS[name].Results
+        return SectionFile[kind].model_validate(section)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         missing = first["type"] == "missing"

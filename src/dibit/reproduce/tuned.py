@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dibit.reproduce.plan import Measurement, Plan, Reproduction, Results
+from dibit.reproduce.plan import Measurement, Reproduction, ReproductionPlan, Values
 from dibit.tools.errors import UserError, nearest, shown
 from dibit.tools.statistics import paired_difference
 from dibit.tools.units import MB
@@ -30,7 +30,7 @@ _TWENTY, _TEN, _FIVE = tuple(range(20)), tuple(range(10)), tuple(range(5))
 
 
 @dataclass(frozen=True)
-class Cell:
+class TunedCell:
     """A graph and a model.
 
     Attributes:
@@ -82,14 +82,14 @@ def _cell(
     label: str = "",
     split: bool = False,
     **more: Any,
-) -> Cell:
+) -> TunedCell:
     settings = {"hidden": hidden, "layers": layers, "dropout": dropout}
     for group in groups:
         settings |= group
-    return Cell(graph, model, settings | more, published, recipes, label, split)
+    return TunedCell(graph, model, settings | more, published, recipes, label, split)
 
 
-CELLS: dict[str, Cell] = {
+CELLS: dict[str, TunedCell] = {
     cell.name: cell
     for cell in (
         _cell("amazon-computers", "sage", 64, 4, 0.3, 93.25, _pair(_TWENTY, iexact=_FIVE), _DENSE, split=True),
@@ -113,7 +113,7 @@ def measurements(run: Reproduction) -> list[Measurement]:
     return [unit for unit, _, _ in _planned(run)]
 
 
-def _planned(run: Reproduction) -> Iterator[tuple[Measurement, Cell, Settings]]:
+def _planned(run: Reproduction) -> Iterator[tuple[Measurement, TunedCell, Settings]]:
     plan = run.plan
     for cell in cells(plan.cells):
         settings = cell.train_settings(plan.root, plan.tuned_epochs)
@@ -125,7 +125,7 @@ def _planned(run: Reproduction) -> Iterator[tuple[Measurement, Cell, Settings]]:
                         yield _measurement(run, cell, settings, recipe, seed), cell, settings
 
 
-def cells(names: Sequence[str]) -> list[Cell]:
+def cells(names: Sequence[str]) -> list[TunedCell]:
     """The cells of these names, each once ("all": every one); without any, those of `FIRST`.
 
     Raises:
@@ -137,7 +137,7 @@ def cells(names: Sequence[str]) -> list[Cell]:
     return [CELLS[name] for name in dict.fromkeys(CELLS if "all" in names else names or FIRST)]
 
 
-def check(plan: Plan) -> None:
+def check(plan: ReproductionPlan) -> None:
     """Raise `UserError` for cells and recipes that are not there."""
     here = dict.fromkeys(recipe for cell in cells(plan.cells) for recipe in cell.recipes)
     for recipe in plan.recipes:
@@ -169,7 +169,7 @@ def check_data(run: Reproduction) -> None:
             graph.split(0)
 
 
-def _measurement(run: Reproduction, cell: Cell, settings: Settings, recipe: str, seed: int) -> Measurement:
+def _measurement(run: Reproduction, cell: TunedCell, settings: Settings, recipe: str, seed: int) -> Measurement:
     name = f"{cell.name} {recipe} seed {seed}"
     # The recipe by its name alone: what is measured stays of use when a recipe learns another setting.
     identity = {
@@ -232,7 +232,7 @@ def train(settings: Settings, recipe: str, seed: int, folder: Path, note: Callab
     }
 
 
-def table(run: Reproduction, results: Results) -> dict[str, Any]:
+def table(run: Reproduction, results: Values) -> dict[str, Any]:
     """By cell and recipe, with the paired difference to plain training, and all cells together."""
     rows = []
     for cell in CELLS.values():
@@ -245,7 +245,7 @@ def table(run: Reproduction, results: Results) -> dict[str, Any]:
     return {"rows": rows, "together": {recipe: found for recipe, found in by_recipe.items() if found}}
 
 
-def _row(cell: Cell, recipe: str, own: dict[int, Any], plain: dict[int, Any]) -> dict[str, Any]:
+def _row(cell: TunedCell, recipe: str, own: dict[int, Any], plain: dict[int, Any]) -> dict[str, Any]:
     pairs = [seed for seed in own if seed in plain] if recipe != "none" else []
     differences = [own[seed]["test"] - plain[seed]["test"] for seed in pairs]
     difference = {**paired_difference(differences), "values": differences} if differences else None

@@ -9,7 +9,7 @@ from dibit.codec.normal_levels import expected_variance, normal_levels, sigma
 from dibit.experiments.cases import Case, case
 from dibit.experiments.stages import stages
 from dibit.reproduce.paper import VARIANCE
-from dibit.reproduce.plan import Measurement, Reproduction, Results, key
+from dibit.reproduce.plan import Measurement, Reproduction, Values, key
 from dibit.reproduce.variants import variants
 from dibit.study import measured_variance, monte_carlo, optimal_levels, uniform_levels
 
@@ -45,7 +45,7 @@ def measurements(run: Reproduction) -> list[Measurement]:
     return [_measurement(run, case(graph, "sage", run.plan.epochs, run.plan.full)) for graph in run.main_graphs()]
 
 
-def table(run: Reproduction, results: Results) -> dict[str, Any]:
+def table(run: Reproduction, results: Values) -> dict[str, Any]:
     """The papers' table and what was measured."""
     return {"table": papers_table(), "measured": list(results.values())}
 

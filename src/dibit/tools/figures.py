@@ -17,24 +17,23 @@ INK, SOFT, LINE = "#1f2933", "#5b6570", "#9aa3ad"
 FAMILY = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
 
 
-def svg_of(draw: Callable[[], Figure], font: float = 9.5, salt: str = "", tight: bool = False) -> str:
+def svg_of(draw: Callable[[], Figure], font: float = 9.5, salt: str = "") -> str:
     """SVG of a figure under Dibit's style.
 
     Args:
         draw: Returns the figure.
         font: Points of its text (4/3 of a CSS pixel).
         salt: Sets its ids apart from those of other figures in a page.
-        tight: Cut off what is empty around the content.
     """
     # A style context and bare Figure objects: neither pyplot, nor the backend, nor the caller's rcParams are touched.
     with require("matplotlib.style", "study").context(["default", _style(font, salt)]):
         buffer = io.StringIO()
-        box = {"bbox_inches": "tight", "pad_inches": 0} if tight else {}
-        draw().savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": "Dibit"}, **box)
+        draw().savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": "Dibit"})
     # The reader's own sans-serif type; laid out with DejaVu, which few are wider than. Each text names its family: said
-    # once, on the root, it is the same for half the bytes.
-    plain = re.sub(r" font-family: [^;\"]*;?", "", buffer.getvalue())
-    return plain.replace("<svg ", f'<svg font-family="{FAMILY}" ', 1)
+    # once, on the root, it is the same for half the bytes. Of ids only those stay that the drawing refers to.
+    plain = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", buffer.getvalue(), flags=re.DOTALL)
+    plain = re.sub(r" font-family: [^;\"]*;?", "", re.sub(r'<g id="[^"]*"', "<g", plain))
+    return plain[plain.index("<svg") :].replace("<svg ", f'<svg font-family="{FAMILY}" stroke-linejoin="round" ', 1)
 
 
 def figure(height: float, width: float = 800) -> Figure:

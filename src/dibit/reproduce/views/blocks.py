@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from dibit.reproduce.panels import Dot, Figure, Marks, Panel, dots
-from dibit.reproduce.records import SETTING, Cell, Column, Fact, Record, paper_cell, table
-from dibit.reproduce.schema import Blocks, BlocksGraph, BlocksRow, Timing, TimingRow
-from dibit.tools.number_format import (
-    NONE,
-    between,
-    deviation,
-    interval,
-    mean,
-    number,
-    percent,
-    points,
-    slug,
-    spread,
-)
+from dibit.reproduce.panels import Dot, Figure, Guide, Rows
+from dibit.reproduce.paper import CLAIMS
+from dibit.reproduce.records import SETTING, Fact, Record
+from dibit.reproduce.schema import JsonObject
+from dibit.tools.markdown import Column, Table, strong, table
+from dibit.tools.number_format import NONE, between, deviation, interval, mean, number, percent, points, spread
 
 TITLE = "Blocks"
 CLAIM = (
@@ -31,157 +21,169 @@ _BLOCKS = "G/R = 64"
 _FASTER = 0.95  # the paper's "about 5 %", as a ratio of times
 
 
-def records(results: Blocks) -> Iterator[Record]:
-    paper = results.paper or {}
+class TimingRow(JsonObject):
+    setting: str
+    saved_mb: float
+    seconds: float
+    to_exact: float | None = None
+    to_fp32: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+class Timing(JsonObject):
+    shape: str
+    nodes: int
+    edges: int
+    rows: list[TimingRow]
+    rounds: int | None = None
+
+
+class BlocksRow(JsonObject):
+    setting: str
+    saved_mb: float
+    gradient_error: dict[str, float]  # by epoch
+    test: list[float]
+
+    @property
+    def errors(self) -> list[float]:
+        """Gradient errors in the order of their epochs."""
+        return [self.gradient_error[epoch] for epoch in sorted(self.gradient_error, key=float)]
+
+
+class GraphBlocks(JsonObject):
+    name: str
+    model: str
+    rows: list[BlocksRow]
+    epochs: int | None = None
+    seeds: list[int] | None = None
+
+    def changes(self, row: BlocksRow) -> list[float]:
+        """Test accuracies less plain FP32's with the same seeds; nothing where they cannot be paired."""
+        plain: list[float] = next((other.test for other in self.rows if other.setting == "FP32"), [])
+        paired = row.setting != "FP32" and len(plain) == len(row.test)
+        return [a - b for a, b in zip(row.test, plain, strict=True)] if paired else []
+
+
+class Results(JsonObject):
+    graphs: list[GraphBlocks]
+    timing: Timing | None = None
+
+
+def records(results: Results) -> Iterator[Record]:
     graphs = [graph for graph in results.graphs if graph.rows]
-    if results.timing:
-        yield from _facts(results.timing, paper)
+    timing = results.timing if results.timing and results.timing.rows else None
+    if timing:
+        yield from _facts(timing)
     yield from _sentences(graphs)
-    if (results.timing and results.timing.rows) or graphs:
-        yield _figure(results.timing, graphs)
-    if results.timing and results.timing.rows:
-        yield _timing_table(results.timing, paper)
-    for graph in graphs:
-        yield _graph_table(graph)
+    yield _figure(timing, graphs)
+    if timing:
+        yield _timing_table(timing)
+    yield from map(_graph_table, graphs)
 
 
-def _facts(timing: Timing, paper: dict[str, str]) -> Iterator[Record]:
-    by_setting = {row.setting: row for row in timing.rows}
-    exact, blocks = by_setting.get("EXACT"), by_setting.get(_BLOCKS)
-    if not exact or not blocks:
+def _facts(timing: Timing) -> Iterator[Fact]:
+    rows = {row.setting: row for row in timing.rows}
+    if "EXACT" not in rows or _BLOCKS not in rows:
         return
-    off, claim = deviation(blocks.saved_mb, exact.saved_mb), paper.get("less_memory", "> 15 %")
-    yield Fact(f"Memory of {_BLOCKS} against EXACT", percent(off, 1, sign=True), f"the paper: {claim} less")
+    blocks, off = rows[_BLOCKS], percent(deviation(rows[_BLOCKS].saved_mb, rows["EXACT"].saved_mb), 1, sign=True)
+    yield Fact(f"Memory of {_BLOCKS} against EXACT", off, f"the paper: {CLAIMS['less_memory']} less")
     if blocks.to_exact is not None:
-        quartiles = interval(blocks.low, blocks.high, _change)
-        detail = "" if quartiles == NONE else f"; quartiles {quartiles}"
-        claim = f"the paper: {paper.get('faster', 'about 5 %')} faster{detail}"
-        yield Fact(f"Time of {_BLOCKS} against EXACT", _change(blocks.to_exact), claim)
+        detail = f"the paper: {CLAIMS['faster']} faster; quartiles {interval(blocks.low, blocks.high, _change)}"
+        yield Fact(f"Time of {_BLOCKS} against EXACT", _change(blocks.to_exact), detail)
 
 
 def _change(ratio: float) -> str:
     return percent(ratio - 1, 1, sign=True)
 
 
-def _sentences(graphs: Sequence[BlocksGraph]) -> Iterator[str]:
+def _sentences(graphs: Sequence[GraphBlocks]) -> Iterator[str]:
     for setting, what in ((_BLOCKS, _BLOCKS), ("whole tensor", "the whole tensor as one block")):
-        last = [{row.setting: _errors(row)[-1] for row in graph.rows if row.gradient_error} for graph in graphs]
+        last = [{row.setting: row.errors[-1] for row in graph.rows if row.errors} for graph in graphs]
         ratios = [own[setting] / own["EXACT"] for own in last if setting in own and own.get("EXACT")]
         if ratios:
             found = between(ratios)
             yield f"With {what}, the gradient’s squared error after the last epoch is {found} times EXACT’s."
-    rows = [(graph, row) for graph in graphs for row in graph.rows if row.setting != "FP32"]
-    shifts = [shift for graph, row in rows if (shift := mean(_paired(graph, row))) is not None]
+    changes = [mean(graph.changes(row)) for graph in graphs for row in graph.rows]
+    shifts = [shift for shift in changes if shift is not None]
     if shifts:
         found = f"{points(min(shifts))} to {points(max(shifts))}"
         yield f"Against plain FP32 with the same seeds, the mean test accuracy of the settings moves by {found} points."
 
 
-def _errors(row: BlocksRow) -> list[float]:
-    """Gradient errors by epoch."""
-    return [row.gradient_error[epoch] for epoch in sorted(row.gradient_error, key=float)]
-
-
-def _paired(graph: BlocksGraph, row: BlocksRow) -> list[float]:
-    """Test accuracies less plain FP32's with the same seeds; nothing where they cannot be paired."""
-    plain: list[float] = next((other.test for other in graph.rows if other.setting == "FP32"), [])
-    return [a - b for a, b in zip(row.test, plain, strict=True)] if len(plain) == len(row.test) else []
-
-
-def _timing_table(timing: Timing, paper: dict[str, str]) -> Record:
+def _timing_table(timing: Timing) -> Table:
     exact = next((row.saved_mb for row in timing.rows if row.setting == "EXACT"), None)
-    rounds = f" Medians over {timing.rounds} rounds, settings in turn." if timing.rounds else ""
 
     def against(row: TimingRow) -> str:
         return NONE if row.setting == "FP32" else percent(deviation(row.saved_mb, exact), 1, sign=True)
 
-    def claim(key: str, word: str) -> Column:
-        text = f"{paper[key]} {word}" if key in paper else NONE
-        return Column("the paper", lambda row: paper_cell(text if row.setting == _BLOCKS else NONE))
-
     return table(
-        "blocks-timing",
         f"Saved MB and seconds a step on the {timing.shape} shape ({timing.nodes:,} nodes, {timing.edges:,} edges)."
-        f"{rounds}",
+        + (f" Medians over {timing.rounds} rounds, settings in turn." if timing.rounds else ""),
         [
             SETTING,
-            Column("saved MB", lambda row: Cell(number(row.saved_mb), strong=True)),
-            Column("against EXACT", against),
-            claim("less_memory", "less"),
-            Column("s a step", lambda row: number(row.seconds, 3)),
-            Column("time to EXACT", lambda row: Cell(number(row.to_exact, 3), strong=True)),
-            Column("quartiles", lambda row: interval(row.low, row.high, lambda end: number(end, 3))),
-            claim("faster", "faster"),
-            Column("time to FP32", lambda row: number(row.to_fp32, 3)),
+            ("saved MB", lambda row: strong(number(row.saved_mb))),
+            ("against EXACT", against),
+            ("s a step", lambda row: number(row.seconds, 3)),
+            ("time to EXACT", lambda row: strong(number(row.to_exact, 3))),
+            ("quartiles", lambda row: interval(row.low, row.high, lambda end: number(end, 3))),
+            ("time to FP32", lambda row: number(row.to_fp32, 3)),
         ],
         [("", timing.rows)],
     )
 
 
-def _graph_table(graph: BlocksGraph) -> Record:
+def _graph_table(graph: GraphBlocks) -> Table:
     def error(epoch: str) -> Column:
-        return Column(f"gradient error, epoch {epoch}", lambda row: number(row.gradient_error.get(epoch), 3))
-
-    def minus(row: BlocksRow) -> str:
-        return NONE if row.setting == "FP32" else points(mean(_paired(graph, row)))
+        return (f"gradient error, epoch {epoch}", lambda row: number(row.gradient_error.get(epoch), 3))
 
     epochs = sorted({epoch for row in graph.rows for epoch in row.gradient_error}, key=float)
     count = len(graph.seeds or ())
     trained = (f"{graph.epochs} epochs, " if graph.epochs else "") + f"{count} seed{'' if count == 1 else 's'}"
     return table(
-        f"blocks-{slug(graph.name, graph.model)}",
         f"Blocks on {graph.name} ({graph.model}, {trained}). Gradient error: the expected squared error of the whole "
         "gradient over the squared gradient.",
         [
             SETTING,
-            Column("saved MB", lambda row: number(row.saved_mb)),
+            ("saved MB", lambda row: number(row.saved_mb)),
             *map(error, epochs),
-            Column("test accuracy %", lambda row: spread(row.test)),
-            Column("minus FP32, points", minus),
+            ("test accuracy %", lambda row: spread(row.test)),
+            ("minus FP32, points", lambda row: points(mean(graph.changes(row)))),
         ],
         [("", graph.rows)],
     )
 
 
-def _figure(timing: Timing | None, graphs: Sequence[BlocksGraph]) -> Record:
-    first = min((float(e) for graph in graphs for row in graph.rows for e in row.gradient_error), default=0.0)
-    shape = f" on the {timing.shape} shape (lines: quartiles over rounds)" if timing and timing.rows else ""
+def _figure(timing: Timing | None, graphs: Sequence[GraphBlocks]) -> Figure:
+    def by_graph(dot: Callable[[GraphBlocks, BlocksRow], Dot]) -> list[tuple[str, list[tuple[str, Dot]]]]:
+        return [(f"{g.name}, {g.model}", [(row.setting, dot(g, row)) for row in g.rows]) for g in graphs]
+
+    def error(_: GraphBlocks, row: BlocksRow) -> Dot:
+        errors = row.errors
+        return Dot(errors[-1], earlier=errors[0] if len(errors) > 1 else None) if errors else Dot()
+
+    def change(graph: GraphBlocks, row: BlocksRow) -> Dot:
+        changes = [100 * change for change in graph.changes(row)]
+        return Dot(mean(changes), values=changes)
+
+    rows = timing.rows if timing else []
+    saved = [(row.setting, Dot(parts={row.setting: row.saved_mb})) for row in rows if row.setting != "FP32"]
+    times = [(row.setting, Dot(row.to_exact, row.low, row.high)) for row in rows]
+    positive = all(error > 0 for graph in graphs for row in graph.rows for error in row.errors)
+    shape = f" on the {timing.shape} shape (lines: quartiles over rounds)" if timing else ""
     return Figure(
         "blocks",
         f"By block size: saved MB and time a step{shape}, the squared error of the whole gradient relative to its "
-        f"square (filled: after the last epoch, hollow: {f'after epoch {first:g}' if first else 'before training'}), "
-        "and the change of test accuracy against plain FP32 (small: each seed).",
-        [*_timing_panels(timing), *_graph_panels(graphs)],
+        "square (filled: after the last epoch, hollow: at the first one looked at), and the change of test accuracy "
+        "against plain FP32 (small: each seed).",
+        [
+            Rows("Saved MB", [("", saved)]),
+            Rows(
+                "Time a step, EXACT = 1",
+                [("", times)],
+                [Guide(1, "EXACT"), Guide(_FASTER, "ink", f"the paper’s time at {_BLOCKS}")],
+            ),
+            Rows("Squared error of the gradient", by_graph(error), log=positive),
+            Rows("Test accuracy minus FP32, points", by_graph(change), [Guide(0, "FP32")]),
+        ],
     )
-
-
-def _timing_panels(timing: Timing | None) -> Iterator[Panel]:
-    rows = [row for row in timing.rows if row.setting != "FP32"] if timing else []
-    marks = [Marks("bar", row.setting, [(row.saved_mb, i)]) for i, row in enumerate(rows)]
-    ends = [(row.saved_mb, i) for i, row in enumerate(rows)]
-    marks.append(Marks("text", "ink", ends, texts=[number(row.saved_mb, 1) for row in rows]))
-    largest = max((row.saved_mb for row in rows), default=1)
-    yield Panel("Saved MB", marks, [row.setting for row in rows], xlim=(0, 1.2 * largest or 1))
-    times = {
-        row.setting: Dot(row.to_exact, row.low, row.high)
-        for row in (timing.rows if timing else ())
-        if row.to_exact is not None
-    }
-    paper = Marks("guide dashed", "ink", [(_FASTER, 0)], "the paper’s time at G/R = 64")
-    yield dots("Time a step, EXACT = 1", [("", times)], [Marks("guide", "EXACT", [(1, 0)]), paper])
-
-
-def _graph_panels(graphs: Sequence[BlocksGraph]) -> Iterator[Panel]:
-    errors: list[tuple[str, dict[str, Dot]]] = []
-    changes: list[tuple[str, dict[str, Dot]]] = []
-    for graph in graphs:
-        errors.append((f"{graph.name}, {graph.model}", {}))
-        changes.append((f"{graph.name}, {graph.model}", {}))
-        for row in graph.rows:
-            if found := _errors(row):
-                errors[-1][1][row.setting] = Dot(found[-1], earlier=found[0] if len(found) > 1 else None)
-            if row.setting != "FP32" and (paired := [100 * change for change in _paired(graph, row)]):
-                changes[-1][1][row.setting] = Dot(statistics.fmean(paired), values=paired)
-    positive = all(error > 0 for graph in graphs for row in graph.rows for error in row.gradient_error.values())
-    yield dots("Squared error of the gradient", errors, scale="log" if positive else "linear")
-    yield dots("Test accuracy minus FP32, points", changes, [Marks("guide", "FP32", [(0, 0)])])

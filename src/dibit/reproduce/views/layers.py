@@ -5,19 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from dibit.reproduce.records import Column
-from dibit.reproduce.schema import Layer
-
-Row = TypeVar("Row", bound=Layer)
+from dibit.reproduce.schema import JsonObject
+from dibit.tools.markdown import Column
 
 _MODEL = "(model)"  # what lies in the model itself and in no module of it
-LAYER = (
-    Column("module", lambda row: row.module or _MODEL, numeric=False),
-    Column("operation", lambda row: row.operation, numeric=False),
+LAYER: tuple[Column, ...] = (
+    ("module", lambda row: row.module or _MODEL),
+    ("operation", lambda row: row.operation),
 )
 
 
-def labels(rows: Sequence[Layer]) -> list[str]:
+class LayerRow(JsonObject):
+    setting: str
+    module: str
+    operation: str
+    count: int  # elements that share a range
+    elements: int | None = None
+
+
+Row = TypeVar("Row", bound=LayerRow)
+
+
+def labels(rows: Sequence[LayerRow]) -> list[str]:
     """Name each row's module, with its operation where the rows have the same module twice."""
     modules = [row.module for row in rows]
     twice = [f" {row.operation}" if modules.count(row.module) > 1 else "" for row in rows]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from dibit.reproduce.panels import Figure, Marks, Panel
-from dibit.reproduce.records import SETTING, Cell, Column, Fact, Record, paper_cell, table
-from dibit.reproduce.schema import Memory, MemoryRow, Shape
-from dibit.tools.number_format import NONE, deviation, listed, mb, number, percent, slug
+from dibit.reproduce.panels import Dot, Figure, Rows
+from dibit.reproduce.records import SETTING, Fact, Record, paper
+from dibit.reproduce.schema import JsonObject
+from dibit.tools.markdown import Column, Table, strong, table
+from dibit.tools.number_format import NONE, deviation, mb, number, percent, slug
 
 TITLE = "Memory"
 CLAIM = (
@@ -15,64 +16,68 @@ CLAIM = (
     "to an eighth of its width and rounds it to 2 bits, with one range a node; i-EXACT lets a block of up to 1,024 "
     "elements share one range. The authors’ log of ogbn-arxiv says 30.47 MB for the first, 25.56 MB for the second."
 )
-_BLOCKS = "G/R = 64"  # i-EXACT's own choice
-_MAIN = ("FP32", "EXACT", _BLOCKS, "default")
+_MAIN = {"EXACT": "EXACT", "G/R = 64": "i-EXACT, blocks of 1,024", "default": "Dibit’s default"}
 _KINDS = ("linear inputs", "norm inputs", "ReLU", "dropout", "targets", "other")
 
 
-def records(results: Memory) -> Iterator[Record]:
+class MemoryRow(JsonObject):
+    setting: str
+    measured_mb: float
+    allocator_mb: float | None = None
+    closed_mb: float | None = None
+    closed_cuda_mb: float | None = None
+    log_mb: float | None = None
+    bytes_per_node: float | None = None
+    by_kind: dict[str, float] | None = None
+
+
+class ShapeMemory(JsonObject):
+    name: str
+    nodes: int
+    edges: int
+    rows: list[MemoryRow]
+    hidden: int | None = None
+    layers: int | None = None
+
+
+class Results(JsonObject):
+    shapes: list[ShapeMemory]
+
+
+def records(results: Results) -> Iterator[Record]:
     for shape in results.shapes[:1]:
-        yield from _facts(shape)
-    yield from _sentences(results)
+        rows = {row.setting: row for row in shape.rows}
+        for setting in filter(rows.__contains__, _MAIN):
+            detail = _beside(rows[setting], rows.get("FP32"))
+            yield Fact(f"{_MAIN[setting]}: saved on {shape.name}", mb(rows[setting].measured_mb), detail)
+    yield from _sentences([(shape.name, row) for shape in results.shapes for row in shape.rows])
     for shape in results.shapes:
         if shape.rows:
-            yield from (_figure(shape), _table(shape), _kinds_table(shape))
+            yield from (_figure(shape), _table(shape))
 
 
-def _facts(shape: Shape) -> Iterator[Record]:
-    by_setting = {row.setting: row for row in shape.rows}
-    for setting, name in (("EXACT", "EXACT"), (_BLOCKS, "i-EXACT, blocks of 1,024")):
-        if row := by_setting.get(setting):
-            yield Fact(f"{name}: saved on {shape.name}", mb(row.measured_mb), _beside(row))
-    ours, plain = by_setting.get("default"), by_setting.get("FP32")
-    if ours and plain and ours.measured_mb:
-        ratio = number(plain.measured_mb / ours.measured_mb, 0)
-        detail = f"{ratio} times less than plain FP32’s {mb(plain.measured_mb)}; not a setting of the papers"
-        yield Fact(f"Dibit’s default: saved on {shape.name}", mb(ours.measured_mb), detail)
+def _beside(row: MemoryRow, plain: MemoryRow | None) -> str:
+    for reference, name in ((row.log_mb, "the authors’ log"), (row.closed_mb, "the closed form")):
+        if reference is not None:
+            return f"{name}: {number(reference)}, {percent(deviation(row.measured_mb, reference), 1, sign=True)}"
+    if plain is None or not row.measured_mb:
+        return "not a setting of the papers"
+    ratio = number(plain.measured_mb / row.measured_mb, 0)
+    return f"{ratio} times less than plain FP32’s {mb(plain.measured_mb)}; not a setting of the papers"
 
 
-def _beside(row: MemoryRow) -> str:
-    log = row.log_mb is not None
-    reference, name = (row.log_mb, "the authors’ log") if log else (row.closed_mb, "the closed form")
-    if reference is None:
-        return "no number of the papers"
-    return f"{name}: {number(reference)}, {percent(deviation(row.measured_mb, reference), 1, sign=True)}"
-
-
-def _sentences(results: Memory) -> Iterator[str]:
-    for shape in results.shapes:
-        kept = [f"{row.setting} {mb(row.measured_mb)}" for row in shape.rows if row.setting in _MAIN]
-        if kept:
-            yield f"On the {shape.name} shape autograd keeps: {', '.join(kept)}."
-    rows = [(shape.name, row) for shape in results.shapes for row in shape.rows]
-    off = [
-        (abs(off), row.setting, name)
-        for name, row in rows
-        if (off := deviation(row.measured_mb, row.closed_mb)) is not None
-    ]
+def _sentences(rows: Sequence[tuple[str, MemoryRow]]) -> Iterator[str]:
+    found = [(deviation(row.measured_mb, row.closed_mb), row.setting, name) for name, row in rows]
+    off = [(abs(off), setting, name) for off, setting, name in found if off is not None]
     if off:
         worst, setting, name = max(off)
         yield (
             f"Measured and closed form differ by {percent(worst, 2)} at most ({setting} on the {name} shape), "
             f"over {len(off)} measurements; the papers store their projections, which Dibit draws again."
         )
-    cuda = [f"{mb(row.closed_cuda_mb)} on the {name} shape" for name, row in rows if row.closed_cuda_mb is not None]
-    if cuda:
-        where = "On CUDA, where torch’s dropout mask takes 1 byte an element and not 4"
-        yield f"{where}, plain FP32 would keep {listed(cuda)}."
 
 
-def _table(shape: Shape) -> Record:
+def _table(shape: ShapeMemory) -> Table:
     plain = next((row.measured_mb for row in shape.rows if row.setting == "FP32"), None)
     layers = f", {shape.layers} layers of {shape.hidden}" if shape.layers and shape.hidden else ""
     logged = any(row.log_mb is not None for row in shape.rows)
@@ -80,66 +85,51 @@ def _table(shape: Shape) -> Record:
     def less(row: MemoryRow) -> str:
         return f"{number(plain / row.measured_mb, 1)} ×" if plain and row.measured_mb else NONE
 
+    def kept(kind: str) -> Column:
+        return (kind, lambda row: number((row.by_kind or {}).get(kind, 0.0)))
+
     return table(
-        f"memory-{slug(shape.name)}",
         f"Saved MB (2²⁰ bytes) on the {shape.name} shape ({shape.nodes:,} nodes, {shape.edges:,} edges{layers}), by "
-        "Dibit’s ledger and by the allocator.",
+        "Dibit’s ledger and by the allocator, and by what is kept.",
         [
             SETTING,
-            Column("saved MB", lambda row: Cell(number(row.measured_mb), strong=True)),
-            Column("authors’ log", lambda row: paper_cell(number(row.log_mb))),
-            Column("off the log", lambda row: percent(deviation(row.measured_mb, row.log_mb), 2, sign=True)),
-            Column("closed form", lambda row: paper_cell(number(row.closed_mb))),
-            Column("off the form", lambda row: percent(deviation(row.measured_mb, row.closed_mb), 2, sign=True)),
-            Column("allocator", lambda row: number(row.allocator_mb)),
-            Column("bytes a node", lambda row: number(row.bytes_per_node, 0)),
-            Column("less than FP32", less),
+            ("saved MB", lambda row: strong(number(row.measured_mb))),
+            ("authors’ log", lambda row: paper(number(row.log_mb))),
+            ("off the log", lambda row: percent(deviation(row.measured_mb, row.log_mb), 2, sign=True)),
+            ("closed form", lambda row: paper(number(row.closed_mb))),
+            ("on CUDA", lambda row: paper(number(row.closed_cuda_mb))),
+            ("off the form", lambda row: percent(deviation(row.measured_mb, row.closed_mb), 2, sign=True)),
+            ("allocator", lambda row: number(row.allocator_mb)),
+            ("bytes a node", lambda row: number(row.bytes_per_node, 0)),
+            ("less than FP32", less),
+            *map(kept, _kinds(shape)),
         ],
         [("", shape.rows)],
-        [] if logged else [f"No log of the authors exists for {shape.name}: the closed form stands alone."],
+        [
+            *([] if logged else [f"No log of the authors exists for {shape.name}: the closed form stands alone."]),
+            "On CUDA torch’s dropout mask takes 1 byte an element, and not 4.",
+        ],
     )
 
 
-def _kinds_table(shape: Shape) -> Record:
-    def column(kind: str) -> Column:
-        return Column(kind, lambda row: number((row.by_kind or {}).get(kind, 0.0)))
-
-    return table(
-        f"memory-{slug(shape.name)}-kinds",
-        f"Saved MB on the {shape.name} shape by what is kept.",
-        [SETTING, *map(column, _kinds_of(shape))],
-        [("", shape.rows)],
-        fold=f"By what is kept, {shape.name} shape",
-    )
-
-
-def _kinds_of(shape: Shape) -> list[str]:
-    """The kinds that some setting keeps, the known ones first."""
+def _kinds(shape: ShapeMemory) -> list[str]:
+    """What some setting keeps, the known kinds first."""
     found = {kind for row in shape.rows for kind, size in (row.by_kind or {}).items() if size}
     return [kind for kind in _KINDS if kind in found] + sorted(found - set(_KINDS))
 
 
-def _figure(shape: Shape) -> Record:
-    compressed = [row for row in shape.rows if row.setting != "FP32"]
-    main = [row for row in shape.rows if row.setting in _MAIN]
-    panels = [_panel(shape, main, "Saved MB, to one scale"), _panel(shape, compressed, "Saved MB, compressed alone")]
-    logged = any(row.log_mb is not None for row in shape.rows)
+def _figure(shape: ShapeMemory) -> Figure:
+    bars = []
+    for row in shape.rows:
+        parts = {kind: size for kind in _kinds(shape) if (size := (row.by_kind or {}).get(kind))}
+        others = {} if row.log_mb is None else {"authors’ log": row.log_mb}
+        bars.append((row.setting, Dot(parts=parts or {row.setting: row.measured_mb}, others=others)))
     return Figure(
         f"memory-{slug(shape.name)}",
         f"Saved MB on the {shape.name} shape by what is kept. First to one scale, then the compressed settings on an "
-        f"axis of their own{'; diamonds are the authors’ log' if logged else ''}.",
-        panels,
+        "axis of their own; diamonds are the authors’ log.",
+        [
+            Rows("Saved MB, to one scale", [("", [bar for bar in bars if bar[0] in ("FP32", *_MAIN)])]),
+            Rows("Saved MB, compressed alone", [("", [bar for bar in bars if bar[0] != "FP32"])]),
+        ],
     )
-
-
-def _panel(shape: Shape, rows: list[MemoryRow], title: str) -> Panel:
-    bars = [
-        Marks("bar", kind, [((row.by_kind or {}).get(kind, 0.0), i) for i, row in enumerate(rows)], kind)
-        for kind in _kinds_of(shape)
-    ]
-    ends = [max(row.measured_mb, row.log_mb or 0) for row in rows]
-    sizes = [number(row.measured_mb, 1) for row in rows]
-    totals = Marks("text", "ink", [(end, i) for i, end in enumerate(ends)], texts=sizes)
-    log = [(row.log_mb, i) for i, row in enumerate(rows) if row.log_mb is not None]
-    marks = [*bars, totals, Marks("diamond", "ink", log, "authors’ log")]
-    return Panel(title, marks, [row.setting for row in rows], xlim=(0, 1.2 * max(ends, default=0) or 1))

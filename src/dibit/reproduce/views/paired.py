@@ -1,63 +1,93 @@
-"""What sections of trainings have in common: each recipe beside plain FP32, paired by seed."""
+"""What sections of trainings show: each recipe beside plain FP32, paired by seed."""
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
-from dibit.reproduce.panels import Dot, Marks, Panel, dots
-from dibit.reproduce.records import Cell, Column
-from dibit.reproduce.schema import Difference, TrainingRow
-from dibit.tools.number_format import NONE, interval, number, points, spread
+from dibit.reproduce.panels import Dot, Figure, Guide, Rows
+from dibit.reproduce.records import Record, paper
+from dibit.reproduce.schema import JsonObject
+from dibit.tools.markdown import Column, strong, table
+from dibit.tools.number_format import NONE, interval, mean, number, points, spread
 
-RECIPE = Column("recipe", lambda row: row.recipe, numeric=False)
-ACCURACY = Column("test accuracy %", lambda row: Cell(spread(row.test), strong=True))
-COST = (
-    Column("saved MB", lambda row: number(row.saved_mb)),
-    Column("peak MB", lambda row: number(row.peak_mb, 1)),
-    Column("s an epoch", lambda row: number(row.seconds, 3)),
-    Column("seeds", lambda row: number(len(row.test), 0)),
+
+class Difference(JsonObject):
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    values: list[float] | None = None
+
+
+class TrainingRow(JsonObject):
+    graph: str
+    model: str
+    recipe: str
+    test: list[float]
+    layers: int | None = None
+    hidden: int | None = None
+    norm: str | None = None
+    epochs: int | None = None
+    saved_mb: float | None = None
+    peak_mb: float | None = None
+    seconds: float | None = None
+    difference: Difference | None = None
+    published: float | None = None
+    verdict: str | None = None
+    epochs_ratio: float | None = None
+    noise: float | None = None
+
+
+Groups = Sequence[tuple[str, Sequence[TrainingRow]]]
+_COLUMNS: tuple[Column, ...] = (
+    ("recipe", lambda row: row.recipe),
+    ("test accuracy %", lambda row: strong(spread(row.test))),
+    ("published %", lambda row: paper(number(row.published)) if row.recipe == "none" else NONE),
+    ("minus FP32, points", lambda row: points(d.mean) if (d := row.difference) else NONE),
+    ("95 % interval", lambda row: interval(d.low, d.high, points) if (d := row.difference) else NONE),
+    ("verdict", lambda row: row.verdict or NONE),
+    ("epochs to 99 %", lambda row: number(row.epochs_ratio)),
+    ("noise", lambda row: number(row.noise, 3)),
+    ("saved MB", lambda row: number(row.saved_mb)),
+    ("peak MB", lambda row: number(row.peak_mb, 1)),
+    ("s an epoch", lambda row: number(row.seconds, 3)),
+    ("seeds", lambda row: number(len(row.test), 0)),
 )
 
 
-DIFFERENCE = (
-    Column("minus FP32, points", lambda row: points(d.mean) if (d := row.difference) else NONE),
-    Column("95 % interval", lambda row: interval(d.low, d.high, points) if (d := row.difference) else NONE),
-)
+def trainings(
+    name: str, groups: Groups, of_figure: str, of_table: str, guides: Sequence[Guide] = ()
+) -> Iterator[Record]:
+    """Show (title, rows): the differences to plain FP32 with `guides`, the accuracies themselves, and all numbers."""
+    differences = [row.difference for _, rows in groups for row in rows if row.difference]
+    end = max([reach(differences), *(1.1 * abs(guide.x) for guide in guides)])
+    changes = [(title, [(row.recipe, _change(row.difference)) for row in rows]) for title, rows in groups]
+    levels = [(title, [(row.recipe, _level(row.test)) for row in rows]) for title, rows in groups]
+    panels = [
+        Rows("Test accuracy minus FP32, points", changes, [Guide(0, "FP32"), *guides], xlim=(-end, end)),
+        Rows("Test accuracy, %", levels),
+    ]
+    yield Figure(name, of_figure, panels)
+    if groups:
+        yield table(of_table, _COLUMNS, [(_heading(title, rows[0]), rows) for title, rows in groups])
 
 
-def heading(title: str, row: TrainingRow) -> str:
+def _heading(title: str, row: TrainingRow) -> str:
     """Of a group of rows: a title, and what all have been trained with."""
     width = f"{row.layers} × {row.hidden}" if row.layers and row.hidden else ""
     norm, epochs = f"norm {row.norm}" if row.norm else "", f"{row.epochs} epochs" if row.epochs else ""
     return ", ".join(filter(None, (title, width, norm, epochs)))
 
 
-def panels(groups: Iterable[tuple[str, Sequence[TrainingRow]]], guides: Sequence[Marks] = ()) -> list[Panel]:
-    """Of (title, rows), two panels: the differences to plain FP32 with `guides`, and the accuracies themselves."""
-    changes, levels, differences = [], [], []
-    for title, rows in groups:
-        changes.append((title, {row.recipe: _change(row.difference) for row in rows}))
-        levels.append((title, {row.recipe: _level(row.test) for row in rows}))
-        differences += [row.difference for row in rows if row.difference]
-    end = max([reach(differences), *(1.1 * abs(x) for guide in guides for x, _ in guide.at)])
-    guides = [Marks("guide", "FP32", [(0, 0)]), *guides]
-    return [
-        dots("Test accuracy minus FP32, points", changes, guides, xlim=(-end, end)),
-        dots("Test accuracy, %", levels),
-    ]
-
-
-def _change(found: Difference | None) -> Dot | None:
+def _change(found: Difference | None) -> Dot:
     if found is None:
-        return None
+        return Dot()
     low, high = (None if end is None else 100 * end for end in (found.low, found.high))
     return Dot(100 * found.mean, low, high, [100 * value for value in found.values or ()])
 
 
-def _level(test: Sequence[float]) -> Dot | None:
-    return Dot(100 * statistics.fmean(test), values=[100 * value for value in test]) if test else None
+def _level(test: Sequence[float]) -> Dot:
+    return Dot(mean([100 * value for value in test]), values=[100 * value for value in test])
 
 
 def reach(differences: Sequence[Difference]) -> float:

@@ -17,8 +17,8 @@ from dibit.train import DataSettings, UserError
 from dibit.train.data import NodeDataset, load_graph
 from dibit.train.data.split_file import load_split
 from dibit.train.data.splits import Masks
-from tests.train import damaged
 from tests.train.conftest import small_arrays
+from tests.train.data import damaged
 
 N = 24
 PARTS = ("train", "val", "test")

@@ -14,7 +14,7 @@ import scipy.sparse
 from dibit.cli import main
 from dibit.train import DataSettings, UserError
 from dibit.train.data import NodeDataset, load_graph
-from tests.train import damaged
+from tests.train.data import damaged
 
 FAST = ("--epochs", "1", "--hidden", "8", "--layers", "2", "--device", "cpu", "--quiet")
 

@@ -17,7 +17,7 @@ import torch
 from torch_geometric.data import Data
 
 from dibit.train.data.guard import arrays_only
-from tests.train import hostile
+from tests.train.data import hostile
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,7 @@ import contextlib, io, pickle, resource, sys, warnings
 from pathlib import Path
 import torch
 from dibit.train.data.guard import arrays_only
-from tests.train import hostile
+from tests.train.data import hostile
 
 how, folder, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 warnings.simplefilter("ignore")
