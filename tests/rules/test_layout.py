@@ -87,13 +87,17 @@ def names(operation: str, *owners: Any) -> list[Any]:
     return [getattr(owner, operation) for owner in owners]
 
 
+def every(operation: str) -> list[Any]:
+    return sorted(spellings(operation), key=lambda f: (type(f).__name__, f.__qualname__))
+
+
 POSITIVE = {"sqrt", "rsqrt", "reciprocal", "log"}  # functions of positive numbers
 MORE = {"pow": (3,)}
 # functions with a rule, and a call of each
 OPERATIONS: list[tuple[list[Any], Callable[[Any, Tensor, Net], Any]]] = [
     *[
         (
-            sorted(spellings(name), key=lambda f: (type(f).__name__, f.__qualname__)),
+            every(name),
             lambda f, x, net, name=name: f(x.abs() + 0.1 if name in POSITIVE else x, *MORE.get(name, ())),
         )
         for name in (*POINTWISE, "relu", "leaky_relu")
@@ -107,8 +111,8 @@ OPERATIONS: list[tuple[list[Any], Callable[[Any, Tensor, Net], Any]]] = [
     ([torch.dropout, torch.dropout_], lambda f, x, net: f(x, 0.4, True)),
     ([F.prelu, torch.prelu, Tensor.prelu], lambda f, x, net: f(x, net.slope)),
     *[
-        (names(op, torch, Tensor), call)
-        for op in ("add", "mul", "multiply", "div", "divide", "true_divide")
+        (every(name), call)
+        for name in ("add", "mul", "div")
         for call in (
             lambda f, x, net: f(x, net.other),
             lambda f, x, net: f(x, x.abs() + 1),

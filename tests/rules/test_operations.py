@@ -174,6 +174,7 @@ LOSSY |= {
     },
     **aliases("pow", 1.7, positive=True),
     **aliases("__pow__", 3),
+    **aliases("__ipow__", 3),
     **aliases("softplus", 2.0),
     "square of one tensor": functional(lambda x: x * x),
     "product with a parameter": with_weight(lambda x, w: x * w[0]),
@@ -274,7 +275,8 @@ def test_every_rule_is_exercised() -> None:
         F.sigmoid,  # where no compiler looks, F.sigmoid(x) is x.sigmoid()
         F.tanh,
         torch.add,
-        Tensor.__matmul__,
+        # torch shows these to a mode as Tensor.add, mul, div and matmul
+        *(getattr(Tensor, f"__{name}__") for name in ("add", "radd", "mul", "rmul", "truediv", "div", "matmul")),
         torch.sparse.mm,
         Tensor.scatter_reduce_,
         F.dropout,
