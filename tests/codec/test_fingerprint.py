@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import importlib.util
 import sys
 from types import SimpleNamespace
 
@@ -37,30 +37,31 @@ def test_values_stay() -> None:
 
 
 @pytest.mark.parametrize(("size", "asked"), [(2**11, 0), (2**11 + 1, 1)])
-def test_the_backend_is_asked_where_python_would_take_longer(
-    size: int, asked: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_backend_is_asked_where_python_would_take_longer(size: int, asked: int) -> None:
     calls: list[Tensor] = []
     own = SimpleNamespace(fingerprint=lambda content: calls.append(content) or torch.tensor(5))
-    monkeypatch.setattr(dispatch, "backend", lambda device: own)
-    assert (fingerprint(torch.randn(size)) == 5) == bool(asked)
+    with dispatch.using_backend("cpu", own):
+        assert (fingerprint(torch.randn(size)) == 5) == bool(asked)
     assert len(calls) == asked
 
 
-def test_a_backend_without_one_runs_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_without_one_runs_the_definition() -> None:
     x = torch.randn(5000)
     expected = fingerprint(x)
-    monkeypatch.setattr(dispatch, "backend", lambda device: SimpleNamespace())
-    assert fingerprint(x) == expected
+    with dispatch.using_backend("cpu", SimpleNamespace()):
+        assert fingerprint(x) == expected
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(5000)
     expected = fingerprint(x)
-    monkeypatch.setattr(dispatch, "backend", functools.cache(dispatch.backend.__wrapped__))
-    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
-    with pytest.warns(UserWarning, match="numba is not installed"):
-        assert fingerprint(x) == expected
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    dispatch.backend.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="numba is not installed"):
+            assert fingerprint(x) == expected
+    finally:
+        dispatch.backend.cache_clear()
 
 
 def changed(x: Tensor, how: str, at: int) -> Tensor:

@@ -25,7 +25,8 @@ from dibit.compile.config_text import NORM, setting_of, settings
 from dibit.engine.model_state import state_of
 from dibit.engine.noise.meter import concentration, rounding_of
 from dibit.engine.noise.noise_flow import _ALIGNED, _ALIGNED_COLUMNS, _COLUMNS, Factor, Leaf, Level, Norm
-from dibit.engine.noise.row_plan import _DEEP, _FINE, _MANY, _NEXT, _SPREAD, RowPlan
+from dibit.engine.noise.prediction import DEEP, FINE, NEXT
+from dibit.engine.noise.row_plan import _MANY, _SPREAD, RowPlan
 from dibit.recipes import recipe
 from dibit.study import gradient_error
 from tests.unbiased import bias_of
@@ -440,8 +441,8 @@ class TestNextToTheLoss:
         leaves = walked(Deep(layers, nn.BatchNorm1d), 5, rho=rho)
         q = columns = 0.0
         for i in reversed(range(layers)):
-            near = layers - 1 - i < _NEXT * layers
-            variance = 0.2 * 4.0 ** (2 - _FINE) if near else 0.2
+            near = layers - 1 - i < NEXT * layers
+            variance = 0.2 * 4.0 ** (2 - FINE) if near else 0.2
             q = q * (1 + variance * _ALIGNED_COLUMNS) + variance * rho
             columns += _COLUMNS * variance * _SPREAD
             if i < layers - 1:  # in the first pass the order of the norms was not known before
@@ -449,7 +450,7 @@ class TestNextToTheLoss:
         again = walked_again(layers, rho)
         assert again["layers.0:linear:1"].fine == pytest.approx(q + columns)
 
-    @pytest.mark.parametrize(("layers", "bits"), [(_DEEP, {2, 4}), (_DEEP - 1, {2})])
+    @pytest.mark.parametrize(("layers", "bits"), [(DEEP, {2, 4}), (DEEP - 1, {2})])
     def test_which_norms_keep_more_bits(self, layers: int, bits: set[int]) -> None:
         model = Deep(layers, nn.LayerNorm)
         plan, again = planned(model)
@@ -465,13 +466,13 @@ class TestNextToTheLoss:
         assert all(each.reduce is None for each in found.values())
         assert {each.bits for each in found.values()} == bits
         near = [key for key, each in found.items() if each.bits == 4]
-        assert all(plan.norms[key].above < _NEXT * layers for key in near)
+        assert all(plan.norms[key].above < NEXT * layers for key in near)
         assert any(key.startswith(f"norms.{layers - 1}:") for key in near) or bits == {2}
 
     @pytest.mark.parametrize(("terms", "level"), [(0.1, Level.ALL), (3.0, Level.FINE)])
     def test_it_is_chosen_by_what_comes_down_the_path(self, terms: float, level: Level) -> None:
         plan = RowPlan(bound=0.5, passes=4)
-        plan.norms = {f"{i}": Norm(0.01, above=i, elements=64, ratio=16) for i in range(_DEEP)}
+        plan.norms = {f"{i}": Norm(0.01, above=i, elements=64, ratio=16) for i in range(DEEP)}
         plan.leaves = {"x": Leaf(terms=terms, signal=1.0, sampled=50.0, all_rows=0.06, fine=0.01)}
         plan.measured("x", (0.0, terms, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0))
         plan.decide()

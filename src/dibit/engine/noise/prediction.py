@@ -10,8 +10,8 @@ from dibit.engine.noise.noise_flow import Factor, Leaf, Level, Norm
 NEAR = 1.1  # times the least error is near it
 _ROUNDED = 0.2  # variance of a normalised input at 2 bits with dither
 DEEP = 8  # norms behind one another, of which those next to the loss may keep more bits
-_NEXT = 0.45  # share of the norms that are next to the loss
-_FINE = 4  # bits of these
+NEXT = 0.45  # share of the norms that are next to the loss
+FINE = 4  # bits of these
 
 
 class Prediction:
@@ -31,14 +31,14 @@ class Prediction:
 
     def bits(self, norm: Norm, level: int) -> int | None:
         """Bits of a norm that keeps all rows; `None`: the recipe's."""
-        fine = level == Level.FINE and self.depth >= DEEP and norm.above < _NEXT * self.depth
-        return _FINE if fine else None
+        fine = level == Level.FINE and self.depth >= DEEP and norm.above < NEXT * self.depth
+        return FINE if fine else None
 
     def variance(self, norm: Norm, level: int) -> float:
         """The variance of what a norm keeps of x_hat, over the square of x_hat."""
         if level == Level.SAMPLED:
             return norm.ratio - 1
-        return _ROUNDED if self.bits(norm, level) is None else _ROUNDED * 4.0 ** (2 - _FINE)
+        return _ROUNDED if self.bits(norm, level) is None else _ROUNDED * 4.0 ** (2 - FINE)
 
     def error(self, level: int, ratios: Mapping[str, int], share: float = 1.0) -> float:
         """The squared error of the gradient."""
@@ -105,4 +105,4 @@ class Prediction:
         """How many elements of 2 bits a norm keeps for each of its own: over columns two draws of some rows."""
         if level == Level.SAMPLED:
             return (1 + (norm.concentration > 0)) / norm.ratio
-        return 1.0 if self.bits(norm, level) is None else _FINE / 2
+        return 1.0 if self.bits(norm, level) is None else FINE / 2
