@@ -4,6 +4,7 @@
 - `patterns`: what such a tensor is made of
 - `functions`: what is done with one: its shape is known, factors are noted, sums computed; all else makes it
 - `sums`: the sums over edges, and their gradients
+- `extremes`: the maxima and minima over edges, and their gradients
 - `scores`: the scores of edges of which attention is made
 - `plan`: a graph's edges in the order of their targets, and of their sources
 """

@@ -7,6 +7,7 @@ and goes on as it would in plain torch.
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from dibit.edges.deferred import (
     materialized,
     watch,
 )
+from dibit.edges.extremes import LEAST_WIDTH, edge_extreme, picks_torchs_zeros
 from dibit.edges.patterns import PRODUCTS, is_ends, is_weight, kind, one_column, parts, sources
 from dibit.edges.plan import Plan, Plans, known_plans
 from dibit.edges.scores import additive_scores, scalar_products, summed
@@ -49,7 +51,8 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _LIKE = {Tensor.expand_as: Tensor.expand, Tensor.view_as: Tensor.view}
 _SCATTERS = torch_functions("scatter_add_ scatter_add")
 _ADDS = torch_functions("index_add_ index_add")
-_IN_PLACE = torch_functions("scatter_add_ index_add_")
+_EXTREMES = torch_functions("scatter_reduce_ scatter_reduce")
+_IN_PLACE = torch_functions("scatter_add_ index_add_ scatter_reduce_")
 
 
 class Edges:
@@ -110,7 +113,11 @@ class Edges:
             return self._scores(func, found)
         if func is F.leaky_relu and len(args) == 1 and not kwargs.get("inplace", False):
             args, kwargs = (*args, kwargs.get("negative_slope", 0.01)), {}
-        if kwargs or found.pending.value is not None:
+        if found.pending.value is not None:
+            return NotImplemented
+        if func in _EXTREMES:
+            return self._extreme(func, found, *args, **kwargs)
+        if kwargs:
             return NotImplemented
         if func in _LIKE and len(args) == 2 and type(args[0]) is Tensor:
             return self.run(_LIKE[func], (args[0], *found.shape), {})
@@ -189,6 +196,33 @@ class Edges:
         """Messages added to the rows of their targets."""
         if kind(messages) not in ("gather", "scaled"):
             return NotImplemented
+        return self._reduced(func, out, dim, target, messages, _rule)
+
+    def _extreme(
+        self,
+        func: Any,
+        messages: Deferred,
+        input: Any,
+        dim: Any = None,
+        index: Any = None,
+        src: Any = None,
+        reduce: Any = None,
+        *,
+        include_self: bool = True,
+        **more: Any,
+    ) -> Any:
+        """Maxima or minima of messages of the same target."""
+        if src is not messages or reduce not in ("amax", "amin") or include_self or more:
+            return NotImplemented
+        if kind(messages) != "gather" or not is_plain_float(input) or input.requires_grad:
+            return NotImplemented
+        if messages.shape[1:].numel() < LEAST_WIDTH or not picks_torchs_zeros():
+            return NotImplemented
+        rule = functools.partial(_extreme_rule, reduce == "amin")
+        return self._reduced(func, input, dim, one_column(index, messages), messages, rule)
+
+    def _reduced(self, func: Any, out: Any, dim: Any, target: Any, messages: Deferred, rule: Any) -> Any:
+        """Messages reduced by target into `out`, by a rule."""
         if type(target) is not Tensor or target.dtype != torch.int64 or target.dim() != 1:
             return NotImplemented
         if dim not in (0, -messages.dim()) or not is_plain_float(out) or out.dtype != messages.dtype:
@@ -210,7 +244,7 @@ class Edges:
             self.forward.before_change(out)
         else:
             out = out.clone()
-        y = self.rule(func, _rule, (gathered, x, out, scale, plan, source, target, zeros))
+        y = self.rule(func, rule, (gathered, x, out, scale, plan, source, target, zeros))
         if y is not NotImplemented:
             messages.pending.used = gathered.used = True
         return y
@@ -312,6 +346,24 @@ def _rule(
     if scale is None or not (needs[1] or scale.shape[1:].numel() > 1):
         return edge_sum(forward, x, out, plan, scale, target if zeros else None)
     return scaled_sum(forward, x, scale, out, plan)
+
+
+def _extreme_rule(
+    least: bool,
+    forward: ForwardPass,
+    gathered: PendingCall,
+    x: Tensor,
+    out: Tensor,
+    scale: None,
+    plan: Plan,
+    source: Tensor,
+    target: Tensor,
+    zeros: bool,
+) -> Tensor:
+    if x.requires_grad:
+        forward.plain(source, target)
+        _count(forward, gathered)
+    return edge_extreme(forward, x, out, plan, least, zeros)
 
 
 def _score_rule(

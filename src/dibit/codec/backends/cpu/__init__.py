@@ -26,18 +26,22 @@ from dibit.codec.backends.cpu.elementwise import (
 )
 from dibit.codec.backends.cpu.products import column_sums, norm_gradient, weight_gradient
 from dibit.codec.backends.cpu.sampling import pick_rows, row_scores
+from dibit.codec.backends.cpu.winners import add_winners, edge_extremes, edge_winners
 
 __all__ = [
     "add_neighbours",
     "add_scaled",
     "add_signed",
+    "add_winners",
     "aggregate",
     "apply_mask",
     "column_sums",
     "dequantize",
     "dropout",
+    "edge_extremes",
     "edge_products",
     "edge_signs",
+    "edge_winners",
     "finite",
     "norm_gradient",
     "norm_relu_dropout",

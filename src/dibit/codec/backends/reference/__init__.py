@@ -38,6 +38,7 @@ from dibit.codec.backends.reference.elementwise import (
 )
 from dibit.codec.backends.reference.products import column_sums, norm_gradient, weight_gradient
 from dibit.codec.backends.reference.sampling import pick_rows, row_scores
+from dibit.codec.backends.reference.winners import add_winners, edge_extremes, edge_winners
 
 __all__ = [
     "NEAREST",
@@ -45,6 +46,7 @@ __all__ = [
     "add_neighbours",
     "add_scaled",
     "add_signed",
+    "add_winners",
     "affine",
     "aggregate",
     "apply_mask",
@@ -54,8 +56,10 @@ __all__ = [
     "dither_variance",
     "dropout",
     "dropout_scale",
+    "edge_extremes",
     "edge_products",
     "edge_signs",
+    "edge_winners",
     "finite",
     "norm_gradient",
     "norm_relu_dropout",
