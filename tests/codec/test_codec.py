@@ -483,6 +483,7 @@ SAMPLES = {
     "aggregate": lambda: (torch.tensor([0, 2, 2, 5]), torch.tensor([0, 3, 1, 2, 3]), torch.rand(5), torch.randn(4, 9)),
     "sort_edges": lambda: (torch.tensor([3, 0, 2, 3]), 4),
     "add_neighbours": lambda: (torch.randn(3, 9), *ROWS, torch.rand(5), torch.randn(4, 9)),
+    "add_rows": lambda: (torch.randn(4, 9), ROWS[1], torch.randn(5, 9)),
     "add_scaled": lambda: (torch.randn(3, 2, 9), *ROWS, ORDER, torch.rand(5, 2), torch.randn(4, 2, 9)),
     "edge_products": lambda: (*ROWS, ORDER, torch.randn(3, 2, 9), torch.randn(4, 2, 9)),
     "edge_signs": lambda: (*ROWS, ORDER, torch.randn(3, 2, 9), torch.randn(4, 2, 9)),

@@ -21,6 +21,7 @@ norm_gradient = operator(reference.norm_gradient)
 aggregate = operator(reference.aggregate)
 sort_edges = operator(reference.sort_edges)
 add_neighbours = operator(reference.add_neighbours, writes="out")
+add_rows = operator(reference.add_rows, writes="out")
 add_scaled = operator(reference.add_scaled, writes="out")
 edge_products = operator(reference.edge_products)
 edge_signs = operator(reference.edge_signs)
@@ -50,6 +51,7 @@ OPS = (
     aggregate,
     sort_edges,
     add_neighbours,
+    add_rows,
     add_scaled,
     edge_products,
     edge_signs,
@@ -129,6 +131,11 @@ def _(index, count):
 
 @add_neighbours.register_fake
 def _(out, crow, col, values, x):
+    return None
+
+
+@add_rows.register_fake
+def _(out, index, x):
     return None
 
 

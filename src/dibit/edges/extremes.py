@@ -19,6 +19,7 @@ from dibit.engine.forward_pass import ForwardPass
 from dibit.residuals.base import load, released, save
 from dibit.rules.common import first_order
 
+HOW = "winners of each target"
 LEAST_WIDTH = 16  # features from which torch takes a row at once; of equal zeros it then picks the last, else the first
 
 
@@ -29,15 +30,9 @@ class EdgeExtreme(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, out: Tensor, plan: Plan, least: bool, zeros: bool, forward: ForwardPass) -> Tensor:
         ctx.mark_dirty(out)
         edges, shape = plan.by_target, x.shape
-        x, y = _rows(x.detach()).contiguous(), _rows(out)
-        start = None if zeros else y.clone()
-        ops.edge_extremes(y, edges.crow, edges.col, x, least)
-        planes, many = ops.edge_winners(edges.crow, edges.col, x, y)
-        attained = y == 0 if start is None else y == start
-        attained &= edges.crow.diff()[:, None] > 0
-        initial = _bits(attained) if bool(attained.any()) else None
-        forward.kept(planes, many, *(() if initial is None else (initial,)), how="winners of each target")
-        save(ctx, planes, many, initial)
+        kept = extremes(_rows(out), edges.crow, edges.col, _rows(x.detach()).contiguous(), least, zeros)
+        forward.kept(*kept, how=HOW)
+        save(ctx, *kept, *(None,) * (3 - len(kept)))
         ctx.plan, ctx.shape = plan, shape
         return out
 
@@ -49,6 +44,21 @@ class EdgeExtreme(torch.autograd.Function):
         dx = empty((ctx.shape[0], ctx.shape[1:].numel()), dy.dtype, dy.device).zero_()
         ops.add_winners(dx, edges.crow, edges.col, planes, many, _rows(dy).contiguous(), initial)
         return dx.reshape(ctx.shape), None, None, None, None, None
+
+
+def extremes(y: Tensor, crow: Tensor, col: Tensor, x: Tensor, least: bool, zeros: bool) -> tuple[Tensor, ...]:
+    """y (N, D) becomes the extremes; what its gradient needs is returned.
+
+    Returns:
+        The planes of `dibit::edge_winners`, which nodes have many, and, only where it has a share anywhere, whether
+        what was there has one, uint8 (N, ceil(D / 8)).
+    """
+    start = None if zeros else y.clone()
+    ops.edge_extremes(y, crow, col, x, least)
+    planes, many = ops.edge_winners(crow, col, x, y)
+    attained = y == 0 if start is None else y == start
+    attained &= crow.diff()[:, None] > 0
+    return (planes, many, _bits(attained)) if bool(attained.any()) else (planes, many)
 
 
 def edge_extreme(forward: ForwardPass, x: Tensor, out: Tensor, plan: Plan, least: bool, zeros: bool) -> Tensor:

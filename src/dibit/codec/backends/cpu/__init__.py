@@ -6,6 +6,7 @@ Kernels take float32 (and bfloat16 or float32 ranges); for other dtypes the defi
 from dibit.codec.backends.cpu.blocks import dequantize, quantize, quantize_rows
 from dibit.codec.backends.cpu.edges import (
     add_neighbours,
+    add_rows,
     add_scaled,
     add_signed,
     aggregate,
@@ -30,6 +31,7 @@ from dibit.codec.backends.cpu.winners import add_winners, edge_extremes, edge_wi
 
 __all__ = [
     "add_neighbours",
+    "add_rows",
     "add_scaled",
     "add_signed",
     "add_winners",

@@ -17,6 +17,7 @@ from dibit.codec.backends.reference.blocks import (
 )
 from dibit.codec.backends.reference.edges import (
     add_neighbours,
+    add_rows,
     add_scaled,
     add_signed,
     aggregate,
@@ -44,6 +45,7 @@ __all__ = [
     "NEAREST",
     "STOCHASTIC",
     "add_neighbours",
+    "add_rows",
     "add_scaled",
     "add_signed",
     "add_winners",
