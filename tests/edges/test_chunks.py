@@ -343,6 +343,31 @@ def test_the_plan_has_the_indices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(isinstance(index, Tensor) for index in kept)
 
 
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("order", ORDERS)
+def test_indices_may_change_before_the_backward_pass(order: str) -> None:
+    """The gradient is that of the edges that were read; plain torch would refuse. A third index is not in the plan."""
+
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start, self.lin = nn.Linear(D, D), nn.Linear(D, D)
+
+        def forward(self, x: Tensor, indices: Tensor) -> Tensor:
+            h = self.start(x)
+            m = self.lin(h[indices[0]] + h[indices[1]] - h[indices[2]])
+            return torch.zeros(N, D).index_add_(0, indices[1], m)
+
+    model, x, readout = Three().train(), torch.randn(N, D), torch.randn(N, D)
+    indices = torch.cat((graph(order), torch.randint(0, N, (1, E))))
+    truth = torch.autograd.grad((model(x, indices) * readout).sum(), [*model.parameters()])
+    y = dibit.compress(model)(x, indices)
+    indices.zero_()
+    found = torch.autograd.grad((y * readout).sum(), [*model.parameters()])
+    for a, b in zip(found, truth, strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()))
+
+
 def test_second_derivatives_are_refused() -> None:
     model, x, edge_index = Net(MODELS["EdgeConv"]()).train(), torch.randn(N, D, requires_grad=True), graph()
     y = dibit.compress(model)(x, edge_index)

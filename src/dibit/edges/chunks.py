@@ -92,6 +92,11 @@ class Rows:
     def __init__(self, index: Tensor | None, end: str) -> None:
         self.index, self.end = None if end else index, end
 
+    @property
+    def planned(self) -> bool:
+        """Whether the plan has it."""
+        return self.index is None
+
     def of(self, chunk: Chunk) -> Tensor:
         if self.end == "source":
             return chunk.plan.by_target.col[chunk.edges]
@@ -158,18 +163,21 @@ class Take(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Rows, chunk: Chunk, gradient: Gradient) -> Tensor:
+        index = rows.of(chunk)
         ctx.rows, ctx.chunk, ctx.gradient = rows, chunk, gradient
-        return _taken(x, rows, chunk)
+        # the caller may change an index of its own before the backward pass
+        ctx.index = None if rows.planned else index.to(chunk.plan.by_target.crow.dtype, copy=True)
+        return _taken(x, index, chunk)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        ctx.gradient.add(ctx.rows.of(ctx.chunk), dy[: ctx.chunk.size].contiguous())
+        index = ctx.rows.of(ctx.chunk) if ctx.index is None else ctx.index
+        ctx.gradient.add(index, dy[: ctx.chunk.size].contiguous())
         return None, None, None, None
 
 
-def _taken(x: Tensor, rows: Rows, chunk: Chunk) -> Tensor:
-    index = rows.of(chunk)
+def _taken(x: Tensor, index: Tensor, chunk: Chunk) -> Tensor:
     if chunk.padding:
         index = torch.cat((index, index[-1:].expand(chunk.padding)))
     return x.index_select(0, index)
@@ -347,7 +355,7 @@ class Computation:
     def _take(self, x: Tensor, index: Tensor | None, chunk: Chunk) -> Tensor:
         rows = Rows(index, "" if index is None else self._end(index))
         if not x.requires_grad:
-            return _taken(x, rows, chunk)
+            return _taken(x, rows.of(chunk), chunk)
         if id(x) not in self._sources:
             gradient = Gradient(x)
             self._sources[id(x)] = Source.apply(x, gradient), gradient

@@ -201,13 +201,16 @@ class Edges:
         if torch.is_autocast_enabled("cpu"):
             return NotImplemented
         args = _made(args)
-        found = extend(func, args, kwargs) if first_deferred(args) is not None else None
+        first = first_deferred(args)
+        if first is None or first.shape[0] < 2 * programs.CHUNK:
+            return NotImplemented
+        found = extend(func, args, kwargs)
         if found is None:
             return NotImplemented
         func, args, shape = found
         deferred = [x for x in args if type(x) is Deferred]
         plain = [x for x in args if isinstance(x, Tensor) and type(x) is not Deferred]
-        if shape[0] < 2 * programs.CHUNK or any(forward.holdings.is_exposed(x) or torch.is_inference(x) for x in plain):
+        if any(forward.holdings.is_exposed(x) or torch.is_inference(x) for x in plain):
             return NotImplemented
         roots = *(root for x in deferred for root in x.pending.roots), *plain
         call = PendingCall(func, args, roots, self._run_here())
