@@ -440,6 +440,13 @@ def _signs() -> Tensor:
     return ops.edge_signs(*ROWS, ORDER, torch.randn(3, 2, 9), torch.randn(4, 2, 9))
 
 
+def _extremes() -> tuple[Tensor, Tensor]:
+    """Features, and their maxima over neighbours."""
+    x, y = torch.randn(4, 9), torch.zeros(3, 9)
+    ops.edge_extremes(y, *ROWS, x, False)
+    return x, y
+
+
 SAMPLES = {
     "quantize": lambda: (torch.randn(100), seed_tensor(1), 2, 16, [], torch.bfloat16, 0),
     "dequantize": lambda: (
@@ -480,10 +487,14 @@ SAMPLES = {
     "aggregate": lambda: (torch.tensor([0, 2, 2, 5]), torch.tensor([0, 3, 1, 2, 3]), torch.rand(5), torch.randn(4, 9)),
     "sort_edges": lambda: (torch.tensor([3, 0, 2, 3]), 4),
     "add_neighbours": lambda: (torch.randn(3, 9), *ROWS, torch.rand(5), torch.randn(4, 9)),
+    "add_rows": lambda: (torch.randn(4, 9), ROWS[1], torch.randn(5, 9)),
     "add_scaled": lambda: (torch.randn(3, 2, 9), *ROWS, ORDER, torch.rand(5, 2), torch.randn(4, 2, 9)),
     "edge_products": lambda: (*ROWS, ORDER, torch.randn(3, 2, 9), torch.randn(4, 2, 9)),
     "edge_signs": lambda: (*ROWS, ORDER, torch.randn(3, 2, 9), torch.randn(4, 2, 9)),
     "add_signed": lambda: (torch.randn(3, 2, 9), ROWS[0], ORDER, _signs(), torch.rand(5, 2), 0.2),
+    "edge_extremes": lambda: (torch.zeros(3, 9), *ROWS, torch.randn(4, 9), False),
+    "edge_winners": lambda: (*ROWS, *_extremes()),
+    "add_winners": lambda: (torch.zeros(4, 9), *ROWS, *ops.edge_winners(*ROWS, *_extremes()), torch.randn(3, 9), None),
     "row_scores": lambda: (torch.randn(5, 9),),
     "pick_rows": lambda: (torch.arange(9, dtype=torch.uint8), seed_tensor(1), 2),
     "quantize_rows": lambda: (

@@ -40,6 +40,12 @@ def total(messages: Tensor, out: Tensor | None = None) -> Tensor:
     return out.scatter_add_(0, TARGET[:, None].expand_as(messages), messages)
 
 
+def most(messages: Tensor, out: Tensor | None = None, **more: Any) -> Tensor:
+    """The maximum, or what was there."""
+    out = messages.new_zeros(N, *messages.shape[1:]) if out is None else out
+    return out.scatter_reduce_(0, TARGET[:, None].expand_as(messages), messages, "amax", include_self=False, **more)
+
+
 class Reversed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -126,6 +132,11 @@ def _no_grad(x_j: Tensor) -> Tensor:
     return total(x_j) + constant + total(scaled)
 
 
+def _constant(program: Callable[[Tensor], Tensor], x_j: Tensor) -> Tensor:
+    with torch.no_grad():
+        return program(x_j)
+
+
 def _inner(x_j: Tensor) -> Tensor:
     return total(x_j) + torch.autograd.grad((x_j[:5] * 2).sum(), x_j, retain_graph=True)[0].sum().detach()
 
@@ -152,6 +163,39 @@ PROGRAMS: dict[str, Callable[[Tensor], Tensor]] = {
     "into a view": _into_a_view,
     "other index": lambda j: torch.zeros(N, D).scatter_add_(0, (TARGET[:, None] + torch.arange(D)) % N, j),
     "along features": lambda j: torch.zeros(E, 4).scatter_add_(1, torch.arange(D).expand(E, D) % 4, j),
+    "maximum": most,
+    "maximum and sum": lambda j: most(j) + total(j),
+    "maximum of equals": lambda j: most(j.detach() * 0 + j.sign()) + most(j.sign()),
+    "maximum into numbers": lambda j: most(j, torch.linspace(-1, 1, N * D).view(N, D).clone()),
+    "maximum that counts those": lambda j: torch.zeros(N, D).scatter_reduce_(
+        0, TARGET[:, None].expand(E, D), j, "amax"
+    ),
+    "maximum into a gradient": lambda j: total(j * SCALE).scatter_reduce_(
+        0, (TARGET // 2)[:, None].expand(E, D), j, "amax", include_self=False
+    ),
+    "minimum, functional": lambda j: torch.scatter_reduce(
+        torch.ones(N, D), 0, TARGET[:, None].expand(E, D), j, "amin", include_self=False
+    ),
+    "minimum by a method": lambda j: torch.ones(N, D).scatter_reduce(
+        dim=0, index=TARGET[:, None].expand(E, D), src=j, reduce="amin", include_self=False
+    ),
+    "maximum into a result": lambda j: (
+        torch.scatter_reduce(
+            torch.ones(N, D),
+            0,
+            TARGET[:, None].expand(E, D),
+            j.detach(),
+            "amax",
+            include_self=False,
+            out=torch.empty(0),
+        )
+        + total(j)
+    ),
+    "maximum dropped": lambda j: (lambda out: (most(j, out), out)[1])(torch.zeros(N, D)),
+    "maximum of a product": lambda j: most(j * SCALE),
+    "maximum, hooked": lambda j: most(_hooked(j, lambda grad: grad * 3)),
+    "maximum, then its own gather": lambda j: most(most(j)[TARGET]),
+    "maximum under no_grad": lambda j: _constant(most, j) + total(j),
     "function": lambda j: total(Reversed.apply(j)),
     "function that gives it back": lambda j: total(Same.apply(j)),
     "function that saves it": Saving.apply,

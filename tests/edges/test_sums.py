@@ -153,6 +153,9 @@ CONVS: dict[str, Callable[[], nn.Module]] = {
     "APPNP": lambda: g.APPNP(3, 0.1),
     "gated": lambda: g.GatedGraphConv(D, 2),
     "cluster": lambda: g.ClusterGCNConv(D, D),
+    "SAGE max": lambda: g.SAGEConv(D, D, aggr="max"),
+    "SAGE min from target": lambda: g.SAGEConv(D, D, aggr="min", flow="target_to_source"),
+    "SAGE with three": lambda: g.SAGEConv(D, D, aggr=["mean", "max", "min"]),
 }
 ATTENTION: dict[str, Callable[[], nn.Module]] = {
     "GAT": lambda: g.GATConv(D, 8, heads=4),
@@ -163,7 +166,7 @@ ATTENTION: dict[str, Callable[[], nn.Module]] = {
     "Transformer one head": lambda: g.TransformerConv(D, 20, heads=1),
 }
 OTHERS: dict[str, Callable[[], nn.Module]] = {
-    "SAGE max": lambda: g.SAGEConv(D, D, aggr="max"),
+    "SAGE with a deviation": lambda: g.SAGEConv(D, D, aggr=["max", "std", "min"]),
     "GATv2 with edge features": lambda: WithFeatures(g.GATv2Conv(D, 8, heads=4, edge_dim=3)),
     "Transformer with edge features": lambda: WithFeatures(g.TransformerConv(D, 8, heads=4, edge_dim=3)),
     "Edge": lambda: g.EdgeConv(nn.Linear(2 * D, D)),

@@ -21,10 +21,14 @@ norm_gradient = operator(reference.norm_gradient)
 aggregate = operator(reference.aggregate)
 sort_edges = operator(reference.sort_edges)
 add_neighbours = operator(reference.add_neighbours, writes="out")
+add_rows = operator(reference.add_rows, writes="out")
 add_scaled = operator(reference.add_scaled, writes="out")
 edge_products = operator(reference.edge_products)
 edge_signs = operator(reference.edge_signs)
 add_signed = operator(reference.add_signed, writes="out")
+edge_extremes = operator(reference.edge_extremes, writes="out")
+edge_winners = operator(reference.edge_winners)
+add_winners = operator(reference.add_winners, writes="out")
 pack_mask = operator(reference.pack_mask)
 relu = operator(reference.relu)
 apply_mask = operator(reference.apply_mask)
@@ -50,10 +54,14 @@ OPS = (
     aggregate,
     sort_edges,
     add_neighbours,
+    add_rows,
     add_scaled,
     edge_products,
     edge_signs,
     add_signed,
+    edge_extremes,
+    edge_winners,
+    add_winners,
     pack_mask,
     relu,
     apply_mask,
@@ -130,6 +138,11 @@ def _(out, crow, col, values, x):
     return None
 
 
+@add_rows.register_fake
+def _(out, index, x):
+    return None
+
+
 @add_scaled.register_fake
 def _(out, crow, col, order, scale, x):
     return None
@@ -147,6 +160,22 @@ def _(crow, col, order, a, b):
 
 @add_signed.register_fake
 def _(out, crow, order, signs, scale, slope):
+    return None
+
+
+@edge_extremes.register_fake
+def _(out, crow, col, x, least):
+    return None
+
+
+@edge_winners.register_fake
+def _(crow, col, x, y):
+    planes = torch.library.get_ctx().new_dynamic_size()
+    return y.new_empty((planes, -(-y.shape[1] // 8)), dtype=torch.uint8), y.new_empty(y.shape[0], dtype=torch.bool)
+
+
+@add_winners.register_fake
+def _(out, crow, col, planes, many, grad, initial):
     return None
 
 

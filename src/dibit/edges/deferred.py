@@ -64,6 +64,9 @@ class PendingCall:
         value: what the call has given; `None` while nobody has needed it.
         used: a sum was computed without it, so that a gradient may go past it.
         counted: it is in the ledger as something that plain torch keeps.
+        program: it is a part of a program (`dibit.edges.programs`); `shape`: that of its result.
+        size: of the program, in calls, each as often as it is used.
+        again: called if it is made after a sum was computed without it.
     """
 
     def __init__(self, function: Any, args: tuple[Any, ...], roots: tuple[Tensor, ...], run: Run) -> None:
@@ -71,7 +74,10 @@ class PendingCall:
         self.roots = tuple({id(root): root for root in roots}.values())
         self.value: Tensor | None = None
         self.path = GradientPath()
-        self.used = self.making = self.counted = False
+        self.used = self.making = self.counted = self.program = False
+        self.size: int = 1 + sum(x.pending.size for x in args if type(x) is Deferred)
+        self.shape: tuple[int, ...] = ()
+        self.again: Callable[[], None] | None = None
         self.dependents: list[weakref.ref[PendingCall]] = []
         self._versions = [(x, version(x)) for x in args if isinstance(x, Tensor) and type(x) is not Deferred]
         for x in args:
@@ -101,6 +107,11 @@ class PendingCall:
         if self.value is None:
             self.check()
             self.making = True
+            if self.used and self.again is not None:
+                self.again()
+            for x in self.args:
+                if self.used and type(x) is Deferred:
+                    x.pending.again = None  # made for this alone
             with torch.enable_grad():
                 self.value = self.run(self.function, materialized(self.args), {})
             for reference in self.dependents:  # whoever gets the value may write to it

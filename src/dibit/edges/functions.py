@@ -1,18 +1,21 @@
 """What is done with a gather that has not been made: its shape is known, factors are noted, sums computed.
 
 A model that sums up its neighbours makes x[source], perhaps times a weight an edge, and adds the rows to those of their
-targets. `Edges` sees the three calls, and makes the sum from x alone. Whatever else is done with x[source] makes it,
-and goes on as it would in plain torch.
+targets. `Edges` sees the three calls, and makes the sum from x alone. Operations on each edge, such as the network of
+an EdgeConv, are noted until their result is reduced, chunk by chunk. Whatever else is done with x[source] makes it, and
+goes on as it would in plain torch.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dibit._torch.huge_pages import LEAST as LARGE
@@ -20,21 +23,27 @@ from dibit._torch.huge_pages import empty
 from dibit._torch.private.tensors import DEFERS, TensorWeakRef, is_view, natively
 from dibit._torch.spellings import torch_functions
 from dibit._torch.storage_identity import storage_key
+from dibit.edges import programs
+from dibit.edges.chunks import Computation, Reduction, Whole, wanted
 from dibit.edges.deferred import (
     ASKS_GRADIENT,
     METADATA,
     Deferred,
     GradientPath,
     PendingCall,
+    Run,
     defer,
     first_deferred,
     materialized,
     watch,
 )
+from dibit.edges.extremes import LEAST_WIDTH, picks_torchs_zeros
 from dibit.edges.patterns import PRODUCTS, is_ends, is_weight, kind, one_column, parts, sources
-from dibit.edges.plan import Plan, Plans, known_plans
-from dibit.edges.scores import additive_scores, scalar_products, summed
-from dibit.edges.sums import edge_sum, scaled_sum
+from dibit.edges.plan import Plans, known_plans
+from dibit.edges.programs import MOST_CALLS, concatenate, extend
+from dibit.edges.rules import chunked_rule, extreme_rule, score_rule, sum_rule
+from dibit.edges.scores import summed
+from dibit.edges.sums import row_sum
 from dibit.engine.forward_pass import ForwardPass
 from dibit.recompute.repeatable import IN_PLACE, LIKE, SIZES_ONLY
 from dibit.rules.common import is_plain_float
@@ -49,6 +58,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _LEAKY = torch_functions("leaky_relu")
 _SCATTERS = torch_functions("scatter_add", in_place=True)
 _ADDS = torch_functions("index_add", in_place=True)
+_EXTREMES = torch_functions("scatter_reduce", in_place=True)
 
 
 class Edges:
@@ -58,10 +68,12 @@ class Edges:
         forward: the pass.
         run: runs a call of torch as the pass does, without deferring it.
         rule: runs a rule for a function of torch.
+        free: whether nobody else's saved-tensor hooks are there.
     """
 
-    def __init__(self, forward: ForwardPass, run: Any, rule: Any) -> None:
-        self.forward, self.run, self.rule = forward, run, rule
+    def __init__(self, forward: ForwardPass, run: Any, rule: Any, free: Callable[[], bool]) -> None:
+        self.forward, self.run, self.rule, self.free = forward, run, rule, free
+        self.wanted = wanted(forward.state)
         self.plans = Plans(known_plans(forward.state))
         self._alive: list[Any] = []
         self._paths: list[weakref.ref[GradientPath]] = []
@@ -107,9 +119,21 @@ class Edges:
             return self._sized(func, args, kwargs)
         if func in _TOTALS and (kwargs or {"dim": args[1:]}) in ({"dim": -1}, {"dim": (-1,)}):
             return self._scores(func, found)
+        if found.pending.value is None:
+            result = self._pattern(func, args, kwargs, found)
+            if result is not NotImplemented:
+                return result
+        elif func in _ADDS and not kwargs and len(args) == 4 and args[3] is found:
+            return self._sum_of_rows(func, *args)
+        return self._extended(func, args, kwargs)
+
+    def _pattern(self, func: Any, args: Any, kwargs: Any, found: Deferred) -> Any:
+        """A call that adds to what is computed from node tensors alone, or that computes it."""
         if func in _LEAKY and len(args) == 1 and not kwargs.get("inplace", False):
             args, kwargs = (*args, kwargs.get("negative_slope", 0.01)), {}
-        if kwargs or found.pending.value is not None:
+        if func in _EXTREMES:
+            return self._extreme(func, found, *args, **kwargs)
+        if kwargs:
             return NotImplemented
         if func in LIKE and len(args) == 2 and type(args[0]) is Tensor:
             return self.run(LIKE[func], (args[0], *found.shape), {})
@@ -137,7 +161,7 @@ class Edges:
         self.plans.end()
         self._zeros.clear()
         self._paths.clear()
-        self.run = self.rule = None
+        self.run = self.rule = self.free = None  # type: ignore[assignment]
 
     # -- one call ---------------------------------------------------------------------------------------------------
 
@@ -168,9 +192,49 @@ class Edges:
         roots = (*(root for x in own for root in x.pending.roots), *(x for x in args if type(x) in _PLAIN))
         return self._defer(PendingCall(func, args, roots, self.run), own[0].shape, roots[0])
 
+    def _extended(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operation that makes a program longer."""
+        forward, config = self.forward, self.forward.config
+        if config is None or config.lossless or not (torch.is_grad_enabled() and self.free()):
+            return NotImplemented
+        if torch.is_autocast_enabled("cpu"):
+            return NotImplemented
+        args = _made(args)
+        first = first_deferred(args)
+        if first is None or first.shape[0] < 2 * programs.CHUNK:
+            return NotImplemented
+        found = extend(func, args, kwargs)
+        if found is None:
+            return NotImplemented
+        func, args, shape = found
+        deferred = [x for x in args if type(x) is Deferred]
+        plain = [x for x in args if isinstance(x, Tensor) and type(x) is not Deferred]
+        if any(forward.holdings.is_exposed(x) or torch.is_inference(x) for x in plain):
+            return NotImplemented
+        roots = *(root for x in deferred for root in x.pending.roots), *plain
+        call = PendingCall(func, args, roots, self._run_here())
+        call.program, call.shape = True, shape
+        return self._defer(call, torch.Size(shape), roots[0]) if call.size <= MOST_CALLS else NotImplemented
+
+    def _run_here(self) -> Run:
+        """Runs calls in the module that is running now."""
+        stack, run = self.forward.stack, self.run
+        names, configs = list(stack.names), list(stack.configs)
+
+        def run_here(func: Any, args: Any, kwargs: Any) -> Any:
+            if func is concatenate:
+                func, args = torch.cat, (list(args), -1)
+            before, stack.names, stack.configs = (stack.names, stack.configs), names, configs
+            try:
+                return run(func, args, kwargs)
+            finally:
+                stack.names, stack.configs = before
+
+        return run_here
+
     def _scaled(self, func: Any, a: Any, b: Any) -> Any:
-        if type(a) is type(b) and is_ends(a, b):
-            return self._rowwise(func, (a, b))
+        if type(a) is type(b):
+            return self._rowwise(func, (a, b)) if is_ends(a, b) else NotImplemented
         x, scale = (a, b) if type(a) is Deferred else (b, a)
         if isinstance(scale, Tensor) and self.forward.holdings.is_exposed(scale):
             return NotImplemented
@@ -185,33 +249,111 @@ class Edges:
 
     def _sum(self, func: Any, out: Any, dim: Any, target: Any, messages: Deferred) -> Any:
         """Messages added to the rows of their targets."""
+        if kind(messages) == "program":
+            return self._chunked(func, out, dim, target, messages, "sum")
         if kind(messages) not in ("gather", "scaled"):
             return NotImplemented
-        if type(target) is not Tensor or target.dtype != torch.int64 or target.dim() != 1:
+        return self._reduced(func, out, dim, target, messages, sum_rule)
+
+    def _extreme(
+        self,
+        func: Any,
+        messages: Deferred,
+        input: Any,
+        dim: Any = None,
+        index: Any = None,
+        src: Any = None,
+        reduce: Any = None,
+        *,
+        include_self: bool = True,
+        **more: Any,
+    ) -> Any:
+        """Maxima or minima of messages of the same target."""
+        if src is not messages or reduce not in ("amax", "amin") or include_self or more:
             return NotImplemented
-        if dim not in (0, -messages.dim()) or not is_plain_float(out) or out.dtype != messages.dtype:
+        if not is_plain_float(input) or input.requires_grad:
             return NotImplemented
-        if out.shape[1:] != messages.shape[1:] or target.shape[0] != messages.shape[0] or not out.is_contiguous():
+        if messages.shape[1:].numel() < LEAST_WIDTH or not picks_torchs_zeros():
+            return NotImplemented
+        if kind(messages) == "program":
+            return self._chunked(func, input, dim, one_column(index, messages), messages, reduce)
+        if kind(messages) != "gather":
+            return NotImplemented
+        rule = functools.partial(extreme_rule, reduce == "amin")
+        return self._reduced(func, input, dim, one_column(index, messages), messages, rule)
+
+    def _reduced(self, func: Any, out: Any, dim: Any, target: Any, messages: Deferred, rule: Any) -> Any:
+        """Messages reduced by target into `out`, by a rule."""
+        gathered, scale = parts(messages)
+        if not _fits(out, dim, target, messages) or gathered.value is not None:
             return NotImplemented
         messages.pending.check()
-        gathered, scale = parts(messages)
-        if gathered.value is not None:
-            return NotImplemented
         x, _, source = gathered.args
-        if storage_key(out) == storage_key(x) or is_view(out) or (out.is_leaf and out.requires_grad) or not out.numel():
-            return NotImplemented
         plan = self.plans.find(self.forward, source, target, x.shape[0], out.shape[0])
         if plan is None:
             return NotImplemented
         zeros = self._is_zero(out)
-        if func in IN_PLACE:
-            self.forward.writes.before(out)
-        else:
-            out = out.clone()
-        y = self.rule(func, _rule, (gathered, x, out, scale, plan, source, target, zeros))
+        out = self._to_write(func, out)
+        y = self.rule(func, rule, (gathered, x, out, scale, plan, source, target, zeros))
         if y is not NotImplemented:
             messages.pending.used = gathered.used = True
         return y
+
+    def _chunked(self, func: Any, out: Any, dim: Any, target: Any, messages: Deferred, how: str) -> Any:
+        """The messages of a program reduced into `out`, some thousand edges at a time."""
+        forward, message = self.forward, messages.pending
+        calls = list(programs.calls(message))
+        if not _fits(out, dim, target, messages) or not any(call.function is F.linear for call in calls):
+            return NotImplemented
+        if not (torch.is_grad_enabled() and self.free()) or forward.config is None:
+            return NotImplemented
+        message.check()
+        gathers = [call for call in calls if call.function is Tensor.index_select]
+        key = forward.holdings.key
+        ends = {key(target): "target"}
+        x, _, source = next((call.args for call in gathers if key(call.args[2]) not in ends), (out, 0, target))
+        ends.setdefault(key(source), "source")
+        plan = self.plans.find(forward, source, target, x.shape[0], out.shape[0])
+        if plan is None:
+            return NotImplemented
+        for call in programs.used(message):
+            if call.again is not None:
+                call.again()
+        name, needed = self.wanted.of(calls, forward.module)
+        zeros = self._is_zero(out)
+        reduction = Reduction(self._to_write(func, out), how, zeros)
+        wholes = [(call, Whole(out.new_empty(call.shape))) for call in needed]
+        forward.stack.function = func
+        begin = functools.partial(forward.accounting.begin_chunk, name)
+        try:
+            own = Computation(message, plan, lambda index: ends.get(key(index), ""))
+            y, *values = own.run([(message, reduction), *wholes], begin)
+        finally:
+            forward.accounting.begin_chunk(None)
+        self.rule(func, chunked_rule, (y, reduction, [call.args[2] for call in gathers], target))
+        for call in calls:
+            call.used = True
+        for call, value in zip(needed, values, strict=True):
+            call.value = value
+        return y
+
+    def _sum_of_rows(self, func: Any, out: Any, dim: Any, target: Any, messages: Deferred) -> Any:
+        """Messages that have been made, of which torch would keep a reference for their shape."""
+        if not _fits(out, dim, target, messages):
+            return NotImplemented
+        rows = materialized(messages)
+        return (
+            self.rule(func, row_sum, (rows, self._to_write(func, out), target))
+            if rows.requires_grad
+            else NotImplemented
+        )
+
+    def _to_write(self, func: Any, out: Tensor) -> Tensor:
+        """The tensor that a reduction is written into."""
+        if func not in IN_PLACE:
+            return out.clone()
+        self.forward.writes.before(out)
+        return out
 
     def _scores(self, func: Any, product: Deferred) -> Any:
         """What both ends of an edge give, summed up over the last dimension."""
@@ -240,7 +382,7 @@ class Edges:
         scores = summed(product.pending, product.shape[0], tuple(product.shape[1:-1]))
         shaped = a.reshape(a.shape[0], -1, a.shape[-1]), b.reshape(b.shape[0], -1, b.shape[-1])
         rows = scores.reshape(scores.shape[0], -1)
-        y = self.rule(func, _score_rule, (ends, *shaped, weight, slope, rows, plan, source, target))
+        y = self.rule(func, score_rule, (ends, *shaped, weight, slope, rows, plan, source, target))
         if y is not NotImplemented:
             for call in (*calls, *ends):
                 call.used = True
@@ -279,6 +421,27 @@ class Edges:
             materialized(found)
 
 
+def _fits(out: Any, dim: Any, target: Any, messages: Deferred) -> bool:
+    """Whether messages can be reduced into `out` without being made."""
+    if type(target) is not Tensor or target.dtype != torch.int64 or target.dim() != 1:
+        return False
+    if dim not in (0, -messages.dim()) or not is_plain_float(out) or out.dtype != messages.dtype:
+        return False
+    if out.shape[1:] != messages.shape[1:] or target.shape[0] != messages.shape[0] or not out.is_contiguous():
+        return False
+    if is_view(out) or (out.is_leaf and out.requires_grad) or not out.numel():
+        return False
+    return all(storage_key(out) != storage_key(x) for x in sources(messages.pending))
+
+
+def _made(value: Any) -> Any:
+    """Arguments with those deferred tensors as they are that have been made, or that a sum was computed without."""
+    if type(value) is Deferred:
+        made = value.pending.value is not None or (value.pending.program and value.pending.used)
+        return materialized(value) if made else value
+    return type(value)(_made(x) for x in value) if type(value) in (tuple, list) else value
+
+
 def _gather(func: Any, args: Any) -> tuple[Any, Any, Any] | None:
     """The arguments of `index_select` that give the same; `None` if this is no gather of whole rows."""
     if func in _GATHERS and len(args) == 3:
@@ -290,54 +453,6 @@ def _gather(func: Any, args: Any) -> tuple[Any, Any, Any] | None:
         if x.dim() == index.dim() > 1 and x.shape[1:] == index.shape[1:]:
             return x, dim, one_column(index, index)
     return None
-
-
-def _rule(
-    forward: ForwardPass,
-    gathered: PendingCall,
-    x: Tensor,
-    out: Tensor,
-    scale: Tensor | None,
-    plan: Plan,
-    source: Tensor,
-    target: Tensor,
-    zeros: bool,
-) -> Tensor:
-    needs = x.requires_grad, scale is not None and scale.requires_grad
-    forward.plain(source if needs[0] else None, target if any(needs) else None)
-    if needs[1]:
-        _count(forward, gathered)
-    if scale is None or not (needs[1] or scale.shape[1:].numel() > 1):
-        return edge_sum(forward, x, out, plan, scale, target if zeros else None)
-    return scaled_sum(forward, x, scale, out, plan)
-
-
-def _score_rule(
-    forward: ForwardPass,
-    ends: Sequence[PendingCall],
-    a: Tensor,
-    b: Tensor,
-    weight: Tensor | None,
-    slope: float,
-    scores: Tensor,
-    plan: Plan,
-    source: Tensor,
-    target: Tensor,
-) -> Tensor:
-    forward.plain(target if a.requires_grad else None, source if b.requires_grad else None)
-    if weight is None:
-        _count(forward, *(end for end, other in zip(ends, (b, a), strict=True) if other.requires_grad))
-        return scalar_products(forward, a, b, scores, plan)
-    return additive_scores(forward, a, b, weight, slope, scores, plan)
-
-
-def _count(forward: ForwardPass, *gathers: PendingCall) -> None:
-    """Plain torch would keep these, each once, however many operations save it."""
-    for gather in gathers:
-        if not gather.counted:
-            x, _, index = gather.args
-            forward.plain(index.numel() * x.shape[1:].numel() * x.element_size())
-            gather.counted = True
 
 
 def _returned(value: Any) -> Any:

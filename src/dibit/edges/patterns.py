@@ -17,13 +17,16 @@ def kind(x: Deferred) -> str:
 
     Returns:
         "gather"; "scaled", that times a factor an edge; "product" or "sum" of two gathers; "leaky", the leaky ReLU of
-        such a sum; "weighted", that times weights; empty if it has been made.
+        such a sum; "weighted", that times weights; "program", some other operations on each edge; empty if it has been
+        made.
     """
     call = x.pending
     if call.value is not None:
         return ""
     if call.function is Tensor.index_select:
         return "gather"
+    if call.program:
+        return "program"
     found = [kind(part) for part in call.args if type(part) is Deferred]
     if found == ["gather", "gather"]:
         return "product" if call.function in PRODUCTS else "sum"

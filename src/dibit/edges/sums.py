@@ -123,6 +123,24 @@ class ScaledSum(torch.autograd.Function):
         return dx, dscale, dy if ctx.needs_input_grad[2] else None, None, None, None
 
 
+class RowSum(torch.autograd.Function):
+    """out[index[e]] += rows[e] in place; kept: the index."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, out: Tensor, index: Tensor, kept: Any) -> Tensor:
+        ctx.mark_dirty(out)
+        save(ctx, kept.x)
+        ctx.index = kept.with_tensor(torch.empty(0))
+        return out.index_add_(0, index, rows)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        (index,) = load(ctx)
+        index = ctx.index.with_tensor(index).restore()
+        return dy.index_select(0, index), dy if ctx.needs_input_grad[1] else None, None, None
+
+
 def _by_head(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """x (M, ...) as (M, H, C) and scale (E, ..., 1) as (E, H)."""
     heads = scale.shape[1:].numel()
@@ -168,3 +186,9 @@ def scaled_sum(forward: ForwardPass, x: Tensor, scale: Tensor, out: Tensor, plan
     kept_scale = forward.exact(scale) if x.requires_grad else None
     forward.plain(scale if x.requires_grad else None)
     return ScaledSum.apply(x, scale, out, kept_x, kept_scale, plan)
+
+
+def row_sum(forward: ForwardPass, rows: Tensor, out: Tensor, index: Tensor) -> Tensor:
+    """out[index[e]] += rows[e], for a rule: plain torch keeps the rows, of which it needs the shape alone."""
+    forward.plain(rows, index)
+    return RowSum.apply(rows, out, index, forward.pack_index(index))  # type: ignore[no-any-return,no-untyped-call]

@@ -27,13 +27,28 @@ class Accounting:
     def __init__(self, ledger: Ledger | None, holdings: Holdings, stack: ModuleStack) -> None:
         self.ledger, self.holdings, self.stack = ledger, holdings, stack
         self.row: Row | None = None
+        self._chunk: object = None
+        self._operations: dict[tuple[str, str], int] = {}  # so far in this chunk
         self._copied: set[Any] = set()  # parameters that autocast has copied in this pass
         self._saved: list[weakref.ref[Exact]] = []  # by the running rule; dead where it threw the graph away
+
+    def begin_chunk(self, program: object) -> None:
+        """What runs now has run for other chunks of the same input: its rows are theirs; `None`: no more."""
+        self._chunk = program
+        self._operations.clear()
+
+    def _row(self, function: Any, how: str, shape: tuple[int, ...]) -> Row:
+        module, operation = self.stack.module, function_name(function)
+        row = Row(module, operation, how, shape)
+        if self._chunk is not None:
+            self._operations[module, operation] = number = self._operations.get((module, operation), 0) + 1
+            row.chunk = self._chunk, module, operation, number
+        return row
 
     def open(self, function: Any) -> None:
         """Begin a row for an operation that a rule takes."""
         if self.ledger is not None:
-            self.row = self.ledger.add(Row(self.stack.module, function_name(function), "", ()))
+            self.row = self.ledger.add(self._row(function, "", ()))
 
     def close(self, declined: bool) -> None:
         """The rule has ended; where it declined there is no row."""
@@ -117,8 +132,7 @@ class Accounting:
     def saved(self, x: Tensor, kept: LosslessForm) -> None:
         """An operation of torch saves x itself, in this form."""
         if self.ledger is not None:
-            row = Row(self.stack.module, function_name(self.stack.function), kept.how, tuple(x.shape))
-            self.ledger.add(row)
+            row = self.ledger.add(self._row(self.stack.function, kept.how, tuple(x.shape)))
             self.ledger.plain_tensor(row, x)
             for form in kept.leaves:
                 if not self.holdings.held(form.x):
@@ -128,4 +142,5 @@ class Accounting:
         """The pass has ended with these outputs."""
         if self.ledger is not None:
             self.ledger.close(outputs)
+        self.begin_chunk(None)
         self._copied.clear()

@@ -13,7 +13,12 @@ from dibit.tools.units import MB
 
 @dataclass
 class Row:
-    """One residual: `plain` bytes without Dibit, `kept` bytes with it, and how it is kept."""
+    """One residual: `plain` bytes without Dibit, `kept` bytes with it, and how it is kept.
+
+    Attributes:
+        chunk: the same for all rows of one operation that is run once for each of several chunks of its input; they
+            become one when the pass ends.
+    """
 
     module: str
     operation: str
@@ -21,6 +26,7 @@ class Row:
     shape: tuple[int, ...]
     plain: int = 0
     kept: int = 0
+    chunk: tuple[object, ...] | None = None
 
 
 @dataclass
@@ -93,8 +99,22 @@ class Ledger:
         self._plain.clear()
         self._kept.clear()
         self._alive.clear()
+        self._join_chunks()
         for tell in self.trackers:
             tell(self.rows)
+
+    def _join_chunks(self) -> None:
+        first: dict[object, Row] = {}
+        for row in self.rows:
+            whole = row if row.chunk is None else first.setdefault(row.chunk, row)
+            if whole is not row:
+                whole.plain += row.plain
+                whole.kept += row.kept
+                if whole.shape and row.shape:
+                    whole.shape = whole.shape[0] + row.shape[0], *whole.shape[1:]
+        self.rows[:] = [row for row in self.rows if row.chunk is None or first[row.chunk] is row]
+        for row in first.values():
+            row.chunk = None
 
     def __str__(self) -> str:
         rows = [row for row in self.rows if row.plain or row.kept]

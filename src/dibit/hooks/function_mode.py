@@ -112,7 +112,7 @@ class Intercept(TorchFunctionMode):
         self.hooks = (forward_pass.pack, forward_pass.unpack)
         self.calls = Calls(forward_pass.state, self.hooks[0])
         self.away = False
-        self.edges = Edges(forward_pass, self._make, self._summed)
+        self.edges = Edges(forward_pass, self._make, self._summed, hooks_free)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

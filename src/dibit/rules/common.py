@@ -32,15 +32,20 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def checked(ctx: Any, *grads: Any) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "a compressed model has no second derivatives, but create_graph=True asks for them; leave the modules "
-                "in question exact: dibit.compress(model, {'their.name': None, '*': 'default'})."
-            )
+        refuse_second_derivatives()
         with exact_dtypes(grads[0].device):  # the caller's autocast block may include its call of backward()
             return inner(ctx, *grads)
 
     return checked
+
+
+def refuse_second_derivatives() -> None:
+    """Within a backward pass: raise an error where one of it is prepared."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "a compressed model has no second derivatives, but create_graph=True asks for them; leave the modules "
+            "in question exact: dibit.compress(model, {'their.name': None, '*': 'default'})."
+        )
 
 
 def is_plain_float(*tensors: Any) -> bool:

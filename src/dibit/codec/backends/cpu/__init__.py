@@ -6,6 +6,7 @@ Kernels take float32 (and bfloat16 or float32 ranges); for other dtypes the defi
 from dibit.codec.backends.cpu.blocks import dequantize, quantize, quantize_rows
 from dibit.codec.backends.cpu.edges import (
     add_neighbours,
+    add_rows,
     add_scaled,
     add_signed,
     aggregate,
@@ -28,18 +29,23 @@ from dibit.codec.backends.cpu.elementwise import (
 )
 from dibit.codec.backends.cpu.products import column_sums, norm_gradient, weight_gradient
 from dibit.codec.backends.cpu.sampling import pick_rows, row_scores
+from dibit.codec.backends.cpu.winners import add_winners, edge_extremes, edge_winners
 
 __all__ = [
     "add_neighbours",
+    "add_rows",
     "add_scaled",
     "add_signed",
+    "add_winners",
     "aggregate",
     "apply_mask",
     "column_sums",
     "dequantize",
     "dropout",
+    "edge_extremes",
     "edge_products",
     "edge_signs",
+    "edge_winners",
     "fingerprint",
     "finite",
     "norm_gradient",

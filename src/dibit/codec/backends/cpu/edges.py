@@ -41,6 +41,11 @@ def add_neighbours(out: Tensor, crow: Tensor, col: Tensor, values: Tensor | None
         kernels.add_weighted(work, *graph, array(values), array(x), array(out), False)
 
 
+@kernel(out=torch.float32, x=torch.float32)
+def add_rows(out: Tensor, index: Tensor, x: Tensor) -> None:
+    kernels.add_rows(x.numel(), array(index), array(x), array(out))
+
+
 @kernel(out=torch.float32, x=torch.float32, scale=torch.float32)
 def add_scaled(out: Tensor, crow: Tensor, col: Tensor, order: Tensor | None, scale: Tensor, x: Tensor) -> None:
     work = max(out.numel(), scale.numel())

@@ -17,6 +17,7 @@ from dibit.codec.backends.reference.blocks import (
 )
 from dibit.codec.backends.reference.edges import (
     add_neighbours,
+    add_rows,
     add_scaled,
     add_signed,
     aggregate,
@@ -40,13 +41,16 @@ from dibit.codec.backends.reference.elementwise import (
 )
 from dibit.codec.backends.reference.products import column_sums, norm_gradient, weight_gradient
 from dibit.codec.backends.reference.sampling import pick_rows, row_scores
+from dibit.codec.backends.reference.winners import add_winners, edge_extremes, edge_winners
 
 __all__ = [
     "NEAREST",
     "STOCHASTIC",
     "add_neighbours",
+    "add_rows",
     "add_scaled",
     "add_signed",
+    "add_winners",
     "affine",
     "aggregate",
     "apply_mask",
@@ -56,8 +60,10 @@ __all__ = [
     "dither_variance",
     "dropout",
     "dropout_scale",
+    "edge_extremes",
     "edge_products",
     "edge_signs",
+    "edge_winners",
     "fingerprint",
     "finite",
     "norm_gradient",

@@ -41,6 +41,11 @@ def add_neighbours(out: Tensor, crow: Tensor, col: Tensor, values: Tensor | None
     out.index_add_(0, rows, messages if values is None else messages.mul_(values[:, None]))
 
 
+def add_rows(out: Tensor, index: Tensor, x: Tensor) -> None:
+    """out[index[e]] += x[e], one by one: contiguous (N, D), int32 or int64 (E,), and contiguous (E, D)."""
+    out.index_add_(0, index, x)
+
+
 def add_scaled(out: Tensor, crow: Tensor, col: Tensor, order: Tensor | None, scale: Tensor, x: Tensor) -> None:
     """out[n, h] += sum of scale[order[e], h] x[col[e], h] over the edges e of node n, added one by one in their order.
 

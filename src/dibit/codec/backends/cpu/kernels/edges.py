@@ -10,6 +10,7 @@ from dibit.codec.backends.cpu.kernels.numbers import f32
 
 LANES = 16  # sums side by side in a scalar product, so that it takes whole vectors
 TASK = 256  # rows that a thread takes at a time
+COLUMNS = 64  # columns that a thread takes at a time, where it takes columns
 u8 = np.uint8
 
 
@@ -73,6 +74,18 @@ def add_weighted(crow, col, values, x, out, fresh):
                 for k in range(width):
                     total[k] += v * part[k]
                 e += 1
+
+
+@Kernel
+def add_rows(index, x, out):
+    """Threads take columns, as rows may be written to in any order."""
+    rows, width = x.shape
+    for task in nb.prange((width + COLUMNS - 1) // COLUMNS):
+        low, high = task * COLUMNS, min(width, (task + 1) * COLUMNS)
+        for row in range(rows):
+            total, part = out[index[row], low:high], x[row, low:high]
+            for k in range(total.size):
+                total[k] += part[k]
 
 
 @Kernel

@@ -1,0 +1,394 @@
+"""Programs on edges, computed some thousand edges at a time and reduced at once, so that little of one row an edge is.
+
+Edges are taken in the order of their targets, those of a node together. For each chunk the rows of node and edge
+tensors are taken, the operations of the program are run by the rules of the pass, each keeping what it keeps anyhow, in
+the module where it was called, and the messages are reduced into the rows of their targets. So autograd's graph has the
+operations once for each chunk. Its ends are joined by three functions that pass gradients beside it:
+
+- `Take` adds the gradient of its rows to a tensor that all chunks share, which `Source` then hands on;
+- `Leave` asks the `Sink` for the gradient of its messages, which `Join`, the result, has left there.
+
+What joins them in the graph is a number without content. torch runs the nodes that came last first, and so the backward
+pass, too, goes chunk by chunk.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dibit._torch.huge_pages import empty
+from dibit.codec import ops
+from dibit.edges import programs
+from dibit.edges.deferred import Deferred, PendingCall
+from dibit.edges.extremes import extremes
+from dibit.edges.plan import Plan
+from dibit.engine.model_state import ModelState
+from dibit.residuals.base import released
+from dibit.rules.common import first_order, refuse_second_derivatives
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some edges in the order of a plan: all those of some nodes.
+
+    Attributes:
+        plan: of the graph.
+        nodes: the rows of the result that they are reduced into.
+        edges: their places.
+        padding: how often the last one is repeated at the end.
+    """
+
+    plan: Plan
+    nodes: slice
+    edges: slice
+    padding: int
+
+    @property
+    def size(self) -> int:
+        """Edges, without those that are repeated."""
+        return self.edges.stop - self.edges.start
+
+    @property
+    def crow(self) -> Tensor:
+        """Pointers of these nodes into the chunk."""
+        return self.plan.by_target.crow[self.nodes.start : self.nodes.stop + 1] - self.edges.start
+
+    @property
+    def places(self) -> Tensor:
+        """The edges of the chunk as columns of compressed rows."""
+        crow = self.plan.by_target.crow
+        return torch.arange(self.size, dtype=crow.dtype, device=crow.device)
+
+    @property
+    def targets(self) -> Tensor:
+        """For each edge, which of the nodes is its target."""
+        return torch.repeat_interleave(self.crow.diff(), output_size=self.size)
+
+    def of(self, x: Tensor | None) -> Tensor:
+        """The elements for these edges of what the caller has for all (E,); `None`: the number of the edge itself."""
+        order = self.plan.by_target.order
+        if order is not None:
+            return order[self.edges] if x is None else x.index_select(0, order[self.edges])
+        return self.places + self.edges.start if x is None else x[self.edges]
+
+
+class Rows:
+    """Which row of a tensor each edge takes.
+
+    Args:
+        index: int64 (E,), to the caller; `None`: each edge has a row of its own.
+        end: "source" or "target" where that is the graph's, which the plan has; else empty.
+    """
+
+    def __init__(self, index: Tensor | None, end: str) -> None:
+        self.index, self.end = None if end else index, end
+
+    @property
+    def planned(self) -> bool:
+        """Whether the plan has it."""
+        return self.index is None
+
+    def of(self, chunk: Chunk) -> Tensor:
+        if self.end == "source":
+            return chunk.plan.by_target.col[chunk.edges]
+        return chunk.targets + chunk.nodes.start if self.end == "target" else chunk.of(self.index)
+
+
+def size_of(edges: int) -> int:
+    """Edges of a chunk, of a graph of so many."""
+    return max(programs.CHUNK, min(edges // programs.CHUNKS, programs.LARGEST))
+
+
+def cut(plan: Plan, widths: set[int]) -> Iterator[Chunk]:
+    """All edges of a graph.
+
+    Args:
+        widths: of the rows whose bits depend on where vectors begin.
+    """
+    crow = plan.by_target.crow
+    edges, size, first, start = int(crow[-1]), size_of(int(crow[-1])), 0, 0
+    while start < edges:
+        last = int(torch.searchsorted(crow, start + size, right=True)) - 1
+        while int(crow[last]) - start < size // 2:  # few rows may have other bits: before a node of many edges
+            last += 1
+        if edges - int(crow[last]) < size // 2:
+            last = crow.numel() - 1
+        stop = int(crow[last])
+        yield Chunk(plan, slice(first, last), slice(start, stop), programs.padding(stop - start, widths))
+        first, start = last, stop
+
+
+class Gradient:
+    """Where chunks add up the gradient of one tensor."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
+        self.sum: Tensor | None = None
+
+    def add(self, index: Tensor, rows: Tensor) -> None:
+        if self.sum is None:
+            self.sum = empty(self.shape, self.dtype, self.device).zero_()
+        ops.add_rows(self.sum, index, rows)
+
+    def taken(self) -> Tensor | None:
+        found, self.sum = self.sum, None
+        return found
+
+
+class Source(torch.autograd.Function):
+    """A tensor of which chunks take rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gradient: Gradient) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.gradient = gradient
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, nothing: None) -> tuple[Any, ...]:
+        return ctx.gradient.taken(), None
+
+
+class Take(torch.autograd.Function):
+    """The rows of a tensor that a chunk needs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Rows, chunk: Chunk, gradient: Gradient) -> Tensor:
+        index = rows.of(chunk)
+        ctx.rows, ctx.chunk, ctx.gradient = rows, chunk, gradient
+        # the caller may change an index of its own before the backward pass
+        ctx.index = None if rows.planned else index.to(chunk.plan.by_target.crow.dtype, copy=True)
+        return _taken(x, index, chunk)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        index = ctx.rows.of(ctx.chunk) if ctx.index is None else ctx.index
+        ctx.gradient.add(index, dy[: ctx.chunk.size].contiguous())
+        return None, None, None, None
+
+
+def _taken(x: Tensor, index: Tensor, chunk: Chunk) -> Tensor:
+    if chunk.padding:
+        index = torch.cat((index, index[-1:].expand(chunk.padding)))
+    return x.index_select(0, index)
+
+
+class Sink(ABC):
+    """Where the chunks' results go, and where the gradient of these comes from.
+
+    Args:
+        out: what they make up; it is written to.
+    """
+
+    def __init__(self, out: Tensor) -> None:
+        self._out: Tensor | None = out
+        self._grad: Tensor | None = None
+        self._left = 0  # chunks that have not had their gradient
+
+    @property
+    def out(self) -> Tensor:
+        """What the chunks make up, before it is taken."""
+        assert self._out is not None
+        return self._out
+
+    def taken(self) -> Tensor:
+        """What they have made up. The graph that leads to it must not hold it."""
+        out, self._out = self.out, None
+        return out
+
+    def arrived(self, grad: Tensor | None, chunks: int) -> None:
+        """The gradient of `out`, of which so many chunks take parts."""
+        self._grad, self._left = grad, chunks
+
+    def gradient(self, chunk: Chunk, kept: tuple[Tensor, ...]) -> Tensor | None:
+        """Of what a chunk has put."""
+        grad = self._grad
+        self._left -= 1
+        if not self._left:
+            self._grad = None
+        if grad is None:
+            return None
+        rows = self._gradient(grad, chunk, kept)
+        return F.pad(rows, (0, 0, 0, chunk.padding)) if chunk.padding else rows
+
+    @abstractmethod
+    def put(self, rows: Tensor, chunk: Chunk) -> tuple[Tensor, ...]:
+        """Take what a program gives for a chunk; what the gradient needs of it is returned."""
+
+    @abstractmethod
+    def _gradient(self, grad: Tensor, chunk: Chunk, kept: tuple[Tensor, ...]) -> Tensor: ...
+
+
+class Reduction(Sink):
+    """Of messages by their targets, into contiguous (N, D).
+
+    Args:
+        out: see `Sink`.
+        how: "sum", "amax" or "amin".
+        zeros: `out` is zero.
+    """
+
+    def __init__(self, out: Tensor, how: str, zeros: bool) -> None:
+        super().__init__(out)
+        self.how, self.zeros = how, zeros
+        self.kept: tuple[Tensor, ...] = ()
+
+    def put(self, rows: Tensor, chunk: Chunk) -> tuple[Tensor, ...]:
+        own, out = rows[: chunk.size].contiguous(), self.out.detach()[chunk.nodes]
+        if self.how == "sum":
+            ops.add_neighbours(out, chunk.crow, chunk.places, None, own)
+            return ()
+        kept = extremes(out, chunk.crow, chunk.places, own, self.how == "amin", self.zeros)
+        self.kept += kept
+        return kept
+
+    def _gradient(self, grad: Tensor, chunk: Chunk, kept: tuple[Tensor, ...]) -> Tensor:
+        grad = grad[chunk.nodes]
+        if self.how == "sum":
+            return grad.index_select(0, chunk.targets)
+        planes, many, *initial = kept
+        rows = grad.new_zeros(chunk.size, grad.shape[1])
+        before = initial[0] if initial else None
+        ops.add_winners(rows, chunk.crow, chunk.places, planes, many, grad.contiguous(), before)
+        return rows
+
+
+class Whole(Sink):
+    """A row for each edge, (E, D)."""
+
+    def put(self, rows: Tensor, chunk: Chunk) -> tuple[Tensor, ...]:
+        self.out.index_copy_(0, chunk.of(None).long(), rows[: chunk.size])
+        return ()
+
+    def _gradient(self, grad: Tensor, chunk: Chunk, kept: tuple[Tensor, ...]) -> Tensor:
+        return grad.index_select(0, chunk.of(None))
+
+
+class Leave(torch.autograd.Function):
+    """What a program gives for a chunk goes into a sink."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sink: Sink, chunk: Chunk) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.sink, ctx.chunk, ctx.kept = sink, chunk, sink.put(rows, chunk)
+        return rows.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, nothing: None) -> tuple[Any, ...]:
+        return ctx.sink.gradient(ctx.chunk, released(ctx, "kept")), None, None
+
+
+class Join(torch.autograd.Function):
+    """What the chunks have put into a sink."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, sink: Sink, *chunks: Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.mark_dirty(out)
+        ctx.sink, ctx.count = sink, len(chunks)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
+        refuse_second_derivatives()
+        ctx.sink.arrived(dy, ctx.count)
+        return dy if ctx.needs_input_grad[0] else None, None, *(None,) * ctx.count
+
+
+class Computation:
+    """A program on the edges of a graph.
+
+    Args:
+        program: its last call.
+        plan: of the graph, of E edges.
+        end: whether an index (E,) has the graph's sources or targets: "source", "target" or empty.
+    """
+
+    def __init__(self, program: PendingCall, plan: Plan, end: Callable[[Tensor], str]) -> None:
+        self.plan, self.edges = plan, plan.by_target.col.numel()
+        self._end = end
+        self._sources: dict[int, tuple[Tensor, Gradient]] = {}
+        self._widths = {call.args[0].shape[1] for call in programs.calls(program) if programs.in_vectors(call)}
+
+    def run(self, sinks: Sequence[tuple[PendingCall, Sink]], begin: Callable[[], None]) -> list[Tensor]:
+        """What calls of the program give, each in a sink.
+
+        Args:
+            sinks: they are written to.
+            begin: called before each chunk.
+        """
+        chunks: list[list[Tensor]] = [[] for _ in sinks]
+        for chunk in cut(self.plan, self._widths):
+            begin()
+            known: dict[int, Tensor] = {}
+            for (call, sink), own in zip(sinks, chunks, strict=True):
+                own.append(Leave.apply(self._value(call, chunk, known), sink, chunk))
+        return [Join.apply(sink.taken(), sink, *own) for (_, sink), own in zip(sinks, chunks, strict=True)]
+
+    def _value(self, call: PendingCall, chunk: Chunk, known: dict[int, Tensor]) -> Tensor:
+        """What a call gives for the edges of a chunk."""
+        if id(call) not in known:
+            if call.value is not None:
+                found = self._take(call.value, None, chunk)
+            elif call.function is Tensor.index_select:
+                found = self._take(call.args[0], call.args[2], chunk)
+            else:
+                found = call.run(call.function, [self._argument(call, x, chunk, known) for x in call.args], {})
+            known[id(call)] = found
+        return known[id(call)]
+
+    def _argument(self, call: PendingCall, x: Any, chunk: Chunk, known: dict[int, Tensor]) -> Any:
+        if type(x) is Deferred:
+            return self._value(x.pending, chunk, known)
+        return self._take(x, None, chunk) if programs.is_of_edges(call, x, self.edges) else x
+
+    def _take(self, x: Tensor, index: Tensor | None, chunk: Chunk) -> Tensor:
+        rows = Rows(index, "" if index is None else self._end(index))
+        if not x.requires_grad:
+            return _taken(x, rows.of(chunk), chunk)
+        if id(x) not in self._sources:
+            gradient = Gradient(x)
+            self._sources[id(x)] = Source.apply(x, gradient), gradient
+        source, gradient = self._sources[id(x)]
+        return Take.apply(source, rows, chunk, gradient)
+
+
+class Wanted:
+    """Which calls of programs are needed after a reduction: what earlier passes of a model have shown.
+
+    Args:
+        names: of these calls; they are added to.
+    """
+
+    def __init__(self, names: set[str]) -> None:
+        self._names = names
+        self._counts: dict[str, int] = {}
+
+    def of(self, calls: Sequence[PendingCall], module: str) -> tuple[str, list[PendingCall]]:
+        """Those of the next program that a module reduces, and its name, the same in every pass."""
+        self._counts[module] = number = self._counts.get(module, 0) + 1
+        name, found = f"{module}:{number}", []
+        for place, call in enumerate(calls):
+            if call.program:
+                call.again = functools.partial(self._names.add, f"{name}/{place}")
+                if f"{name}/{place}" in self._names:
+                    found.append(call)
+        return name, found
+
+
+_wanted: weakref.WeakKeyDictionary[ModelState, set[str]] = weakref.WeakKeyDictionary()
+
+
+def wanted(state: ModelState) -> Wanted:
+    """For a pass of a compressed model."""
+    return Wanted(_wanted.setdefault(state, set()))

@@ -1,0 +1,181 @@
+"""Programs: operations on gathers that work on each edge alone, noted until a reduction needs them.
+
+The message of an EdgeConv, Linear(ReLU(Linear(cat(x_i, x_j - x_i)))), and the edge update of a mesh network are such
+programs. `extend` says whether a call of torch adds to one, and what has to be true of it so that some edges of the
+result have the bits that they have in the whole: `dibit.edges.chunks` computes a program some thousand edges at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dibit._torch.spellings import torch_functions
+from dibit.edges.deferred import Deferred, PendingCall
+from dibit.rules.common import is_plain_float
+
+CHUNK = 1 << 13  # edges that a program is computed for at a time, at the least
+CHUNKS = 16  # into so many parts a program is cut where those are larger,
+LARGEST = 1 << 15  # but not above so many edges
+MOST_CALLS = 200  # of one program, each as often as it is used
+_VECTOR = 32  # elements that torch's vectorised loops take at once; those left at the end may have other bits
+_BINARY = torch_functions("add sub mul div")
+_CAT = torch_functions("cat")
+# Their arguments after the first.
+_UNARY: dict[Any, tuple[str, ...]] = dict.fromkeys(torch_functions("relu silu"), ("inplace",))
+_UNARY |= dict.fromkeys(torch_functions("neg tanh exp sigmoid"), ())
+_UNARY |= dict.fromkeys(torch_functions("leaky_relu"), ("negative_slope", "inplace"))
+_UNARY |= dict.fromkeys(torch_functions("gelu"), ("approximate",))
+_NORM = "normalized_shape", "weight", "bias", "eps"
+# Their vectorised and their scalar loops differ in the last bit.
+_IN_VECTORS = torch_functions("silu sigmoid gelu")
+
+
+def concatenate(*parts: Tensor) -> Tensor:
+    """Rows of several tensors, side by side."""
+    return torch.cat(parts, -1)
+
+
+def extend(function: Any, args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...], tuple[int, ...]] | None:
+    """A call of torch as a part of a program: its function, its arguments by position, the shape (E, D) of its result.
+
+    `None` if it is none: it does not work on each edge alone, or its bits for some edges are not those for all.
+    """
+    if function in _CAT:
+        return _cat(*args, **kwargs)
+    edges = _edges(args)
+    if edges is None:
+        return None
+    if function in _BINARY and len(args) == 2 and not kwargs:
+        shape = tuple(torch.broadcast_shapes(*(x.shape if isinstance(x, Tensor) else () for x in args)))
+        return (function, args, shape) if len(shape) == 2 and shape[0] == edges else None
+    x = args[0]
+    if type(x) is not Deferred:
+        return None
+    if function in _UNARY:
+        given = _given(_UNARY[function], args, kwargs)
+        if given is None or given.pop("inplace", False) or given.pop("approximate", "none") != "none":
+            return None
+        if function in _IN_VECTORS and x.numel() % multiple():
+            return None
+        return function, (x, *given.values()), tuple(x.shape)
+    if function is F.linear:
+        given = _given(("weight", "bias"), args, kwargs)
+        if given is None or not _are_parameters(weight := given.get("weight"), bias := given.get("bias")):
+            return None
+        if weight is None or weight.dim() != 2 or weight.shape[1] != x.shape[1]:
+            return None
+        if not linear_by_rows(*weight.shape, bias is not None, torch.get_num_threads()):
+            return None
+        return function, (x, weight, bias), (edges, weight.shape[0])
+    if function is F.layer_norm:
+        given = _given(_NORM, args, kwargs)
+        if given is None or not _are_parameters(given.get("weight"), given.get("bias")):
+            return None
+        if list(given["normalized_shape"]) != [x.shape[1]]:
+            return None
+        more = [x.shape[1]], given.get("weight"), given.get("bias"), given.get("eps", 1e-5)
+        return function, (x, *more), tuple(x.shape)
+    return None
+
+
+def _given(names: tuple[str, ...], args: Any, kwargs: Any) -> dict[str, Any] | None:
+    """The arguments after the first by their names, in the order of these; `None` where there are others."""
+    found = dict(zip(names, args[1:], strict=False)) | kwargs
+    if len(args) > 1 + len(names) or set(found) - set(names):
+        return None
+    return {name: found[name] for name in names if name in found}
+
+
+def _are_parameters(*tensors: Any) -> bool:
+    return all(x is None or is_plain_float(x) for x in tensors)
+
+
+def _cat(tensors: Any = None, dim: Any = 0, **more: Any) -> Any:
+    edges = _edges(tensors) if type(tensors) in (tuple, list) else None
+    if edges is None or more or dim not in (-1, 1):
+        return None
+    if not all(isinstance(x, Tensor) and x.dim() == 2 and x.shape[0] == edges for x in tensors):
+        return None
+    return concatenate, tuple(tensors), (edges, sum(x.shape[1] for x in tensors))
+
+
+def _edges(args: Iterable[Any]) -> int | None:
+    """The number of edges, where all tensors are float32 of two dimensions at the most, and one is deferred."""
+    found = None
+    for x in args:
+        if isinstance(x, Tensor):
+            if x.dim() > 2 or x.dtype != torch.float32 or not (type(x) is Deferred or is_plain_float(x)):
+                return None
+            if type(x) is Deferred:
+                found = x.shape[0] if x.dim() == 2 else None
+                if found is None:
+                    return None
+    return found
+
+
+def is_of_edges(call: PendingCall, x: Any, edges: int) -> bool:
+    """Whether an argument has a row for each edge, not the same for all of them."""
+    rows = call.function is concatenate or call.function in _BINARY
+    return rows and isinstance(x, Tensor) and x.dim() == 2 and x.shape[0] == edges
+
+
+def calls(call: PendingCall) -> Iterator[PendingCall]:
+    """All calls of a program that have not been made, each once."""
+    return _walk(call, lambda one: False)
+
+
+def used(call: PendingCall) -> list[PendingCall]:
+    """Those of them that were computed before and not kept, without what these are made of."""
+    return [one for one in _walk(call, lambda one: one.used) if one.used]
+
+
+def _walk(call: PendingCall, ends: Callable[[PendingCall], bool]) -> Iterator[PendingCall]:
+    seen: set[int] = set()
+    waiting = [call]
+    while waiting:
+        if id(one := waiting.pop()) not in seen and one.value is None:
+            seen.add(id(one))
+            yield one
+            waiting += [] if ends(one) else [x.pending for x in one.args if type(x) is Deferred]
+
+
+def multiple() -> int:
+    """Elements of which a tensor has to have a multiple so that each thread of torch takes whole vectors."""
+    return _VECTOR * torch.get_num_threads()
+
+
+def padding(rows: int, widths: Iterable[int]) -> int:
+    """Rows to add to some, so that with each of these widths they are whole vectors."""
+    step = 1
+    for width in widths:
+        step = math.lcm(step, multiple() // math.gcd(width, multiple()))
+    return -rows % step
+
+
+def in_vectors(call: PendingCall) -> bool:
+    """Whether the bits of this operation depend on where vectors begin."""
+    return call.function in _IN_VECTORS
+
+
+@functools.cache
+def linear_by_rows(outputs: int, inputs: int, bias: bool, threads: int) -> bool:
+    """Whether a linear layer of this torch, on this processor, gives some rows the bits that they have among all."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2 * CHUNK + 397, inputs, generator=generator)
+    weight = torch.randn(outputs, inputs, generator=generator)
+    b = torch.randn(outputs, generator=generator) if bias else None
+    y, order = F.linear(x, weight, b), torch.randperm(len(x), generator=generator)
+    at = 0
+    for rows in (CHUNK, 8 * (CHUNK // 9) + 1, CHUNK // 2 + 77):
+        part = order[at : at + rows]
+        if not torch.equal(F.linear(x.index_select(0, part), weight, b), y.index_select(0, part)):
+            return False
+        at += rows
+    return True

@@ -1,0 +1,93 @@
+"""The rules by which `dibit.edges.functions` has reductions computed: what each books, and whom it calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from dibit.edges.chunks import Reduction
+from dibit.edges.deferred import PendingCall
+from dibit.edges.extremes import HOW, edge_extreme
+from dibit.edges.plan import Plan
+from dibit.edges.scores import additive_scores, scalar_products
+from dibit.edges.sums import edge_sum, scaled_sum
+from dibit.engine.forward_pass import ForwardPass
+
+
+def sum_rule(
+    forward: ForwardPass,
+    gathered: PendingCall,
+    x: Tensor,
+    out: Tensor,
+    scale: Tensor | None,
+    plan: Plan,
+    source: Tensor,
+    target: Tensor,
+    zeros: bool,
+) -> Tensor:
+    needs = x.requires_grad, scale is not None and scale.requires_grad
+    forward.plain(source if needs[0] else None, target if any(needs) else None)
+    if needs[1]:
+        _count(forward, gathered)
+    if scale is None or not (needs[1] or scale.shape[1:].numel() > 1):
+        return edge_sum(forward, x, out, plan, scale, target if zeros else None)
+    return scaled_sum(forward, x, scale, out, plan)
+
+
+def extreme_rule(
+    least: bool,
+    forward: ForwardPass,
+    gathered: PendingCall,
+    x: Tensor,
+    out: Tensor,
+    scale: None,
+    plan: Plan,
+    source: Tensor,
+    target: Tensor,
+    zeros: bool,
+) -> Tensor:
+    if x.requires_grad:
+        forward.plain(source, target)
+        _count(forward, gathered)
+    return edge_extreme(forward, x, out, plan, least, zeros)
+
+
+def chunked_rule(forward: ForwardPass, y: Tensor, sink: Reduction, indices: Sequence[Tensor], target: Tensor) -> bool:
+    """What the reduction itself keeps, and would keep without Dibit."""
+    forward.plain(*indices, target)
+    if sink.how != "sum":
+        forward.plain(y.nbytes, y)
+        forward.kept(*sink.kept, how=HOW)
+    if sink.how != "sum" or forward.function.__name__.startswith("index_add"):
+        forward.plain(target.numel() * y.shape[1] * y.element_size())
+    sink.kept = ()
+    return True
+
+
+def score_rule(
+    forward: ForwardPass,
+    ends: Sequence[PendingCall],
+    a: Tensor,
+    b: Tensor,
+    weight: Tensor | None,
+    slope: float,
+    scores: Tensor,
+    plan: Plan,
+    source: Tensor,
+    target: Tensor,
+) -> Tensor:
+    forward.plain(target if a.requires_grad else None, source if b.requires_grad else None)
+    if weight is None:
+        _count(forward, *(end for end, other in zip(ends, (b, a), strict=True) if other.requires_grad))
+        return scalar_products(forward, a, b, scores, plan)
+    return additive_scores(forward, a, b, weight, slope, scores, plan)
+
+
+def _count(forward: ForwardPass, *gathers: PendingCall) -> None:
+    """Plain torch would keep these, each once, however many operations save it."""
+    for gather in gathers:
+        if not gather.counted:
+            x, _, index = gather.args
+            forward.plain(index.numel() * x.shape[1:].numel() * x.element_size())
+            gather.counted = True

@@ -1,0 +1,165 @@
+"""Maxima and minima over edges: torch's own bits, and its rule for those that tie, from a few bits an element."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch_geometric.nn as g
+from torch import Tensor, nn
+
+import dibit
+from dibit.codec import ops
+from dibit.codec.backends import reference
+from dibit.edges import functions
+from tests.edges.test_sums import ORDERS, E, N, graph
+
+ODD = torch.tensor([float("nan"), -torch.inf, torch.inf])
+# Values that tie never, in part (some of few numbers), all together (zeros behind a ReLU), and whose sign is all.
+FEATURES = {
+    "all different": lambda n, d: torch.randn(n, d),
+    "few numbers": lambda n, d: torch.randint(-2, 3, (n, d)).float(),
+    "after a ReLU": lambda n, d: (torch.randn(n, d) - 1).relu(),
+    "zeros of both signs": lambda n, d: torch.where(torch.rand(n, d) < 0.5, 0.0, -0.0),
+    "not finite": lambda n, d: torch.where(torch.rand(n, d) < 0.9, torch.randn(n, d), ODD[torch.randint(0, 3, (n, d))]),
+}
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functions, "LEAST", 1)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Also the signs of zeros; any NaN is NaN."""
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(
+        a.nan_to_num(7.0).view(torch.int32), b.nan_to_num(7.0).view(torch.int32)
+    )
+
+
+@pytest.mark.parametrize("edges", [0, 1, 200, E])
+@pytest.mark.parametrize("width", [16, 33, 70])
+@pytest.mark.parametrize("least", [False, True])
+@pytest.mark.parametrize("features", FEATURES)
+def test_operators(features: str, least: bool, width: int, edges: int) -> None:
+    """Results, winners and gradients: torch's, the kernels', and those of the definition."""
+    source, target = graph(edges=edges)
+    x, out = FEATURES[features](N, width).requires_grad_(), torch.zeros(N, width)
+    messages = x.index_select(0, source)
+    index, name = target[:, None].expand_as(messages), "amin" if least else "amax"
+    plain = out.clone().scatter_reduce_(0, index, messages, name, include_self=False)
+    dy = torch.randn(N, width)
+    (truth,) = torch.autograd.grad(plain, x, dy)
+    crow, rank = ops.sort_edges(target, N)
+    col, x = source[rank.long()].int(), x.detach()
+    for backend in (ops, reference):
+        y = out.clone()
+        backend.edge_extremes(y, crow, col, x, least)
+        assert same_bits(y, plain.detach())
+    found, known = (backend.edge_winners(crow, col, x, y) for backend in (ops, reference))
+    assert all(torch.equal(own, other) for own, other in zip(found, known, strict=True))
+    initial = ((y == 0).int() @ torch.eye(width, dtype=torch.int32)).bool()  # what was there was zero
+    packed = torch.nn.functional.pad(initial, (0, -width % 8)).view(N, -1, 8)
+    packed = (packed * (1 << torch.arange(8))).sum(-1).to(torch.uint8)
+    for backend in (ops, reference):
+        dx = torch.zeros(N, width)
+        backend.add_winners(dx, crow, col, *found, dy, packed)
+        assert torch.allclose(dx, truth, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_an_infinite_gradient_is_not_a_number_elsewhere() -> None:
+    """Of the others torch multiplies it by zero."""
+    x, (source, target), dy = torch.randn(N, 16), graph(), torch.ones(N, 16)
+    dy[:9, :3] = torch.inf
+    leaf = x.clone().requires_grad_()
+    index = target[:, None].expand(E, 16)
+    y = torch.zeros(N, 16).scatter_reduce_(0, index, leaf[source], "amax", include_self=False)
+    y.backward(dy)
+    crow, rank = ops.sort_edges(target, N)
+    col = source[rank.long()].int()
+    ops.add_winners(dx := torch.zeros(N, 16), crow, col, *ops.edge_winners(crow, col, x, y.detach()), dy, None)
+    assert torch.allclose(dx, leaf.grad, equal_nan=True)  # type: ignore[arg-type]
+
+
+class Net(nn.Module):
+    """Maxima of node features among -1, 0 and 1, whose gradient is that of what was rounded."""
+
+    def __init__(self, aggr: Any) -> None:
+        super().__init__()
+        self.lin, self.conv = nn.Linear(32, 32), g.SAGEConv(32, 32, aggr=aggr)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        h = self.lin(x)
+        return self.conv(h - h.detach() + h.detach().round(), edge_index)
+
+
+class Into(Net):
+    """The same, into a tensor of a number."""
+
+    def __init__(self, start: float, reduce: str) -> None:
+        super().__init__("max")
+        self.start, self.reduce = start, reduce
+
+    def conv_(self, h: Tensor, edge_index: Tensor) -> Tensor:
+        out = torch.full((N, 32), self.start)
+        index = edge_index[1][:, None].expand(E, 32)
+        return out.scatter_reduce_(0, index, h[edge_index[0]], self.reduce, include_self=False)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        h = self.lin(x)
+        return self.conv_(h - h.detach() + h.detach().round(), edge_index)
+
+
+NETS = {
+    "max": lambda: Net("max"),
+    "min": lambda: Net("min"),
+    "three": lambda: Net(["min", "sum", "max"]),
+    "into zeros": lambda: Into(0.0, "amax"),
+    "into ones": lambda: Into(1.0, "amin"),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", NETS)
+def test_the_gradient_of_ties_is_torchs(name: str, order: str) -> None:
+    """What was there before takes a share, too, if it is equal."""
+    model, x, edge_index = NETS[name](), torch.randn(N, 32), graph(order)
+    own = dibit.compress(copy.deepcopy(model), "lossless")
+    readout, grads = torch.randn(N, 32), []
+    for each in (model, own):
+        each(x, edge_index).backward(readout)
+        grads.append(torch.cat([p.grad.flatten() for p in each.parameters() if p.grad is not None]))
+    assert torch.equal(own(x, edge_index), model(x, edge_index))
+    assert torch.allclose(grads[1], grads[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("nodes", [60, 300, 3000])
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("features", ["all different", "few numbers", "after a ReLU"])
+def test_no_more_bytes_than_one_bit_a_message(features: str, parallel: bool, nodes: int) -> None:
+    """Whatever ties, such as parallel edges, at 1 to 67 neighbours a node."""
+    source, target = graph(nodes=nodes) if parallel else graph(nodes=nodes).unique(dim=1)
+    x, y = FEATURES[features](nodes, 64), torch.zeros(nodes, 64)
+    crow, rank = ops.sort_edges(target, nodes)
+    col = source[rank.long()].int()
+    ops.edge_extremes(y, crow, col, x, False)
+    planes, _ = ops.edge_winners(crow, col, x, y)
+    assert planes.nbytes <= len(source) * 64 // 8
+    if features != "few numbers" and not parallel and nodes <= 300:
+        assert planes.nbytes < len(source) * 64 // 8 / 2
+
+
+def test_nothing_of_one_row_an_edge_is_kept() -> None:
+    edge_index, x = graph().unique(dim=1), torch.randn(N, 32)
+    model = dibit.compress(g.SAGEConv(32, 32, aggr="max").train())
+    x.requires_grad_()
+    for _ in range(3):
+        with dibit.track(model) as saved:
+            model(x, edge_index).sum().backward()
+    (row,) = (row for row in saved.rows if row.operation == "scatter_reduce_")
+    assert row.how == "winners of each target"
+    assert row.kept < edge_index.shape[1] * 32 / 8 / 2
+    assert row.plain > E * 32 * 4
+    assert not any(row.kept for row in saved.rows if row.operation in ("index_select", "new_zeros"))
