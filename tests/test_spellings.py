@@ -280,7 +280,7 @@ def layers() -> Iterator[Any]:
             yield pytest.param({name.removesuffix("_"): function}, id=text)
     for text, function in spelled("gather").items():
         yield pytest.param({"index_select": lambda x, _, i, f=function: f(x, 0, wide(i, x))}, id=text)
-    for text, function in spelled("index_add").items() | spelled("index_add_").items():
+    for text, function in (spelled("index_add") | spelled("index_add_")).items():
         yield pytest.param({"scatter_add": lambda out, _, i, m, f=function: f(out, 0, i[:, 0], m)}, id=text)
     yield pytest.param({"index_select": lambda x, _, index: x[index]}, id="x[index]")
     yield pytest.param({"mul": lambda a, b: a * b, "add": lambda a, b: a + b}, id="a * b, a + b")
