@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import dibit
+from dibit._torch.spellings import torch_functions
 from dibit.edges import functions, programs
 from dibit.edges.chunks import Gradient, Rows, Whole, cut
 from dibit.edges.deferred import PendingCall
 from dibit.edges.plan import plan_of
 from dibit.engine.keeper import Keeper
-from dibit.recompute.repeatable import torch_functions
 from dibit.rules import RULES
 from tests.edges.test_programs import Doubled, scripted
 from tests.edges.test_sums import ORDERS, graph
@@ -42,9 +42,13 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes are replaced by exact residuals, so that every gradient is plain torch's to the order of its sums."""
-    for name in ("keep", "gathered"):
-        monkeypatch.setattr(Keeper, name, lambda self, x, *args, copied=False, **more: self.exact(x, copied))
-    for function in torch_functions("silu sigmoid gelu tanh layer_norm mul __mul__ __rmul__ div __truediv__ square"):
+
+    def exactly(keeper: Keeper, x: Tensor, *args: Any, copied: bool = False, **more: Any) -> Any:
+        return keeper.exact(x, copied)
+
+    monkeypatch.setattr(Keeper, "keep", exactly)
+    monkeypatch.setattr(Keeper, "gathered", exactly)
+    for function in torch_functions("silu sigmoid gelu tanh layer_norm mul div square"):
         if function in RULES:
             monkeypatch.delitem(RULES, function)
 
