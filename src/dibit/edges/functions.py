@@ -62,10 +62,10 @@ _EXTREMES = torch_functions("scatter_reduce", in_place=True)
 
 
 class Edges:
-    """The gathers of one forward pass that have not been made.
+    """Handles operations on a deferred gather: records them, replaces sums by a kernel, or executes the gather.
 
     Args:
-        forward: the pass.
+        forward: the running forward pass.
         run: runs a call of torch as the pass does, without deferring it.
         rule: runs a rule for a function of torch.
         free: whether nobody else's saved-tensor hooks are there.

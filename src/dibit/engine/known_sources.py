@@ -47,7 +47,7 @@ class KnownSources:
         self._aggregates[self.holdings.key(y)] = graph, weakref.ref(x), self.holdings.key(x)
 
     def source(self, y: Tensor) -> tuple[ConstantCSR, Tensor] | None:
-        """A and x of a y that was computed as A x, or as their mean, and whose gradient nobody has asked for."""
+        """If y was computed as A @ x (a sum or a mean) and no hook or retain_grad needs its gradient: (A, x)."""
         if not self._aggregates:
             return None
         found = self._aggregates.get(self.holdings.key(y)) or self._average(y)
