@@ -60,7 +60,7 @@ class KnownSources:
         return graph, x
 
     def residual(self, x: Tensor) -> Residual | None:
-        """A residual that makes x of what others hold; also where x is the mean that belongs to a known sum."""
+        """A residual that rebuilds x from tensors that others hold. Recognises the mean made from a known sum, too."""
         if not self._derived:
             return None
         found = self._derived.get(self.holdings.key(x))
