@@ -1,7 +1,6 @@
 """Scores: how large each row's gradient was in the last step, one byte a row, by which the next step's rows are kept.
 
-Scores are stored outside the module's buffers: the `state_dict` is the plain model's, and each process has scores of its
-own.
+Scores are stored outside the module's buffers: the `state_dict` is the plain model's, and each process has its own.
 """
 
 from __future__ import annotations
