@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "dibit"
+DOCS = Path(__file__).parents[1] / "docs"
 
 # From the top down. Names on one line do not import each other.
 LAYERS = (
@@ -71,6 +72,19 @@ def test_every_room_has_its_floor() -> None:
     """A new folder, or a file beside them, gets a place in `LAYERS` and in the diagram of docs/architecture.md."""
     found = {room(name) for name in KNOWN}
     assert found == set(FLOOR), f"add {found - set(FLOOR)} to LAYERS above and to the diagram of docs/architecture.md"
+
+
+def test_the_diagram_shows_the_layers() -> None:
+    """The names at the left of the first drawing in docs/architecture.md, from the top down."""
+    drawing = (DOCS / "architecture.md").read_text(encoding="utf-8").split("```")[1].splitlines()
+    shown = [line[:48].replace("dibit/__init__.py", "dibit").split() for line in drawing]
+    assert [set(names) for names in shown if names not in ([], ["|"])] == [set(names.split()) for names in LAYERS]
+
+
+def test_every_page_is_listed() -> None:
+    table = (DOCS / "README.md").read_text(encoding="utf-8")
+    lacks = [path.name for path in DOCS.glob("*.md") if path.name != "README.md" and f"\n| [{path.name}](" not in table]
+    assert not lacks, f"add a line for each of {lacks} to the table of docs/README.md"
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN))

@@ -53,7 +53,7 @@ def nested(layout: Any) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.nested.nested_tensor([x[:150], x[150:]], layout=layout)
 
 
-# What each kind makes of N x D numbers; and how numbers are had from it again, `None` where they are not.
+# By kind: how N x D numbers become such a tensor, and how they are read from it again (`None`: they cannot be).
 KINDS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]] = {
     "nested": (nested(torch.strided), lambda t: torch.cat(t.unbind())),
     "jagged": (nested(torch.jagged), lambda t: torch.cat(t.unbind())),

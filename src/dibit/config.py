@@ -54,8 +54,8 @@ class Sample:
             :math:`dY^T X` whose inputs are of similar size. One byte a row lives on between steps; before there are
             any, `"norm"`. Inputs of linear layers and the statistics of norm layers have such gradients; where a
             residual has none of its own, `"uniform"`.
-        least: at least about so many rows are kept (all, where there are no more): the error of what is left averages
-            out over the rows kept, so that a small graph or batch needs a larger part.
+        least: keep at least about this many rows, or all if there are fewer. The sampling error averages out over the
+            kept rows, so small graphs and batches must keep a larger share.
     """
 
     ratio: int = 8

@@ -153,7 +153,7 @@ class Training:
         self.loss(model).backward()
 
     def loss(self, model: nn.Module) -> Tensor:
-        """Of the training nodes."""
+        """The cross-entropy of the training nodes."""
         return F.cross_entropy(model(self.x, self.graph)[self.rows], self.y[self.rows])
 
     def error(self, setting: str, draws: int) -> dict[str, float]:
@@ -216,7 +216,7 @@ def measure(
         root: folder of data sets.
         grid: networks.
         epochs: steps taken before each measurement.
-        draws: of the codec.
+        draws: number of draws of the codec over which the error is averaged.
         settings: recipes.
         note: called with a line that says how far the measurement is.
         done: is given each row once it is measured.

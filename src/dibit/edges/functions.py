@@ -1,9 +1,9 @@
-"""What is done with a gather that has not been made: its shape is known, factors are noted, sums computed.
+"""Operations on a deferred gather, x[source], whose shape is known but whose elements are not yet computed.
 
-A model that sums up its neighbours makes x[source], perhaps times a weight an edge, and adds the rows to those of their
-targets. `Edges` sees the three calls, and makes the sum from x alone. Operations on each edge, such as the network of
-an EdgeConv, are noted until their result is reduced, chunk by chunk. Whatever else is done with x[source] makes it, and
-goes on as it would in plain torch.
+A model that sums over neighbours gathers x[source], perhaps multiplies it by a weight for each edge, and adds the rows
+to those of their targets. `Edges` sees the three calls and computes the sum from x alone. Operations on each edge, such
+as the network of an EdgeConv, are recorded until their result is reduced, chunk by chunk. Any other operation on
+x[source] executes the gather and goes on as in plain torch.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ _EXTREMES = torch_functions("scatter_reduce", in_place=True)
 
 
 class Edges:
-    """The gathers of one forward pass that have not been made.
+    """Handles operations on a deferred gather: records them, replaces sums by a kernel, or executes the gather.
 
     Args:
-        forward: the pass.
+        forward: the running forward pass.
         run: runs a call of torch as the pass does, without deferring it.
         rule: runs a rule for a function of torch.
         free: whether nobody else's saved-tensor hooks are there.
@@ -102,7 +102,7 @@ class Edges:
         return self._defer(call, torch.Size((index.numel(), *x.shape[1:])), x)
 
     def take(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """A call that has a deferred tensor among its arguments; `NotImplemented` if that has to be made."""
+        """Handle a call with a deferred tensor among its arguments; `NotImplemented` if the gather must be executed."""
         if func in METADATA:
             return natively(func, args, kwargs)
         found = first_deferred(args, kwargs)
@@ -128,7 +128,7 @@ class Edges:
         return self._extended(func, args, kwargs)
 
     def _pattern(self, func: Any, args: Any, kwargs: Any, found: Deferred) -> Any:
-        """A call that adds to what is computed from node tensors alone, or that computes it."""
+        """Handle a call that is part of a pattern computed from node tensors alone, or that completes one."""
         if func in _LEAKY and len(args) == 1 and not kwargs.get("inplace", False):
             args, kwargs = (*args, kwargs.get("negative_slope", 0.01)), {}
         if func in _EXTREMES:
@@ -151,7 +151,7 @@ class Edges:
         return NotImplemented
 
     def end(self, output: Any) -> Any:
-        """The pass ends: what is still there is made, as what it is made of is out of sight from now on."""
+        """The pass ends: execute the gathers that still exist, because their sources are out of sight from now on."""
         while self._alive:
             self._make(self._alive.pop())
         return _returned(output)
@@ -172,7 +172,7 @@ class Edges:
         return made
 
     def _sized(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """A tensor of a dtype, a device and perhaps a shape."""
+        """Run a call such as `new_zeros`, which needs only the dtype, the device or the shape of a deferred tensor."""
         sized = func is Tensor.new_zeros and len(args) == 2 and not kwargs and type(args[1]) in (tuple, torch.Size)
         if sized and args[0].element_size() * math.prod(args[1]) >= LARGE:
             zeros = empty(args[1], args[0].dtype, args[0].device).zero_()
@@ -185,7 +185,7 @@ class Edges:
         return self.run(func, (like, *args[1:]), kwargs)
 
     def _rowwise(self, func: Any, args: Any) -> Any:
-        """An operation that works on each edge alone, noted."""
+        """Record an operation that works on each edge alone."""
         own = [x for x in args if type(x) is Deferred]
         if any(x.pending.value is not None for x in own):
             return NotImplemented
@@ -193,7 +193,7 @@ class Edges:
         return self._defer(PendingCall(func, args, roots, self.run), own[0].shape, roots[0])
 
     def _extended(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """An operation that makes a program longer."""
+        """Append an operation to a program on edges."""
         forward, config = self.forward, self.forward.config
         if config is None or config.lossless or not (torch.is_grad_enabled() and self.free()):
             return NotImplemented
@@ -217,7 +217,7 @@ class Edges:
         return self._defer(call, torch.Size(shape), roots[0]) if call.size <= MOST_CALLS else NotImplemented
 
     def _run_here(self) -> Run:
-        """Runs calls in the module that is running now."""
+        """A function that runs calls later, under the names and configs of the modules that are running now."""
         stack, run = self.forward.stack, self.run
         names, configs = list(stack.names), list(stack.configs)
 
@@ -248,7 +248,7 @@ class Edges:
         return self._defer(call, x.shape, scale)
 
     def _sum(self, func: Any, out: Any, dim: Any, target: Any, messages: Deferred) -> Any:
-        """Messages added to the rows of their targets."""
+        """Add messages to the rows of their targets."""
         if kind(messages) == "program":
             return self._chunked(func, out, dim, target, messages, "sum")
         if kind(messages) not in ("gather", "scaled"):
@@ -283,7 +283,7 @@ class Edges:
         return self._reduced(func, input, dim, one_column(index, messages), messages, rule)
 
     def _reduced(self, func: Any, out: Any, dim: Any, target: Any, messages: Deferred, rule: Any) -> Any:
-        """Messages reduced by target into `out`, by a rule."""
+        """Reduce messages by target into `out`, by a rule."""
         gathered, scale = parts(messages)
         if not _fits(out, dim, target, messages) or gathered.value is not None:
             return NotImplemented
@@ -300,7 +300,7 @@ class Edges:
         return y
 
     def _chunked(self, func: Any, out: Any, dim: Any, target: Any, messages: Deferred, how: str) -> Any:
-        """The messages of a program reduced into `out`, some thousand edges at a time."""
+        """Reduce the messages of a program into `out`, some thousand edges at a time."""
         forward, message = self.forward, messages.pending
         calls = list(programs.calls(message))
         if not _fits(out, dim, target, messages) or not any(call.function is F.linear for call in calls):
@@ -338,7 +338,7 @@ class Edges:
         return y
 
     def _sum_of_rows(self, func: Any, out: Any, dim: Any, target: Any, messages: Deferred) -> Any:
-        """Messages that have been made, of which torch would keep a reference for their shape."""
+        """Sum messages that have been computed. Torch would keep a reference to them, only for their shape."""
         if not _fits(out, dim, target, messages):
             return NotImplemented
         rows = materialized(messages)
@@ -349,7 +349,7 @@ class Edges:
         )
 
     def _to_write(self, func: Any, out: Tensor) -> Tensor:
-        """The tensor that a reduction is written into."""
+        """The tensor that a reduction writes to: `out`, or a copy if the function does not work in place."""
         if func not in IN_PLACE:
             return out.clone()
         self.forward.writes.before(out)
@@ -399,7 +399,7 @@ class Edges:
     # -- what is still there ----------------------------------------------------------------------------------------
 
     def _written(self, storage: int) -> None:
-        """Something is about to write to a storage: what is made of it is made now."""
+        """Something is about to write to a storage: execute the gathers from it now."""
         for path in self._paths:
             if (alive := path()) is not None:
                 alive.secure(storage)
@@ -422,7 +422,7 @@ class Edges:
 
 
 def _fits(out: Any, dim: Any, target: Any, messages: Deferred) -> bool:
-    """Whether messages can be reduced into `out` without being made."""
+    """Whether messages can be reduced into `out` without being computed as a tensor."""
     if type(target) is not Tensor or target.dtype != torch.int64 or target.dim() != 1:
         return False
     if dim not in (0, -messages.dim()) or not is_plain_float(out) or out.dtype != messages.dtype:
@@ -443,7 +443,7 @@ def _made(value: Any) -> Any:
 
 
 def _gather(func: Any, args: Any) -> tuple[Any, Any, Any] | None:
-    """The arguments of `index_select` that give the same; `None` if this is no gather of whole rows."""
+    """The arguments of an equal `index_select`; `None` if this is no gather of whole rows."""
     if func in _GATHERS and len(args) == 3:
         return args  # type: ignore[no-any-return]
     if func is Tensor.__getitem__ and type(args[0]) in _PLAIN and type(args[1]) is Tensor:
@@ -456,7 +456,7 @@ def _gather(func: Any, args: Any) -> tuple[Any, Any, Any] | None:
 
 
 def _returned(value: Any) -> Any:
-    """What a model returns, with what was made in the place of deferred tensors."""
+    """What a model returns, with deferred tensors replaced by plain ones."""
     if type(value) is Deferred:
         return materialized(value)
     if type(value) in (tuple, list):

@@ -52,7 +52,7 @@ def sort(by: Tensor, count: int, other: Tensor) -> SortedEdges:
 
 @dataclass(frozen=True)
 class Plan:
-    """Of a graph.
+    """The edges of a graph, sorted in both directions.
 
     Attributes:
         by_target: for sums over the edges that come in; compressed rows (targets, sources).
@@ -136,5 +136,5 @@ _of: weakref.WeakKeyDictionary[ModelState, dict[Any, Plan]] = weakref.WeakKeyDic
 
 
 def known_plans(state: ModelState) -> dict[Any, Plan]:
-    """Of a compressed model, by the content of the edges."""
+    """The plans of a compressed model, by the content of the edges."""
     return _of.setdefault(state, {})

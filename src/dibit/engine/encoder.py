@@ -1,4 +1,4 @@
-"""The codes of one pass: with which seed, scores of rows and rows in the loss's reach a tensor is encoded."""
+"""Encodes tensors: chooses the seed, the row scores and the rows that the loss can reach."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Encoder:
     """Encodes the tensors of one pass.
 
     Args:
-        state: of the model.
-        stack: of the pass.
-        draws: its seeds.
-        measuring: its names of residuals, and what is measured.
-        reach: its rows that the loss reaches.
-        node_ids: of the rows of the model's input, int64 (N,); `None`: rows are the same nodes in every pass.
+        state: the compressed model's state; holds the scores of rows.
+        stack: the modules and the function that are running.
+        draws: gives the seeds of the pass.
+        measuring: gives the residuals their names, and says whether this step measures.
+        reach: leaves out rows that the loss cannot reach.
+        node_ids: the nodes of the rows of the model's input, int64 (N,); `None`: rows are the same nodes in every pass.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class Encoder:
 
         Args:
             x: floating point.
-            config: of the codec.
+            config: the settings of the codec.
             purpose: "leaf" or "path"; part of the seed.
             affine: encode (x - shift) * scale.
-            watched: its user tells the residual what it is multiplied with.
-            name: of the residual, where it has one already.
+            watched: the backward pass calls the residual's `observe` with the gradient that it multiplies.
+            name: the residual's name, if it has one already.
         """
         salt = (self.state.salt,) if self.state.salt else ()
         scores = watch = candidates = None

@@ -72,8 +72,8 @@ class ForwardPass:
         sources: how tensors came about: aggregates, results of norms.
         measuring: names of operations, and what is measured of the gradient's noise.
         accounting: the ledger's rows.
-        writes: to tensors, told before they happen.
-        low: autocast's dtype, while a rule runs for a function that takes it.
+        writes: is called before any operation writes to a tensor.
+        low: autocast's dtype of half precision while a rule runs for a function that autocast runs in it; else `None`.
         taken: how many operations rules have taken over, with something to keep.
         over: the pass has ended.
     """
@@ -112,7 +112,7 @@ class ForwardPass:
         """Call a rule; an entry in the ledger is opened for it and dropped where it declines."""
         for x in (*args, *kwargs.values()):
             if is_a(x, Tensor) and (not (parts := storages(x)) or (parts[0] is x and not x.numel())):
-                return NotImplemented  # of nothing there is nothing to win, and no rows of a width can be told
+                return NotImplemented  # an empty tensor saves nothing, and its rows have no width
         self.accounting.open(func)
         outer, self._rule = self._rule, (running := _RunningRule())
         result = NotImplemented
@@ -122,9 +122,9 @@ class ForwardPass:
             self._rule = outer
             self.accounting.close(declined=result is NotImplemented)
         if running.factor:
-            _name_node(result, running.factor)
+            _label_node(result, running.factor)
         if running.seeded and self._draws.key is not None:
-            _tell(result, self._draws.key)
+            _notify_key_on_backward(result, self._draws.key)
         self.taken += result is not NotImplemented and running.keeps
         return result
 
@@ -197,8 +197,8 @@ class ForwardPass:
 
         Args:
             x: the factor.
-            config: its codec; more bits are kept where the noise of the whole gradient asks for it.
-            fixed: but not of this one.
+            config: its codec. Dibit may raise its bits to bound the noise of the whole gradient.
+            fixed: keep exactly this codec; never raise its bits.
         """
         if config.noise is None or not x.numel():
             return self._keeper.keep(x, leaf=False, config=config)
@@ -208,7 +208,7 @@ class ForwardPass:
         return self._keeper.keep_factor(x, config, name, fixed)
 
     def keep_affine(self, x: Tensor, affine: Affine, config: Config, *, watched: bool) -> Residual:
-        """A path residual of (x - shift) * scale, a tensor that nobody else has.
+        """A path residual of (x - shift) * scale, a tensor that exists nowhere else.
 
         Args:
             x: (N, D).
@@ -311,15 +311,15 @@ class ForwardPass:
         return form
 
 
-def _tell(result: Any, key: Key) -> None:
-    """Let the pass's key know when the backward pass comes to what a rule has drawn."""
+def _notify_key_on_backward(result: Any, key: Key) -> None:
+    """Call `key.used()` when the backward pass reaches the operation that made `result`."""
     node = getattr(result, "grad_fn", None)
     if node is not None:
         node.register_prehook(lambda _: key.used())
 
 
-def _name_node(result: Any, name: str) -> None:
-    """Let the walk through autograd's graph know what multiplies the gradient here."""
+def _label_node(result: Any, name: str) -> None:
+    """Write the name of the kept factor on the autograd node, where the walk that predicts the noise reads it."""
     node = getattr(result, "grad_fn", None)
     if isinstance(node, torch.autograd.function.FunctionCtx) and not getattr(node, "measured", ""):
         node.measured = name  # type: ignore[attr-defined]

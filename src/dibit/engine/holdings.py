@@ -162,7 +162,7 @@ def _inside(x: Tensor) -> list[Any]:
 
 
 def _scripted(value: Any) -> list[Tensor]:
-    """Of an object of TorchScript: torch_sparse.SparseTensor keeps a scripted storage."""
+    """The tensors in a TorchScript object: torch_sparse.SparseTensor keeps a scripted storage."""
     if not str(static(type(value), "__module__")).startswith("torch"):
         return []
     try:

@@ -47,7 +47,7 @@ class KnownSources:
         self._aggregates[self.holdings.key(y)] = graph, weakref.ref(x), self.holdings.key(x)
 
     def source(self, y: Tensor) -> tuple[ConstantCSR, Tensor] | None:
-        """A and x of a y that was computed as A x, or as their mean, and whose gradient nobody has asked for."""
+        """If y was computed as A @ x (a sum or a mean) and no hook or retain_grad needs its gradient: (A, x)."""
         if not self._aggregates:
             return None
         found = self._aggregates.get(self.holdings.key(y)) or self._average(y)
@@ -60,7 +60,7 @@ class KnownSources:
         return graph, x
 
     def residual(self, x: Tensor) -> Residual | None:
-        """A residual that makes x of what others hold; also where x is the mean that belongs to a known sum."""
+        """A residual that rebuilds x from tensors that others hold. Recognises the mean made from a known sum, too."""
         if not self._derived:
             return None
         found = self._derived.get(self.holdings.key(x))

@@ -22,9 +22,21 @@ from dibit.residuals.exact import Exact, LosslessForm, Narrowed, Recomputed, exa
 class LosslessForms:
     """The exact residuals of one pass, and the tape from which tensors are computed again.
 
+    What the words mean here, in `Holdings` and in `Owners`:
+
+    - *held*: the caller or the model keeps the memory of a tensor through the backward pass. Its content may change.
+    - *steady*, *settled*: a residual may rest on the content of a held tensor, because of what earlier passes showed
+      for its role (see `dibit.engine.owners`). `Owners.steady` answers for one part of a tensor, `Holdings.settled`
+      for all parts. `LosslessForms.steady` also asks whether each part can be secured.
+    - *relied*: steady, and not a small tensor of integers, which is rather copied (`Owners.relied`).
+    - *secure*: choose a reference or a copy, so that the backward pass reads the content that the forward pass read.
+      `secure` does so for one node of the tape, `secured` for all tensors that a program starts from.
+    - *exactly*: any exact residual of a tensor, the one of fewest bytes. It may be a program that computes it again.
+    - *once*: the tensor itself, narrowed if it can be, and shared with an earlier constant of equal content.
+
     Args:
-        holdings: of the pass.
-        ledger: where a reference has to become a copy, it counts that.
+        holdings: whose memory the tensors of the pass lie in.
+        ledger: counts the references that have to become copies.
 
     Attributes:
         tape: the operations of the pass, as far as their results can be computed again.
@@ -35,7 +47,7 @@ class LosslessForms:
         self.owners = holdings.owners
         self.tape = Tape(holdings.key, self.free, self._note_owner)
         self._ledger = ledger
-        self._forms: dict[Any, Exact | Narrowed] = {}  # by what they are for ("lossless", "copy", "leaf") and content
+        self._forms: dict[Any, Exact | Narrowed] = {}  # by purpose ("lossless", "copy", "leaf") and content
         self._content: dict[Any, list[Exact | Narrowed]] = {}  # by dtype and shape
         self._leaves: dict[int, list[Exact]] = {}  # by storage: kept in the place of tensors computed from them
         self._plain: dict[int, list[weakref.ref[Exact]]] = {}  # by storage: kept as plain torch keeps them
@@ -78,7 +90,7 @@ class LosslessForms:
         return None
 
     def secured(self, leaves: Sequence[Node]) -> tuple[Exact | Narrowed, ...] | None:
-        """What is kept of the tensors that a program starts from; `None` where one is lost: no later cut has it."""
+        """Exact residuals of the tensors that a program starts from; `None` if one is lost: no later cut has it."""
         forms = []
         for node in leaves:
             form = self.secure(node)
@@ -92,11 +104,11 @@ class LosslessForms:
         """What is kept of the tensor of a node, so that it has the content in the backward pass that it was read with.
 
         Args:
-            copied: small graphs are, rather than relied upon; else the tensor itself is what somebody will read.
+            copied: a small graph is copied, not relied upon. `False`: the residual must read the tensor itself.
 
         Returns:
-            By reference what this pass has made, what is kept anyway and what nobody changes; else a copy. `None`: the
-            content is not to be had any more.
+            A reference, if this pass made the tensor, if it is kept anyway, or if nobody changes it; else a copy.
+            `None`: the content is lost.
         """
         x = node.tensor()
         assert x is not None

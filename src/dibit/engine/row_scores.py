@@ -1,6 +1,6 @@
 """Scores: how large each row's gradient was in the last step, one byte a row, by which the next step's rows are kept.
 
-They lie beside the model, never in a buffer: a `state_dict` stays the plain model's, and each process has its own.
+Scores are stored outside the module's buffers: the `state_dict` is the plain model's, and each process has its own.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Scores:
 
         Returns:
             The scores by residual, uint8 (nodes,); by "reach/" and residual how far the loss reaches, int64 (), as
-            far as passes were told of `loss_rows`; by "steady/" and argument or attribute whether passes may rest on
+            far as passes were given `loss_rows`; by "steady/" and argument or attribute whether passes may rest on
             its content, bool (); by "rows/" what was measured of the gradient's error, and how many rows are kept
             for it, float64 (values,); after "draws/" what the codec's next draws depend on beside torch's generator,
             int64 (), which is of this process rather than of the model.

@@ -14,11 +14,11 @@ from dibit.engine.lossless import LosslessForms
 
 
 class Writes:
-    """Tells the parts of a pass of each write before it happens.
+    """Is called before any operation writes to a tensor, and calls the parts of the pass that must know.
 
     Args:
-        lossless: of the pass: what it keeps by reference becomes a copy.
-        sources: of the pass: what is known of a tensor no longer holds.
+        lossless: copies what it keeps by a reference to this memory.
+        sources: forgets how the tensor was computed.
     """
 
     def __init__(self, lossless: LosslessForms, sources: KnownSources) -> None:

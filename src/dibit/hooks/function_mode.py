@@ -69,8 +69,8 @@ def _has_statistics(function: Any) -> bool:
     return any(part in _name(function) for part in ("batch_norm", "instance_norm"))
 
 
-def tell_of_writes(forward_pass: ForwardPass, func: Any, args: Any, kwargs: Any) -> None:
-    """What is kept must not change with a tensor that this call writes to, or lets somebody write to."""
+def announce_writes(forward_pass: ForwardPass, func: Any, args: Any, kwargs: Any) -> None:
+    """Call `ForwardPass.writes` for the tensors that this call writes to, or lets somebody else write to."""
     if _changes(func):
         forward_pass.writes.before(args[0] if args else kwargs.get("input", kwargs.get("self")))
     elif func in _EXPOSES and args:
@@ -90,8 +90,8 @@ def tell_of_writes(forward_pass: ForwardPass, func: Any, args: Any, kwargs: Any)
         forward_pass.writes.before(kwargs["out"])
 
 
-def tell_of_results(forward_pass: ForwardPass, func: Any, args: Any, result: Any) -> None:
-    """Note memory that this call has made. What has a gradient tells by itself."""
+def record_results(forward_pass: ForwardPass, func: Any, args: Any, result: Any) -> None:
+    """Note which memory this call has made. Results with a gradient need no note: autograd's graph shows it."""
     for x in result if type(result) in (tuple, list) else (result,):
         if type(x) is Tensor and not x.requires_grad and strided(x):
             storage = storage_key(x)
@@ -112,7 +112,7 @@ class Intercept(TorchFunctionMode):
         self.hooks = (forward_pass.pack, forward_pass.unpack)
         self.calls = Calls(forward_pass.state, self.hooks[0])
         self.away = False
-        self.edges = Edges(forward_pass, self._make, self._summed, hooks_free)
+        self.edges = Edges(forward_pass, self._run_deferred, self._summed, hooks_free)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -125,14 +125,14 @@ class Intercept(TorchFunctionMode):
             args, kwargs = materialized(args), materialized(kwargs)
         forward_pass = self.forward_pass
         if func in inner_gradients.ASKING:
-            return self._asked(func, args, kwargs)
+            return self._inner_gradient(func, args, kwargs)
         if forward_pass.state.asks is not False and inner_gradients.makes_leaf(func, args, kwargs):
             forward_pass.stack.stay_exact()
         # Hooks are there for the one operation: transforms of `torch.func` refuse to begin where there are any.
-        return self._hooked(func, args, kwargs, True)
+        return self._hooked(func, args, kwargs, defers=True)
 
-    def _make(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """A call that was deferred until now."""
+    def _run_deferred(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run a call that was deferred until now."""
         if self.forward_pass.over:
             return func(*args, **kwargs)
         others = []  # it belongs to where it was given, not to the activation checkpoint that needs it first
@@ -140,7 +140,7 @@ class Intercept(TorchFunctionMode):
             pop_hooks()
             others.append(top)
         try:
-            return self._hooked(func, args, kwargs, False)
+            return self._hooked(func, args, kwargs, defers=False)
         finally:
             for other in reversed(others):
                 push_hooks(*other)
@@ -156,22 +156,28 @@ class Intercept(TorchFunctionMode):
         finally:
             pop_hooks()
 
-    def _hooked(self, func: Any, args: Any, kwargs: Any, defers: bool) -> Any:
+    def _hooked(self, func: Any, args: Any, kwargs: Any, *, defers: bool) -> Any:
+        """Run an operation under Dibit's saved-tensor hooks, unless someone else's are there."""
         keeps = torch.is_grad_enabled() and hooks_free()
         if not keeps:
-            return self._run(func, args, kwargs, keeps, defers)
+            return self._run(func, args, kwargs, keeps=keeps, defers=defers)
         push_hooks(*self.hooks)
         try:
-            return self._run(func, args, kwargs, keeps, defers)
+            return self._run(func, args, kwargs, keeps=keeps, defers=defers)
         finally:
             pop_hooks()
 
-    def _run(self, func: Any, args: Any, kwargs: Any, keeps: bool, defers: bool) -> Any:
-        """An operation; `keeps`: not within someone else's hooks (activation checkpoints), where all stays exact."""
+    def _run(self, func: Any, args: Any, kwargs: Any, *, keeps: bool, defers: bool) -> Any:
+        """Run an operation, by its rule if it has one.
+
+        Args:
+            keeps: gradients are on, and no hooks but Dibit's are there. Within an activation checkpoint all is exact.
+            defers: a gather may be deferred.
+        """
         forward_pass = self.forward_pass
         forward_pass.stack.function = func
         if forward_pass.config is None:
-            tell_of_writes(forward_pass, func, args, kwargs)
+            announce_writes(forward_pass, func, args, kwargs)
             if func in DROPOUTS and forward_pass.stack.configs:
                 result = self.calls.masked(forward_pass.stack.configs[-1], func, args, kwargs)
                 if result is not NotImplemented:
@@ -182,7 +188,7 @@ class Intercept(TorchFunctionMode):
             rule = None
         # Under no_grad others may write to what is made, out of sight: a Function's own forward pass runs there.
         call = tape.before(func, args, kwargs) if func in PURE and torch.is_grad_enabled() else None
-        tell_of_writes(forward_pass, func, args, kwargs)
+        announce_writes(forward_pass, func, args, kwargs)
         result = NotImplemented
         if keeps and defers and rule is None:
             result = self.edges.gather(func, args, kwargs)
@@ -200,11 +206,11 @@ class Intercept(TorchFunctionMode):
                 tape.running = None
         tape.after(call, result)
         if call is None:
-            tell_of_results(forward_pass, func, args, result)
+            record_results(forward_pass, func, args, result)
         return result
 
-    def _asked(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """A gradient is asked for inside the forward pass: exactly, or not at all."""
+    def _inner_gradient(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Compute a gradient that the model asks for inside its forward pass: exactly, or raise."""
         forward_pass = self.forward_pass
         outputs, inputs = inner_gradients.asked(func, args, kwargs)
         if inputs and all(map(is_wrapped, inputs)):

@@ -56,17 +56,17 @@ def run(
             for line in wait(list(running)):
                 assert isinstance(line, Connection)
                 name = running[line][0]
-                kind, *told = _received(line, name)
+                kind, *payload = _received(line, name)
                 if kind == "note":
-                    note(told[0], name)
+                    note(payload[0], name)
                     continue
                 running.pop(line)[1].join()
                 line.close()
                 if kind == "stopped":  # by a signal of its own
                     raise KeyboardInterrupt
                 if kind == "failed":
-                    raise told[0] from RuntimeError(f"in the process of {name}:\n{told[1]}")
-                yield name, *told
+                    raise payload[0] from RuntimeError(f"in the process of {name}:\n{payload[1]}")
+                yield name, *payload
     finally:
         _stop(running)
 

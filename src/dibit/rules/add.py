@@ -64,9 +64,9 @@ def _nobody_keeps(x: Tensor) -> bool:
 
 @functools.cache
 def _counts_of_temporaries() -> tuple[int, int]:
-    """References of the operands of `a + b` where a rule sees them, if nobody but the addition has them; 0: no telling.
+    """Reference counts that temporary operands of `a + b` have when a rule sees them.
 
-    From Python 3.14 on, operands may be borrowed from local variables without a reference.
+    0 means that this Python cannot tell: from 3.14 on, local variables may lend operands without a reference.
     """
     if sys.version_info >= (3, 14) or not COUNTS_USES:
         return 0, 0

@@ -174,7 +174,7 @@ def sparse_mm(forward: ForwardPass, mat1: Tensor, mat2: Tensor, reduce: str | No
 
 
 def aggregate_features(forward: ForwardPass, matrix: Tensor, x: Tensor, reduce: str | None) -> Any:
-    """A x of features that the caller holds, too: it can be computed again, so that the next layer keeps nothing."""
+    """A @ features, both held by the caller: it can be recomputed for free, so the next linear layer keeps nothing."""
     if reduce in _ARG or not (forward.held(matrix) and forward.held(x)):
         return NotImplemented
     steady = forward.lossless.steady(matrix) and forward.lossless.steady(x)

@@ -194,7 +194,7 @@ def _meter(forward: ForwardPass, kept: Any) -> Meter | None:
 
 
 def _source(forward: ForwardPass, y: Tensor) -> tuple[ConstantCSR, Tensor] | None:
-    """A and x of a y = A x whose gradient nobody has asked for, where the recipe does not insist on keeping y."""
+    """If y was computed as A @ x, no hook or retain_grad needs y's gradient, and the recipe allows it: (A, x)."""
     if forward.config is None or forward.config.inputs != "reference":
         return None
     return forward.sources.source(y)

@@ -8,6 +8,11 @@ product is unbiased. Without, one draw serves both, and the error of an element 
 - With dither, the variance of the error is known: a twelfth of a bin's square, which is subtracted.
 - With stochastic rounding, the codes are decoded twice, with dither 0 and 2. The errors of the two are uncorrelated.
 - With other levels than uniform ones, an estimate of the variance is subtracted.
+
+In the code below, `inner` is the residual from which the sum in mean(dy x_hat) is made, and `outer` the one that serves
+the element's own term, the x_hat in front of that mean. The gradient of gamma is a sum, too: BatchNorm takes `inner`
+for it, LayerNorm `outer`. If one draw serves both uses, BatchNorm's two are the same object, and LayerNorm's `inner` is
+`None`.
 """
 
 from __future__ import annotations
@@ -183,7 +188,7 @@ def batch_norm_gradient(
     dx = norm_gradient(g, total / count, inner if shared else outer, product / count, gain, shared)
     if meter is not None:
         kept = inner.encoded.reduced() if inner.encoded is not None else inner.value().reshape(g.shape)
-        meter.norm((gain * product).square().sum() / count, dx, variance(inner if shared else outer), kept)
+        meter.norm((gain * product).square().sum() / count, dx, relative_variance(inner if shared else outer), kept)
     return dx, product, total
 
 
@@ -207,10 +212,10 @@ def layer_norm_gradient(
             packed = outer.encoded
             sample = packed.sample(g.dtype)
             part = g if sample is None else g.index_select(0, sample[0])
-            first, second = pair(outer)
+            first, second = two_decodings(outer)
             share = (part * second).mean(1, keepdim=True)
             term = first * share
-            if correction(outer):
+            if needs_variance_correction(outer):
                 term -= part * packed.variance() / part.shape[1]
             if sample is None:
                 dx -= term
@@ -221,12 +226,12 @@ def layer_norm_gradient(
                 along = (gain * share).square().sum() * part.shape[1]
         dx = dx * inverse
         if meter is not None and inner is None:
-            meter.norm(along, dx, variance(outer))
+            meter.norm(along, dx, relative_variance(outer))
     dw = column_sums(outer, rows) if needed[1] else None
     return dx, dw, rows.sum(0) if needed[2] else None
 
 
-def variance(kept: Any) -> float:
+def relative_variance(kept: Any) -> float:
     """The variance of what is kept of a normalised input over its square, by rows that are left out and by rounding."""
     if kept.encoded is None:
         return 0.0
@@ -234,7 +239,7 @@ def variance(kept: Any) -> float:
     return float(sample.ratio - 1) if isinstance(sample, Sample) else 0.2 * 4.0 ** (2 - kept.encoded.config.bits)
 
 
-def correction(kept: Any) -> bool:
+def needs_variance_correction(kept: Any) -> bool:
     """Whether one draw used twice needs the rounding variance taken off."""
     if kept.encoded is None:
         return False
@@ -242,12 +247,12 @@ def correction(kept: Any) -> bool:
     return config.rounding == "dither" or (config.levels != "uniform" and _random(config))
 
 
-def pair(kept: Any) -> tuple[Tensor, Tensor]:
-    """Two estimates of one draw (reduced rows), whose errors are uncorrelated but for `correction`."""
+def two_decodings(kept: Any) -> tuple[Tensor, Tensor]:
+    """Two estimates of one draw (reduced rows), whose errors are uncorrelated but for `needs_variance_correction`."""
     if kept.encoded is None:
         return kept.value(), kept.value()
     packed = kept.encoded
-    if correction(kept) or not _random(packed.config):
+    if needs_variance_correction(kept) or not _random(packed.config):
         value = packed.reduced()
         return value, value
     return packed.reduced(0.0), packed.reduced(2.0)
@@ -267,7 +272,7 @@ def column_sums(kept: Any, g: Tensor) -> Tensor:
         index, weight = sample
         return (g.index_select(0, index) * weight[:, None] * packed.reduced()).sum(0)
     if packed.config.levels != "uniform":
-        return (g * pair(kept)[1]).sum(0)
+        return (g * two_decodings(kept)[1]).sum(0)
     dither = {"dither": 1.0, "stochastic": 2.0, "nearest": 0.0}[packed.config.rounding]
     return ops.column_sums(
         packed.codes, packed.ranges, packed.seed, g.contiguous(), packed.config.bits, packed.block, dither
@@ -297,7 +302,7 @@ def norm_gradient(g: Tensor, mean: Tensor, kept: Any, product: Tensor, gain: Ten
             float(packed.config.rounding == "dither"),
         )
     dx = g - mean
-    if shared and correction(kept):
+    if shared and needs_variance_correction(kept):
         dx += g / g.shape[0] * packed.variance()
     dx -= packed.reduced() * product
     return dx.mul_(gain)

@@ -33,7 +33,7 @@ def gradient_error(
         model: plain, in training mode.
         step: runs one forward and one backward pass of `model`.
         config: as `dibit.compress` takes it.
-        draws: of the codec.
+        draws: number of draws of the codec over which the error is averaged.
         before: runs once on the compressed model: the training step before, of which `Sample(by="gradient")` has its
             scores. It leaves the weights as it found them, having written them (`load_state_dict` does).
 

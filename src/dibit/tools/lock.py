@@ -136,8 +136,8 @@ def _found(path: Path) -> str | None:
 def _holder(file: int) -> str:
     """Who has the lock, as it wrote itself; it may be about to, and another program may have written anything."""
     try:
-        told = json.loads(os.pread(file, 1000, 0))
-        process, host = told["process"], told["host"]
+        content = json.loads(os.pread(file, 1000, 0))
+        process, host = content["process"], content["host"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return "another process"
     if type(process) is not int or not isinstance(host, str) or not 0 < process < 2**31:

@@ -37,18 +37,18 @@ class Manifest:
         if self.path.is_symlink():
             raise UserError(f"The list of files {self.path} is a link, expected a file; {by_hand}.")
         try:
-            told = json.loads(self.path.read_text(encoding="utf-8"))
+            content = json.loads(self.path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            told = {}
+            content = {}
         except (OSError, ValueError, RecursionError) as error:
             why = reason(error) if isinstance(error, OSError) else "it is not valid JSON"
             raise UserError(f"The list of files {self.path} cannot be read: {why}; {by_hand}.") from error
-        if isinstance(told, dict) and "files" not in told:
+        if isinstance(content, dict) and "files" not in content:
             raise UserError(
                 f"The folder {self.folder} has no list of the files that {self.maker} made there, in {self.path.name}: "
                 f"an older version made it, or the list was removed; {by_hand}."
             )
-        files = told["files"] if isinstance(told, dict) else None
+        files = content["files"] if isinstance(content, dict) else None
         if not isinstance(files, list) or not all(isinstance(name, str) and _inside(name) for name in files):
             raise UserError(
                 f"The list of files {self.path} is not as {self.maker} writes it, a list 'files' of names below the "

@@ -30,11 +30,11 @@ class Task:
     """A graph and the settings, on one device.
 
     Attributes:
-        settings: All of them.
-        graph: On the CPU, for its splits.
-        device: Where the model is.
-        x: float32 (N, F), where `adjacency` is.
-        adjacency: Of the whole graph, as the model takes it; on the device, or with mini-batches on the CPU.
+        settings: The settings of the training.
+        graph: The data set; stays on the CPU.
+        device: The device of the model.
+        x: Node features, float32 (N, F), on the same device as `adjacency`.
+        adjacency: The whole graph, as the model takes it; on the device, or with mini-batches on the CPU.
         world: The processes that share the training.
     """
 

@@ -73,7 +73,7 @@ def trainings(
 
 
 def _heading(title: str, row: TrainingRow) -> str:
-    """Of a group of rows: a title, and what all have been trained with."""
+    """The heading of a group of rows: a title, and the settings that all of them share."""
     width = f"{row.layers} × {row.hidden}" if row.layers and row.hidden else ""
     norm, epochs = f"norm {row.norm}" if row.norm else "", f"{row.epochs} epochs" if row.epochs else ""
     return ", ".join(filter(None, (title, width, norm, epochs)))

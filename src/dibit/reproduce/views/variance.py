@@ -50,7 +50,7 @@ class VarianceRow(LayerRow):
     fitted: LevelVariance | None = None
 
     def change(self, levels: str = "normal") -> float | None:
-        """Of the variance against uniform levels."""
+        """The relative change of the variance against uniform levels."""
         found = getattr(self, levels)
         return deviation(found.analytic, self.uniform.analytic) if found else None
 
