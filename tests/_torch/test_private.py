@@ -25,7 +25,6 @@ ALLOWED = {
     "_thread": "Python's own lock",
     "_exit": "Python's os",
     "_collate": "a method of PyTorch Geometric's ClusterLoader, overridden",
-    "_chain": "Dibit's own",
 }
 # Last parts of names of the list that are names of public things, too.
 COMMON = {"name", "nbytes", "out", "stats"}
