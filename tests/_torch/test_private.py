@@ -93,6 +93,21 @@ def test_without(name: str, without: Callable[[str], dict[str, Any]], whole: dic
             assert whole["runs"][form]["saved"] <= run["saved"] < run["plain"] == whole["runs"][form]["plain"]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("torch.dropout", "torch.dropout_", "torch.batch_norm", "torch.instance_norm", "torch.layer_norm"),
+        *("torch.log_softmax", "torch.Tensor.log_softmax", "torch.binary_cross_entropy_with_logits"),
+    ],
+)
+@pytest.mark.slow
+def test_without_a_spelling_of_a_function(
+    name: str, without: Callable[[str], dict[str, Any]], whole: dict[str, Any]
+) -> None:
+    """Functions that torch does not document have a rule where there are any; nothing else needs them."""
+    assert without(name) == whole
+
+
 def test_without_all_of_them(without: Callable[[str], dict[str, Any]]) -> None:
     found = without(",".join(registry.APIS))
     assert found["missing"] == list(registry.APIS)
