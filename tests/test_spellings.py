@@ -25,17 +25,17 @@ OPERATORS = {"abs", "add", "sub", "mul", "pow", "neg", "matmul", "eq", "ne", "lt
 
 
 def aliases() -> dict[str, set[str]]:
-    """Of each function, the other names that torch's documentation gives it."""
+    """Of each function, the other names that torch's documentation gives it, with the part of torch: `special.erf`."""
     found: dict[str, set[str]] = {"div": {"__truediv__"}, "mul": {"__rmul__"}, "add": {"__radd__"}}
     for owner in (torch, torch.special, torch.linalg, Tensor):
+        here = "" if owner in (torch, Tensor) else f"{owner.__name__.partition('.')[2]}."
         for name in dir(owner):
-            text = re.search(
-                r"Alias (?:for|of) :(?:func|meth):`~?\.?(?:\w+\.)*(\w+)`", str(getattr(owner, name, None).__doc__ or "")
-            )
-            if text is not None and text[1] != name and name != "diagonal":  # that of linalg has other dimensions
-                here = f"{owner.__name__.partition('.')[2]}." if owner in (torch.special, torch.linalg) else ""
-                found.setdefault(text[1], set()).add(here + name)
-    found["sigmoid"] = {"special.expit"}  # the documentation has it the other way round
+            text = str(getattr(owner, name, None).__doc__ or "")
+            alias = re.search(r"Alias (?:for|of) :(?:func|meth):`~?\.?(?:torch\.)?(?:Tensor\.)?([\w.]+)`", text)
+            pair = {here + name, alias[1]} if alias is not None else set()
+            if "linalg.diagonal" not in pair:  # which has other dimensions
+                for plain in [each for each in pair if "." not in each]:
+                    found.setdefault(plain, set()).update(pair - {plain})
     return found
 
 
@@ -65,6 +65,7 @@ def test_torch_documents_the_names_that_these_tests_try() -> None:
     assert {"torch.mul", "Tensor.mul", "torch.multiply", "Tensor.multiply", "Tensor.__mul__"} < set(spelled("mul"))
     assert {"torch.clip", "Tensor.clip", "torch.clamp"} < set(spelled("clamp"))
     assert {"Tensor.divide_", "Tensor.true_divide_"} < set(spelled("div_"))
+    assert {"torch.special.log1p", "Tensor.log1p"} < set(spelled("log1p"))
     assert {"torch.special.expit", "torch.nn.functional.sigmoid"} < set(spelled("sigmoid"))
 
 

@@ -9,6 +9,7 @@ plain one. The parent writes a line of JSON for each name: what the child found,
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import json
 import os
@@ -350,6 +351,59 @@ def _large(dibit: Any) -> None:
         assert torch.allclose(found, own, rtol=1e-5, atol=1e-6)
 
 
+def _normalised(dibit: Any) -> None:
+    from dibit._torch.private import operations
+
+    x, weight, bias = torch.randn(64, 3, 8), *torch.randn(2, 3, 8)
+    y, mean, inverse = operations.layer_norm(x, [3, 8], weight, bias, 1e-5)
+    assert torch.equal(y, F.layer_norm(x, [3, 8], weight, bias))
+    assert torch.allclose((x - mean) * inverse * weight + bias, y, atol=1e-5)
+    _as_plain(dibit, nn.LayerNorm(32), lambda model: model)
+    _as_plain(dibit, nn.LayerNorm(32), lambda model: torch.compile(model, backend="eager"))
+
+
+def _batch_normalised(dibit: Any) -> None:
+    _as_plain(dibit, nn.BatchNorm1d(32), lambda model: torch.compile(model, backend="eager"))
+
+
+def _dropped(dibit: Any) -> None:
+    from dibit._torch.private.operations import SHOWS_MASK
+    from dibit.rules.dropout import dropout
+
+    _as_plain(dibit, nn.Dropout(0.3), lambda model: torch.compile(model, backend="eager"))
+    if not SHOWS_MASK:
+        sources = types.SimpleNamespace(estimate=lambda x: None)
+        forward = types.SimpleNamespace(config=dibit.Config(dropout="mask"), sources=sources)
+        assert dropout(forward, torch.ones(64, 16, device="meta", requires_grad=True)) is NotImplemented
+
+
+def _cast(dibit: Any) -> None:
+    from dibit._torch.private.modes import autocast_caches, autocast_dtype, autocasts
+
+    assert not autocasts("cpu")
+    assert not autocasts("cuda")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert autocasts("cpu")
+        assert autocast_dtype("cpu") == torch.bfloat16
+        assert autocast_caches()
+        _as_plain(dibit, nn.ReLU(), lambda model: model, most=1e-3)
+
+
+def _as_plain(dibit: Any, layer: nn.Module, made: Callable[[nn.Module], Any], most: float = 1e-4) -> None:
+    """A compressed model with this layer gives the plain one's bits, and nearly its gradients, but not quite."""
+    model = nn.Sequential(nn.Linear(WIDTH, 32), layer, nn.GELU(), nn.Linear(32, 3))
+    plain, x = copy.deepcopy(model), torch.randn(200, WIDTH)
+    results = []
+    for each in (plain, made(dibit.compress(model, dibit.Config(bits=8, block=32, dropout="mask")))):
+        torch.manual_seed(0)
+        results.append(each(x))
+        results[-1].square().sum().backward()
+    assert torch.equal(*results)
+    pairs = list(zip(model.parameters(), plain.parameters(), strict=True))
+    noise = sum(float((p.grad - q.grad).square().sum()) for p, q in pairs)
+    assert 0 < noise < most * sum(float(q.grad.square().sum()) for _, q in pairs)
+
+
 def _reached(dibit: Any) -> None:
     x, y, matrix = torch.randn(NODES, WIDTH), torch.randint(CLASSES, (7,)), graphs()["csr"]
     model = dibit.compress(SAGE(), "iexact")
@@ -421,6 +475,12 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "hardswish_backward": _slopes,
     "elu_backward": _slopes,
     "out": _large,
+    "native_layer_norm": _normalised,
+    "native_batch_norm": _batch_normalised,
+    "native_dropout": _dropped,
+    "is_autocast_enabled": _cast,
+    "get_autocast_dtype": _cast,
+    "is_autocast_cache_enabled": _cast,
     "name": _reached,
     "is_traceable_wrapper_subclass": _inside,
     "_getframe": _searched,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.overrides import handle_torch_function, has_torch_function
 
 
 def norm_relu_dropout(
@@ -33,7 +33,7 @@ def norm_relu_dropout(
     """
     if not 0 <= p <= 1:
         raise ValueError(f"p = {p!r} was given; expected a probability, from 0 to 1.")
-    if has_torch_function_unary(input):
+    if has_torch_function((input,)):
         return handle_torch_function(
             norm_relu_dropout, (input,), input, running_mean, running_var, weight, bias, p, training, momentum, eps
         )

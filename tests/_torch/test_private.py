@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import json
 import os
 import re
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dibit._torch import private
 from dibit._torch.private import registry
@@ -25,12 +28,23 @@ ALLOWED = {
     "_thread": "Python's own lock",
     "_exit": "Python's os",
     "_collate": "a method of PyTorch Geometric's ClusterLoader, overridden",
-    "_chain": "Dibit's own",
 }
 # Last parts of names of the list that are names of public things, too.
 COMMON = {"name", "nbytes", "out", "stats"}
 # Undocumented names that do not look like it: dunder methods of torch, and names of nodes in autograd's graph.
 ALSO = re.compile(r"__tensor_(un)?flatten__|\w*Backward0|_orig_mod")
+# What the pages of torch's documentation have, though the functions have no docstring, or are in no `__all__`.
+ON_PAGES = {
+    "torch.Tensor.ccol_indices",
+    "torch.Tensor.row_indices",
+    "torch.autograd.Function.apply",
+    "torch.autograd.function.once_differentiable",
+    "torch.broadcast_shapes",
+    "torch.jit.is_tracing",
+    "torch.to_dlpack",  # the former place of torch.utils.dlpack.to_dlpack
+    "torch.utils.dlpack.to_dlpack",
+}
+PINNED = re.search(r"^torch==(\S+)", (PACKAGE.parents[1] / "constraints.txt").read_text(), re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +106,21 @@ def test_without(name: str, without: Callable[[str], dict[str, Any]], whole: dic
         else:
             assert 0 < max(run["errors"]) <= 1.1 * max(whole["runs"][form]["errors"])
             assert whole["runs"][form]["saved"] <= run["saved"] < run["plain"] == whole["runs"][form]["plain"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("torch.dropout", "torch.dropout_", "torch.batch_norm", "torch.instance_norm", "torch.layer_norm"),
+        *("torch.log_softmax", "torch.Tensor.log_softmax", "torch.binary_cross_entropy_with_logits"),
+    ],
+)
+@pytest.mark.slow
+def test_without_a_spelling_of_a_function(
+    name: str, without: Callable[[str], dict[str, Any]], whole: dict[str, Any]
+) -> None:
+    """Functions that torch does not document have a rule where there are any; nothing else needs them."""
+    assert without(name) == whole
 
 
 def test_without_all_of_them(without: Callable[[str], dict[str, Any]]) -> None:
@@ -166,6 +195,85 @@ def private_names(tree: ast.Module, known: set[str]) -> Iterator[tuple[int, str]
             private = name.startswith("_") and not name.endswith("__")
             if name in known or ALSO.fullmatch(name) or (private and name not in ALLOWED):
                 yield node.lineno, name
+
+
+pinned = pytest.mark.skipif(
+    PINNED is None or torch.__version__.partition("+")[0] != PINNED[1],
+    reason="which functions have a docstring differs between versions; constraints.txt has the one that is asked",
+)
+
+
+@pinned
+def test_nothing_else_uses_undocumented_functions() -> None:
+    """`torch.native_layer_norm` and others that look like public ones."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.parent != HERE:
+            found = sorted(undocumented_functions(ast.parse(path.read_text())))
+            assert not found, (
+                f"{path} uses functions that torch does not document; find them in dibit/_torch/private with a "
+                "fallback, use documented ones, or name them in ON_PAGES above if a page of torch has them"
+            )
+
+
+def undocumented_functions(tree: ast.Module) -> set[tuple[int, str]]:
+    """Lines and dotted names of functions of torch and methods of tensors that have no docstring, or are not exported.
+
+    Names of special methods are Python's.
+    """
+    imported: dict[str, str] = {}  # by the name here, the dotted name there
+    uses: list[tuple[int, str]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                imported[alias.asname or alias.name.partition(".")[0]] = alias.name if alias.asname else ""
+        elif isinstance(node, ast.ImportFrom):
+            names = {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            imported |= names
+            uses += [(node.lineno, name) for name in names.values()]
+    imported = {name: there or name for name, there in imported.items()}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            first, _, rest = ast.unparse(node).partition(".")
+            if first in imported and re.fullmatch(r"[\w.]+", rest):
+                uses.append((node.lineno, f"{imported[first]}.{rest}"))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):  # perhaps a method of a tensor
+            owner = node.func.value
+            if not (isinstance(owner, ast.Name) and owner.id in (*imported, "self", "cls")):
+                uses.append((node.lineno, f"torch.Tensor.{node.func.attr}"))
+    return {(line, name) for line, name in uses if name.startswith("torch.") and not documented(name)}
+
+
+def documented(name: str) -> bool:
+    """Whether a dotted name is of a documented function, or of none."""
+    *path, last = name.split(".")
+    owner: Any = importlib.import_module("torch")
+    for part in path[1:]:
+        owner = getattr(owner, part, None)
+    value = getattr(owner, last, None)
+    if not inspect.isroutine(value) or last.endswith("__") or name in ON_PAGES:
+        return True
+    exported = getattr(owner, "__all__", None)
+    return bool(value.__doc__) and (exported is None or last in exported)
+
+
+@pinned
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("import torch\ntorch.native_layer_norm(x, [2], None, None, 1e-5)", "torch.native_layer_norm"),
+        ("import torch\nrules = {torch.dropout_: 1}", "torch.dropout_"),
+        ("from torch import native_dropout", "torch.native_dropout"),
+        ("import torch as t\nt.relu(x)", "torch.relu"),
+        ("from torch import Tensor\nTensor.log_softmax", "torch.Tensor.log_softmax"),
+        ("y = f(x).log_softmax(1)", "torch.Tensor.log_softmax"),
+        ("from torch.overrides import has_torch_function_unary", "torch.overrides.has_torch_function_unary"),
+        ("import torch\ntorch.layer_norm_of_others(x)", None),
+        ("import torch\nimport torch.nn.functional as F\nF.layer_norm(torch.mm(x, y).exp(), (2,))", None),
+        ("from dibit.codec import ops\nops.relu(x)", None),
+    ],
+)
+def test_an_undocumented_function_is_found(code: str, found: str | None) -> None:
+    assert {name for _, name in undocumented_functions(ast.parse(code))} == ({found} if found else set())
 
 
 @pytest.mark.parametrize(

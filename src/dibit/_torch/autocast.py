@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dibit._torch.private import modes
 from dibit._torch.storage_identity import strided
 
 HALF = (torch.bfloat16, torch.float16)
@@ -26,7 +27,7 @@ def at_least_single(x: Tensor) -> Tensor:
 
 
 def autocast_on(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.amp.is_autocast_available(device.type) and modes.autocasts(device.type)
 
 
 def exact_dtypes(device: torch.device) -> AbstractContextManager[Any]:
@@ -56,7 +57,7 @@ def low_precision(rule: Callable[..., Any]) -> Callable[..., Any]:
             return NotImplemented
         if any(x.dtype == torch.float64 for x in tensors):
             return NotImplemented  # autocast leaves these alone
-        low = torch.get_autocast_dtype(device.type)
+        low = modes.autocast_dtype(device.type)
 
         def copy(x: Any) -> Any:
             if not isinstance(x, Tensor) or not x.is_floating_point() or (x.is_leaf and x.requires_grad):
@@ -110,7 +111,7 @@ def _without_autocast(
     device: torch.device,
     low: torch.dtype | None,
 ) -> Any:
-    cached = torch.is_autocast_cache_enabled()
+    cached = modes.autocast_caches()
     with exact_dtypes(device), forward.autocast(low, cached):
         args, kwargs = tuple(map(copy, args)), {name: copy(x) for name, x in kwargs.items()}
         return rule(forward, *args, **kwargs)

@@ -29,11 +29,9 @@ _OTHER_NAMES = {
     "dim": "ndimension",
     "div": "divide true_divide __truediv__ __div__",
     "eq": "__eq__",
-    "erf": "special.erf",
     "ge": "greater_equal __ge__",
     "gt": "greater __gt__",
     "le": "less_equal __le__",
-    "log_softmax": "special.log_softmax",
     "lt": "less __lt__",
     "matmul": "linalg.matmul __matmul__",
     "mul": "multiply __mul__ __rmul__",
@@ -51,7 +49,7 @@ _OTHER_NAMES = {
 
 
 def torch_functions(names: str, in_place: bool = False) -> set[Any]:
-    """Functions of `torch` and `torch.nn.functional` and methods of tensors, under all their spellings.
+    """Functions of `torch`, `torch.special` and `torch.nn.functional`, methods of tensors, under all their spellings.
 
     Args:
         names: of the functions, with spaces between them.
@@ -76,6 +74,6 @@ def _named(name: str) -> set[Any]:
         owners: tuple[Any, ...] = (attrgetter(part)(torch),)
     else:
         # PyTorch Geometric puts a wrapper in the place of torch.index_select; the mode sees what the wrapper calls
-        owners = torch, VARIABLE_FUNCTIONS, Tensor, F
+        owners = torch, VARIABLE_FUNCTIONS, torch.special, Tensor, F
     found = {getattr(owner, name, None) for owner in owners} - {None}
     return {function for function in found if type(function) is not MethodWrapperType}  # `torch.__eq__` of the module

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, relu
 from torch.utils.checkpoint import checkpoint
 
 import dibit
@@ -152,7 +152,7 @@ class Checkpointed:
     def __call__(self, x: Tensor, graph: Tensor) -> Tensor:
         model = self.model
         deep = hasattr(model, "lin_in")
-        initial = x = model.lin_in(model.dropout(x)).relu() if deep else x
+        initial = x = relu(model.lin_in(model.dropout(x))) if deep else x
         for i in range(len(model.convs)):
             x = checkpoint(self.layer, model, i, x, initial, graph, use_reentrant=False)
         return model.lin_out(model.dropout(x)) if deep else x
@@ -167,7 +167,7 @@ def _basic_layer(model: Any, i: int, x: Tensor, _: Tensor, graph: Tensor) -> Ten
 
 
 def _gcn2_layer(model: Any, i: int, x: Tensor, initial: Tensor, graph: Tensor) -> Tensor:
-    return model.norms[i](model.convs[i](model.dropout(x), initial, graph)).relu()
+    return relu(model.norms[i](model.convs[i](model.dropout(x), initial, graph)))
 
 
 def _normalised(graph: Tensor) -> Tensor:

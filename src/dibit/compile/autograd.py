@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dibit._torch.private import operations
 from dibit.codec import ops as codec
 from dibit.compile import ops
 from dibit.compile.config_text import LEAF, NORM
@@ -194,7 +195,7 @@ class MaskedDropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        y, mask = torch.native_dropout(x, p, True)
+        y, mask = operations.dropout(x, p)
         ctx.save_for_backward(codec.pack_mask(mask.to(torch.float32).contiguous()))
         ctx.scale = 1 / (1 - p)
         return y
@@ -227,7 +228,7 @@ class BatchNorm(torch.autograd.Function):
         draw: int,
         text: str,
     ) -> Tensor:
-        y, mean, inverse = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
+        y, mean, inverse = operations.compiled_batch_norm(x, weight, bias, running_mean, running_var, momentum, eps)
         mean, inverse = _statistics(mean), _statistics(inverse)
         rows = as_rows(x.movedim(1, -1))
         inner = ops.keep(rows, mean, inverse, key, draw, text, NORM)
@@ -264,7 +265,7 @@ class LayerNorm(torch.autograd.Function):
         draw: int,
         text: str,
     ) -> Tensor:
-        y, mean, inverse = torch.native_layer_norm(x, shape, weight, bias, eps)
+        y, mean, inverse = operations.layer_norm(x, shape, weight, bias, eps)
         mean, inverse = _statistics(mean), _statistics(inverse)
         width = 1
         for size in shape:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dibit._torch.private import operations
 from dibit.compile import autograd, ops
 from dibit.rules.elementwise import CODECS, POINTWISE, Pointwise
 from dibit.rules.norm import FEW_POSITIONS, rows_of_one
@@ -143,9 +144,9 @@ def dropout(mode: Any, input: Tensor, p: float = 0.5, training: bool = True, inp
     if not training or not 0 < p < 1 or not is_plain_float(input) or not input.dim():
         return NotImplemented
     if mode.settings[-1].masked:
-        return (
-            _placed(input, autograd.MaskedDropout.apply(input, p), inplace) if input.requires_grad else NotImplemented
-        )
+        if not input.requires_grad or not operations.SHOWS_MASK:
+            return NotImplemented
+        return _placed(input, autograd.MaskedDropout.apply(input, p), inplace)
     number = draw(mode)
     if input.requires_grad:
         return _placed(input, autograd.SeededDropout.apply(input, mode.key, number, p), inplace)

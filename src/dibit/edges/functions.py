@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dibit._torch.huge_pages import LEAST as LARGE
 from dibit._torch.huge_pages import empty
+from dibit._torch.private import modes
 from dibit._torch.private.tensors import DEFERS, TensorWeakRef, is_view, natively
 from dibit._torch.spellings import torch_functions
 from dibit._torch.storage_identity import storage_key
@@ -197,7 +198,7 @@ class Edges:
         forward, config = self.forward, self.forward.config
         if config is None or config.lossless or not (torch.is_grad_enabled() and self.free()):
             return NotImplemented
-        if torch.is_autocast_enabled("cpu"):
+        if modes.autocasts("cpu"):
             return NotImplemented
         args = _made(args)
         first = first_deferred(args)

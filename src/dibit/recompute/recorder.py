@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dibit._torch.private import modes
 from dibit._torch.private.tensors import TensorWeakRef
 from dibit._torch.storage_identity import storage_key, strided
 from dibit._torch.user_objects import is_a
@@ -83,7 +84,7 @@ class Tape:
         if function not in PURE or "out" in kwargs:
             return None
         function, args, kwargs = without_option(function, args, kwargs)
-        if function in AUTOCAST and not _on_cpu(args) and torch.is_autocast_enabled("cuda"):
+        if function in AUTOCAST and not _on_cpu(args) and modes.autocasts("cuda"):
             return None  # the dtype would differ when it is done again, outside of autocast; on the CPU it does not
         if function in SIZES_ONLY:
             return _made(function, args, kwargs)

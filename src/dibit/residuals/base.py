@@ -60,6 +60,16 @@ class Residual(Saved):
         """The constant graph over which this is a sum, and what is kept of the tensor that was summed."""
         return None
 
+    @property
+    def relu(self) -> tuple[Residual, Tensor] | None:
+        """What is kept of the tensor whose ReLU this is, and packed bits, set where it passes."""
+        return None
+
+    @property
+    def stages(self) -> Any:
+        """The `Stages` that this is computed in, where it is the result of a norm, perhaps of ReLU and dropout, too."""
+        return None
+
     def rounded(self) -> tuple[Packed | None, Any]:
         """The codes whose rounding is in `value`, and the mean square of what multiplies it there."""
         return self.encoded, 1.0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +14,22 @@ from dibit.residuals.base import GradientMap, Residual
 
 
 @dataclass(frozen=True)
+class Stages:
+    """A tensor in parts: what it was computed from, then perhaps a ReLU, then perhaps dropout."""
+
+    source: Any
+    relu: Mask | None = None
+    dropout: SeededMask | None = None
+
+
+@dataclass(frozen=True)
 class Mask(GradientMap):
     """One bit an element, exact: where a gradient passes, and by how much it is scaled where it does not."""
 
     bits: Tensor
     slope: float
     how = "1-bit mask"
+    gain = 1.0  # what passes is multiplied by this
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -30,6 +41,19 @@ class Mask(GradientMap):
     def apply(self, grad: Tensor) -> Tensor:
         return ops.apply_mask(grad.contiguous(), self.bits, self.slope)
 
+    @property
+    def relu_bits(self) -> Tensor | None:
+        """The bits, where this is the mask of a ReLU: nothing passes where a bit is not set."""
+        return self.bits if self.slope == 0 else None
+
+    def result(self, source: Residual) -> Tensor:
+        """What the masked operation makes of the tensor that is kept as `source`."""
+        return self.apply(source.value())
+
+    def following(self, stages: Stages) -> Stages | None:
+        """The stages with this one behind them; `None` where a stage is there twice, or they come in another order."""
+        return replace(stages, relu=self) if stages.relu is None and stages.dropout is None else None
+
 
 @dataclass(frozen=True)
 class SeededMask(Residual, GradientMap):
@@ -39,6 +63,12 @@ class SeededMask(Residual, GradientMap):
     p: float
     source: Tensor | None = None
     how = "seed"
+    relu_bits = None  # this is not the mask of a ReLU
+
+    @property
+    def gain(self) -> float:
+        """What passes is multiplied by this."""
+        return 1 / (1 - self.p)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -55,3 +85,13 @@ class SeededMask(Residual, GradientMap):
     def value(self) -> Tensor:
         assert self.source is not None
         return ops.dropout(self.source.contiguous(), self.seed, self.p)
+
+    def result(self, source: Residual) -> Tensor:
+        """What the masked operation makes of the tensor that is kept as `source`; of a ReLU's result in one pass."""
+        if (relu := source.relu) is None:
+            return self.apply(source.value())
+        return ops.relu_dropout_gradient(relu[0].value(), relu[1], self.seed, self.p)
+
+    def following(self, stages: Stages) -> Stages | None:
+        """The stages with this one behind them; `None` where a stage is there twice."""
+        return replace(stages, dropout=self) if stages.dropout is None else None

@@ -12,7 +12,7 @@ from torch import Tensor
 from dibit.codec import Packed, ops
 from dibit.residuals.base import Residual, outer
 from dibit.residuals.compressed import Compressed
-from dibit.residuals.masks import Mask, SeededMask
+from dibit.residuals.masks import Mask, SeededMask, Stages
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,10 @@ class Normed(Residual):
     def rounded(self) -> tuple[Packed | None, Any]:
         return self.source.encoded, 1.0 if self.weight is None else self.weight.float().square().mean()
 
+    @property
+    def stages(self) -> Stages:
+        return Stages(self)
+
     def outer(self, dy: Tensor) -> Tensor:
         return _outer_by_parts(self, dy)
 
@@ -74,33 +78,22 @@ class Passed(Residual):
         )
 
     def value(self) -> Tensor:
-        source, mask = self.source, self.mask
-        if isinstance(mask, SeededMask) and isinstance(source, Passed) and source.plain:  # in one pass
-            assert isinstance(source.mask, Mask)
-            return ops.relu_dropout_gradient(source.source.value(), source.mask.bits, mask.seed, mask.p)
-        y = mask.apply(source.value())
+        y = self.mask.result(self.source)
         return y if self.scale == 1 else y.mul_(self.scale)
 
     def rounded(self) -> tuple[Packed | None, Any]:
         packed, gain = self.source.rounded()
-        scale = 1 / (1 - self.mask.p) if isinstance(self.mask, SeededMask) else self.scale
-        return packed, gain * scale**2
+        return packed, gain * (self.mask.gain * self.scale) ** 2
 
     @property
-    def _chain(self) -> tuple[Normed, Mask | None, SeededMask | None] | None:
-        """The norm, a ReLU and dropout, where there is nothing else and they come in this order."""
-        drop = self.mask if isinstance(self.mask, SeededMask) else None
-        relu = self.source if drop is not None else self
-        if isinstance(relu, Normed):
-            return relu, None, drop
-        if isinstance(relu.source, Normed) and isinstance(relu.mask, Mask) and relu.scale == self.scale == 1:
-            return relu.source, relu.mask, drop
-        return None
+    def relu(self) -> tuple[Residual, Tensor] | None:
+        bits = self.mask.relu_bits
+        return None if bits is None or self.scale != 1 else (self.source, bits)
 
     @property
-    def plain(self) -> bool:
-        """Whether the mask is a ReLU's."""
-        return isinstance(self.mask, Mask) and self.mask.slope == 0 and self.scale == 1
+    def stages(self) -> Stages | None:
+        before = self.source.stages
+        return None if before is None or self.scale != 1 else self.mask.following(before)
 
     def outer(self, dy: Tensor) -> Tensor:
         return _outer_by_parts(self, dy)
@@ -108,13 +101,13 @@ class Passed(Residual):
 
 def parts(kept: Residual) -> Iterator[tuple[slice, Tensor]]:
     """An estimate of what is kept, (..., D) as rows (N, D), part by part: on a CPU no tensor of full size is made."""
-    chain = (kept, None, None) if isinstance(kept, Normed) else kept._chain if isinstance(kept, Passed) else None
-    if chain is None or not chain[0].source.packed.plain_rows:
+    stages = kept.stages
+    if stages is None or not stages.source.source.packed.plain_rows:
         x = kept.value()
         x = x.reshape(-1, x.shape[-1])
         yield slice(0, x.shape[0]), x
         return
-    norm, relu, drop = chain
+    norm, relu, drop = stages.source, stages.relu, stages.dropout
     packed, source = norm.source.packed, norm.source
     if source.drawn is not None:
         source.drawn.used()

@@ -48,11 +48,11 @@ def relu(forward: ForwardPass, input: Tensor, inplace: bool = False) -> Any:
         return NotImplemented
     x = input.detach()
     if inplace:
-        return _masked(forward, input, ops.pack_mask(x.contiguous()), 0.0, torch.relu_, True)
+        return _masked(forward, input, ops.pack_mask(x.contiguous()), 0.0, F.relu_, True)
     if x.is_contiguous():
         result, bits = ops.relu(x)
     else:  # torch's own layout
-        result, bits = torch.relu(x), ops.pack_mask(x.contiguous())
+        result, bits = F.relu(x), ops.pack_mask(x.contiguous())
     return _masked(forward, input, bits, 0.0, lambda _: result, False)
 
 

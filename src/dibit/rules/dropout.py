@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dibit._torch.autocast import HALF
+from dibit._torch.private import operations
 from dibit.codec import ops
 from dibit.codec.seed_stream import dropout_seed
 from dibit.codec.torch_masks import bernoulli_bits
@@ -74,7 +75,7 @@ class MaskedDropout(torch.autograd.Function):
             y = x.mul_(noise) if inplace else x * noise
             forward.plain(noise.nbytes)
         else:
-            y, kept = torch.native_dropout(x, p, True)
+            y, kept = operations.dropout(x, p)
             mask = Mask(ops.pack_mask(kept.to(torch.float32).contiguous()), 0.0)
             y = x.copy_(y) if inplace else y
             forward.plain(kept.nbytes)
@@ -124,7 +125,7 @@ def dropout(forward: ForwardPass, input: Tensor, p: float = 0.5, training: bool 
         return NotImplemented
     source = forward.sources.changing(input) if inplace else forward.sources.estimate(input)
     if config.dropout == "mask":
-        if not input.requires_grad:
+        if not input.requires_grad or (input.device.type != "cpu" and not operations.SHOWS_MASK):
             return NotImplemented
         masks: list[Mask] = []
         y = MaskedDropout.apply(input, forward, p, inplace, masks)

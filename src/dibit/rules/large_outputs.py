@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dibit._torch.huge_pages import LEAST, empty, empty_like, worth_huge_pages
-from dibit._torch.private import operations
+from dibit._torch.private import modes, operations
 
 _ROWS = 1 << 13  # of a product in parts: enough for its full speed, little enough for the caches
 
@@ -60,7 +60,7 @@ def batch_norm(
 def _plain(x: Tensor, weight: Tensor) -> bool:
     """Two matrices on the CPU in one dtype, without autocast in the way."""
     same = x.dim() == 2 and x.device.type == "cpu" and x.dtype == weight.dtype
-    return same and not torch.is_autocast_enabled("cpu")
+    return same and not modes.autocasts("cpu")
 
 
 def _pays(x: Tensor, width: int) -> bool:

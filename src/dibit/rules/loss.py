@@ -61,7 +61,7 @@ class LogSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, dtype: torch.dtype | None, forward: ForwardPass) -> Tensor:
-        y = torch.log_softmax(x, dim, dtype=dtype)
+        y = F.log_softmax(x, dim, dtype=dtype)
         ctx.p, ctx.dim, ctx.dtype = Probabilities(forward, y), dim, x.dtype
         return y
 
@@ -170,7 +170,7 @@ def _target_scale(target: Tensor, weight: Any, ignore: int, reduction: str, dtyp
     return scale / scale.sum() if reduction == "mean" else scale
 
 
-@rule(autocast=full_precision(lambda x: torch.log_softmax(x, 1)))
+@rule(autocast=full_precision(lambda x: F.log_softmax(x, 1)))
 def log_softmax(
     forward: ForwardPass, input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> Any:

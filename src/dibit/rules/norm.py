@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dibit._torch.autocast import at_least_single, full_precision
 from dibit._torch.huge_pages import empty_like
+from dibit._torch.private import operations
 from dibit.codec import Affine, ops
 from dibit.config import Config, Project, Sample
 from dibit.engine.forward_pass import ForwardPass
@@ -144,7 +145,7 @@ class LayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, shape: list[int], weight: Any, bias: Any, eps: float, forward: ForwardPass
     ) -> Tensor:
-        y, mean, inverse = torch.native_layer_norm(x, shape, weight, bias, eps)
+        y, mean, inverse = operations.layer_norm(x, shape, weight, bias, eps)
         width = int(torch.Size(shape).numel())
         forward.plain(mean.nbytes + inverse.nbytes)
         mean, inverse = at_least_single(mean), at_least_single(inverse)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dibit import nn
+from dibit._torch.private.operations import VARIABLE_FUNCTIONS
 from dibit._torch.spellings import torch_functions
 from dibit.engine.model_state import Rule
 from dibit.recompute.repeatable import repeatable
@@ -174,15 +175,21 @@ def _torch_binary_cross_entropy(rule: Rule) -> Rule:
     return spelled
 
 
+def _undocumented(name: str, adapter: Adapter, *more: Any) -> dict[Any, Adapter | None]:
+    """Functions of `torch` and of `more` that its documentation does not have: those that this version still has."""
+    owners = (torch, VARIABLE_FUNCTIONS, *more)
+    return {getattr(owner, name): adapter for owner in owners if hasattr(owner, name)}
+
+
 # By the name of a rule: functions that it serves beside those of its name, and adapters for other arguments.
 _MORE: dict[str, dict[Any, Adapter | None]] = {
     "matmul": {torch.mm: None, Tensor.mm: None, Tensor.__rmatmul__: _swapped},
     "sparse_mm": {torch.sparse.mm: None},
-    "dropout": {torch.dropout: _torch_dropout, torch.dropout_: _torch_dropout_},
-    "batch_norm": {torch.batch_norm: _torch_norm},
-    "instance_norm": {torch.instance_norm: _torch_norm},
-    "layer_norm": {torch.layer_norm: _torch_layer_norm},
+    "dropout": _undocumented("dropout", _torch_dropout) | _undocumented("dropout_", _torch_dropout_),
+    "batch_norm": _undocumented("batch_norm", _torch_norm),
+    "instance_norm": _undocumented("instance_norm", _torch_norm),
+    "layer_norm": _undocumented("layer_norm", _torch_layer_norm),
     "norm_relu_dropout": {nn.norm_relu_dropout: None},
-    "log_softmax": {torch.log_softmax: _torch_log_softmax, Tensor.log_softmax: _torch_log_softmax},
-    "binary_cross_entropy_with_logits": {torch.binary_cross_entropy_with_logits: _torch_binary_cross_entropy},
+    "log_softmax": _undocumented("log_softmax", _torch_log_softmax, torch.special, Tensor),
+    "binary_cross_entropy_with_logits": _undocumented("binary_cross_entropy_with_logits", _torch_binary_cross_entropy),
 }

@@ -1,4 +1,4 @@
-"""What watches operations beside Dibit: function modes, Dynamo and tracers."""
+"""What watches or changes operations beside Dibit: function modes, autocast, Dynamo and tracers."""
 
 from __future__ import annotations
 
@@ -45,6 +45,32 @@ mode_count: Any = _count or (lambda: len(_stack()))
 def may_have_mode(mode: TorchFunctionMode) -> bool:
     """Whether a mode is on this thread's stack; yes where torch does not tell."""
     return _stack is None or any(other is mode for other in _stack())
+
+
+# -- autocast -----------------------------------------------------------------------------------------------------
+
+_MULTIPLIES = "time: a product of two numbers is computed to see it"
+_autocasts = find("torch.is_autocast_enabled", "see whether autocast is on", _MULTIPLIES)
+_autocast_dtype = find("torch.get_autocast_dtype", "see to which dtype autocast casts", _MULTIPLIES)
+_caches = find(
+    "torch.is_autocast_cache_enabled",
+    "see whether autocast casts each parameter once",
+    "the bytes of plain training in dibit.track, where autocast's cache is off",
+)
+
+
+def _of_product(device: str) -> torch.dtype:
+    """The dtype of a product of matrices in single precision: autocast's where it is on."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return torch.float32
+    x = torch.ones(1, 1, dtype=torch.float32, device=device)
+    return torch.mm(x, x).dtype
+
+
+# Of a type of device: whether autocast is on, and to which dtype it casts then; whether it casts a parameter only once.
+autocasts: Any = _autocasts or (lambda device: _of_product(device) != torch.float32)
+autocast_dtype: Any = _autocast_dtype or _of_product
+autocast_caches: Any = _caches or (lambda: True)
 
 
 # -- Dynamo -------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from types import (
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dibit._torch.private.registry import enter, find
@@ -79,20 +80,49 @@ def assert_true(condition: Tensor, message: str) -> None:
         raise RuntimeError(message)
 
 
-_batch_norm = find("torch._batch_norm_impl_index", "get the statistics of a BatchNorm", "time: they are computed again")
+_AGAIN = "time: they are computed again"
+_batch_norm = find("torch._batch_norm_impl_index", "get the statistics of a BatchNorm", _AGAIN)
+_compiled_batch_norm = find("torch.native_batch_norm", "get the statistics of a BatchNorm in compiled code", _AGAIN)
+_layer_norm = find("torch.native_layer_norm", "get the statistics of a LayerNorm", _AGAIN)
 
 
 def batch_norm(
     x: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """torch's BatchNorm of x (N, D, ...), and the mean and inverse standard deviation (D,) of its batch."""
-    settings = weight, bias, running_mean, running_var, training, momentum, eps, torch.backends.cudnn.enabled
     if _batch_norm is not None:
+        settings = weight, bias, running_mean, running_var, training, momentum, eps, torch.backends.cudnn.enabled
         y, mean, inverse, *_ = _batch_norm(x, *settings)
         return y, mean, inverse
+    statistics = _statistics(x, [d for d in range(x.dim()) if d != 1], eps)
+    return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps), *statistics
+
+
+def compiled_batch_norm(
+    x: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, momentum: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in training, in a form that the compiler can trace."""
+    if _compiled_batch_norm is not None:
+        return _compiled_batch_norm(  # type: ignore[no-any-return]
+            x, weight, bias, running_mean, running_var, True, momentum, eps
+        )
+    statistics = _statistics(x, [d for d in range(x.dim()) if d != 1], eps)
+    return F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps), *statistics
+
+
+def layer_norm(x: Tensor, shape: list[int], weight: Any, bias: Any, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """torch's LayerNorm of x (..., *shape), and the mean and inverse standard deviation (..., 1, ...) of each row."""
+    if _layer_norm is not None:
+        return _layer_norm(x, shape, weight, bias, eps)  # type: ignore[no-any-return]
+    statistics = _statistics(x, [-1 - i for i in range(len(shape))], eps, keepdim=True)
+    return F.layer_norm(x, shape, weight, bias, eps), *statistics
+
+
+def _statistics(x: Tensor, dims: list[int], eps: float, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean and inverse standard deviation over these dimensions, in single precision at least."""
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    var, mean = torch.var_mean(wide, [d for d in range(x.dim()) if d != 1], correction=0)
-    return torch.batch_norm(x, *settings), mean, torch.rsqrt(var + eps)
+    var, mean = torch.var_mean(wide, dims, correction=0, keepdim=keepdim)
+    return mean, torch.rsqrt(var + eps)
 
 
 _batch_norm_into = find(
@@ -108,6 +138,19 @@ def batch_norm_into(y: Tensor, x: Tensor, *settings: Any) -> tuple[Tensor, Tenso
     mean, inverse = x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
     _batch_norm_into(x, *settings, out=y, save_mean=mean, save_invstd=inverse)
     return y, mean, inverse
+
+
+_dropout = find(
+    "torch.native_dropout",
+    "see the mask of torch's dropout on a GPU and in compiled code",
+    "memory: there, masks of torch's dropout are kept as torch keeps them",
+)
+SHOWS_MASK = _dropout is not None  # whether there is `dropout`
+
+
+def dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """torch's dropout in training, and its mask, bool, set where an element stays."""
+    return _dropout(x, p, True)  # type: ignore[no-any-return]
 
 
 _winners = find(

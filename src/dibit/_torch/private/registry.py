@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-KNOWN = "2.6 to 2.13"  # versions of torch that have all of it, but for what is younger (`PrivateApi.since`)
+KNOWN = "2.6 to 2.14"  # versions of torch that have all of it, but for what is younger (`PrivateApi.since`)
 WITHOUT = "DIBIT_WITHOUT"  # an environment variable: names of the list, separated by commas, to do without
 _NOTHING_IS_COMPRESSED = "nothing is compressed"
 _said = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dibit._torch.autocast import HALF
@@ -34,7 +35,7 @@ def pack_mask(x: Tensor) -> Tensor:
 
 def relu(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.dtype != torch.float32:
-        return torch.relu(x), pack_mask(x)
+        return F.relu(x), pack_mask(x)
     y, out = empty_like(x), _mask_of(x)
     if x.numel():
         kernels.relu(x.numel(), array(x).reshape(-1), array(y).reshape(-1), array(out))

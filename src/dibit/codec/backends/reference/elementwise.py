@@ -1,6 +1,7 @@
 """Operators that take element by element: masks, dropout, random signs, whether all is finite, a fingerprint."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dibit.codec import rng
@@ -20,7 +21,7 @@ def pack_mask(x: Tensor) -> Tensor:
 
 def relu(x: Tensor) -> tuple[Tensor, Tensor]:
     """ReLU, torch's own bits, and `pack_mask(x)`, for a contiguous x."""
-    return torch.relu(x), pack_mask(x)
+    return F.relu(x), pack_mask(x)
 
 
 def apply_mask(grad: Tensor, mask: Tensor, slope: float) -> Tensor:
