@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dibit.codec import ops
 from tests.codec.test_codec import SAMPLES
@@ -27,7 +28,7 @@ def test_on_fake_cuda_tensors(name: str, dtype: torch.dtype) -> None:
         if name in coded and dtype == torch.float64:
             args = (args[0], args[1].double(), *args[2:])
     expected = op(*args)
-    with FakeTensorMode() as mode:
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
 
         def moved(x: Any) -> Any:
             if not isinstance(x, Tensor):
@@ -37,7 +38,11 @@ def test_on_fake_cuda_tensors(name: str, dtype: torch.dtype) -> None:
         found = op(*map(moved, args))
     assert mode is not None
     for own, real in zip(_tensors(found), _tensors(expected), strict=True):
-        assert (own.shape, own.dtype, own.stride()) == (real.shape, real.dtype, real.stride())
+        assert (own.dtype, own.dim()) == (real.dtype, real.dim())
+        known = [size for size in own.shape if not isinstance(size, torch.SymInt)]
+        assert known == [*real.shape][-len(known) :]
+        assert len(known) == real.dim() or name == "edge_winners", "only its first size depends on the numbers"
+        assert own.stride() == real.stride()
         assert own.device.type == "cuda"
 
 
