@@ -9,12 +9,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dibit.bench.workload import TrainingStep, Workload
+from dibit.engine.model_state import state_of
 
+_MEASURED = 4  # first steps, in which a compressed model measures noise
 Times = dict[str, list[tuple[float, float]]]
 
 
 def measure(workload: Workload, settings: Sequence[str], rounds: int, note: Callable[[str], None]) -> dict[str, Any]:
     """Every round runs each setting once; one round more, the first, warms up and is dropped.
+
+    A compressed model measures its gradient's noise in its first four steps, and later in one of 4 to 16. The first
+    four are not counted, since a training has thousands of steps.
 
     Args:
         workload: what is trained.
@@ -34,7 +39,8 @@ def measure(workload: Workload, settings: Sequence[str], rounds: int, note: Call
             step = TrainingStep(*workload.build(), setting)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                step()
+                for _ in range(1 if state_of(step.model) is None else _MEASURED):
+                    step()
             steps[setting] = step
         except Exception as error:
             failed[setting] = reason(error)
