@@ -19,12 +19,12 @@ from torch.utils.checkpoint import checkpoint
 
 import dibit
 from dibit._torch.spellings import torch_functions
-from dibit.edges import functions, programs
+from dibit.edges import programs
 from dibit.edges.chunks import Gradient, Rows, Whole, cut
-from dibit.edges.deferred import PendingCall
 from dibit.edges.plan import plan_of
 from dibit.engine.keeper import Keeper
 from dibit.rules import RULES
+from tests.autograd_graph import nodes
 from tests.edges.test_programs import Doubled, scripted
 from tests.edges.test_sums import ORDERS, graph
 from tests.marks import nothing_compressed
@@ -34,8 +34,7 @@ N, E, D, CHUNK = 300, 4000, 32, 256
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functions, "LEAST", 1)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(programs, "CHUNK", CHUNK)
 
 
@@ -51,21 +50,6 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     for function in torch_functions("silu sigmoid gelu tanh layer_norm mul div square"):
         if function in RULES:
             monkeypatch.delitem(RULES, function)
-
-
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The calls that were deferred, and then made after all."""
-    calls: list[Any] = []
-    make = PendingCall.make
-
-    def counted(cell: PendingCall) -> Tensor:
-        if cell.value is None:
-            calls.append(cell.function)
-        return make(cell)
-
-    monkeypatch.setattr(PendingCall, "make", counted)
-    return calls
 
 
 def mlp(inputs: int, act: Callable[[], nn.Module] = nn.SiLU, norm: bool = True) -> nn.Sequential:
@@ -334,6 +318,29 @@ def test_backward_runs_twice() -> None:
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(first, second, strict=True))
     with pytest.raises(RuntimeError, match="second time"):
         y.backward()
+
+
+@pytest.mark.parametrize("name", ["EdgeConv", "mesh"])
+def test_a_backward_pass_that_failed_leaves_nothing_behind(name: str) -> None:
+    """Wherever it fails: the next one through the same graph gives the same gradient."""
+    model, x, edge_index = Net(MODELS[name]()).train(), torch.randn(N, D, requires_grad=True), graph()
+    dibit.compress(model)
+    for _ in range(2):
+        y = model(x, edge_index).square().sum()
+    leaves = [x, *model.parameters()]
+    expected = torch.autograd.grad(y, leaves, retain_graph=True)
+    found = [node for node in nodes(y) if node is not y.grad_fn and not hasattr(node, "variable")]
+    for node in random.Random(0).sample(found, 25):
+
+        def fail(_: Any) -> None:
+            raise InterruptedError
+
+        handle = node.register_prehook(fail)
+        with pytest.raises(InterruptedError):
+            torch.autograd.grad(y, leaves, retain_graph=True)
+        handle.remove()
+        again = torch.autograd.grad(y, leaves, retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True)), node
 
 
 def test_the_plan_has_the_indices(monkeypatch: pytest.MonkeyPatch) -> None:

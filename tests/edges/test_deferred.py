@@ -30,11 +30,6 @@ SCALE = torch.rand(E, 1, generator=GENERATOR)
 EXACT = {"lin": None, "*": "default"}
 
 
-@pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functions, "LEAST", 1)
-
-
 def total(messages: Tensor, out: Tensor | None = None) -> Tensor:
     out = messages.new_zeros(N, *messages.shape[1:]) if out is None else out
     return out.scatter_add_(0, TARGET[:, None].expand_as(messages), messages)

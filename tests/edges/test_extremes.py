@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import dibit
 from dibit.codec import ops
 from dibit.codec.backends import reference
-from dibit.edges import functions
 from tests.edges.test_sums import ORDERS, E, N, graph
 
 ODD = torch.tensor([float("nan"), -torch.inf, torch.inf])
@@ -25,11 +24,6 @@ FEATURES = {
     "zeros of both signs": lambda n, d: torch.where(torch.rand(n, d) < 0.5, 0.0, -0.0),
     "not finite": lambda n, d: torch.where(torch.rand(n, d) < 0.9, torch.randn(n, d), ODD[torch.randint(0, 3, (n, d))]),
 }
-
-
-@pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functions, "LEAST", 1)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

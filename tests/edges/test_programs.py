@@ -15,17 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dibit
-from dibit.edges import functions
 from tests.marks import nothing_compressed
 
 N, E, H, C = 40, 300, 2, 8
 GENERATOR = torch.Generator().manual_seed(0)
 SOURCE, TARGET = torch.randint(0, N, (2, E), generator=GENERATOR)
-
-
-@pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functions, "LEAST", 1)
 
 
 class Doubled(torch.autograd.Function):

@@ -16,8 +16,6 @@ from torch_geometric.utils import scatter
 import dibit
 from dibit.codec import ops
 from dibit.codec.backends import reference
-from dibit.edges import functions
-from dibit.edges.deferred import PendingCall
 from tests.unbiased import bias_of, gradient
 
 N, E, D = 300, 4000, 32
@@ -31,26 +29,6 @@ def graph(order: str = "shuffled", nodes: int = N, edges: int = E) -> Tensor:
     if order == "shuffled":
         return edge_index
     return edge_index[:, edge_index[0 if order == "by source" else 1].argsort(stable=True)]
-
-
-@pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functions, "LEAST", 1)
-
-
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The calls that were deferred, and then made after all."""
-    calls: list[Any] = []
-    make = PendingCall.make
-
-    def counted(cell: PendingCall) -> Tensor:
-        if cell.value is None:
-            calls.append(cell.function)
-        return make(cell)
-
-    monkeypatch.setattr(PendingCall, "make", counted)
-    return calls
 
 
 class TestOperators:

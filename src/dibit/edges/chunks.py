@@ -1,15 +1,15 @@
-"""Programs on edges, computed some thousand edges at a time and reduced at once, so that little of one row an edge is.
+"""Programs on edges, computed chunk by chunk. A chunk is some thousand edges, so tensors of one row an edge stay small.
 
-Edges are taken in the order of their targets, those of a node together. For each chunk the rows of node and edge
-tensors are taken, the operations of the program are run by the rules of the pass, each keeping what it keeps anyhow, in
-the module where it was called, and the messages are reduced into the rows of their targets. So autograd's graph has the
-operations once for each chunk. Its ends are joined by three functions that pass gradients beside it:
+The edges are sorted by target, and a chunk has all edges of its target nodes. For each chunk, the rows of node and edge
+tensors are gathered. The rules of the pass run the operations of the program in the module that called them, and keep
+what they always keep. Then the messages are reduced into the rows of their targets. Autograd's graph therefore contains
+the operations once for each chunk. Gradients enter and leave these parts of the graph by tensors that all chunks share:
 
-- `Take` adds the gradient of its rows to a tensor that all chunks share, which `Source` then hands on;
-- `Leave` asks the `Sink` for the gradient of its messages, which `Join`, the result, has left there.
+- `Take` adds the gradient of its rows to a shared `Gradient`. When all chunks have done so, `Source` passes it on.
+- `Join`, the result, puts the gradient of all messages into a `Sink`. Each `Leave` takes its chunk's part from there.
 
-What joins them in the graph is a number without content. torch runs the nodes that came last first, and so the backward
-pass, too, goes chunk by chunk.
+In the graph, these functions are connected by empty tensors. Torch runs the nodes of a graph in the reverse order of
+their creation, so the backward pass goes chunk by chunk, too.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dibit._torch.huge_pages import empty
+from dibit._torch.private.autograd import backward_pass
 from dibit.codec import ops
 from dibit.edges import programs
 from dibit.edges.deferred import Deferred, PendingCall
@@ -38,13 +39,13 @@ from dibit.rules.common import first_order, refuse_second_derivatives
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some edges in the order of a plan: all those of some nodes.
+    """Consecutive edges of a plan: all that have one of some consecutive nodes as their target.
 
     Attributes:
         plan: of the graph.
-        nodes: the rows of the result that they are reduced into.
-        edges: their places.
-        padding: how often the last one is repeated at the end.
+        nodes: these target nodes, the rows of the result.
+        edges: the places of the edges in the plan.
+        padding: how often the last edge is repeated at the end.
     """
 
     plan: Plan
@@ -104,14 +105,15 @@ class Rows:
 
 
 def size_of(edges: int) -> int:
-    """Edges of a chunk, of a graph of so many."""
+    """How many edges a chunk has, about, in a graph of so many edges."""
     return max(programs.CHUNK, min(edges // programs.CHUNKS, programs.LARGEST))
 
 
 def cut(plan: Plan, widths: set[int]) -> Iterator[Chunk]:
-    """All edges of a graph.
+    """Cut a graph into chunks.
 
     Args:
+        plan: of the graph.
         widths: of the rows whose bits depend on where vectors begin.
     """
     crow = plan.by_target.crow
@@ -128,13 +130,17 @@ def cut(plan: Plan, widths: set[int]) -> Iterator[Chunk]:
 
 
 class Gradient:
-    """Where chunks add up the gradient of one tensor."""
+    """Where the chunks add up the gradient of one tensor, in one backward pass."""
 
     def __init__(self, x: Tensor) -> None:
         self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
         self.sum: Tensor | None = None
+        self._pass = -1
 
     def add(self, index: Tensor, rows: Tensor) -> None:
+        """Add rows of the gradient."""
+        if self._pass != backward_pass():  # an earlier one may have ended with an exception, halfway
+            self._pass, self.sum = backward_pass(), None
         if self.sum is None:
             self.sum = empty(self.shape, self.dtype, self.device).zero_()
         ops.add_rows(self.sum, index, rows)
@@ -202,7 +208,7 @@ class Sink(ABC):
         return self._out
 
     def taken(self) -> Tensor:
-        """What they have made up. The graph that leads to it must not hold it."""
+        """The whole result. It is not held any longer here: the graph that leads to a tensor must not hold it."""
         out, self._out = self.out, None
         return out
 
@@ -211,7 +217,7 @@ class Sink(ABC):
         self._grad, self._left = grad, chunks
 
     def gradient(self, chunk: Chunk, kept: tuple[Tensor, ...]) -> Tensor | None:
-        """Of what a chunk has put."""
+        """The gradient of the rows that a chunk has put into the sink."""
         grad = self._grad
         self._left -= 1
         if not self._left:
@@ -223,14 +229,14 @@ class Sink(ABC):
 
     @abstractmethod
     def put(self, rows: Tensor, chunk: Chunk) -> tuple[Tensor, ...]:
-        """Take what a program gives for a chunk; what the gradient needs of it is returned."""
+        """Store a chunk's rows (edges, D); returns what their gradient needs."""
 
     @abstractmethod
     def _gradient(self, grad: Tensor, chunk: Chunk, kept: tuple[Tensor, ...]) -> Tensor: ...
 
 
 class Reduction(Sink):
-    """Of messages by their targets, into contiguous (N, D).
+    """The reduction of messages by target, into contiguous (N, D).
 
     Args:
         out: see `Sink`.
@@ -264,7 +270,7 @@ class Reduction(Sink):
 
 
 class Whole(Sink):
-    """A row for each edge, (E, D)."""
+    """The messages themselves, a row for each edge: (E, D)."""
 
     def put(self, rows: Tensor, chunk: Chunk) -> tuple[Tensor, ...]:
         self.out.index_copy_(0, chunk.of(None).long(), rows[: chunk.size])
@@ -275,7 +281,7 @@ class Whole(Sink):
 
 
 class Leave(torch.autograd.Function):
-    """What a program gives for a chunk goes into a sink."""
+    """Puts the messages of a chunk into a sink."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sink: Sink, chunk: Chunk) -> Tensor:
@@ -289,7 +295,7 @@ class Leave(torch.autograd.Function):
 
 
 class Join(torch.autograd.Function):
-    """What the chunks have put into a sink."""
+    """The result that the chunks have put into a sink."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, sink: Sink, *chunks: Tensor) -> Any:

@@ -1,8 +1,8 @@
-"""Programs: operations on gathers that work on each edge alone, noted until a reduction needs them.
+"""Programs on edges: operations that work on each edge alone. They are recorded until a reduction needs their result.
 
 The message of an EdgeConv, Linear(ReLU(Linear(cat(x_i, x_j - x_i)))), and the edge update of a mesh network are such
-programs. `extend` says whether a call of torch adds to one, and what has to be true of it so that some edges of the
-result have the bits that they have in the whole: `dibit.edges.chunks` computes a program some thousand edges at a time.
+programs. `dibit.edges.chunks` computes a program some thousand edges at a time. `extend` decides whether a call of
+torch can be recorded: the rows of a chunk must have the same bits as in a computation of all edges at once.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def concatenate(*parts: Tensor) -> Tensor:
 
 
 def extend(function: Any, args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...], tuple[int, ...]] | None:
-    """A call of torch as a part of a program: its function, its arguments by position, the shape (E, D) of its result.
+    """A call of torch as part of a program: its function, its arguments by position, the shape (E, D) of its result.
 
-    `None` if it is none: it does not work on each edge alone, or its bits for some edges are not those for all.
+    `None` if it cannot be part of one: it does not work on each edge alone, or a chunk's rows might have other bits.
     """
     if function in _CAT:
         return _cat(*args, **kwargs)
@@ -132,7 +132,7 @@ def calls(call: PendingCall) -> Iterator[PendingCall]:
 
 
 def used(call: PendingCall) -> list[PendingCall]:
-    """Those of them that were computed before and not kept, without what these are made of."""
+    """The calls of a program whose result was computed before and not kept, without those that lead to these."""
     return [one for one in _walk(call, lambda one: one.used) if one.used]
 
 
@@ -147,12 +147,12 @@ def _walk(call: PendingCall, ends: Callable[[PendingCall], bool]) -> Iterator[Pe
 
 
 def multiple() -> int:
-    """Elements of which a tensor has to have a multiple so that each thread of torch takes whole vectors."""
+    """A tensor's elements must be a multiple of this, so that each thread of torch works on whole vectors."""
     return _VECTOR * torch.get_num_threads()
 
 
 def padding(rows: int, widths: Iterable[int]) -> int:
-    """Rows to add to some, so that with each of these widths they are whole vectors."""
+    """How many rows to add to so many, so that rows of each of these widths fill whole vectors."""
     step = 1
     for width in widths:
         step = math.lcm(step, multiple() // math.gcd(width, multiple()))

@@ -1,4 +1,4 @@
-"""The rules by which `dibit.edges.functions` has reductions computed: what each books, and whom it calls."""
+"""The rules for reductions over edges: what plain torch would keep for each, and the function that computes it."""
 
 from __future__ import annotations
 

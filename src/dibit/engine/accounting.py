@@ -33,7 +33,11 @@ class Accounting:
         self._saved: list[weakref.ref[Exact]] = []  # by the running rule; dead where it threw the graph away
 
     def begin_chunk(self, program: object) -> None:
-        """What runs now has run for other chunks of the same input: its rows are theirs; `None`: no more."""
+        """Begin a chunk of a program on edges: its operations share the ledger's rows of the other chunks.
+
+        Args:
+            program: its name; `None`: what follows belongs to no chunk.
+        """
         self._chunk = program
         self._operations.clear()
 
