@@ -10,8 +10,8 @@ from typing import Any
 
 from dibit.bench.workload import TrainingStep, Workload
 from dibit.engine.model_state import state_of
+from dibit.engine.noise.row_plan import FIRST_MEASURED
 
-_MEASURED = 4  # first steps, in which a compressed model measures noise
 Times = dict[str, list[tuple[float, float]]]
 
 
@@ -39,7 +39,7 @@ def measure(workload: Workload, settings: Sequence[str], rounds: int, note: Call
             step = TrainingStep(*workload.build(), setting)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                for _ in range(1 if state_of(step.model) is None else _MEASURED):
+                for _ in range(1 if state_of(step.model) is None else FIRST_MEASURED):
                     step()
             steps[setting] = step
         except Exception as error:

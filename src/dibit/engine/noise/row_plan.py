@@ -38,7 +38,7 @@ from dibit.config import Config, Sample
 from dibit.engine.noise.noise_flow import Factor, Leaf, Level, Norm, pass_down
 from dibit.engine.noise.prediction import DEEP, NEAR, Prediction
 
-_EACH = 4  # first passes that are measured
+FIRST_MEASURED = 4  # first passes that are measured
 _SOON, _EVERY = 4, 16  # of the later ones, in the beginning and where what is measured has changed; in the end
 _CHANGED = 1.25  # factor in the error that is a change
 _NEW, _LATER = 0.5, 0.75  # share of a new measurement in what is known: of the first ones, and of later ones
@@ -187,7 +187,7 @@ class RowPlan:
         if measured:
             self._take_in()
         if was_due:
-            self.due = self.passes + (0 if self.passes < _EACH else self.apart - 1)
+            self.due = self.passes + (0 if self.passes < FIRST_MEASURED else self.apart - 1)
         if measured and self.passes >= 3:  # before, how the norms lie behind one another was not measured
             self._choose()
 
@@ -326,7 +326,7 @@ class RowPlan:
             norm.outgoing *= scale
 
     def _learn(self, what: Leaf | Norm | Factor, **measured: float) -> None:
-        new = _NEW if self.passes <= _EACH else _LATER
+        new = _NEW if self.passes <= FIRST_MEASURED else _LATER
         known = what.terms if isinstance(what, Leaf) else what.rho if isinstance(what, Norm) else what.variance
         share = new if known else 1.0
         for name, value in measured.items():
