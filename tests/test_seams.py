@@ -14,7 +14,7 @@ TESTS = Path(__file__).parent
 # own, `dispatch.using_backend`, `layout.parts_of`, `seed_stream.as_if_captured` and `positive.without_looking`.
 SEAMS = """
     dibit.doctor.trial dibit.encode dibit.recipe
-    dibit.edges.functions.LEAST dibit.edges.programs.CHUNK dibit.rules.large_outputs.LEAST
+    dibit.codec.fingerprint.FEW dibit.edges.functions.LEAST dibit.edges.programs.CHUNK dibit.rules.large_outputs.LEAST
     dibit.reproduce.tuned.CELLS dibit.reproduce.tuned.FIRST dibit.reproduce.plan.Reproduction.graphs
     dibit.bench.show.show dibit.bench.workload.TrainingStep.__call__ dibit.experiments.data.load_raw
     dibit.train.data.graph.memory_bytes dibit.train.data.npz.memory_bytes dibit.train.data.split_file.memory_bytes
@@ -28,9 +28,8 @@ INTERNALS = """
     dibit.bench.command._measure dibit.reproduce.command._run dibit.reproduce.distribution._measure
     dibit.reproduce.parallel._start
     dibit.codec.backends.cpu.kernels.elementwise.dropout.parallel dibit.codec.backends.triton.launch._run
-    dibit.codec.fingerprint._FEW dibit.codec.seed_stream.Key.__init__ dibit.codec.seed_stream._again
+    dibit.codec.seed_stream.Key.__init__ dibit.codec.seed_stream._again
     dibit.codec.seed_stream._first dibit.codec.seed_stream._loaded
-    dibit.edges.chunks.Gradient.__init__ dibit.edges.chunks.Rows.__init__ dibit.edges.chunks.Whole.__init__
     dibit.edges.deferred.PendingCall.make dibit.edges.plan.sort dibit.edges.programs.linear_by_rows
     dibit.engine.keeper.Keeper.gathered dibit.engine.keeper.Keeper.keep
     dibit.engine.draws.Key dibit.engine.draws.seed_tensor dibit.scores(net).plan._walks
