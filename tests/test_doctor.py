@@ -37,6 +37,7 @@ def test_all_that_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         assert "was not tried" in text
 
 
+@pytest.mark.slow
 def test_a_missing_api_and_no_extra() -> None:
     code = """
 import sys

@@ -149,6 +149,7 @@ class TestPickles:
         twin = copy.deepcopy(model)
         assert state_of(twin).rules == rules  # type: ignore[union-attr]
 
+    @pytest.mark.slow
     def test_where_dibit_is_not_installed_a_plain_model_is_loaded(self, tmp_path: Path) -> None:
         model = dibit.compress(nn.Sequential(nn.Linear(16, 4), nn.ReLU()), rules={F.mish: mish_rule})
         torch.save(model, tmp_path / "model.pt")

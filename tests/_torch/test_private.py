@@ -123,6 +123,7 @@ def test_without_a_spelling_of_a_function(
     assert without(name) == whole
 
 
+@pytest.mark.slow
 def test_without_all_of_them(without: Callable[[str], dict[str, Any]]) -> None:
     found = without(",".join(registry.APIS))
     assert found["missing"] == list(registry.APIS)

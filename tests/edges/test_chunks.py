@@ -323,6 +323,7 @@ def test_backward_runs_twice() -> None:
         y.backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["EdgeConv", "mesh"])
 def test_a_backward_pass_that_failed_leaves_nothing_behind(name: str) -> None:
     """Wherever it fails: the next one through the same graph gives the same gradient."""

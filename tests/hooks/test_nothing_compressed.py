@@ -84,6 +84,7 @@ def test_nothing_is_said_of_plain_models_of_exact_ones_and_of_other_optimisers()
         torch.optim.SGD(other.parameters(), 0.1).step()
 
 
+@pytest.mark.slow
 def test_no_hook_stays_on_optimisers() -> None:
     gc.collect()
     nothing_compressed._waiting.clear(), nothing_compressed._forget(0)

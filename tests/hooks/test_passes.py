@@ -103,6 +103,7 @@ def test_an_exception_leaves_nothing_while_it_is_handled(error: type[BaseExcepti
     assert torch.equal(plain_gradient(), expected)
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_any_line_leaves_nothing() -> None:
     """A trace function raises at one line of the pass; those of Dibit that set and remove are tried one by one."""
     net, x = dibit.compress(Net()), torch.randn(40, 8)

@@ -96,6 +96,7 @@ def test_remembered_numbers_are_marked_in_words_and_to_the_eye(page: Path) -> No
     assert "(remembered, not confirmed)" in text
 
 
+@pytest.mark.slow
 def test_the_same_files_give_the_same_bytes(page: Path, tmp_path: Path) -> None:
     again = render(_write(tmp_path / "again", all_sections()))
     assert again.read_bytes() == page.read_bytes()

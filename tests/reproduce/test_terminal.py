@@ -99,6 +99,7 @@ def test_a_narrow_terminal_breaks_lines_and_loses_nothing(
     assert "…" not in printed
 
 
+@pytest.mark.slow
 def test_importing_dibit_stays_light() -> None:
     program = (
         "import sys, dibit.reproduce.report, dibit.reproduce.terminal\n"

@@ -73,6 +73,7 @@ class TestNumbaSampler:
         nodes, *_ = k_hop_subgraph(seeds, 2, data.edge_index, num_nodes=300)
         assert torch.equal(out.node.sort().values, nodes)
 
+    @pytest.mark.slow
     def test_each_neighbour_is_as_likely_as_another(self) -> None:
         """A star of 7 rays, 3 taken: each pair of rays together with probability 1/7, within standard errors."""
         data = Data(edge_index=torch.stack((torch.arange(1, 8), torch.zeros(7, dtype=torch.int64))), num_nodes=8)
@@ -148,6 +149,7 @@ def test_learns(small: Path, tmp_path: Path, loader: str, recipe: str) -> None:
     assert (result.saved_bytes < result.plain_bytes) == (recipe == "default")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", ["neighbor", "cluster"])
 def test_going_on_gives_the_same_as_never_stopping(small: Path, tmp_path: Path, loader: str) -> None:
     config, settings = dibit.recipe("default"), {"loader": loader, **SIZES}

@@ -190,6 +190,7 @@ OTHER_RUNS: dict[str, tuple[str, ...]] = {
 }
 
 
+@pytest.mark.slow
 def test_resume_refuses_the_checkpoint_of_another_run(resumed: Resumed, small: Path, tmp_path: Path) -> None:
     for what, flags in OTHER_RUNS.items():
         other = tmp_path / "other"

@@ -115,6 +115,7 @@ def test_overwrite_removes_what_the_run_made_and_nothing_else(seed: int, tmp_pat
             assert not any(str(path).startswith(str(out / name) + "/") for path in theirs)
 
 
+@pytest.mark.slow
 def test_a_real_run_is_replaced_whole(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = ["train", "--dataset", str(small), *FAST, "--epochs", "1", "--compare", "--seeds", "2", "--out", str(out)]

@@ -92,6 +92,7 @@ def test_much_noise_is_said_once(
     assert [epoch for epoch, _ in result.noise] == [1, 5, 9, 17]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["none", "default", "iexact"])
 def test_going_on_gives_the_same_as_never_stopping(small: Path, tmp_path: Path, recipe: str) -> None:
     config = None if recipe == "none" else dibit.recipe(recipe)

@@ -245,6 +245,7 @@ def test_unknown_name_in_code() -> None:
         Settings().updated(layer=3)
 
 
+@pytest.mark.slow
 def test_import_is_light() -> None:
     """`dibit.train` loads neither PyTorch Geometric nor what the extra brings."""
     heavy = ("torch_geometric", "yaml", "rich", "tensorboard", "torchmetrics")

@@ -48,6 +48,7 @@ def _accuracy(graph: NodeDataset, model: torch.nn.Module, *inputs: torch.Tensor,
     return float((model(*inputs).argmax(1) == graph.y)[split.test].double().mean())
 
 
+@pytest.mark.slow
 def test_an_mlp_is_clearly_worse_than_a_gnn() -> None:
     graph = load_graph(DataSettings(dataset="planted:8000"), seed=0)
     adjacency = build_adjacency(ModelSettings(), graph.edge_index, graph.num_nodes, torch.device("cpu"))
