@@ -29,7 +29,7 @@ from dibit.codec.seed_stream import restart
 from dibit.compile.config_text import config_of, text_of
 from dibit.compile.rules import COMPILED, RULES
 from dibit.recipes import RECIPES
-from dibit.rules.spellings import OPERATIONS, spellings
+from dibit.rules.registry import OPERATIONS, spellings
 from tests.autograd_graph import nodes
 from tests.unbiased import bias_of, gradient
 

@@ -15,7 +15,7 @@ import dibit
 from dibit.nn import norm_relu_dropout
 from dibit.rules import RULES, large_outputs
 from dibit.rules.elementwise import POINTWISE
-from dibit.rules.spellings import spellings
+from dibit.rules.registry import spellings
 from tests.marks import nothing_compressed
 from tests.unbiased import bias_of
 

@@ -14,7 +14,7 @@ from dibit._torch.private import operations
 from dibit.compile import autograd, ops
 from dibit.rules.elementwise import CODECS, POINTWISE, Pointwise
 from dibit.rules.norm import FEW_POSITIONS, rows_of_one
-from dibit.rules.spellings import table
+from dibit.rules.registry import table
 
 
 def is_plain_float(x: Any) -> bool:
@@ -227,7 +227,7 @@ def new_zeros(mode: Any, input: Tensor, *size: Any, **options: Any) -> Any:
     return ops.zeros(input.detach(), list(size[0] if isinstance(size[0], (tuple, list)) else size))
 
 
-# By name; `dibit.rules.spellings` has the functions of each.
+# By name; `dibit.rules.registry` has the functions of each.
 COMPILED: dict[str, Any] = {
     **{name: elementwise_rule(f) for name, f in POINTWISE.items() if f.codec in CODECS},
     "linear": linear,

@@ -32,7 +32,7 @@ from dibit.engine.module_stack import ModuleStack
 from dibit.hooks.inner_gradients import ASKING
 from dibit.nn import norm_relu_dropout
 from dibit.rules.dropout import seeded
-from dibit.rules.spellings import table
+from dibit.rules.registry import table
 
 # Frames below which a function is run that may be run again elsewhere: checkpoints, reversible layers.
 _CALLERS = inspect.unwrap(checkpoint), inspect.unwrap(torch.autograd.Function.apply)

@@ -1,6 +1,6 @@
 """Which functions of torch can be run again for the same bits: cheap and deterministic ones, by their names.
 
-Those that have no rule are listed here. A function that has one says so at its rule (`dibit.rules.spellings.rule`),
+Those that have no rule are listed here. A function that has one says so at its rule (`dibit.rules.registry.rule`),
 which enters all its spellings by `repeatable`.
 """
 

@@ -2,7 +2,7 @@
 
 A rule takes the `ForwardPass` and the function's own arguments. It computes the plain forward, keeps a residual, and
 returns the result; or it returns `NotImplemented`, and the function runs as it is, kept exactly. `RULES` has the rule
-of each function under each of its spellings (`dibit.rules.spellings`).
+of each function under each of its spellings (`dibit.rules.registry`).
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from dibit.engine.module_stack import function_name
 
 # Each enters its rules in `OPERATIONS`.
 from dibit.rules import activation, add, aggregate, dropout, linear, loss, norm, norm_relu_dropout, power, product
-from dibit.rules.spellings import OPERATIONS, spellings, table
+from dibit.rules.registry import OPERATIONS, spellings, table
 
 __all__ = [
     "EXACT",
@@ -34,7 +34,7 @@ __all__ = [
 RULES: Mapping[Any, Rule] = table({name: operation.rule for name, operation in OPERATIONS.items()})
 # The functions whose rules run under `Config(lossless=True)`.
 EXACT = frozenset(function for name, operation in OPERATIONS.items() if operation.exact for function in spellings(name))
-# What the ledger's rows hold, by the name that they have there; see `dibit.rules.spellings.Operation.kind`.
+# What the ledger's rows hold, by the name that they have there; see `dibit.rules.registry.Operation.kind`.
 KINDS: Mapping[str, str] = {
     function_name(function): operation.kind for name, operation in OPERATIONS.items() for function in spellings(name)
 }

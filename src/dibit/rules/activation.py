@@ -39,7 +39,7 @@ from dibit.rules.elementwise import (
     elementwise,
     elementwise_rule,
 )
-from dibit.rules.spellings import rule
+from dibit.rules.registry import rule
 
 
 @rule(kind="ReLU", in_place=True, runs_again=True, saves_result=True, exact=True)

@@ -20,7 +20,7 @@ from dibit._torch.private.tensors import COUNTS_USES, gradient_asked, held_once
 from dibit.engine.forward_pass import ForwardPass
 from dibit.engine.model_state import ModelState
 from dibit.rules.common import first_order, is_plain_float
-from dibit.rules.spellings import rule
+from dibit.rules.registry import rule
 
 
 class Add(torch.autograd.Function):

@@ -24,7 +24,7 @@ from dibit.residuals.exact import Reference
 from dibit.rules.common import first_order, is_plain_float
 from dibit.rules.linear import addmm as dense_addmm
 from dibit.rules.linear import matmul as dense_matmul
-from dibit.rules.spellings import rule
+from dibit.rules.registry import rule
 
 _ARG = {"max": "amax", "min": "amin", "amax": "amax", "amin": "amin"}
 

@@ -19,7 +19,7 @@ from dibit.engine.forward_pass import ForwardPass
 from dibit.residuals.base import load, save
 from dibit.residuals.masks import Mask, SeededMask
 from dibit.rules.common import copy_or_return, first_order, is_plain_float
-from dibit.rules.spellings import rule
+from dibit.rules.registry import rule
 
 
 class SeededDropout(torch.autograd.Function):

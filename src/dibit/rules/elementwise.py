@@ -28,9 +28,9 @@ from dibit.engine.model_state import Rule
 from dibit.residuals.base import Residual, load, save
 from dibit.residuals.masks import Mask
 from dibit.rules.common import MIN_ELEMENTS, eight_bit, first_order, is_plain_float, without_reduction
+from dibit.rules.registry import rule
 from dibit.rules.relative import keep_relative, relative, saturating
 from dibit.rules.returned import Slope
-from dibit.rules.spellings import rule
 
 # How a derivative is kept, by what it is like.
 RECIPE = "recipe"  # bounded: at the recipe's bits
@@ -164,7 +164,7 @@ def elementwise(
     Args:
         name: of the function, by which `torch.name`, `Tensor.name`, `F.name` and the same with `name_` are found.
         plain, derivative, of_result, codec, uses, beside: see `Pointwise`.
-        traits: of the function, see `dibit.rules.spellings.rule`.
+        traits: of the function, see `dibit.rules.registry.rule`.
 
     Raises:
         ValueError: torch has no function of this name; see `Pointwise`, too.

@@ -23,7 +23,7 @@ from dibit.residuals.exact import Reference
 from dibit.rules import large_outputs
 from dibit.rules.common import as_rows, first_order, is_plain_float, own
 from dibit.rules.product import bmm
-from dibit.rules.spellings import rule
+from dibit.rules.registry import rule
 
 
 class Linear(torch.autograd.Function):

@@ -21,8 +21,8 @@ from dibit.engine.forward_pass import ForwardPass
 from dibit.residuals.base import Residual, load, save
 from dibit.residuals.exact import Exact, exact
 from dibit.rules.common import eight_bit, first_order, is_plain_float, running_config
+from dibit.rules.registry import rule
 from dibit.rules.returned import KeptApart
-from dibit.rules.spellings import rule
 
 
 class Probabilities(KeptApart):

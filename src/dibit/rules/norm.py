@@ -33,7 +33,7 @@ from dibit.engine.noise.meter import Meter
 from dibit.residuals.base import load, save
 from dibit.rules import large_outputs
 from dibit.rules.common import first_order, is_plain_float, own, running_config, without_reduction
-from dibit.rules.spellings import rule
+from dibit.rules.registry import rule
 
 
 def norm_config(forward: ForwardPass, shape: torch.Size, columns: bool, place: str) -> Config:

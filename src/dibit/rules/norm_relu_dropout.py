@@ -22,7 +22,7 @@ from dibit.rules.activation import relu
 from dibit.rules.common import first_order, is_plain_float
 from dibit.rules.dropout import dropout
 from dibit.rules.norm import batch_norm_gradient, keep_normalised
-from dibit.rules.spellings import rule
+from dibit.rules.registry import rule
 
 
 class NormReLUDropout(torch.autograd.Function):

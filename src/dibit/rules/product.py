@@ -38,8 +38,8 @@ from dibit.rules.common import (
     running_config,
     without_reduction,
 )
+from dibit.rules.registry import rule
 from dibit.rules.relative import keep_relative, keep_signed
-from dibit.rules.spellings import rule
 
 _BROADCAST = 4  # a factor that is at least so many times smaller than the product stays exact
 _ROW = 16  # elements for which a range of their own pays

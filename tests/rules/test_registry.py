@@ -18,7 +18,7 @@ from dibit.nn import norm_relu_dropout
 from dibit.recompute.repeatable import AUTOCAST, IN_PLACE, PURE, SAVES_RESULT
 from dibit.rules import KINDS, RULES
 from dibit.rules.elementwise import elementwise
-from dibit.rules.spellings import OPERATIONS, rule, spellings
+from dibit.rules.registry import OPERATIONS, rule, spellings
 
 
 def test_a_function_has_one_rule() -> None:
