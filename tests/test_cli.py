@@ -116,9 +116,22 @@ print("torch_geometric" in sys.modules)
 def test_how_an_extra_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clone = tmp_path / "a clone"
     clone.mkdir()
-    monkeypatch.setattr(errors, "__file__", str(clone / "src" / "dibit" / "tools" / "errors.py"))
-    assert errors.install("train") == "pip install 'dibit[train]'"
+    monkeypatch.setattr(errors, "__file__", str(tmp_path / "lib" / "site-packages" / "dibit" / "tools" / "errors.py"))
+    installed = tmp_path / "dibit-9.dist-info"  # as pip writes it for a folder, but for -e
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: dibit\nVersion: 9\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for noted, expected in (
+        (None, "pip install 'dibit[train]'"),
+        ('{"url": "https://example.org/dibit.whl"}', "pip install 'dibit[train]'"),
+        ('{"url": "file:///not/here"}', "pip install 'dibit[train]'"),
+        (f'{{"url": "{clone.as_uri()}"}}', f"pip install '{clone}[train]'"),
+    ):
+        if noted is not None:
+            (installed / "direct_url.json").write_text(noted)
+        assert errors.install("train") == expected
     (clone / "pyproject.toml").touch()
+    monkeypatch.setattr(errors, "__file__", str(clone / "src" / "dibit" / "tools" / "errors.py"))
     assert errors.install("train") == f"pip install -e '{clone}[train]'"
     monkeypatch.chdir(clone)
     assert errors.install("train") == "pip install -e '.[train]'"

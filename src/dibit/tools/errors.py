@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.metadata
+import json
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import unquote, urlsplit
 
 _LONGEST_WORD = 200
 
@@ -61,9 +64,20 @@ def require(module: str, extra: str = "train") -> ModuleType:
 
 
 def install(extra: str) -> str:
-    """Return the command that installs an extra of Dibit: from the clone that this file is in, or else by name."""
-    clone = Path(__file__).parents[3]
-    if not (clone / "pyproject.toml").is_file():
+    """Return the command that installs an extra of Dibit: from where Dibit itself was installed, or else by name."""
+    around = Path(__file__).parents[3]
+    clone = around if (around / "pyproject.toml").is_file() else _source()
+    if clone is None or not clone.is_dir():
         return f"pip install 'dibit[{extra}]'"
     place = "." if clone.samefile(".") else clone
-    return f"pip install -e {shlex.quote(f'{place}[{extra}]')}"
+    return f"pip install {'-e ' if clone == around else ''}{shlex.quote(f'{place}[{extra}]')}"
+
+
+def _source() -> Path | None:
+    """The folder that Dibit was installed from, as pip notes it; None: it came from an index."""
+    try:
+        noted = importlib.metadata.distribution("dibit").read_text("direct_url.json")
+        url = urlsplit(json.loads(noted or "{}").get("url", ""))
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return None
+    return Path(unquote(url.path)) if url.scheme == "file" else None
