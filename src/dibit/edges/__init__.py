@@ -2,7 +2,8 @@
 
 - `deferred`: a gather that has not been made, as a tensor
 - `patterns`: what such a tensor is made of
-- `functions`: what is done with one: its shape is known, factors are noted, sums computed; all else makes it
+- `functions`: what is done with one: its shape is known, operations are recorded; all else makes it
+- `reductions`: what the messages of a node are reduced to
 - `sums`: the sums over edges, and their gradients
 - `extremes`: the maxima and minima over edges, and their gradients
 - `programs`: operations on each edge that are noted, such as those of a network that makes messages

@@ -8,24 +8,21 @@ x[source] executes the gather and goes on as in plain torch.
 
 from __future__ import annotations
 
-import functools
 import math
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dibit._torch.huge_pages import LEAST as LARGE
 from dibit._torch.huge_pages import empty
 from dibit._torch.private import modes
-from dibit._torch.private.tensors import DEFERS, TensorWeakRef, is_view, natively
+from dibit._torch.private.tensors import DEFERS, TensorWeakRef, natively
 from dibit._torch.spellings import torch_functions
 from dibit._torch.storage_identity import storage_key
 from dibit.edges import programs
-from dibit.edges.chunks import Computation, Reduction, Whole, wanted
 from dibit.edges.deferred import (
     ASKS_GRADIENT,
     METADATA,
@@ -38,15 +35,11 @@ from dibit.edges.deferred import (
     materialized,
     watch,
 )
-from dibit.edges.extremes import LEAST_WIDTH, picks_torchs_zeros
-from dibit.edges.patterns import PRODUCTS, is_ends, is_weight, kind, one_column, parts, sources
-from dibit.edges.plan import Plans, known_plans
+from dibit.edges.patterns import PRODUCTS, is_ends, is_weight, kind, one_column, sources
 from dibit.edges.programs import MOST_CALLS, concatenate, extend
-from dibit.edges.rules import chunked_rule, extreme_rule, score_rule, sum_rule
-from dibit.edges.scores import summed
-from dibit.edges.sums import row_sum
+from dibit.edges.reductions import Reductions
 from dibit.engine.forward_pass import ForwardPass
-from dibit.recompute.repeatable import IN_PLACE, LIKE, SIZES_ONLY
+from dibit.recompute.repeatable import LIKE, SIZES_ONLY
 from dibit.rules.common import is_plain_float
 
 LEAST = 1 << 16  # elements of a gather: a smaller one is made at once
@@ -73,12 +66,10 @@ class Edges:
     """
 
     def __init__(self, forward: ForwardPass, run: Any, rule: Any, free: Callable[[], bool]) -> None:
-        self.forward, self.run, self.rule, self.free = forward, run, rule, free
-        self.wanted = wanted(forward.state)
-        self.plans = Plans(known_plans(forward.state))
+        self.forward, self.run, self.free = forward, run, free
+        self.reductions = Reductions(forward, rule, free)
         self._alive: list[Any] = []
         self._paths: list[weakref.ref[GradientPath]] = []
-        self._zeros: set[Any] = set()  # keys of what `_sized` has made
         forward.writes.listen(self._written)
 
     def gather(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -119,13 +110,13 @@ class Edges:
         if func in SIZES_ONLY and args and args[0] is found:
             return self._sized(func, args, kwargs)
         if func in _TOTALS and (kwargs or {"dim": args[1:]}) in ({"dim": -1}, {"dim": (-1,)}):
-            return self._scores(func, found)
+            return self.reductions.scores(func, found)
         if found.pending.value is None:
             result = self._pattern(func, args, kwargs, found)
             if result is not NotImplemented:
                 return result
         elif func in _ADDS and not kwargs and len(args) == 4 and args[3] is found:
-            return self._sum_of_rows(func, *args)
+            return self.reductions.sum_of_rows(func, *args)
         return self._extended(func, args, kwargs)
 
     def _pattern(self, func: Any, args: Any, kwargs: Any, found: Deferred) -> Any:
@@ -133,7 +124,7 @@ class Edges:
         if func in _LEAKY and len(args) == 1 and not kwargs.get("inplace", False):
             args, kwargs = (*args, kwargs.get("negative_slope", 0.01)), {}
         if func in _EXTREMES:
-            return self._extreme(func, found, *args, **kwargs)
+            return self.reductions.extreme(func, found, *args, **kwargs)
         if kwargs:
             return NotImplemented
         if func in LIKE and len(args) == 2 and type(args[0]) is Tensor:
@@ -146,9 +137,9 @@ class Edges:
             return self._rowwise(func, args[:2])
         if func in _SCATTERS and len(args) == 4 and args[3] is found:
             out, dim, index, _ = args
-            return self._sum(func, out, dim, one_column(index, found), found)
+            return self.reductions.sum(func, out, dim, one_column(index, found), found)
         if func in _ADDS and len(args) == 4 and args[3] is found:
-            return self._sum(func, *args)
+            return self.reductions.sum(func, *args)
         return NotImplemented
 
     def end(self, output: Any) -> Any:
@@ -159,10 +150,9 @@ class Edges:
 
     def clear(self) -> None:
         """The pass has ended, one way or the other."""
-        self.plans.end()
-        self._zeros.clear()
+        self.reductions.clear()
         self._paths.clear()
-        self.run = self.rule = self.free = None  # type: ignore[assignment]
+        self.run = self.free = None  # type: ignore[assignment]
 
     # -- one call ---------------------------------------------------------------------------------------------------
 
@@ -178,7 +168,7 @@ class Edges:
         if sized and args[0].element_size() * math.prod(args[1]) >= LARGE:
             zeros = empty(args[1], args[0].dtype, args[0].device).zero_()
             self.forward.holdings.made(zeros)
-            self._zeros.add(self.forward.holdings.key(zeros))
+            self.reductions.zeros.add(self.forward.holdings.key(zeros))
             return zeros
         like = torch.empty(0, dtype=args[0].dtype, device=args[0].device)
         if not func.__name__.startswith("new_"):
@@ -248,155 +238,6 @@ class Edges:
         call = PendingCall(func, (a, b), (*x.pending.roots, scale), self.run)
         return self._defer(call, x.shape, scale)
 
-    def _sum(self, func: Any, out: Any, dim: Any, target: Any, messages: Deferred) -> Any:
-        """Add messages to the rows of their targets."""
-        if kind(messages) == "program":
-            return self._chunked(func, out, dim, target, messages, "sum")
-        if kind(messages) not in ("gather", "scaled"):
-            return NotImplemented
-        return self._reduced(func, out, dim, target, messages, sum_rule)
-
-    def _extreme(
-        self,
-        func: Any,
-        messages: Deferred,
-        input: Any,
-        dim: Any = None,
-        index: Any = None,
-        src: Any = None,
-        reduce: Any = None,
-        *,
-        include_self: bool = True,
-        **more: Any,
-    ) -> Any:
-        """Maxima or minima of messages of the same target."""
-        if src is not messages or reduce not in ("amax", "amin") or include_self or more:
-            return NotImplemented
-        if not is_plain_float(input) or input.requires_grad:
-            return NotImplemented
-        if messages.shape[1:].numel() < LEAST_WIDTH or not picks_torchs_zeros():
-            return NotImplemented
-        if kind(messages) == "program":
-            return self._chunked(func, input, dim, one_column(index, messages), messages, reduce)
-        if kind(messages) != "gather":
-            return NotImplemented
-        rule = functools.partial(extreme_rule, reduce == "amin")
-        return self._reduced(func, input, dim, one_column(index, messages), messages, rule)
-
-    def _reduced(self, func: Any, out: Any, dim: Any, target: Any, messages: Deferred, rule: Any) -> Any:
-        """Reduce messages by target into `out`, by a rule."""
-        gathered, scale = parts(messages)
-        if not _fits(out, dim, target, messages) or gathered.value is not None:
-            return NotImplemented
-        messages.pending.check()
-        x, _, source = gathered.args
-        plan = self.plans.find(self.forward, source, target, x.shape[0], out.shape[0])
-        if plan is None:
-            return NotImplemented
-        zeros = self._is_zero(out)
-        out = self._to_write(func, out)
-        y = self.rule(func, rule, (gathered, x, out, scale, plan, source, target, zeros))
-        if y is not NotImplemented:
-            messages.pending.used = gathered.used = True
-        return y
-
-    def _chunked(self, func: Any, out: Any, dim: Any, target: Any, messages: Deferred, how: str) -> Any:
-        """Reduce the messages of a program into `out`, some thousand edges at a time."""
-        forward, message = self.forward, messages.pending
-        calls = list(programs.calls(message))
-        if not _fits(out, dim, target, messages) or not any(call.function is F.linear for call in calls):
-            return NotImplemented
-        if not (torch.is_grad_enabled() and self.free()) or forward.config is None:
-            return NotImplemented
-        message.check()
-        gathers = [call for call in calls if call.function is Tensor.index_select]
-        key = forward.holdings.key
-        ends = {key(target): "target"}
-        x, _, source = next((call.args for call in gathers if key(call.args[2]) not in ends), (out, 0, target))
-        ends.setdefault(key(source), "source")
-        plan = self.plans.find(forward, source, target, x.shape[0], out.shape[0])
-        if plan is None:
-            return NotImplemented
-        for call in programs.used(message):
-            if call.again is not None:
-                call.again()
-        name, needed = self.wanted.of(calls, forward.module)
-        zeros = self._is_zero(out)
-        reduction = Reduction(self._to_write(func, out), how, zeros)
-        wholes = [(call, Whole(out.new_empty(call.shape))) for call in needed]
-        forward.stack.function = func
-        begin = functools.partial(forward.accounting.begin_chunk, name)
-        try:
-            own = Computation(message, plan, lambda index: ends.get(key(index), ""))
-            y, *values = own.run([(message, reduction), *wholes], begin)
-        finally:
-            forward.accounting.begin_chunk(None)
-        self.rule(func, chunked_rule, (y, reduction, [call.args[2] for call in gathers], target))
-        for call in calls:
-            call.used = True
-        for call, value in zip(needed, values, strict=True):
-            call.value = value
-        return y
-
-    def _sum_of_rows(self, func: Any, out: Any, dim: Any, target: Any, messages: Deferred) -> Any:
-        """Sum messages that have been computed. Torch would keep a reference to them, only for their shape."""
-        if not _fits(out, dim, target, messages):
-            return NotImplemented
-        rows = materialized(messages)
-        return (
-            self.rule(func, row_sum, (rows, self._to_write(func, out), target))
-            if rows.requires_grad
-            else NotImplemented
-        )
-
-    def _to_write(self, func: Any, out: Tensor) -> Tensor:
-        """The tensor that a reduction writes to: `out`, or a copy if the function does not work in place."""
-        if func not in IN_PLACE:
-            return out.clone()
-        self.forward.writes.before(out)
-        return out
-
-    def _scores(self, func: Any, product: Deferred) -> Any:
-        """What both ends of an edge give, summed up over the last dimension."""
-        what = kind(product)
-        if what not in ("product", "weighted"):
-            return NotImplemented
-        calls, slope, weight = [product.pending], 0.0, None
-        if what == "weighted":
-            leaky, weight = product.pending.args
-            if type(leaky) is not Deferred:
-                leaky, weight = weight, leaky
-            slope = float(leaky.pending.args[1]) if len(leaky.pending.args) > 1 else 0.01
-            if slope < 0:
-                return NotImplemented
-            calls += [leaky.pending, leaky.pending.args[0].pending]
-        product.pending.check()
-        ends = [x.pending for x in calls[-1].args]
-        if any(call.value is not None for call in (*calls, *ends)):
-            return NotImplemented
-        (a, _, target), (b, _, source) = (end.args for end in ends)
-        if a.dim() < 3 or not any(x.requires_grad for x in (a, b)):
-            return NotImplemented
-        plan = self.plans.find(self.forward, source, target, b.shape[0], a.shape[0])
-        if plan is None:
-            return NotImplemented
-        scores = summed(product.pending, product.shape[0], tuple(product.shape[1:-1]))
-        shaped = a.reshape(a.shape[0], -1, a.shape[-1]), b.reshape(b.shape[0], -1, b.shape[-1])
-        rows = scores.reshape(scores.shape[0], -1)
-        y = self.rule(func, score_rule, (ends, *shaped, weight, slope, rows, plan, source, target))
-        if y is not NotImplemented:
-            for call in (*calls, *ends):
-                call.used = True
-            y = y.view(scores.shape)
-        return y
-
-    def _is_zero(self, out: Tensor) -> bool:
-        """Whether what is added to is known to be zero, so that the sum is that of the messages alone."""
-        if self.forward.holdings.key(out) in self._zeros:
-            return True
-        call = self.forward.lossless.tape.node(out).call
-        return call is not None and call[0] is torch.zeros
-
     # -- what is still there ----------------------------------------------------------------------------------------
 
     def _written(self, storage: int) -> None:
@@ -420,19 +261,6 @@ class Edges:
         found = reference()
         if found is not None and not found.pending.lost():  # whoever uses it then gets the error
             materialized(found)
-
-
-def _fits(out: Any, dim: Any, target: Any, messages: Deferred) -> bool:
-    """Whether messages can be reduced into `out` without being computed as a tensor."""
-    if type(target) is not Tensor or target.dtype != torch.int64 or target.dim() != 1:
-        return False
-    if dim not in (0, -messages.dim()) or not is_plain_float(out) or out.dtype != messages.dtype:
-        return False
-    if out.shape[1:] != messages.shape[1:] or target.shape[0] != messages.shape[0] or not out.is_contiguous():
-        return False
-    if is_view(out) or (out.is_leaf and out.requires_grad) or not out.numel():
-        return False
-    return all(storage_key(out) != storage_key(x) for x in sources(messages.pending))
 
 
 def _made(value: Any) -> Any:
