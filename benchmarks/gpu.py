@@ -121,7 +121,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run (default: all)")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS, help="how to train")
     parser.add_argument("--shape", default="arxiv", help="sizes of the graph (default: arxiv)")
-    parser.add_argument("--model", default="sage", help="sage, gcn, gin, gat or gcn2 (default: sage)")
+    parser.add_argument("--model", default="sage", help="as in dibit bench speed (default: sage)")
     parser.add_argument("--form", default="csr", choices=("csr", "edge_index"), help="how the model gets its graph")
     parser.add_argument("--scale", type=float, default=1.0, help="of nodes, edges and tensors (default: 1)")
     parser.add_argument("--rounds", type=int, default=11, help="counted rounds (default: 11)")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from dibit.experiments.shapes import ARXIV, CORA, MODELS, NAMED, Shape, random_graph, sage
+from dibit.experiments.shapes import ARXIV, BY_EDGES, CORA, MESH, MODELS, NAMED, Shape, mesh, random_graph, sage
 
 TINY = Shape("tiny", 70, 300, 16, 8, 5, 2, 0.5, 20)
 
@@ -36,10 +38,19 @@ def test_a_random_graph_has_the_sizes_and_is_the_same_at_each_call() -> None:
     assert torch.equal(adjacency.col_indices(), edges.col_indices())
 
 
+def test_a_mesh_is_a_grid_with_one_diagonal() -> None:
+    x, adjacency = mesh(MESH)
+    assert x.shape == (MESH.nodes, MESH.features)
+    assert adjacency.values().numel() == MESH.edges
+    dense = mesh(replace(MESH, nodes=9))[1].to_dense()
+    assert dense[4].nonzero().flatten().tolist() == [0, 1, 3, 5, 7, 8]
+    assert torch.equal(dense, dense.T)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_gives_classes_in_training_from_the_same_weights(name: str) -> None:
     x, adjacency = random_graph(TINY)
-    if name == "gat":  # which takes edges
+    if name in BY_EDGES:
         adjacency = adjacency.to_sparse_coo().indices()
     model, again = MODELS[name](TINY), MODELS[name](TINY)
     assert model.training

@@ -33,10 +33,13 @@ def build_parser(kind: str) -> Parser:
     parser = Parser(f"dibit bench {kind}", f"Measure {KINDS[kind]}.")
     flag = parser.flag
     if kind in ("speed", "memory"):
-        flag("shape", str, "Sizes: arxiv, flickr, products-small or cora.", "NAME", default="arxiv")
-        flag("model", str, "sage, gcn, gin, gat or gcn2.", "NAME", default="sage")
+        flag("shape", str, "Sizes: arxiv, flickr, products-small, cora or mesh.", "NAME", default="arxiv")
+        names = "sage, gcn, gin, gat, gatv2, transformer, edgecnn, mesh or gcn2."
+        flag("model", str, names, "NAME", default="sage")
         flag("hidden", int, "Width of the layers (default: the shape's).", least=1)
         flag("form", str, "The graph as csr (torch.sparse) or edge_index.", "NAME", default="csr")
+        flag("order", str, "Edges sorted by target or source, or shuffled.", "NAME", default="target")
+        flag("loader", str, "Steps on the full graph, or on batches by neighbor.", "NAME", default="full")
         flag("scale", float, "Nodes and edges, times F.", "F", default=1.0)
         text = f"Of plain, compile, bf16, checkpoint, {', '.join(reversed(RECIPES))}; all by default."
         flag("settings", str, text, "NAME", several=True)
@@ -179,20 +182,22 @@ def _measure(args: argparse.Namespace, progress: MeasurementProgress, path: Path
         epochs = sorted(set(args.epochs))
         return gradient.measure(args.graphs, args.root, model, epochs, args.draws, settings, progress.note)
     from dibit.bench import footprint, speed
-    from dibit.bench.workload import FORMS, SETTINGS, Workload
+    from dibit.bench.workload import FORMS, LOADERS, ORDERS, SETTINGS, Workload
     from dibit.experiments.shapes import MODELS as BUILDERS
     from dibit.experiments.shapes import NAMED
 
     _known("shape", [args.shape], NAMED)
     _known("model", [args.model], BUILDERS)
-    _known("form", [args.form], FORMS)
+    for name, known in (("form", FORMS), ("order", ORDERS), ("loader", LOADERS)):
+        _known(name, [getattr(args, name)], known)
     settings = _known("settings", args.settings or [*SETTINGS], SETTINGS)
     if not args.scale > 0:
         raise UserError(f"--scale is {args.scale}, expected a number above 0.")
-    workload = Workload(args.shape, args.model, hidden=args.hidden, form=args.form, scale=args.scale)
+    layers = None if args.kind == "memory" else args.layers
+    how = args.form, args.scale, args.order, args.loader
+    workload = Workload(args.shape, args.model, layers, args.hidden, *how)
     if args.kind == "memory":
         return footprint.measure(workload, args.layers, settings, progress.note)
-    workload = Workload(args.shape, args.model, args.layers, args.hidden, args.form, args.scale)
     return speed.measure(workload, settings, args.rounds, progress.note)
 
 

@@ -32,11 +32,11 @@ def measure(workload: Workload, settings: Sequence[str], rounds: int, note: Call
         (with the optimiser), and the ratio to plain, a median over the rounds of the ratio within a round, with its
         quartiles; or {"setting", "failed"} with the reason.
     """
-    steps, failed = {}, {}
+    steps, failed, batches = {}, {}, workload.batches()
     for setting in settings:
         note(f"warming up {setting}")
         try:
-            step = TrainingStep(*workload.build(), setting)
+            step = TrainingStep(workload.network(), batches[0], setting)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 for _ in range(1 if state_of(step.model) is None else FIRST_MEASURED):
@@ -48,6 +48,7 @@ def measure(workload: Workload, settings: Sequence[str], rounds: int, note: Call
     for done in range(rounds + 1):
         for setting, step in steps.items():
             note(f"round {done} of {rounds}, {setting}")
+            step.batch = batches[done % len(batches)]
             start = time.perf_counter()
             loss = step.forward()
             middle = time.perf_counter()

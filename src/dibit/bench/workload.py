@@ -12,10 +12,15 @@ from torch.nn.functional import cross_entropy, relu
 from torch.utils.checkpoint import checkpoint
 
 import dibit
-from dibit.experiments.shapes import MODELS, NAMED, Shape, random_graph
+from dibit.experiments.shapes import BY_EDGES, MODELS, NAMED, Shape, mesh, random_graph
 from dibit.recipes import RECIPES
 
 FORMS = ("csr", "edge_index")
+ORDERS = ("target", "source", "shuffled")
+LOADERS = ("full", "neighbor")
+NEIGHBORS = 15, 10, 5  # of the mini-batches: sampled for a node in each hop
+BATCH = 1024
+_BATCHES = 8  # different ones
 SETTINGS = ("plain", "compile", "bf16", "checkpoint", *reversed(RECIPES))
 
 
@@ -30,6 +35,9 @@ class Workload:
         hidden: width; `None`: the shape's.
         form: how the model gets its graph: "csr" (`torch.sparse`) or "edge_index".
         scale: nodes and edges are this many times those of the shape.
+        order: how the edges of an `edge_index` are sorted: by "target", by "source", or "shuffled".
+        loader: "full": a step is on the whole graph; "neighbor": on `BATCH` nodes and their sampled neighbours, which
+            are an `edge_index` in the sampler's own order. Batches are sampled before anything is measured.
     """
 
     shape: str = "arxiv"
@@ -38,6 +46,8 @@ class Workload:
     hidden: int | None = None
     form: str = "csr"
     scale: float = 1.0
+    order: str = "target"
+    loader: str = "full"
 
     def sizes(self) -> Shape:
         shape = NAMED[self.shape]
@@ -45,27 +55,46 @@ class Workload:
         return shape if self.scale == 1 else shape.scaled(self.scale)
 
     def build(self) -> tuple[nn.Module, BenchmarkBatch]:
-        """The model in training mode, and its data; the same numbers at each call."""
+        """The model and its (first) batch; the same numbers at each call."""
+        return self.network(), self.batches()[0]
+
+    def network(self) -> nn.Module:
+        """The model, in training mode."""
+        model: nn.Module = MODELS[self.model](self.sizes())
+        return model
+
+    def batches(self) -> list[BenchmarkBatch]:
+        """What the steps are on, in turn."""
         shape = self.sizes()
-        x, graph = random_graph(shape)
+        x, graph = (mesh if shape.name == "mesh" else random_graph)(shape)
         if self.model == "gcn2":
             graph = _normalised(graph)
-        if self.form == "edge_index" or self.model == "gat":
-            crow, col = graph.crow_indices(), graph.col_indices()
-            rows = torch.arange(shape.nodes).repeat_interleave(crow.diff())
-            graph = torch.stack((col, rows))
         torch.manual_seed(0)
-        train = torch.randperm(shape.nodes)[: shape.train]
-        return MODELS[self.model](shape), BenchmarkBatch(
-            x, graph, train, torch.randint(shape.classes, (shape.nodes,))[train]
-        )
+        y = torch.randint(shape.classes, (x.shape[0],))
+        if self.loader == "neighbor":
+            return _sampled(x, _edges(graph), y)
+        if self.form == "edge_index" or self.model in BY_EDGES:
+            graph = _edges(graph)
+            if self.order != "target":
+                keys = graph[0] if self.order == "source" else torch.rand(graph.shape[1])
+                graph = graph[:, keys.argsort(stable=True)]
+        train = torch.randperm(x.shape[0])[: shape.train]
+        return [BenchmarkBatch(x, graph, train, y[train])]
 
     def __str__(self) -> str:
         shape = self.sizes()
         return (
             f"{self.model}, {shape.layers} x {shape.hidden}, on the {shape.name} shape ({shape.nodes:,} nodes, "
-            f"{shape.edges:,} edges, {self.form})"
+            f"{shape.edges:,} edges, {', '.join(self._how())})"
         )
+
+    def _how(self) -> list[str]:
+        """How a model gets the graph."""
+        if self.loader == "neighbor":
+            return [f"batches of {BATCH:,} nodes and {', '.join(map(str, NEIGHBORS))} neighbours"]
+        if self.form == "csr" and self.model not in BY_EDGES:
+            return ["csr"]
+        return ["edge_index", {"shuffled": "shuffled"}.get(self.order, f"sorted by {self.order}")]
 
 
 @dataclass(frozen=True)
@@ -147,6 +176,8 @@ class Checkpointed:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        if not (hasattr(model, "lin_in") or hasattr(model, "act")):
+            raise ValueError(f"nobody has divided {type(model).__name__} into layers to checkpoint.")
         self.layer = _gcn2_layer if hasattr(model, "lin_in") else _basic_layer
 
     def __call__(self, x: Tensor, graph: Tensor) -> Tensor:
@@ -170,11 +201,32 @@ def _gcn2_layer(model: Any, i: int, x: Tensor, initial: Tensor, graph: Tensor) -
     return relu(model.norms[i](model.convs[i](model.dropout(x), initial, graph)))
 
 
+def _sampled(x: Tensor, edge_index: Tensor, y: Tensor) -> list[BenchmarkBatch]:
+    """Batches of nodes and their sampled neighbours, as PyTorch Geometric's `NeighborLoader` gives them."""
+    from torch_geometric.data import Data
+    from torch_geometric.loader import NeighborLoader
+
+    from dibit.train.neighbor_sampler import NumbaSampler
+
+    data = Data(x=x, edge_index=edge_index, y=y)
+    nodes = torch.randperm(x.shape[0])[: _BATCHES * BATCH]
+    sampler = NumbaSampler(data, NEIGHBORS)
+    found = []
+    for batch in NeighborLoader(data, NEIGHBORS, input_nodes=nodes, batch_size=BATCH, neighbor_sampler=sampler):
+        own = torch.arange(batch.batch_size)
+        found.append(BenchmarkBatch(batch.x, batch.edge_index, own, batch.y[own]))
+    return found
+
+
+def _edges(graph: Tensor) -> Tensor:
+    """The edges of a matrix as an `edge_index` (2, E), sorted by target."""
+    rows = torch.arange(graph.shape[0]).repeat_interleave(graph.crow_indices().diff())
+    return torch.stack((graph.col_indices(), rows))
+
+
 def _normalised(graph: Tensor) -> Tensor:
     from torch_geometric.nn.conv.gcn_conv import gcn_norm
     from torch_geometric.utils import to_torch_csr_tensor
 
-    crow, col = graph.crow_indices(), graph.col_indices()
-    rows = torch.arange(graph.shape[0]).repeat_interleave(crow.diff())
-    edges, weight = gcn_norm(torch.stack((col, rows)), None, graph.shape[0])
+    edges, weight = gcn_norm(_edges(graph), None, graph.shape[0])
     return to_torch_csr_tensor(edges.flip(0), weight, size=tuple(graph.shape))  # type: ignore[arg-type]

@@ -42,7 +42,8 @@ FLICKR = Shape("flickr", 89_250, 899_756, 500, 256, 7, 2, 0.3, 44_625)
 SHAPES = (ARXIV, FLICKR)  # of the papers
 PRODUCTS_SMALL = Shape("products-small", 244_903, 12_371_828, 100, 256, 47, 3, 0.5, 19_662)  # a tenth of ogbn-products
 CORA = Shape("cora", 2_708, 10_556, 1_433, 64, 7, 2, 0.5, 140)
-NAMED = {shape.name: shape for shape in (ARXIV, FLICKR, PRODUCTS_SMALL, CORA)}
+MESH = Shape("mesh", 40_000, 238_402, 8, 128, 3, 6, 0.0, 40_000)  # a grid of 200 x 200 with one diagonal
+NAMED = {shape.name: shape for shape in (ARXIV, FLICKR, PRODUCTS_SMALL, CORA, MESH)}
 
 
 @lru_cache(maxsize=2)
@@ -55,6 +56,21 @@ def random_graph(shape: Shape) -> tuple[Any, Any]:
     n = shape.nodes
     adjacency = to_torch_csr_tensor(torch.randint(n, (2, shape.edges)), size=(n, n))
     return torch.randn(n, shape.features), adjacency
+
+
+@lru_cache(maxsize=1)
+def mesh(shape: Shape) -> tuple[Any, Any]:
+    """Features (N, F) and a sparse CSR adjacency (N, N) of a square grid with one diagonal, of about so many nodes."""
+    import torch
+    from torch_geometric.utils import to_torch_csr_tensor
+
+    torch.manual_seed(0)
+    side = round(shape.nodes**0.5)
+    node = torch.arange(side * side).view(side, side)
+    pairs = [(node[:, :-1], node[:, 1:]), (node[:-1], node[1:]), (node[:-1, :-1], node[1:, 1:])]
+    one, other = (torch.cat([pair[i].flatten() for pair in pairs]) for i in (0, 1))
+    edges = torch.stack([torch.cat([one, other]), torch.cat([other, one])])
+    return torch.randn(side * side, shape.features), to_torch_csr_tensor(edges, size=(side * side, side * side))
 
 
 def sage(shape: Shape) -> Any:
@@ -88,10 +104,27 @@ def _gcn2(shape: Shape) -> Any:
     return GCN2(shape.features, shape.hidden, shape.layers, shape.classes, dropout=shape.dropout, norm="batch_norm")
 
 
+def _transformer(shape: Shape) -> Any:
+    from dibit.experiments.models import TransformerNetwork
+
+    return TransformerNetwork(shape.features, shape.hidden, shape.layers, shape.classes, shape.dropout)
+
+
+def _mesh(shape: Shape) -> Any:
+    from dibit.experiments.models import MeshNetwork
+
+    return MeshNetwork(shape.features, shape.hidden, shape.layers, shape.classes)
+
+
 MODELS: dict[str, Callable[[Shape], Any]] = {
     "sage": _basic("GraphSAGE"),
     "gcn": _basic("GCN", cached=True),
     "gin": _basic("GIN"),
     "gat": _basic("GAT", heads=4),
+    "gatv2": _basic("GAT", heads=4, v2=True),
+    "transformer": _seeded(_transformer),
+    "edgecnn": _basic("EdgeCNN"),
+    "mesh": _seeded(_mesh),
     "gcn2": _seeded(_gcn2),
 }
+BY_EDGES = ("gat", "gatv2", "transformer", "edgecnn", "mesh")  # their graph is an `edge_index`
