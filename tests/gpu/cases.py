@@ -48,9 +48,18 @@ def apart(found: Any, expected: Any, tolerance: float) -> float:
     return worst
 
 
+def computed(kernels: Any, case: Case, device: str = "cpu") -> Any:
+    """What an operator returns, or what it has written to its first argument; on the CPU."""
+    args = [x.to(device, copy=True) if isinstance(x, Tensor) else x for x in case.args]
+    found = getattr(kernels, case.operator)(*args)
+    if found is None:
+        found = args[0]
+    return tuple(x.cpu() for x in found) if isinstance(found, tuple) else found.cpu()
+
+
 def expected(case: Case) -> Any:
     """By the definition; sums in float64, whose order does not show."""
-    found = getattr(reference, case.operator)(*case.args)
+    found = computed(reference, case)
     if not case.tolerance or case.operator not in ("weight_gradient", "column_sums"):
         return found
     wide = tuple(
@@ -202,7 +211,42 @@ def sampling(scale: int) -> Iterator[Case]:
         yield Case(f"scores of rows, width {width}, {str(dtype)[6:]}", "row_scores", (x,))
 
 
-FAMILIES: dict[str, Callable[[int], Iterator[Case]]] = {"elementwise": elementwise, "sampling": sampling}
+def edges(scale: int) -> Iterator[Case]:
+    """Sums over the edges of graphs: nodes without edges and with many, in an order of their own or in the graph's."""
+    for (nodes, others, each, pointers), (heads, width) in itertools.product(
+        ((1, 1, 1, torch.int32), (12, 10, 4, torch.int32), (3, 40, 20, torch.int64)),
+        ((1, 1), (1, 20), (1, 300), (4, 8), (3, 33)),
+    ):
+        nodes, title = nodes * scale, f"{nodes * scale} nodes, {heads} heads of {width}, {str(pointers)[6:]}"
+        degree = torch.randint(2 * each + 1, (nodes,)) * (torch.rand(nodes) < 0.8)
+        degree[0] = 1
+        crow = torch.cat((torch.zeros(1, dtype=torch.int64), degree.cumsum(0))).to(pointers)
+        count = int(crow[-1])
+        col, order = torch.randint(others, (count,)).to(pointers), torch.randperm(count).to(pointers)
+        a, x, scales = torch.randn(nodes, heads, width), torch.randn(others, heads, width), torch.randn(count, heads)
+        x[0, 0, 0], scales[count // 2] = float("nan"), -0.0
+        out, flat = torch.randn(nodes, heads, width), (torch.randn(nodes, heads * width), x.flatten(1))
+        for values in (None, scales[:, 0].contiguous()):
+            how = "sums" if values is None else "weighted sums"
+            yield Case(f"{how}, {title}", "add_neighbours", (flat[0], crow, col, values, flat[1]))
+        for least in (False, True):
+            how = "minima" if least else "maxima"
+            yield Case(f"{how}, {title}", "edge_extremes", (flat[0], crow, col, flat[1], least))
+        for own in (None, order):
+            graph, how = (crow, col, own), f"{title}{'' if own is None else ', in the order of the caller'}"
+            signs = reference.edge_signs(*graph, a, x)
+            yield Case(f"scaled sums, {how}", "add_scaled", (out, *graph, scales, x))
+            yield Case(f"products of ends, {how}", "edge_products", (*graph, a, x), 3e-6)
+            yield Case(f"signs of sums, {how}", "edge_signs", (*graph, a, x))
+            for slope in (0.0, 0.2):
+                yield Case(f"sums by sign, slope {slope}, {how}", "add_signed", (out, crow, own, signs, scales, slope))
+
+
+FAMILIES: dict[str, Callable[[int], Iterator[Case]]] = {
+    "elementwise": elementwise,
+    "sampling": sampling,
+    "edges": edges,
+}
 for _bits in BITS:
     FAMILIES[f"codes, {_bits} bit"] = partial(codes, _bits)
     FAMILIES[f"rows, {_bits} bit"] = partial(rows, _bits)

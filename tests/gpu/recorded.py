@@ -87,6 +87,7 @@ def configurations() -> list[Configuration]:
         _codec()
         _products()
         _elementwise()
+        _edges()
     return list(found)
 
 
@@ -164,6 +165,21 @@ def _elementwise() -> None:
     cuda.signs(seed, 1000)
     for rows, count in ((1000, 100), (5000, 1600)):
         cuda.pick_rows(torch.zeros(rows, dtype=torch.uint8), seed, count)
+
+
+def _edges() -> None:
+    for pointers, (heads, width) in itertools.product((torch.int32, torch.int64), ((1, 128), (1, 40), (4, 32), (8, 8))):
+        crow, col = torch.arange(0, 90, 3, dtype=pointers), torch.arange(87, dtype=pointers)
+        a, x, scale = torch.randn(29, heads, width), torch.randn(87, heads, width), torch.randn(87, heads)
+        for order in (None, col):
+            cuda.add_scaled(a, crow, col, order, scale, x)
+            cuda.edge_products(crow, col, order, a, x)
+            cuda.add_signed(a, crow, order, cuda.edge_signs(crow, col, order, a, x), scale, 0.2)
+        flat = a.flatten(1), crow, col
+        for values in (None, scale[:, 0].contiguous()):
+            cuda.add_neighbours(*flat, values, x.flatten(1))
+        for least in (False, True):
+            cuda.edge_extremes(*flat, x.flatten(1), least)
 
 
 if __name__ == "__main__":

@@ -26,11 +26,16 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 KERNELS = (
+    "add_scaled",
+    "add_signed",
     "apply_mask",
     "column_sums",
     "count_scores",
     "dequantize",
     "dropout",
+    "edge_extremes",
+    "edge_products",
+    "edge_signs",
     "ends",
     "finite",
     "keep_probabilities",
@@ -57,11 +62,11 @@ def known() -> dict[str, list[Configuration]]:
 
 
 def test_every_kernel_is_launched(known: dict[str, list[Configuration]]) -> None:
-    from dibit.codec.backends.triton.kernels import blocks, elementwise, products, sampling
+    from dibit.codec.backends.triton.kernels import blocks, edges, elementwise, products, sampling
 
     written = {
         name
-        for module in (blocks, elementwise, products, sampling)
+        for module in (blocks, edges, elementwise, products, sampling)
         for name, value in vars(module).items()
         if hasattr(value, "arg_names") and value.__module__ == module.__name__ and not name.startswith("_")
     }

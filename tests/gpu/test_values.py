@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run with TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
 
+import torch_geometric.nn as g
 from torch_geometric.nn import GraphSAGE
 from torch_geometric.utils import erdos_renyi_graph, to_torch_csr_tensor
 
@@ -26,8 +28,9 @@ from dibit.codec import Affine, dispatch
 from dibit.codec.backends import reference
 from dibit.codec.backends import triton as cuda
 from dibit.codec.keep_probabilities import LEFT_OUT
+from dibit.edges import functions
 from dibit.recipes import RECIPES
-from tests.gpu.cases import BITS, Case, apart, codes, elementwise, expected, rows, sampling
+from tests.gpu.cases import BITS, Case, apart, codes, computed, edges, elementwise, expected, rows, sampling
 
 # NumPy warns of numbers that a GPU makes without a word.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -37,7 +40,7 @@ def check(cases: Iterator[Case]) -> None:
     several = list(cases)
     assert len(several) > 20
     for case in several:
-        found = getattr(cuda, case.operator)(*case.args)
+        found = computed(cuda, case)
         assert apart(found, expected(case), case.tolerance) <= case.tolerance, case.title
 
 
@@ -53,6 +56,10 @@ def test_rows_and_products(bits: int) -> None:
 
 def test_masks_and_dropout() -> None:
     check(elementwise(1))
+
+
+def test_sums_over_edges() -> None:
+    check(edges(1))
 
 
 def test_the_same_rows_are_picked() -> None:
@@ -111,6 +118,44 @@ def test_the_codec_on_these_kernels(config: Config) -> None:
             plain = encode(x, config, 3, affine)
             assert apart(value, decode(plain), 0.0) == 0
         assert apart(own.tensors, plain.tensors, 0.0) == 0
+
+
+class Noted:
+    """The GPU's kernels; remembers those that were asked for."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(cuda, name)
+        self.names.add(name)
+        return found
+
+
+LAYERS = {
+    "SAGE": (lambda: g.SAGEConv(8, 16), "add_neighbours"),
+    "GCN": (lambda: g.GCNConv(8, 16), "add_neighbours"),
+    "GAT": (lambda: g.GATConv(8, 8, heads=2), "add_scaled edge_products"),
+    "GATv2": (lambda: g.GATv2Conv(8, 8, heads=2), "add_scaled edge_products edge_signs add_signed"),
+    "Transformer": (lambda: g.TransformerConv(8, 8, heads=2), "add_scaled edge_products"),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_message_passing_on_these_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the recipe lossless: results and gradients are plain torch's, but for the order of sums."""
+    monkeypatch.setattr(functions, "LEAST", 1)
+    x, edges = torch.randn(30, 8, requires_grad=True), erdos_renyi_graph(30, 0.1)
+    build, kernels = LAYERS[name]
+    layer, found, noted = build().train(), [], Noted()
+    for compressed in (False, True):
+        with dispatch.using_backend("cpu", noted):
+            y = (dibit.compress(layer, "lossless") if compressed else layer)(x, edges)
+            grads = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
+        found.append((y.detach(), *grads))
+    assert noted.names >= {*kernels.split()}
+    for own, other in zip(*found, strict=True):
+        assert torch.allclose(own, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()) + 1e-6)
 
 
 @pytest.mark.usefixtures("interpreted")

@@ -22,6 +22,8 @@ from dibit._torch.private import modes
 from dibit._torch.private.tensors import DEFERS, TensorWeakRef, natively
 from dibit._torch.spellings import torch_functions
 from dibit._torch.storage_identity import storage_key
+from dibit.codec.dispatch import serving
+from dibit.codec.seed_stream import capturing
 from dibit.edges import programs
 from dibit.edges.deferred import (
     ASKS_GRADIENT,
@@ -70,6 +72,7 @@ class Edges:
         self.reductions = Reductions(forward, rule, free)
         self._alive: list[Any] = []
         self._paths: list[weakref.ref[GradientPath]] = []
+        self._ranges: dict[Any, tuple[int, int]] = {}  # of indices, by their identity
         forward.writes.listen(self._written)
 
     def gather(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -80,14 +83,14 @@ class Edges:
         x, dim, index = given
         if type(index) is not Tensor or index.dtype != torch.int64 or index.dim() != 1 or not is_plain_float(x):
             return NotImplemented
-        if x.dim() < 2 or dim not in (0, -x.dim()) or x.dtype != torch.float32 or x.device.type != "cpu":
+        if x.dim() < 2 or dim not in (0, -x.dim()) or x.dtype != torch.float32 or not _has_kernels(x.device):
             return NotImplemented
         width = x.shape[1:].numel()
         if width < _WIDE or index.numel() * width < LEAST or index.numel() < x.shape[0]:
             return NotImplemented
         if self.forward.holdings.is_exposed(x) or self.forward.holdings.is_exposed(index):
             return NotImplemented
-        low, high = index.aminmax()
+        low, high = self._range(index)
         if low < 0 or high >= x.shape[0]:
             return NotImplemented  # torch says what is wrong
         call = PendingCall(Tensor.index_select, (x, 0, index), (x,), self.run)
@@ -152,6 +155,7 @@ class Edges:
         """The pass has ended, one way or the other."""
         self.reductions.clear()
         self._paths.clear()
+        self._ranges.clear()
         self.run = self.free = None  # type: ignore[assignment]
 
     # -- one call ---------------------------------------------------------------------------------------------------
@@ -161,6 +165,14 @@ class Edges:
         self._alive.append(TensorWeakRef(made))
         self._paths.append(weakref.ref(call.path))
         return made
+
+    def _range(self, index: Tensor) -> tuple[int, int]:
+        """The smallest and the largest number of an index: read once, as a GPU is waited for."""
+        key = self.forward.holdings.key(index)
+        if key not in self._ranges:
+            low, high = index.aminmax()
+            self._ranges[key] = int(low), int(high)
+        return self._ranges[key]
 
     def _sized(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run a call such as `new_zeros`, which needs only the dtype, the device or the shape of a deferred tensor."""
@@ -192,7 +204,7 @@ class Edges:
             return NotImplemented
         args = _made(args)
         first = first_deferred(args)
-        if first is None or first.shape[0] < 2 * programs.CHUNK:
+        if first is None or first.shape[0] < 2 * programs.CHUNK or first.device.type != "cpu":
             return NotImplemented
         found = extend(func, args, kwargs)
         if found is None:
@@ -261,6 +273,11 @@ class Edges:
         found = reference()
         if found is not None and not found.pending.lost():  # whoever uses it then gets the error
             materialized(found)
+
+
+def _has_kernels(device: torch.device) -> bool:
+    """Whether kernels sum over edges on this device. A CUDA graph captures none: the CPU reads the plan."""
+    return device.type == "cpu" or (hasattr(serving(device.type), "add_scaled") and not capturing(device))
 
 
 def _made(value: Any) -> Any:

@@ -101,7 +101,8 @@ class Plans:
         holdings = forward.holdings
         seen = holdings.key(source), holdings.key(target), sources, targets
         if seen not in self._seen:
-            content = self._print(source, seen[0]), self._print(target, seen[1]), source.numel(), sources, targets
+            prints = self._print(source, seen[0]), self._print(target, seen[1])
+            content = *prints, source.device, source.numel(), sources, targets
             plan = self._known.get(content)
             if plan is None:
                 if not (_within(source, sources) and _within(target, targets)):
@@ -114,7 +115,7 @@ class Plans:
 
     def _print(self, index: Tensor, key: Any) -> Any:
         if key not in self._prints:
-            self._prints[key] = fingerprint(index)
+            self._prints[key] = int(fingerprint(index))
         return self._prints[key]
 
     def end(self) -> None:

@@ -78,7 +78,7 @@ class Reductions:
         """Maxima or minima of messages of the same target."""
         if src is not messages or reduce not in ("amax", "amin") or include_self or more:
             return NotImplemented
-        if not is_plain_float(input) or input.requires_grad:
+        if not is_plain_float(input) or input.requires_grad or input.device.type != "cpu":
             return NotImplemented
         if messages.shape[1:].numel() < LEAST_WIDTH or not picks_torchs_zeros():
             return NotImplemented

@@ -26,6 +26,7 @@ from dibit.rules.common import first_order, running_config, without_reduction
 from dibit.rules.product import at_least_4_bits
 
 CHUNK = 1 << 13  # edges at a time: what is made of them stays in the caches
+_CHUNK_ON_GPU = 1 << 18  # many more, for a GPU to be busy
 
 
 def evaluate(call: PendingCall, start: int, stop: int) -> Tensor:
@@ -41,9 +42,10 @@ def summed(call: PendingCall, edges: int, shape: tuple[int, ...]) -> Tensor:
     """The sum over the last dimension of what a deferred tensor stands for: (E, ...)."""
     like = call.roots[0]
     out = torch.empty((edges, *shape), dtype=like.dtype, device=like.device)
+    chunk = CHUNK if out.device.type == "cpu" else _CHUNK_ON_GPU
     with torch.no_grad():
-        for start in range(0, edges, CHUNK):
-            out[start : start + CHUNK] = evaluate(call, start, start + CHUNK).sum(-1)
+        for start in range(0, edges, chunk):
+            out[start : start + chunk] = evaluate(call, start, start + chunk).sum(-1)
     return out
 
 

@@ -5,6 +5,14 @@ float32, bfloat16 and float16; for other dtypes the definition runs.
 """
 
 from dibit.codec.backends.triton.blocks import dequantize, quantize, quantize_rows
+from dibit.codec.backends.triton.edges import (
+    add_neighbours,
+    add_scaled,
+    add_signed,
+    edge_extremes,
+    edge_products,
+    edge_signs,
+)
 from dibit.codec.backends.triton.elementwise import (
     apply_mask,
     dropout,
@@ -21,10 +29,16 @@ from dibit.codec.backends.triton.products import column_sums, norm_gradient, wei
 from dibit.codec.backends.triton.sampling import pick_rows, row_scores
 
 __all__ = [
+    "add_neighbours",
+    "add_scaled",
+    "add_signed",
     "apply_mask",
     "column_sums",
     "dequantize",
     "dropout",
+    "edge_extremes",
+    "edge_products",
+    "edge_signs",
     "finite",
     "norm_gradient",
     "norm_relu_dropout",
