@@ -168,12 +168,13 @@ def in_vectors(call: PendingCall) -> bool:
 def linear_by_rows(outputs: int, inputs: int, bias: bool, threads: int) -> bool:
     """Whether a linear layer of this torch, on this processor, gives some rows the bits that they have among all."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2 * CHUNK + 397, inputs, generator=generator)
+    sizes = LARGEST, CHUNK, 8 * (CHUNK // 9) + 1, CHUNK // 2 + 77
+    x = torch.randn(sum(sizes) + 397, inputs, generator=generator)
     weight = torch.randn(outputs, inputs, generator=generator)
     b = torch.randn(outputs, generator=generator) if bias else None
     y, order = F.linear(x, weight, b), torch.randperm(len(x), generator=generator)
     at = 0
-    for rows in (CHUNK, 8 * (CHUNK // 9) + 1, CHUNK // 2 + 77):
+    for rows in sizes:
         part = order[at : at + rows]
         if not torch.equal(F.linear(x.index_select(0, part), weight, b), y.index_select(0, part)):
             return False
