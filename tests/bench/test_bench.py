@@ -90,6 +90,9 @@ def test_gradient(tmp_path: Path) -> None:
     assert b"small, epoch 2" in figure.read_bytes()
     assert rows["2 bit"]["errors"]["0"] < rows["iexact"]["errors"]["0"]
     assert rows["gradient 1/2 + 1/6"]["bytes_per_node"] < rows["iexact"]["bytes_per_node"]
+    assert all(set(row["bytes"]) == {"0", "2"} for row in rows.values())
+    assert all(row["bytes"]["0"] == row["bytes_per_node"] for row in rows.values())
+    assert len({*rows["iexact"]["bytes"].values()}) == 1
 
 
 def test_codec(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, word
 @pytest.mark.parametrize("name", [*NAMES, "[/]", "[/bold]"])
 def test_tables_of_measurements(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = terminals(monkeypatch)
-    row = {"setting": name, "bytes_per_node": 1.0, "errors": {"0": 0.5}}
+    row = {"setting": name, "bytes_per_node": 1.0, "bytes": {"0": 1.0}, "errors": {"0": 0.5}}
     graph = {"graph": name, "nodes": 24, "rows": [row]}
     content = {
         "bench": "gradient",

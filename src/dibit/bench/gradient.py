@@ -90,7 +90,8 @@ def measure(
 
     Returns:
         {"model", "epochs", "draws", "graphs"}: by graph rows of setting, bytes a node (all that the step keeps, by
-        `dibit.track`), and by epoch the mean of :math:`|g - g_{plain}|^2 / |g_{plain}|^2` with its standard error.
+        `dibit.track`: at the first epoch, and by epoch), and by epoch the mean of
+        :math:`|g - g_{plain}|^2 / |g_{plain}|^2` with its standard error.
     """
     from dibit.experiments.cases import case
     from dibit.experiments.data import load_prepared
@@ -101,12 +102,14 @@ def measure(
         note(f"loading {name}")
         graph = load_prepared(name, root)
         own = case(graph, model, max(1, *epochs))
-        rows: dict[str, dict[str, Any]] = {s: {"setting": s, "errors": {}, "standard_errors": {}} for s in settings}
+        rows: dict[str, dict[str, Any]] = {
+            s: {"setting": s, "bytes": {}, "errors": {}, "standard_errors": {}} for s in settings
+        }
         for stage in stages(own, tuple(epochs), None, note):
             for setting, row in rows.items():
                 note(f"{graph.name}, epoch {stage.epoch}, {setting}")
-                if "bytes_per_node" not in row:
-                    row["bytes_per_node"] = stage.saved_bytes(CONFIGS[setting]) / graph.num_nodes
+                row["bytes"][str(stage.epoch)] = stage.saved_bytes(CONFIGS[setting]) / graph.num_nodes
+                row.setdefault("bytes_per_node", row["bytes"][str(stage.epoch)])
                 error = stage.gradient_error(CONFIGS[setting], draws)
                 row["errors"][str(stage.epoch)] = error.mean
                 row["standard_errors"][str(stage.epoch)] = error.error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import itemgetter
 from typing import Any
 
@@ -60,11 +60,16 @@ def _gradient(results: Mapping[str, Any]) -> Iterator[Table]:
     epochs = results["epochs"]
     for graph in results["graphs"]:
         rows = [
-            [row["setting"], f"{row['bytes_per_node']:.1f}", *(f"{row['errors'][str(e)]:.3f}" for e in epochs)]
+            [row["setting"], _range(row["bytes"].values()), *(f"{row['errors'][str(e)]:.3f}" for e in epochs)]
             for row in graph["rows"]
         ]
         title = f"{results['model']} on {graph['graph']} ({graph['nodes']:,} nodes): squared error of the gradient"
         yield title, ["setting", "B / node", *(f"epoch {e}" for e in epochs)], rows
+
+
+def _range(values: Iterable[float]) -> str:
+    low, high = f"{min(values := [*values]):.1f}", f"{max(values):.1f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _noise(results: Mapping[str, Any]) -> Iterator[Table]:
