@@ -5,7 +5,7 @@ tensors are gathered. The rules of the pass run the operations of the program in
 what they always keep. Then the messages are reduced into the rows of their targets. Autograd's graph therefore contains
 the operations once for each chunk. Gradients enter and leave these parts of the graph by tensors that all chunks share:
 
-- `Take` adds the gradient of its rows to a shared `Gradient`. When all chunks have done so, `Source` passes it on.
+- `Take` adds the gradient of its rows to a shared `Gradient`. After all chunks have, `ChunkedTensor` passes it on.
 - `Join`, the result, puts the gradient of all messages into a `Sink`. Each `Leave` takes its chunk's part from there.
 
 In the graph, these functions are connected by empty tensors. Torch runs the nodes of a graph in the reverse order of
@@ -74,7 +74,7 @@ class Chunk:
         """For each edge, which of the nodes is its target."""
         return torch.repeat_interleave(self.crow.diff(), output_size=self.size)
 
-    def of(self, x: Tensor | None) -> Tensor:
+    def select(self, x: Tensor | None) -> Tensor:
         """The elements for these edges of what the caller has for all (E,); `None`: the number of the edge itself."""
         order = self.plan.by_target.order
         if order is not None:
@@ -82,7 +82,7 @@ class Chunk:
         return self.places + self.edges.start if x is None else x[self.edges]
 
 
-class Rows:
+class RowSelection:
     """Which row of a tensor each edge takes.
 
     Args:
@@ -98,10 +98,10 @@ class Rows:
         """Whether the plan has it."""
         return self.index is None
 
-    def of(self, chunk: Chunk) -> Tensor:
+    def index_for(self, chunk: Chunk) -> Tensor:
         if self.end == "source":
             return chunk.plan.by_target.col[chunk.edges]
-        return chunk.targets + chunk.nodes.start if self.end == "target" else chunk.of(self.index)
+        return chunk.targets + chunk.nodes.start if self.end == "target" else chunk.select(self.index)
 
 
 def size_of(edges: int) -> int:
@@ -150,7 +150,7 @@ class Gradient:
         return found
 
 
-class Source(torch.autograd.Function):
+class ChunkedTensor(torch.autograd.Function):
     """A tensor of which chunks take rows."""
 
     @staticmethod
@@ -168,8 +168,8 @@ class Take(torch.autograd.Function):
     """The rows of a tensor that a chunk needs."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Rows, chunk: Chunk, gradient: Gradient) -> Tensor:
-        index = rows.of(chunk)
+    def forward(ctx: Any, x: Tensor, rows: RowSelection, chunk: Chunk, gradient: Gradient) -> Tensor:
+        index = rows.index_for(chunk)
         ctx.rows, ctx.chunk, ctx.gradient = rows, chunk, gradient
         # the caller may change an index of its own before the backward pass
         ctx.index = None if rows.planned else index.to(chunk.plan.by_target.crow.dtype, copy=True)
@@ -178,7 +178,7 @@ class Take(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        index = ctx.rows.of(ctx.chunk) if ctx.index is None else ctx.index
+        index = ctx.rows.index_for(ctx.chunk) if ctx.index is None else ctx.index
         ctx.gradient.add(index, dy[: ctx.chunk.size].contiguous())
         return None, None, None, None
 
@@ -273,11 +273,11 @@ class Whole(Sink):
     """The messages themselves, a row for each edge: (E, D)."""
 
     def put(self, rows: Tensor, chunk: Chunk) -> tuple[Tensor, ...]:
-        self.out.index_copy_(0, chunk.of(None).long(), rows[: chunk.size])
+        self.out.index_copy_(0, chunk.select(None).long(), rows[: chunk.size])
         return ()
 
     def _gradient(self, grad: Tensor, chunk: Chunk, kept: tuple[Tensor, ...]) -> Tensor:
-        return grad.index_select(0, chunk.of(None))
+        return grad.index_select(0, chunk.select(None))
 
 
 class Leave(torch.autograd.Function):
@@ -359,12 +359,12 @@ class Computation:
         return self._take(x, None, chunk) if programs.is_of_edges(call, x, self.edges) else x
 
     def _take(self, x: Tensor, index: Tensor | None, chunk: Chunk) -> Tensor:
-        rows = Rows(index, "" if index is None else self._end(index))
+        rows = RowSelection(index, "" if index is None else self._end(index))
         if not x.requires_grad:
-            return _taken(x, rows.of(chunk), chunk)
+            return _taken(x, rows.index_for(chunk), chunk)
         if id(x) not in self._sources:
             gradient = Gradient(x)
-            self._sources[id(x)] = Source.apply(x, gradient), gradient
+            self._sources[id(x)] = ChunkedTensor.apply(x, gradient), gradient
         source, gradient = self._sources[id(x)]
         return Take.apply(source, rows, chunk, gradient)
 
@@ -380,7 +380,7 @@ class Wanted:
         self._names = names
         self._counts: dict[str, int] = {}
 
-    def of(self, calls: Sequence[PendingCall], module: str) -> tuple[str, list[PendingCall]]:
+    def next_program(self, calls: Sequence[PendingCall], module: str) -> tuple[str, list[PendingCall]]:
         """Those of the next program that a module reduces, and its name, the same in every pass."""
         self._counts[module] = number = self._counts.get(module, 0) + 1
         name, found = f"{module}:{number}", []

@@ -52,7 +52,7 @@ def one_column(index: Any, messages: Deferred) -> Any:
     return index.as_strided(index.shape[:1], index.stride()[:1]) if expanded else None
 
 
-def parts(messages: Deferred) -> tuple[PendingCall, Tensor | None]:
+def gather_and_scale(messages: Deferred) -> tuple[PendingCall, Tensor | None]:
     """The gather, and what it is multiplied by."""
     call = messages.pending
     if call.function is Tensor.index_select:

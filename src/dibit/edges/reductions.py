@@ -20,7 +20,7 @@ from dibit.edges import programs
 from dibit.edges.chunks import Computation, Reduction, Whole, wanted
 from dibit.edges.deferred import Deferred, materialized
 from dibit.edges.extremes import LEAST_WIDTH, picks_torchs_zeros
-from dibit.edges.patterns import kind, one_column, parts, sources
+from dibit.edges.patterns import gather_and_scale, kind, one_column, sources
 from dibit.edges.plan import Plans, known_plans
 from dibit.edges.rules import chunked_rule, extreme_rule, score_rule, sum_rule
 from dibit.edges.scores import summed
@@ -91,7 +91,7 @@ class Reductions:
 
     def _reduced(self, func: Any, out: Any, dim: Any, target: Any, messages: Deferred, rule: Any) -> Any:
         """Reduce messages by target into `out`, by a rule."""
-        gathered, scale = parts(messages)
+        gathered, scale = gather_and_scale(messages)
         if not _fits(out, dim, target, messages) or gathered.value is not None:
             return NotImplemented
         messages.pending.check()
@@ -126,7 +126,7 @@ class Reductions:
         for call in programs.used(message):
             if call.again is not None:
                 call.again()
-        name, needed = self.wanted.of(calls, forward.module)
+        name, needed = self.wanted.next_program(calls, forward.module)
         zeros = self._is_zero(out)
         reduction = Reduction(self._to_write(func, out), how, zeros)
         wholes = [(call, Whole(out.new_empty(call.shape))) for call in needed]

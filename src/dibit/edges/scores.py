@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dibit._torch.huge_pages import empty
 from dibit.codec import ops
+from dibit.edges import programs
 from dibit.edges.deferred import Deferred, PendingCall
 from dibit.edges.plan import Plan
 from dibit.engine.forward_pass import ForwardPass
@@ -24,8 +25,6 @@ from dibit.residuals.base import load, released, save
 from dibit.rules import positive
 from dibit.rules.common import first_order, running_config, without_reduction
 from dibit.rules.product import at_least_4_bits
-
-CHUNK = 1 << 13  # edges at a time: what is made of them stays in the caches
 
 
 def evaluate(call: PendingCall, start: int, stop: int) -> Tensor:
@@ -42,8 +41,8 @@ def summed(call: PendingCall, edges: int, shape: tuple[int, ...]) -> Tensor:
     like = call.roots[0]
     out = torch.empty((edges, *shape), dtype=like.dtype, device=like.device)
     with torch.no_grad():
-        for start in range(0, edges, CHUNK):
-            out[start : start + CHUNK] = evaluate(call, start, start + CHUNK).sum(-1)
+        for start in range(0, edges, programs.CHUNK):
+            out[start : start + programs.CHUNK] = evaluate(call, start, start + programs.CHUNK).sum(-1)
     return out
 
 

@@ -88,7 +88,7 @@ class Encoder:
                 ids = (ids[: shape[0], None] * each + torch.arange(each, device=ids.device)).reshape(-1)
             if ids.numel() < rows.shape[0]:  # they are no nodes: edges, which have no names
                 return norm_scores(rows) if norms else None, None
-        scores = table.of(key, rows, ids)
+        scores = table.lookup(key, rows, ids)
         if scores is None and norms:
             scores = norm_scores(rows)
         elif scores is not None and norms and (leaf := table.plan.leaves.get(key)) is not None:

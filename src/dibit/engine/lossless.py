@@ -16,7 +16,7 @@ from dibit.engine.ledger import Ledger
 from dibit.engine.owners import is_whole
 from dibit.recompute.nodes import SMALL, Node, nbytes
 from dibit.recompute.recorder import Tape
-from dibit.residuals.exact import Exact, LosslessForm, Narrowed, Recomputed, exact, narrow, own
+from dibit.residuals.exact import Exact, LosslessForm, Narrowed, Recomputed, detach_copies, exact, narrow
 
 
 class LosslessForms:
@@ -178,7 +178,7 @@ class LosslessForms:
 
     def copy_leaves(self, storage: int) -> None:
         """Somebody writes to a storage: what is kept by a reference to it becomes a copy."""
-        own(self._leaves.pop(storage, ()))
+        detach_copies(self._leaves.pop(storage, ()))
 
     def copy_aliases(self, x: Tensor, storage: int) -> None:
         """The same of storages on the same memory: what DLPack gives back has one of its own."""
@@ -200,7 +200,7 @@ class LosslessForms:
             others = holders(leaves[0].x)
             plain = [kept for ref in self._plain.get(storage, ()) if (kept := ref()) is not None]
             if others is None or others > len({id(kept.x) for kept in (*leaves, *plain)}):
-                own(leaves)
+                detach_copies(leaves)
                 if self._ledger is not None:
                     for leaf in leaves:
                         self._ledger.copied(storage, leaf.x)

@@ -98,7 +98,7 @@ class Scores:
                 found[key] = table
         return found
 
-    def of(self, key: str, x: Tensor, ids: Tensor | None) -> Tensor | None:
+    def lookup(self, key: str, x: Tensor, ids: Tensor | None) -> Tensor | None:
         """Scores of the rows of a residual x, uint8 (rows,); `None` where nothing is known of them."""
         if key not in self.known:
             return None

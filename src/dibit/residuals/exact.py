@@ -66,7 +66,7 @@ def exact(x: Tensor) -> Exact:
     return Exact(x.detach() if x.requires_grad else x, version(x))
 
 
-def own(kept: Iterable[Exact]) -> None:
+def detach_copies(kept: Iterable[Exact]) -> None:
     """Take a copy, one of each tensor: their memory is about to change, or may from now on."""
     copies: dict[Any, Tensor] = {}
     for one in kept:

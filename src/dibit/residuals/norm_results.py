@@ -99,7 +99,7 @@ class Passed(Residual):
         return _outer_by_parts(self, dy)
 
 
-def parts(kept: Residual) -> Iterator[tuple[slice, Tensor]]:
+def row_chunks(kept: Residual) -> Iterator[tuple[slice, Tensor]]:
     """An estimate of what is kept, (..., D) as rows (N, D), part by part: on a CPU no tensor of full size is made."""
     stages = kept.stages
     if stages is None or not stages.source.source.packed.plain_rows:
@@ -144,7 +144,7 @@ def parts(kept: Residual) -> Iterator[tuple[slice, Tensor]]:
 def _outer_by_parts(kept: Residual, dy: Tensor) -> Tensor:
     """dY^T X, (O, D), for dy (N, O)."""
     grad: Tensor | None = None
-    for rows, x in parts(kept):
+    for rows, x in row_chunks(kept):
         if grad is None:
             grad = outer(x, dy[rows])
         else:

@@ -77,7 +77,7 @@ def octaves_of(span: float) -> int:
 
 
 @functools.cache
-def whole() -> tuple[float, ...]:
+def full_range_levels() -> tuple[float, ...]:
     """256 levels for elements that nobody looks at: 200 for the first `_FINE` octaves, 55 for all others, and zero."""
     low = range(55, 0, -1)
     fine = (255 * 2.0 ** (-i * _FINE / 199) for i in range(199, -1, -1))
@@ -105,8 +105,8 @@ def _saturating(top: int, linear: int) -> tuple[float, ...]:
 
 @functools.cache
 def relative(config: Config, levels: tuple[float, ...] | None = None) -> Config:
-    """The codec for such an element; default levels: `whole()`."""
-    levels = levels or whole()
+    """The codec for such an element; default levels: `full_range_levels()`."""
+    levels = levels or full_range_levels()
     config = replace(config, rounding="stochastic") if config.rounding == "dither" else config
     return replace(config, bits=len(levels).bit_length() - 1, reduce=None, levels=levels, block=1024, norm=None)
 
@@ -133,7 +133,7 @@ def keep_relative(forward: ForwardPass, x: Tensor) -> Signed | None:
 
 
 def keep_signed(forward: ForwardPass, x: Tensor) -> Signed:
-    """The same by the levels `whole()`, with a sign for each element, whatever they are: no number is waited for."""
+    """The same with `full_range_levels()` and a sign for each element, whatever x is: a GPU is not waited for."""
     return _with_signs(forward, x, x.abs(), relative(running_config(forward)))
 
 

@@ -13,7 +13,7 @@ from dibit.codec import decode, encode, seed_tensor
 from dibit.config import Config, Project
 from dibit.engine.noise.row_plan import RowPlan
 from dibit.residuals.base import Residual, outer
-from dibit.residuals.norm_results import parts
+from dibit.residuals.norm_results import row_chunks
 
 _COLUMNS = 512  # that are compared with one another at most
 _SOME = 1 << 11  # rows that tell how large rounding is
@@ -72,7 +72,7 @@ class Meter:
     def _of_parts(self, residual: Residual, dy: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The same of a residual that keeps all rows, unpacked once for all."""
         dw, (s, r, fourth, second) = None, dy.new_zeros((4,), dtype=torch.float32)
-        for rows, x in parts(residual):
+        for rows, x in row_chunks(residual):
             own = dy[rows]
             gradient = _squares(own)
             dw = outer(x, own) if dw is None else dw.addmm_(own.T, x.to(own.dtype))

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 from dibit.engine.noise.noise_flow import Factor, Leaf, Level, Norm
 
-NEAR = 1.1  # times the least error is near it
+NEAR_OPTIMAL = 1.1  # times the least error is near it
 _ROUNDED = 0.2  # variance of a normalised input at 2 bits with dither
 DEEP = 8  # norms behind one another, of which those next to the loss may keep more bits
-NEXT = 0.45  # share of the norms that are next to the loss
+SHARE_NEAR_LOSS = 0.45  # share of the norms that are next to the loss
 FINE = 4  # bits of these
 
 
@@ -31,7 +31,7 @@ class Prediction:
 
     def bits(self, norm: Norm, level: int) -> int | None:
         """Bits of a norm that keeps all rows; `None`: the recipe's."""
-        fine = level == Level.FINE and self.depth >= DEEP and norm.above < NEXT * self.depth
+        fine = level == Level.FINE and self.depth >= DEEP and norm.above < SHARE_NEAR_LOSS * self.depth
         return FINE if fine else None
 
     def variance(self, norm: Norm, level: int) -> float:
@@ -83,7 +83,7 @@ class Prediction:
 
         if error({key: leaf.most for key, leaf in free.items()}) <= bound:
             return {}
-        bound = max(bound, NEAR * least)
+        bound = max(bound, NEAR_OPTIMAL * least)
         low, high = -60.0, 60.0  # powers of e around error per element
         scale = sum(leaf.terms for leaf in free.values()) / max(1, sum(leaf.elements for leaf in free.values()))
         for _ in range(40):

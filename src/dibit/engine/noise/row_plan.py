@@ -36,18 +36,19 @@ from torch import Tensor, nn
 from dibit._torch.private.modules import NORMS
 from dibit.config import Config, Sample
 from dibit.engine.noise.noise_flow import Factor, Leaf, Level, Norm, pass_down
-from dibit.engine.noise.prediction import DEEP, NEAR, Prediction
+from dibit.engine.noise.prediction import DEEP, NEAR_OPTIMAL, Prediction
 
 FIRST_MEASURED = 4  # first passes that are measured
-_SOON, _EVERY = 4, 16  # of the later ones, in the beginning and where what is measured has changed; in the end
+# Steps between later measurements: at first and after the predicted error has changed; at most.
+_FIRST_INTERVAL, _LAST_INTERVAL = 4, 16
 _CHANGED = 1.25  # factor in the error that is a change
 _NEW, _LATER = 0.5, 0.75  # share of a new measurement in what is known: of the first ones, and of later ones
 _BACK = 0.7  # norms are sampled again where less than so much of the bound would be reached
 _PATH = 0.25  # share of the bound for what comes by the way of dX: it is known up to a power of the depth only
 _MANY = 64  # passes before one step that are measured at most
-_GONE = 4  # what so many measured steps have not had is forgotten
-_FEW = 3  # norms of a model that are sampled as long as nothing is known
-_FIRST = 2  # ratio of linear inputs in a model of more, as long as nothing is known
+_FORGET_AFTER_STEPS = 4  # what so many measured steps have not had is forgotten
+_MAX_SAMPLED_NORMS = 3  # norms of a model that are sampled as long as nothing is known
+_FIRST_LEAF_RATIO = 2  # ratio of linear inputs in a model of more, as long as nothing is known
 _BLOCK = 128  # elements a range, of a norm that keeps all rows
 UNEVEN = 1.3  # of lengths, the mean square over the squared mean: so much noise rows by |dY| alone make too much
 _SPREAD = 0.035  # the concentration as long as it is not known
@@ -61,7 +62,7 @@ def norms_of(model: nn.Module) -> int:
     return sum(isinstance(module, NORMS) or type(module).__name__ == "LayerNorm" for module in model.modules())
 
 
-def whole(config: Config, bits: int | None = None) -> Config:
+def all_rows_config(config: Config, bits: int | None = None) -> Config:
     """The codec of a norm's input that keeps all rows."""
     return replace(config, reduce=None, block=_BLOCK, bits=bits or config.bits)
 
@@ -89,7 +90,7 @@ class RowPlan:
     finer: int = 0
     passes: int = 0
     due: int = 0
-    apart: int = _SOON
+    apart: int = _FIRST_INTERVAL
     _count: int = 0  # norms among the model's modules, once they were counted
     _pending: dict[str, tuple[float, ...]] = field(default_factory=dict)
     _walks: int = 0  # since the last step
@@ -124,7 +125,7 @@ class RowPlan:
             level = Level.ALL if self.deep(model) else Level.SAMPLED
         if level is Level.SAMPLED:
             return config
-        return whole(config, self.prediction.bits(norm, level))
+        return all_rows_config(config, self.prediction.bits(norm, level))
 
     @property
     def prediction(self) -> Prediction:
@@ -135,13 +136,13 @@ class RowPlan:
         """Whether a model has so many norms that they keep all rows as long as nothing is known."""
         if not self._count:
             self._count = norms_of(model)
-        return self._count > _FEW
+        return self._count > _MAX_SAMPLED_NORMS
 
     def unmeasured(self, config: Config | None, model: nn.Module) -> Config | None:
         """A config for passes in which nothing is measured: compiled ones."""
         if config is None or config.noise is None or config.norm is None or not self.deep(model):
             return config
-        return replace(config, norm=whole(config.norm))
+        return replace(config, norm=all_rows_config(config.norm))
 
     def factor_config(self, key: str, config: Config, elements: int, fixed: bool) -> Config:
         """The codec of what multiplies the gradient element by element."""
@@ -158,7 +159,7 @@ class RowPlan:
         leaf = self.leaves.setdefault(key, Leaf())
         leaf.elements, leaf.most = shape.numel(), config.reduce.resolve(shape[:-1].numel()).ratio
         leaf.served = served or (leaf.served and not self.level)
-        first = _FIRST if self.level is None and self.deep(model) else leaf.most
+        first = _FIRST_LEAF_RATIO if self.level is None and self.deep(model) else leaf.most
         ratio = min(self.ratios.get(key, first), leaf.most)
         return replace(config, reduce=replace(config.reduce, ratio=ratio))
 
@@ -216,7 +217,7 @@ class RowPlan:
         self._forget()
         self._pending.clear()
         steady = before / _CHANGED <= self.predicted() <= before * _CHANGED
-        self.apart = min(_EVERY, max(_SOON, self.passes // 4)) if steady else _SOON
+        self.apart = min(_LAST_INTERVAL, max(_FIRST_INTERVAL, self.passes // 4)) if steady else _FIRST_INTERVAL
 
     def _choose(self) -> None:
         """Choose level and ratios: the fewest bytes within the bound or, out of reach, near the least error."""
@@ -236,7 +237,7 @@ class RowPlan:
             beyond.append((max(error, path / _PATH), choice))
         if not within:
             least = min(error for error, _ in beyond)
-            within = [choice for error, choice in beyond if error <= NEAR * least]
+            within = [choice for error, choice in beyond if error <= NEAR_OPTIMAL * least]
         _, chosen, self.finer, self.ratios = min(within, key=lambda choice: choice[:3])
         self.level = Level(-chosen)
 
@@ -307,7 +308,7 @@ class RowPlan:
         for table in tables:
             for key, known in list(table.items()):
                 known.missed = 0 if key in self._pending else known.missed + 1
-                if known.missed >= _GONE:
+                if known.missed >= _FORGET_AFTER_STEPS:
                     del table[key]
                     self.ratios.pop(key, None)
 
