@@ -75,7 +75,7 @@ class Chunk:
         return torch.repeat_interleave(self.crow.diff(), output_size=self.size)
 
     def select(self, x: Tensor | None) -> Tensor:
-        """The elements for these edges of what the caller has for all (E,); `None`: the number of the edge itself."""
+        """Select x (E, ...) for the edges of this chunk; without x, the caller's edge numbers."""
         order = self.plan.by_target.order
         if order is not None:
             return order[self.edges] if x is None else x.index_select(0, order[self.edges])
@@ -99,13 +99,14 @@ class RowSelection:
         return self.index is None
 
     def index_for(self, chunk: Chunk) -> Tensor:
+        """The rows that the edges of a chunk take: integers (edges,)."""
         if self.end == "source":
             return chunk.plan.by_target.col[chunk.edges]
         return chunk.targets + chunk.nodes.start if self.end == "target" else chunk.select(self.index)
 
 
 def size_of(edges: int) -> int:
-    """How many edges a chunk has, about, in a graph of so many edges."""
+    """About how many edges a chunk has, in a graph of `edges` edges."""
     return max(programs.CHUNK, min(edges // programs.CHUNKS, programs.LARGEST))
 
 
@@ -120,7 +121,8 @@ def cut(plan: Plan, widths: set[int]) -> Iterator[Chunk]:
     edges, size, first, start = int(crow[-1]), size_of(int(crow[-1])), 0, 0
     while start < edges:
         last = int(torch.searchsorted(crow, start + size, right=True)) - 1
-        while int(crow[last]) - start < size // 2:  # few rows may have other bits: before a node of many edges
+        # no small chunk before a node of many edges: products of few rows may have other bits
+        while int(crow[last]) - start < size // 2:
             last += 1
         if edges - int(crow[last]) < size // 2:
             last = crow.numel() - 1
@@ -193,7 +195,7 @@ class Sink(ABC):
     """Where the chunks' results go, and where the gradient of these comes from.
 
     Args:
-        out: what they make up; it is written to.
+        out: the joint result of all chunks; it is written to.
     """
 
     def __init__(self, out: Tensor) -> None:
@@ -203,7 +205,7 @@ class Sink(ABC):
 
     @property
     def out(self) -> Tensor:
-        """What the chunks make up, before it is taken."""
+        """The joint result, before it is taken."""
         assert self._out is not None
         return self._out
 
@@ -213,7 +215,7 @@ class Sink(ABC):
         return out
 
     def arrived(self, grad: Tensor | None, chunks: int) -> None:
-        """The gradient of `out`, of which so many chunks take parts."""
+        """Store the gradient of `out`; `chunks` chunks take their parts from it."""
         self._grad, self._left = grad, chunks
 
     def gradient(self, chunk: Chunk, kept: tuple[Tensor, ...]) -> Tensor | None:
@@ -327,11 +329,14 @@ class Computation:
         self._widths = {call.args[0].shape[1] for call in programs.calls(program) if programs.in_vectors(call)}
 
     def run(self, sinks: Sequence[tuple[PendingCall, Sink]], begin: Callable[[], None]) -> list[Tensor]:
-        """What calls of the program give, each in a sink.
+        """Compute calls of the program, chunk by chunk.
 
         Args:
-            sinks: they are written to.
+            sinks: the calls, each with the sink that its result is written to.
             begin: called before each chunk.
+
+        Returns:
+            The result of each call.
         """
         chunks: list[list[Tensor]] = [[] for _ in sinks]
         for chunk in cut(self.plan, self._widths):
@@ -381,7 +386,8 @@ class Wanted:
         self._counts: dict[str, int] = {}
 
     def next_program(self, calls: Sequence[PendingCall], module: str) -> tuple[str, list[PendingCall]]:
-        """Those of the next program that a module reduces, and its name, the same in every pass."""
+        """The name of the next program that a module reduces (the same in every pass), and those of its calls whose
+        results are used later."""
         self._counts[module] = number = self._counts.get(module, 0) + 1
         name, found = f"{module}:{number}", []
         for place, call in enumerate(calls):

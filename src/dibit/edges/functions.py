@@ -61,7 +61,7 @@ class Edges:
         forward: the running forward pass.
         run: runs a call of torch as the pass does, without deferring it.
         rule: runs a rule for a function of torch.
-        free: whether nobody else's saved-tensor hooks are there.
+        free: returns True if no saved-tensor hooks but Dibit's are active.
     """
 
     def __init__(self, forward: ForwardPass, run: Any, rule: Any, free: Callable[[], bool]) -> None:

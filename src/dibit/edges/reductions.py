@@ -36,7 +36,7 @@ class Reductions:
     Args:
         forward: the running forward pass.
         rule: runs a rule for a function of torch.
-        free: whether nobody else's saved-tensor hooks are there.
+        free: returns True if no saved-tensor hooks but Dibit's are active.
 
     Attributes:
         zeros: keys of tensors that are known to be zero.
@@ -163,7 +163,7 @@ class Reductions:
         return out
 
     def scores(self, func: Any, product: Deferred) -> Any:
-        """What both ends of an edge give, summed up over the last dimension."""
+        """Attention scores (E, ...): both ends' product, or w * leaky_relu of their sum, summed over the channels."""
         what = kind(product)
         if what not in ("product", "weighted"):
             return NotImplemented
@@ -197,7 +197,7 @@ class Reductions:
         return y
 
     def _is_zero(self, out: Tensor) -> bool:
-        """Whether what is added to is known to be zero, so that the sum is that of the messages alone."""
+        """Whether `out` is known to be zero, so that the sum is that of the messages alone."""
         if self.forward.holdings.key(out) in self.zeros:
             return True
         call = self.forward.lossless.tape.node(out).call
