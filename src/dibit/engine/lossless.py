@@ -64,9 +64,9 @@ class LosslessForms:
         return role is not None and self.owners.relied(x, role)
 
     def steady(self, x: Tensor) -> bool:
-        """Whether what is kept may rest on the content that x has now, a tensor that somebody else holds.
+        """Whether a residual may rely on the content that x has now, a tensor that somebody else holds.
 
-        Of one that may change between the passes this is learnt from earlier ones: `dibit.engine.owners`.
+        Earlier passes have shown whether it changes before the backward pass: `dibit.engine.owners`.
         """
         parts = storages(x)
         nodes = [self.tape.node(part) for part in parts]  # remembers the content
@@ -101,7 +101,7 @@ class LosslessForms:
         return tuple(forms)
 
     def secure(self, node: Node, copied: bool = True) -> Exact | Narrowed | None:
-        """What is kept of the tensor of a node, so that it has the content in the backward pass that it was read with.
+        """Keep the tensor of a node so that the backward pass reads the content that the forward pass read.
 
         Args:
             copied: a small graph is copied, not relied upon. `False`: the residual must read the tensor itself.
@@ -161,7 +161,7 @@ class LosslessForms:
         return self._forms[key]
 
     def follow(self, kept: Exact, x: Tensor) -> None:
-        """A rule keeps x itself: it becomes a copy where somebody writes to what was kept before of it."""
+        """A rule keeps x itself: if a write turns earlier residuals of x into copies, this one becomes a copy, too."""
         if not strided(kept.x):
             return
         if (leaves := self._leaves.get(storage_key(kept.x))) is not None:
@@ -181,7 +181,7 @@ class LosslessForms:
         detach_copies(self._leaves.pop(storage, ()))
 
     def copy_aliases(self, x: Tensor, storage: int) -> None:
-        """The same of storages on the same memory: what DLPack gives back has one of its own."""
+        """The same for other storages on the memory of x: what comes back through DLPack has a storage of its own."""
         address = x.untyped_storage().data_ptr()
         for node in list(self.tape.nodes.values()):
             other = node.ref()
@@ -229,7 +229,7 @@ class LosslessForms:
         return kept
 
     def _shared_content(self, kept: Exact | Narrowed) -> Exact | Narrowed:
-        """On an earlier constant of the same content: indices and normalised weights are made anew in each layer."""
+        """`kept` on an earlier constant of equal content: each layer makes indices and normalised weights anew."""
         if kept.x.nbytes < SMALL and kept.x.device.type != "cpu":
             return kept  # comparing would wait for the device
         known = self._content.setdefault((type(kept), kept.x.dtype, kept.x.shape), [])
@@ -241,7 +241,7 @@ class LosslessForms:
         return kept
 
     def _may_change(self, kept: Exact | Narrowed) -> Exact | Narrowed:
-        """What stands for more than plain torch's own reference becomes a copy where somebody else can write to it."""
+        """Note a residual that must become a copy before somebody else writes to its memory."""
         if (exposed := kept.exposed()) is not None:
             self._leaves.setdefault(storage_key(exposed.x), []).append(exposed)
         return kept
