@@ -8,7 +8,7 @@ from torch import Tensor
 from dibit.codec import ops
 from dibit.codec.numpy_views import array
 
-MIN_BYTES_FOR_KERNEL = 1 << 13  # up to this many bytes of a CPU's tensor Python's own hash is faster than a kernel
+MIN_BYTES_FOR_KERNEL = 1 << 13  # for a CPU's tensor of up to this many bytes, Python's hash is faster
 
 
 def fingerprint(x: Tensor) -> int | Tensor:

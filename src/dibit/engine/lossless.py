@@ -25,7 +25,7 @@ class LosslessForms:
     What the words mean here, in `Holdings` and in `Owners`:
 
     - *held*: the caller or the model keeps the memory of a tensor through the backward pass. Its content may change.
-    - *steady*, *settled*: a residual may rest on the content of a held tensor, because of what earlier passes showed
+    - *steady*, *settled*: a residual may rely on the content of a held tensor, because of what earlier passes showed
       for its role (see `dibit.engine.owners`). `Owners.steady` answers for one part of a tensor, `Holdings.settled`
       for all parts. `LosslessForms.steady` also asks whether each part can be secured.
     - *relied*: steady, and not a small tensor of integers, which is rather copied (`Owners.relied`).
@@ -170,7 +170,7 @@ class LosslessForms:
             self._as_plain(kept, x)
 
     def _as_plain(self, kept: Exact, x: Tensor) -> Exact:
-        if kept.x is not x:  # a tensor of its own, to be told from those of others
+        if kept.x is not x:  # a tensor object of its own, which `let_go` can count
             self._plain.setdefault(storage_key(kept.x), []).append(weakref.ref(kept))
         return kept
 

@@ -1,12 +1,12 @@
-"""Tensors that somebody else owns: features, graphs, parameters, buffers; and what may rest on them.
+"""Tensors that somebody else owns (features, graphs, parameters, buffers), and whether residuals may rely on them.
 
 Where an operation saves a tensor itself, plain torch keeps a reference, and so does Dibit. Where an operation copies
-(`t[i]`, `t * 2`), plain torch keeps the copy; Dibit may compute it again from `t` only if `t` has the same content when
-the backward pass comes. Nothing tells of every change: `.data`, NumPy and DLPack write past the version counter. So
-what is needed is kept, except where
+(`t[i]`, `t * 2`), plain torch keeps the copy; Dibit may compute it again from `t` only if `t` has the same content in
+the backward pass. No counter shows every change: `.data`, NumPy and DLPack write past the version counter. So what is
+needed is kept, unless
 
-- the plain gradient rests on the very tensor anyway, by a reference of its own in the same pass (a layer that reads
-  the features beside their aggregate) to which every backward pass has come so far, or
+- plain torch, too, keeps a reference to the tensor in the same pass (a layer reads the features beside their
+  aggregate), and every backward pass so far has read it, or
 - the tensor holds integers or bools (a graph, of 32 KiB and more) and came through an earlier backward pass unchanged
   in the same *role* (an argument, a buffer). Its content is remembered by a fingerprint and compared in each backward
   pass; if it did change, the pass says so, and the role is not relied upon again.
@@ -120,7 +120,7 @@ class Guard:
     def rely(self, key: Any, x: Tensor, content: Print, role: str) -> None:
         """Something that is kept relies on the content of x."""
         if key not in self._relied:
-            self._relied[key] = Weak(x), content, role  # what rests on it holds it
+            self._relied[key] = Weak(x), content, role  # what relies on x keeps it alive
 
     def unpack(self, kept: Any) -> Tensor:
         """Restore a tensor that the pass has saved: autograd's unpack hook. Each backward pass checks content first."""

@@ -143,8 +143,8 @@ class Scores:
 
         Returns:
             The scores by residual, uint8 (nodes,); by "reach/" and residual how far the loss reaches, int64 (), as
-            far as passes were given `loss_rows`; by "steady/" and argument or attribute whether passes may rest on
-            its content, bool (); by "rows/" what was measured of the gradient's error, and how many rows are kept
+            far as passes were given `loss_rows`; by "steady/" and argument or attribute whether passes may rely
+            on its content, bool (); by "rows/" what was measured of the gradient's error, and how many rows are kept
             for it, float64 (values,); after "draws/" what the codec's next draws depend on beside torch's generator,
             int64 (), which is of this process rather than of the model.
         """
