@@ -122,13 +122,13 @@ def test_a_scripted_model_has_the_plain_models_gradient() -> None:
         torch.testing.assert_close(a.grad, b.grad)
 
 
-def mish_rule(step: Any, *args: Any, **kwargs: Any) -> Any:
+def mish_rule(forward: Any, *args: Any, **kwargs: Any) -> Any:
     return NotImplemented
 
 
 class TestPickles:
     def test_rules_that_can_be_pickled_are_and_of_others_a_sentence_is_said(self, tmp_path: Path) -> None:
-        rules = {F.mish: lambda step, x, inplace: NotImplemented, F.softplus: mish_rule}
+        rules = {F.mish: lambda forward, x, inplace: NotImplemented, F.softplus: mish_rule}
         model = dibit.compress(Net(), {"first": "iexact", "*": "default"}, rules=rules)
         with pytest.warns(UserWarning, match="the rules for mish cannot be pickled, so the saved Net is without") as w:
             torch.save(model, tmp_path / "model.pt")

@@ -14,7 +14,8 @@ TESTS = Path(__file__).parent
 # own, `dispatch.using_backend`, `layout.parts_of`, `seed_stream.as_if_captured` and `positive.without_looking`.
 SEAMS = """
     dibit.doctor.trial dibit.encode dibit.recipe
-    dibit.codec.fingerprint.FEW dibit.edges.functions.LEAST dibit.edges.programs.CHUNK dibit.rules.large_outputs.LEAST
+    dibit.codec.fingerprint.MIN_BYTES_FOR_KERNEL dibit.edges.functions.MIN_DEFERRED_ELEMENTS
+    dibit.edges.programs.CHUNK dibit.rules.large_outputs.MIN_BYTES
     dibit.reproduce.tuned.CELLS dibit.reproduce.tuned.FIRST dibit.reproduce.plan.Reproduction.graphs
     dibit.bench.show.show dibit.bench.workload.TrainingStep.__call__ dibit.experiments.data.load_raw
     dibit.train.data.graph.memory_bytes dibit.train.data.npz.memory_bytes dibit.train.data.split_file.memory_bytes

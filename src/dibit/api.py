@@ -1,4 +1,4 @@
-"""`compress`, `decompress`, `track`: hooks on an unmodified model that begin compressed passes."""
+"""`compress`, `decompress`, `scores`, `track`: hooks on an unmodified model that begin compressed passes."""
 
 from __future__ import annotations
 

@@ -110,9 +110,9 @@ class Config:
             that rounded them: unbiased, half the variance on dense data (uniform levels only); `"nearest"` (biased).
         norm: the codec for the normalised input of a norm layer, which enters gradients of what comes before it.
             `None`: the codec above without its reduction.
-        dropout: `"seed"` keeps nothing of a dropout mask and draws it again (from Dibit's own stream, one
-            number of torch's generator for each dropout); `"mask"` keeps
-            1 bit an element of the mask that torch drew.
+        dropout: `"seed"` keeps nothing of a dropout mask and draws it again: Dibit draws the mask itself, and each
+            dropout takes one number from torch's generator. `"mask"` keeps 1 bit an element of the mask that torch
+            drew.
         inputs: `"reference"`: tensors the caller holds anyway (features) are kept by reference, exact and free;
             `"compress"`: they are treated like any other activation, as the papers do.
         noise: a bound on the squared error of the gradient over its square. The ratios of `Sample` above are then the

@@ -14,7 +14,7 @@ from dibit.edges.deferred import PendingCall
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small gathers are deferred, too."""
-    monkeypatch.setattr(functions, "LEAST", 1)
+    monkeypatch.setattr(functions, "MIN_DEFERRED_ELEMENTS", 1)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import dibit
 from dibit._torch.spellings import torch_functions
 from dibit.edges import programs
-from dibit.edges.chunks import Gradient, Rows, Whole, cut
+from dibit.edges.chunks import Gradient, RowSelection, Whole, cut
 from dibit.edges.plan import plan_of
 from dibit.engine.keeper import Keeper
 from dibit.rules import RULES
@@ -266,11 +266,11 @@ def test_chunks_are_all_edges_of_some_nodes(order: str, widths: set[int]) -> Non
     plan = plan_of(source, target, N, N)
     seen, nodes = [], 0
     for chunk in cut(plan, widths):
-        own = chunk.of(None).long()
+        own = chunk.select(None).long()
         assert own.numel() == chunk.size >= CHUNK // 2
         assert chunk.nodes.start == nodes
         assert torch.equal(target[own], chunk.targets + chunk.nodes.start)
-        assert torch.equal(chunk.of(source), source[own])
+        assert torch.equal(chunk.select(source), source[own])
         assert all((chunk.size + chunk.padding) * width % programs.multiple() == 0 for width in widths)
         seen.append(own)
         nodes = chunk.nodes.stop
@@ -351,7 +351,7 @@ def test_the_plan_has_the_indices() -> None:
     """Nothing of one number an edge is kept, however often the model reads its `edge_index`."""
     model, x, edge_index = Net(MODELS["mesh"]()).train(), torch.randn(N, D), graph()
     y = dibit.compress(model)(x, edge_index)
-    kept = alive(Rows)
+    kept = alive(RowSelection)
     assert len(kept) > 4 * E / (2 * CHUNK)
     assert not any(isinstance(rows.index, Tensor) for rows in kept)
     assert y.requires_grad

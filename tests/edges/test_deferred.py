@@ -434,7 +434,7 @@ def test_ways_to_gather(gather: Callable[[Tensor], Tensor], deferred: bool) -> N
 
 @nothing_compressed
 def test_small_gathers_are_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functions, "LEAST", E * D + 1)
+    monkeypatch.setattr(functions, "MIN_DEFERRED_ELEMENTS", E * D + 1)
     seen: list[type] = []
     model = Model(lambda j: seen.append(type(j)) or total(j), lambda x: x.index_select(0, SOURCE))  # type: ignore[func-returns-value]
     dibit.compress(model, EXACT)(torch.randn(N, D))

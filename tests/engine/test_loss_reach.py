@@ -247,6 +247,6 @@ def test_a_rule_of_the_users_own_says_how_far_its_gradient_goes(
     monkeypatch.setattr(Signed, "hops", hops)  # 1 without a matrix: along edges that nobody knows
     x, a, rows = inputs()
     net = Net(SignedNorm)
-    dibit.compress(net, Config(reduce=Sample(2)), rules={torch.erfc: lambda step, x: Signed.apply(x)})
+    dibit.compress(net, Config(reduce=Sample(2)), rules={torch.erfc: lambda forward, x: Signed.apply(x)})
     kept_rows(net, x, a, rows)
     assert set(kept_rows(net, x, a, rows).values()) == expected

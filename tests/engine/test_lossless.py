@@ -27,7 +27,7 @@ CONVS: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functions, "LEAST", 1)
+    monkeypatch.setattr(functions, "MIN_DEFERRED_ELEMENTS", 1)
 
 
 class Summed(nn.Module):

@@ -468,7 +468,7 @@ def test_the_ledger_says_where_one_row_is_all() -> None:
 def test_scores_follow_the_device_of_the_rows() -> None:
     table = dibit.scores(dibit.compress(Net(), CONFIG))
     table.load_state_dict({"a": torch.zeros(4, dtype=torch.uint8)})
-    found = table.of("a", torch.empty(4, 2, device="meta"), None)
+    found = table.lookup("a", torch.empty(4, 2, device="meta"), None)
     assert found is not None
     assert found.device.type == "meta"
 

@@ -144,7 +144,7 @@ LAYERS = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_message_passing_on_these_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the recipe lossless: results and gradients are plain torch's, but for the order of sums."""
-    monkeypatch.setattr(functions, "LEAST", 1)
+    monkeypatch.setattr(functions, "MIN_DEFERRED_ELEMENTS", 1)
     x, edges = torch.randn(30, 8, requires_grad=True), erdos_renyi_graph(30, 0.1)
     build, kernels = LAYERS[name]
     layer, found, noted = build().train(), [], Noted()

@@ -69,17 +69,17 @@ def test_a_right_program_has_no_faults() -> None:
 
 
 def test_bias_is_found() -> None:
-    verdict = compare("bias", _program, 32, {F.linear: lambda step, x, weight, bias: _Half.apply(x, weight, bias)})
+    verdict = compare("bias", _program, 32, {F.linear: lambda forward, x, weight, bias: _Half.apply(x, weight, bias)})
     assert any("of 0.weight is biased" in fault for fault in verdict.faults), verdict
 
 
 def test_other_bits_are_found() -> None:
-    verdict = compare("bits", _program, 2, {F.relu: lambda step, x, inplace=False: x.clamp_min(1e-6)})
+    verdict = compare("bits", _program, 2, {F.relu: lambda forward, x, inplace=False: x.clamp_min(1e-6)})
     assert any(fault.startswith("result 0 differs") for fault in verdict.faults), verdict
 
 
 def test_an_error_is_found() -> None:
-    verdict = compare("error", _program, 2, {F.relu: lambda step, x, inplace=False: 1 / 0})
+    verdict = compare("error", _program, 2, {F.relu: lambda forward, x, inplace=False: 1 / 0})
     assert any("ZeroDivisionError" in fault for fault in verdict.faults), verdict
 
 

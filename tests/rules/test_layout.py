@@ -194,7 +194,7 @@ def outcome(net: Net, x: Tensor, change: bool) -> Any:
 @pytest.mark.filterwarnings("ignore:Tensor.mT is deprecated")
 def test_layout(number: int, function: Any, call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A third of the layouts for each spelling of each function; every fourth result is changed in place."""
-    monkeypatch.setattr(large_outputs, "LEAST", 64)
+    monkeypatch.setattr(large_outputs, "MIN_BYTES", 64)
     works = 0
     for i, (shape, name, make) in enumerate(CASES[number % 3 :: 3]):
         change = i % 4 == 3

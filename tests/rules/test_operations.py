@@ -267,7 +267,7 @@ def test_ledger_and_no_more_bytes_than_plain(name: str) -> None:
 
 def test_every_rule_is_exercised() -> None:
     called = set()
-    rules = {f: (lambda step, *a, f=f, r=r, **k: (called.add(f), r(step, *a, **k))[1]) for f, r in RULES.items()}
+    rules = {f: (lambda forward, *a, f=f, r=r, **k: (called.add(f), r(forward, *a, **k))[1]) for f, r in RULES.items()}
     for make in ALL.values():
         net, x = build(make)
         dibit.compress(net, rules=rules)(x)

@@ -133,9 +133,9 @@ def test_lossless_is_the_plain_gradient(case: Case) -> None:
     assert run.ledger.total <= MASKS * expected.ledger.total + COPIES.get(str(case), 0)
 
 
-def _steep(step: Any, input: Tensor, inplace: bool = False) -> Any:
+def _steep(forward: Any, input: Tensor, inplace: bool = False) -> Any:
     """ReLU whose gradient is 5 percent too large."""
-    y = relu(step, input, inplace)
+    y = relu(forward, input, inplace)
     return y if y is NotImplemented else y + 0.05 * (y - y.detach())
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-LEAST = 1 << 22  # bytes; for smaller results torch allocates as it likes
+MIN_BYTES = 1 << 22  # bytes; for smaller results torch allocates as it likes
 _OWN_MAPPING = 1 << 25  # bytes; glibc maps larger blocks on their own, on its heap huge pages would stay behind
 _HUGEPAGE, _PAGE = 14, 4096
 
@@ -35,7 +35,7 @@ def empty_like(x: Tensor) -> Tensor:
 
 def worth_huge_pages(*tensors: Tensor) -> bool:
     """Whether a result of these tensors' size is worth a buffer of its own: large, on the CPU."""
-    return all(x.nbytes >= LEAST and x.device.type == "cpu" for x in tensors)
+    return all(x.nbytes >= MIN_BYTES and x.device.type == "cpu" for x in tensors)
 
 
 @functools.cache

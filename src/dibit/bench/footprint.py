@@ -24,7 +24,8 @@ def measure(
         {"workloads", "rows"}, a row a number of layers and setting, in MB (2^20 bytes). `saved`: what the C allocator
         has handed out across the model's forward pass, without the logits and with the targets; `ledger`: the same by
         `dibit.track`, where that sees it; `peak`: live tensor bytes at the worst moment of a step, data, weights and
-        optimiser counted; `resident`: by how much the resident set grows during a step, what lived before added.
+        optimiser counted; `resident`: how far the peak of the process's resident memory during a step lies above the
+        resident memory before it, plus data, weights and optimiser, as in `peak`.
     """
     rows = []
     for count in layers:

@@ -60,7 +60,7 @@ class _Given:
 _lock = threading.Lock()
 _captured = ""  # see `as_if_captured`
 _first, _again = _Given(), _Given()
-_MOST = 16  # so many states of checkpoints are remembered until the generator reaches them
+_MOST = 16  # at most this many generator states from loaded checkpoints are remembered
 _loaded: dict[int, list[int]] = {}  # digest of such a state -> how many keys of either kind it had given
 
 

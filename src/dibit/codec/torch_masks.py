@@ -19,7 +19,7 @@ from dibit._torch.private import generator as private
 from dibit.codec.layout import mask_bytes
 from dibit.codec.numpy_views import array
 
-_LEAST = 1 << 13  # elements below which the generator's state takes longer to read than a mask to draw
+_MIN_ELEMENTS = 1 << 13  # elements below which the generator's state takes longer to read than a mask to draw
 _TRIES = 3
 
 
@@ -33,7 +33,7 @@ def bernoulli_bits(count: int, keep: float) -> Tensor | None:
     Returns:
         A mask, uint8, of `count` bits. Torch's default generator has moved on as it does in `bernoulli_`.
     """
-    if count < _LEAST or not _draws_as_torch():
+    if count < _MIN_ELEMENTS or not _draws_as_torch():
         return None
     for _ in range(_TRIES):
         before = torch.default_generator.get_state()

@@ -17,25 +17,25 @@ from dibit.rules.norm import FEW_POSITIONS, rows_of_one
 from dibit.rules.registry import table
 
 
-def is_plain_float(x: Any) -> bool:
+def traceable_float(x: Any) -> bool:
     """What `dibit.rules.common.is_plain_float` asks, as far as Dynamo can trace it."""
     plain = isinstance(x, Tensor) and type(x) in (Tensor, nn.Parameter)
     return plain and x.layout == torch.strided and x.is_floating_point()
 
 
-def draw(mode: Any, count: int = 1) -> int:
+def next_index(mode: Any, count: int = 1) -> int:
     """The number of a new residual; `count` of them are taken."""
     first: int = mode.draws
     mode.draws = first + count
     return first
 
 
-def draw_for(mode: Any, x: Tensor) -> int:
+def index_for(mode: Any, x: Tensor) -> int:
     """The same number for the same input of several linear layers: one call, and so one residual."""
     for own, number in mode.inputs:
         if x is own:
             return int(number)
-    number = draw(mode)
+    number = next_index(mode)
     mode.inputs.append((x, number))
     return number
 
@@ -69,21 +69,21 @@ def matmul(mode: Any, input: Tensor, other: Tensor, *, out: Any = None) -> Any:
 def addmm(
     mode: Any, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, out: Any = None
 ) -> Any:
-    if out is not None or not _weighs(mat1, mat2) or not is_plain_float(input):
+    if out is not None or not _weighs(mat1, mat2) or not traceable_float(input):
         return NotImplemented
     if mode.settings[-1].by_reference and held(mode, mat1):
         return NotImplemented
     if input is mat1:
         input = input.view_as(input)  # Dynamo takes no tensor twice
     text = mode.settings[-1].text
-    return autograd.AddMM.apply(mat1, mat2, input, beta, alpha, mode.key, draw_for(mode, mat1), text)
+    return autograd.AddMM.apply(mat1, mat2, input, beta, alpha, mode.key, index_for(mode, mat1), text)
 
 
 def _weighs(x: Any, weight: Any) -> bool:
     """Whether this is a product of an activation with a weight that has a gradient: a frozen one keeps no input."""
-    if not (isinstance(weight, nn.Parameter) and weight.requires_grad and weight.dim() == 2 and is_plain_float(weight)):
+    if not (isinstance(weight, nn.Parameter) and weight.requires_grad and weight.dim() == 2):
         return False
-    return is_plain_float(x) and x.dim() >= 2
+    return traceable_float(weight) and traceable_float(x) and x.dim() >= 2
 
 
 def _product(mode: Any, x: Any, weight: Any, bias: Any, product: bool) -> Any:
@@ -95,7 +95,7 @@ def _product(mode: Any, x: Any, weight: Any, bias: Any, product: bool) -> Any:
         found = dropped(mode, x)
         if found is not None and not product:
             return autograd.DroppedLinear.apply(x, weight, bias, found[0], mode.key, found[1], found[2])
-    return autograd.Linear.apply(x, weight, bias, product, mode.key, draw_for(mode, x), mode.settings[-1].text)
+    return autograd.Linear.apply(x, weight, bias, product, mode.key, index_for(mode, x), mode.settings[-1].text)
 
 
 def relu(mode: Any, input: Tensor, inplace: bool = False) -> Any:
@@ -111,13 +111,13 @@ def leaky_relu(mode: Any, input: Tensor, negative_slope: float = 0.01, inplace: 
 
 
 def prelu(mode: Any, input: Tensor, weight: Tensor) -> Any:
-    if not _differs(input) or input.dim() < 2 or not is_plain_float(weight) or not weight.requires_grad:
+    if not _differs(input) or input.dim() < 2 or not traceable_float(weight) or not weight.requires_grad:
         return NotImplemented
-    return autograd.PReLU.apply(input, weight, mode.key, draw(mode), mode.settings[-1].text)
+    return autograd.PReLU.apply(input, weight, mode.key, next_index(mode), mode.settings[-1].text)
 
 
 def _differs(x: Any) -> bool:
-    return is_plain_float(x) and x.requires_grad and x.dim() > 0
+    return traceable_float(x) and x.requires_grad and x.dim() > 0
 
 
 def _placed(x: Tensor, y: Tensor, inplace: bool) -> Tensor:
@@ -134,20 +134,21 @@ def elementwise_rule(f: Pointwise) -> Any:
             return NotImplemented
         options, inplace = found
         text = mode.settings[-1].text
-        y = autograd.Elementwise.apply(input, f.plain, f.slope, of_result, options, mode.key, draw(mode), text, f.codec)
+        number = next_index(mode)
+        y = autograd.Elementwise.apply(input, f.plain, f.slope, of_result, options, mode.key, number, text, f.codec)
         return _placed(input, y, inplace)
 
     return apply
 
 
 def dropout(mode: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-    if not training or not 0 < p < 1 or not is_plain_float(input) or not input.dim():
+    if not training or not 0 < p < 1 or not traceable_float(input) or not input.dim():
         return NotImplemented
     if mode.settings[-1].masked:
         if not input.requires_grad or not operations.SHOWS_MASK:
             return NotImplemented
         return _placed(input, autograd.MaskedDropout.apply(input, p), inplace)
-    number = draw(mode)
+    number = next_index(mode)
     if input.requires_grad:
         return _placed(input, autograd.SeededDropout.apply(input, mode.key, number, p), inplace)
     y = ops.seeded_dropout(input, mode.key, number, p)
@@ -180,7 +181,7 @@ def batch_norm(
         eps,
         setting.two[0],
         mode.key,
-        draw(mode, 2),
+        next_index(mode, 2),
         setting.text,
     )
 
@@ -197,7 +198,7 @@ def instance_norm(
     eps: float = 1e-5,
 ) -> Any:
     """InstanceNorm of one matrix (1, D, N) is BatchNorm of it, as `dibit.rules.norm.instance_norm` says."""
-    if not is_plain_float(input) or not rows_of_one(input) or input.shape[2] < FEW_POSITIONS:
+    if not traceable_float(input) or not rows_of_one(input) or input.shape[2] < FEW_POSITIONS:
         return NotImplemented
     if running_mean is not None and running_mean.dtype != input.dtype:
         return NotImplemented
@@ -217,12 +218,12 @@ def layer_norm(
         return NotImplemented
     setting, shape = mode.settings[-1], list(normalized_shape)
     two = setting.two[1]
-    return autograd.LayerNorm.apply(input, shape, weight, bias, eps, two, mode.key, draw(mode, 2), setting.text)
+    return autograd.LayerNorm.apply(input, shape, weight, bias, eps, two, mode.key, next_index(mode, 2), setting.text)
 
 
 def new_zeros(mode: Any, input: Tensor, *size: Any, **options: Any) -> Any:
     """What a scatter begins with: torch's partitioner would keep it for the backward pass, which needs zeros too."""
-    if options or not size or not is_plain_float(input) or not input.dim():
+    if options or not size or not traceable_float(input) or not input.dim():
         return NotImplemented
     return ops.zeros(input.detach(), list(size[0] if isinstance(size[0], (tuple, list)) else size))
 

@@ -5,7 +5,7 @@ tensors are gathered. The rules of the pass run the operations of the program in
 what they always keep. Then the messages are reduced into the rows of their targets. Autograd's graph therefore contains
 the operations once for each chunk. Gradients enter and leave these parts of the graph by tensors that all chunks share:
 
-- `Take` adds the gradient of its rows to a shared `Gradient`. When all chunks have done so, `Source` passes it on.
+- `Take` adds the gradient of its rows to a shared `Gradient`. After all chunks have, `ChunkedTensor` passes it on.
 - `Join`, the result, puts the gradient of all messages into a `Sink`. Each `Leave` takes its chunk's part from there.
 
 In the graph, these functions are connected by empty tensors. Torch runs the nodes of a graph in the reverse order of
@@ -74,15 +74,15 @@ class Chunk:
         """For each edge, which of the nodes is its target."""
         return torch.repeat_interleave(self.crow.diff(), output_size=self.size)
 
-    def of(self, x: Tensor | None) -> Tensor:
-        """The elements for these edges of what the caller has for all (E,); `None`: the number of the edge itself."""
+    def select(self, x: Tensor | None) -> Tensor:
+        """Select x (E, ...) for the edges of this chunk; without x, the caller's edge numbers."""
         order = self.plan.by_target.order
         if order is not None:
             return order[self.edges] if x is None else x.index_select(0, order[self.edges])
         return self.places + self.edges.start if x is None else x[self.edges]
 
 
-class Rows:
+class RowSelection:
     """Which row of a tensor each edge takes.
 
     Args:
@@ -98,14 +98,15 @@ class Rows:
         """Whether the plan has it."""
         return self.index is None
 
-    def of(self, chunk: Chunk) -> Tensor:
+    def index_for(self, chunk: Chunk) -> Tensor:
+        """The rows that the edges of a chunk take: integers (edges,)."""
         if self.end == "source":
             return chunk.plan.by_target.col[chunk.edges]
-        return chunk.targets + chunk.nodes.start if self.end == "target" else chunk.of(self.index)
+        return chunk.targets + chunk.nodes.start if self.end == "target" else chunk.select(self.index)
 
 
 def size_of(edges: int) -> int:
-    """How many edges a chunk has, about, in a graph of so many edges."""
+    """About how many edges a chunk has, in a graph of `edges` edges."""
     return max(programs.CHUNK, min(edges // programs.CHUNKS, programs.LARGEST))
 
 
@@ -120,7 +121,8 @@ def cut(plan: Plan, widths: set[int]) -> Iterator[Chunk]:
     edges, size, first, start = int(crow[-1]), size_of(int(crow[-1])), 0, 0
     while start < edges:
         last = int(torch.searchsorted(crow, start + size, right=True)) - 1
-        while int(crow[last]) - start < size // 2:  # few rows may have other bits: before a node of many edges
+        # no small chunk before a node of many edges: products of few rows may have other bits
+        while int(crow[last]) - start < size // 2:
             last += 1
         if edges - int(crow[last]) < size // 2:
             last = crow.numel() - 1
@@ -150,7 +152,7 @@ class Gradient:
         return found
 
 
-class Source(torch.autograd.Function):
+class ChunkedTensor(torch.autograd.Function):
     """A tensor of which chunks take rows."""
 
     @staticmethod
@@ -168,8 +170,8 @@ class Take(torch.autograd.Function):
     """The rows of a tensor that a chunk needs."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Rows, chunk: Chunk, gradient: Gradient) -> Tensor:
-        index = rows.of(chunk)
+    def forward(ctx: Any, x: Tensor, rows: RowSelection, chunk: Chunk, gradient: Gradient) -> Tensor:
+        index = rows.index_for(chunk)
         ctx.rows, ctx.chunk, ctx.gradient = rows, chunk, gradient
         # the caller may change an index of its own before the backward pass
         ctx.index = None if rows.planned else index.to(chunk.plan.by_target.crow.dtype, copy=True)
@@ -178,7 +180,7 @@ class Take(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        index = ctx.rows.of(ctx.chunk) if ctx.index is None else ctx.index
+        index = ctx.rows.index_for(ctx.chunk) if ctx.index is None else ctx.index
         ctx.gradient.add(index, dy[: ctx.chunk.size].contiguous())
         return None, None, None, None
 
@@ -193,7 +195,7 @@ class Sink(ABC):
     """Where the chunks' results go, and where the gradient of these comes from.
 
     Args:
-        out: what they make up; it is written to.
+        out: the joint result of all chunks; it is written to.
     """
 
     def __init__(self, out: Tensor) -> None:
@@ -203,7 +205,7 @@ class Sink(ABC):
 
     @property
     def out(self) -> Tensor:
-        """What the chunks make up, before it is taken."""
+        """The joint result, before it is taken."""
         assert self._out is not None
         return self._out
 
@@ -213,7 +215,7 @@ class Sink(ABC):
         return out
 
     def arrived(self, grad: Tensor | None, chunks: int) -> None:
-        """The gradient of `out`, of which so many chunks take parts."""
+        """Store the gradient of `out`; `chunks` chunks take their parts from it."""
         self._grad, self._left = grad, chunks
 
     def gradient(self, chunk: Chunk, kept: tuple[Tensor, ...]) -> Tensor | None:
@@ -273,11 +275,11 @@ class Whole(Sink):
     """The messages themselves, a row for each edge: (E, D)."""
 
     def put(self, rows: Tensor, chunk: Chunk) -> tuple[Tensor, ...]:
-        self.out.index_copy_(0, chunk.of(None).long(), rows[: chunk.size])
+        self.out.index_copy_(0, chunk.select(None).long(), rows[: chunk.size])
         return ()
 
     def _gradient(self, grad: Tensor, chunk: Chunk, kept: tuple[Tensor, ...]) -> Tensor:
-        return grad.index_select(0, chunk.of(None))
+        return grad.index_select(0, chunk.select(None))
 
 
 class Leave(torch.autograd.Function):
@@ -327,11 +329,14 @@ class Computation:
         self._widths = {call.args[0].shape[1] for call in programs.calls(program) if programs.in_vectors(call)}
 
     def run(self, sinks: Sequence[tuple[PendingCall, Sink]], begin: Callable[[], None]) -> list[Tensor]:
-        """What calls of the program give, each in a sink.
+        """Compute calls of the program, chunk by chunk.
 
         Args:
-            sinks: they are written to.
+            sinks: the calls, each with the sink that its result is written to.
             begin: called before each chunk.
+
+        Returns:
+            The result of each call.
         """
         chunks: list[list[Tensor]] = [[] for _ in sinks]
         for chunk in cut(self.plan, self._widths):
@@ -359,12 +364,12 @@ class Computation:
         return self._take(x, None, chunk) if programs.is_of_edges(call, x, self.edges) else x
 
     def _take(self, x: Tensor, index: Tensor | None, chunk: Chunk) -> Tensor:
-        rows = Rows(index, "" if index is None else self._end(index))
+        rows = RowSelection(index, "" if index is None else self._end(index))
         if not x.requires_grad:
-            return _taken(x, rows.of(chunk), chunk)
+            return _taken(x, rows.index_for(chunk), chunk)
         if id(x) not in self._sources:
             gradient = Gradient(x)
-            self._sources[id(x)] = Source.apply(x, gradient), gradient
+            self._sources[id(x)] = ChunkedTensor.apply(x, gradient), gradient
         source, gradient = self._sources[id(x)]
         return Take.apply(source, rows, chunk, gradient)
 
@@ -380,8 +385,9 @@ class Wanted:
         self._names = names
         self._counts: dict[str, int] = {}
 
-    def of(self, calls: Sequence[PendingCall], module: str) -> tuple[str, list[PendingCall]]:
-        """Those of the next program that a module reduces, and its name, the same in every pass."""
+    def next_program(self, calls: Sequence[PendingCall], module: str) -> tuple[str, list[PendingCall]]:
+        """The name of the next program that a module reduces (the same in every pass), and those of its calls whose
+        results are used later."""
         self._counts[module] = number = self._counts.get(module, 0) + 1
         name, found = f"{module}:{number}", []
         for place, call in enumerate(calls):

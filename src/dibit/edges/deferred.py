@@ -24,10 +24,10 @@ Call = tuple[Any, tuple[Any, ...]]
 
 
 class GradientPath:
-    """How a gradient that arrives at a deferred tensor itself goes on: held by its node in autograd's graph.
+    """What to run again if the backward pass reaches the deferred tensor itself. Held by its node in autograd's graph.
 
     Attributes:
-        call: what is run again for it; `None` while nobody can have sent one.
+        call: the call to run again; `None` as long as no gradient can arrive.
         roots: the tensors that the call starts from.
         versions: of all tensors in the call.
     """
@@ -61,12 +61,12 @@ class PendingCall:
         function, args: the call of torch that makes it; deferred tensors may be among the arguments.
         roots: the tensors that it is made of, which are not deferred, each once.
         run: runs a call as the pass does.
-        value: what the call has given; `None` while nobody has needed it.
-        used: a sum was computed without it, so that a gradient may go past it.
+        value: the result of the call; `None` as long as it was not needed.
+        used: a sum was computed without the result, so that a gradient may bypass it.
         counted: it is in the ledger as something that plain torch keeps.
         program: it is a part of a program (`dibit.edges.programs`); `shape`: that of its result.
         size: of the program, in calls, each as often as it is used.
-        again: called if it is made after a sum was computed without it.
+        again: called if the tensor is needed after its sum was computed without it.
     """
 
     def __init__(self, function: Any, args: tuple[Any, ...], roots: tuple[Tensor, ...], run: Run) -> None:
@@ -90,10 +90,10 @@ class PendingCall:
         return self.value is None and (any(x.lost() for x in own) or any(version(x) != at for x, at in self._versions))
 
     def check(self) -> None:
-        """What it reads has the content that it had when the call was given.
+        """Check that what the call reads has not changed since the call was recorded.
 
         Raises:
-            RuntimeError: it has not.
+            RuntimeError: it has.
         """
         if self.lost():
             raise RuntimeError(
@@ -103,7 +103,7 @@ class PendingCall:
             )
 
     def make(self) -> Tensor:
-        """Run the call, once: with gradients, as where it was given."""
+        """Run the call, at most once, with gradients recorded as where the call was made; returns its result."""
         if self.value is None:
             self.check()
             self.making = True
@@ -128,7 +128,7 @@ class PendingCall:
         return self.value
 
     def remember(self) -> None:
-        """Somebody looks at the content without autograd, and may send a gradient to the deferred tensor itself."""
+        """Prepare for a gradient of the deferred tensor itself, which code that reads it below autograd may send."""
         if self.path.call is None:
             self.path.call, self.path.roots = self.whole(), self.roots
             self.path.versions = [version(x) for x in _tensors(self.path.call)]
@@ -139,7 +139,7 @@ class PendingCall:
 
 
 class Deferred(Tensor):
-    """See above; `defer` makes it."""
+    """A tensor without memory that stands for the result of `pending`; made by `defer`."""
 
     pending: PendingCall
 
@@ -209,7 +209,7 @@ def _tensors(call: Call) -> list[Tensor]:
 
 
 class Reveal(torch.autograd.Function):
-    """The content of a deferred tensor, joined to its own node: whoever asked it for its gradient gets that."""
+    """Connects the content of a deferred tensor to its node in autograd's graph, so that gradients pass through it."""
 
     @staticmethod
     def forward(ctx: Any, deferred: Tensor, value: Tensor) -> Tensor:
@@ -294,7 +294,7 @@ _PROPERTIES = (
     "is_nested is_mkldnn itemsize nbytes"
 )
 _METHODS = "size dim numel element_size is_floating_point is_complex is_contiguous stride __len__"
-# What tells of a tensor without reading it.
+# What can be asked of a tensor without reading its elements.
 METADATA = torch_functions(_METHODS) | {getattr(Tensor, name).__get__ for name in _PROPERTIES.split()}
-# Who asks for the gradient of a tensor.
+# Functions that ask for the gradient of a tensor.
 ASKS_GRADIENT = frozenset((Tensor.register_hook, Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook))

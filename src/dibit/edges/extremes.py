@@ -1,7 +1,7 @@
 """Maxima and minima over the edges of a graph, from node tensors alone, and their gradient.
 
-Kept is which neighbours attain each element, in a few bits (`dibit.codec.backends.reference.winners`). Those that tie
-share the gradient, together with what was there before the call: torch's rule.
+A few bits tell which neighbours attain each element (`dibit.codec.backends.reference.winners`). Neighbours that tie
+share the gradient, also with an equal value that was there before the call: torch's rule.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class EdgeExtreme(torch.autograd.Function):
 
 
 def extremes(y: Tensor, crow: Tensor, col: Tensor, x: Tensor, least: bool, zeros: bool) -> tuple[Tensor, ...]:
-    """y (N, D) becomes the extremes; what its gradient needs is returned.
+    """y (N, D) becomes the extremes of x (M, D) over compressed rows; returns what its gradient needs.
 
     Returns:
-        The planes of `dibit::edge_winners`, which nodes have many, and, only where it has a share anywhere, whether
-        what was there has one, uint8 (N, ceil(D / 8)).
+        The two results of `dibit::edge_winners`. A third tensor, uint8 (N, ceil(D / 8)), marks where the value that y
+        had before is an extreme as well; it is there only if any is.
     """
     start = None if zeros else y.clone()
     ops.edge_extremes(y, crow, col, x, least)
@@ -66,8 +66,8 @@ def edge_extreme(forward: ForwardPass, x: Tensor, out: Tensor, plan: Plan, least
 
     Args:
         x: (M, ...), of at least `LEAST_WIDTH` features.
-        out: contiguous (N, ...); what it holds stays where no edge comes in.
-        zeros: that is zero.
+        out: contiguous (N, ...); rows of nodes without an edge stay as they are.
+        zeros: `out` is zero.
     """
     if not x.requires_grad:
         edges = plan.by_target

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dibit._torch.huge_pages import LEAST as LARGE
-from dibit._torch.huge_pages import empty
+from dibit._torch.huge_pages import MIN_BYTES, empty
 from dibit._torch.private import modes
 from dibit._torch.private.tensors import DEFERS, TensorWeakRef, natively
 from dibit._torch.spellings import torch_functions
@@ -44,7 +43,7 @@ from dibit.engine.forward_pass import ForwardPass
 from dibit.recompute.repeatable import LIKE, SIZES_ONLY
 from dibit.rules.common import is_plain_float
 
-LEAST = 1 << 16  # elements of a gather: a smaller one is made at once
+MIN_DEFERRED_ELEMENTS = 1 << 16  # elements of a gather: a smaller one is made at once
 _WIDE = 8  # elements a row below which the index weighs as much as the row
 _GATHERS = torch_functions("index_select")
 _GATHERS_EACH = torch_functions("gather")
@@ -64,7 +63,7 @@ class Edges:
         forward: the running forward pass.
         run: runs a call of torch as the pass does, without deferring it.
         rule: runs a rule for a function of torch.
-        free: whether nobody else's saved-tensor hooks are there.
+        free: returns True if no saved-tensor hooks but Dibit's are active.
     """
 
     def __init__(self, forward: ForwardPass, run: Any, rule: Any, free: Callable[[], bool]) -> None:
@@ -86,7 +85,7 @@ class Edges:
         if x.dim() < 2 or dim not in (0, -x.dim()) or x.dtype != torch.float32 or not _has_kernels(x.device):
             return NotImplemented
         width = x.shape[1:].numel()
-        if width < _WIDE or index.numel() * width < LEAST or index.numel() < x.shape[0]:
+        if width < _WIDE or index.numel() * width < MIN_DEFERRED_ELEMENTS or index.numel() < x.shape[0]:
             return NotImplemented
         if self.forward.holdings.is_exposed(x) or self.forward.holdings.is_exposed(index):
             return NotImplemented
@@ -177,7 +176,7 @@ class Edges:
     def _sized(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run a call such as `new_zeros`, which needs only the dtype, the device or the shape of a deferred tensor."""
         sized = func is Tensor.new_zeros and len(args) == 2 and not kwargs and type(args[1]) in (tuple, torch.Size)
-        if sized and args[0].element_size() * math.prod(args[1]) >= LARGE:
+        if sized and args[0].element_size() * math.prod(args[1]) >= MIN_BYTES:
             zeros = empty(args[1], args[0].dtype, args[0].device).zero_()
             self.forward.holdings.made(zeros)
             self.reductions.zeros.add(self.forward.holdings.key(zeros))

@@ -1,4 +1,4 @@
-"""What a deferred tensor is made of, as far as Dibit computes with it without making it."""
+"""The patterns of deferred tensors that Dibit computes with, without executing the gather."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def one_column(index: Any, messages: Deferred) -> Any:
     return index.as_strided(index.shape[:1], index.stride()[:1]) if expanded else None
 
 
-def parts(messages: Deferred) -> tuple[PendingCall, Tensor | None]:
-    """The gather, and what it is multiplied by."""
+def gather_and_scale(messages: Deferred) -> tuple[PendingCall, Tensor | None]:
+    """The gather in a message that is a "gather" or "scaled", and its scale (E, ..., 1) or `None`."""
     call = messages.pending
     if call.function is Tensor.index_select:
         return call, None

@@ -22,7 +22,7 @@ class SortedEdges:
     Attributes:
         crow: pointers (N + 1,), int32 where that has room for E.
         col: nodes at the other ends (E,).
-        order: the edge that each of them is to the caller (E,); `None` if the caller's are in this order.
+        order: integers (E,), the caller's number of each sorted edge; `None` if the caller's edges are sorted already.
     """
 
     crow: Tensor
@@ -34,7 +34,7 @@ class SortedEdges:
         return (self.crow, self.col) if self.order is None else (self.crow, self.col, self.order)
 
     def values(self, x: Tensor) -> Tensor:
-        """What the caller gives for each edge, in this order."""
+        """x (E, ...), given in the caller's order, in the sorted order."""
         return x if self.order is None else x.index_select(0, self.order)
 
 

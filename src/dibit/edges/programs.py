@@ -20,10 +20,10 @@ from dibit._torch.spellings import torch_functions
 from dibit.edges.deferred import Deferred, PendingCall
 from dibit.rules.common import is_plain_float
 
-CHUNK = 1 << 13  # edges that a program is computed for at a time, at the least
-CHUNKS = 16  # into so many parts a program is cut where those are larger,
-LARGEST = 1 << 15  # but not above so many edges
-MOST_CALLS = 200  # of one program, each as often as it is used
+CHUNK = 1 << 13  # edges of a chunk, at least: their tensors stay in the caches
+CHUNKS = 16  # aim for this many chunks, if they have at least `CHUNK` edges,
+LARGEST = 1 << 15  # and at most this many
+MOST_CALLS = 200  # calls in one program; one that is used twice counts twice
 _VECTOR = 32  # elements that torch's vectorised loops take at once; those left at the end may have other bits
 _BINARY = torch_functions("add sub mul div")
 _CAT = torch_functions("cat")
@@ -152,7 +152,7 @@ def multiple() -> int:
 
 
 def padding(rows: int, widths: Iterable[int]) -> int:
-    """How many rows to add to so many, so that rows of each of these widths fill whole vectors."""
+    """How many rows to add to `rows` rows, so that a matrix of any of these widths fills whole vectors."""
     step = 1
     for width in widths:
         step = math.lcm(step, multiple() // math.gcd(width, multiple()))
@@ -166,7 +166,7 @@ def in_vectors(call: PendingCall) -> bool:
 
 @functools.cache
 def linear_by_rows(outputs: int, inputs: int, bias: bool, threads: int) -> bool:
-    """Whether a linear layer of this torch, on this processor, gives some rows the bits that they have among all."""
+    """Whether torch's linear layer, on this processor, gives a row the same bits among few rows as among many."""
     generator = torch.Generator().manual_seed(0)
     sizes = LARGEST, CHUNK, 8 * (CHUNK // 9) + 1, CHUNK // 2 + 77
     x = torch.randn(sum(sizes) + 397, inputs, generator=generator)

@@ -20,7 +20,7 @@ from dibit.edges import programs
 from dibit.edges.chunks import Computation, Reduction, Whole, wanted
 from dibit.edges.deferred import Deferred, materialized
 from dibit.edges.extremes import LEAST_WIDTH, picks_torchs_zeros
-from dibit.edges.patterns import kind, one_column, parts, sources
+from dibit.edges.patterns import gather_and_scale, kind, one_column, sources
 from dibit.edges.plan import Plans, known_plans
 from dibit.edges.rules import chunked_rule, extreme_rule, score_rule, sum_rule
 from dibit.edges.scores import summed
@@ -36,7 +36,7 @@ class Reductions:
     Args:
         forward: the running forward pass.
         rule: runs a rule for a function of torch.
-        free: whether nobody else's saved-tensor hooks are there.
+        free: returns True if no saved-tensor hooks but Dibit's are active.
 
     Attributes:
         zeros: keys of tensors that are known to be zero.
@@ -91,7 +91,7 @@ class Reductions:
 
     def _reduced(self, func: Any, out: Any, dim: Any, target: Any, messages: Deferred, rule: Any) -> Any:
         """Reduce messages by target into `out`, by a rule."""
-        gathered, scale = parts(messages)
+        gathered, scale = gather_and_scale(messages)
         if not _fits(out, dim, target, messages) or gathered.value is not None:
             return NotImplemented
         messages.pending.check()
@@ -126,7 +126,7 @@ class Reductions:
         for call in programs.used(message):
             if call.again is not None:
                 call.again()
-        name, needed = self.wanted.of(calls, forward.module)
+        name, needed = self.wanted.next_program(calls, forward.module)
         zeros = self._is_zero(out)
         reduction = Reduction(self._to_write(func, out), how, zeros)
         wholes = [(call, Whole(out.new_empty(call.shape))) for call in needed]
@@ -163,7 +163,7 @@ class Reductions:
         return out
 
     def scores(self, func: Any, product: Deferred) -> Any:
-        """What both ends of an edge give, summed up over the last dimension."""
+        """Attention scores (E, ...): both ends' product, or w * leaky_relu of their sum, summed over the channels."""
         what = kind(product)
         if what not in ("product", "weighted"):
             return NotImplemented
@@ -197,7 +197,7 @@ class Reductions:
         return y
 
     def _is_zero(self, out: Tensor) -> bool:
-        """Whether what is added to is known to be zero, so that the sum is that of the messages alone."""
+        """Whether `out` is known to be zero, so that the sum is that of the messages alone."""
         if self.forward.holdings.key(out) in self.zeros:
             return True
         call = self.forward.lossless.tape.node(out).call

@@ -26,6 +26,15 @@ def sum_rule(
     target: Tensor,
     zeros: bool,
 ) -> Tensor:
+    """out += the sum of x[source] * scale by target.
+
+    Args:
+        gathered: the call x[source].
+        x, out: float32 (M, ...) and (N, ...); `out` is written to.
+        scale: float32 (E, ..., 1), or `None`.
+        source, target: int64 (E,).
+        zeros: `out` is zero.
+    """
     needs = x.requires_grad, scale is not None and scale.requires_grad
     forward.plain(source if needs[0] else None, target if any(needs) else None)
     if needs[1]:
@@ -47,6 +56,7 @@ def extreme_rule(
     target: Tensor,
     zeros: bool,
 ) -> Tensor:
+    """`out` becomes the maxima (`least`: the minima) of x[source] by target; arguments as in `sum_rule`."""
     if x.requires_grad:
         forward.plain(source, target)
         _count(forward, gathered)
@@ -54,7 +64,13 @@ def extreme_rule(
 
 
 def chunked_rule(forward: ForwardPass, y: Tensor, sink: Reduction, indices: Sequence[Tensor], target: Tensor) -> bool:
-    """What the reduction itself keeps, and would keep without Dibit."""
+    """Enter in the ledger what the reduction of a program keeps, and would keep without Dibit.
+
+    Args:
+        y: float32 (N, D), the result.
+        sink: how it was reduced.
+        indices, target: int64 (E,) each.
+    """
     forward.plain(*indices, target)
     if sink.how != "sum":
         forward.plain(y.nbytes, y)
@@ -77,6 +93,16 @@ def score_rule(
     source: Tensor,
     target: Tensor,
 ) -> Tensor:
+    """Connect attention scores (E, H), which were computed already, to the features at both ends.
+
+    Args:
+        ends: the calls a[target] and b[source].
+        a, b: float32 (N, H, C) and (M, H, C).
+        weight: float32 (..., H, C) for the scores <weight, leaky_relu(a[i] + b[j])>; `None`: they are <a[i], b[j]>.
+        slope: of the leaky ReLU.
+        scores: float32 (E, H).
+        source, target: int64 (E,).
+    """
     forward.plain(target if a.requires_grad else None, source if b.requires_grad else None)
     if weight is None:
         _count(forward, *(end for end, other in zip(ends, (b, a), strict=True) if other.requires_grad))
@@ -85,7 +111,7 @@ def score_rule(
 
 
 def _count(forward: ForwardPass, *gathers: PendingCall) -> None:
-    """Plain torch would keep these, each once, however many operations save it."""
+    """Count gathers that plain torch would keep, each once, however many operations save it."""
     for gather in gathers:
         if not gather.counted:
             x, _, index = gather.args

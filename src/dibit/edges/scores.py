@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dibit._torch.huge_pages import empty
 from dibit.codec import ops
+from dibit.edges import programs
 from dibit.edges.deferred import Deferred, PendingCall
 from dibit.edges.plan import Plan
 from dibit.engine.forward_pass import ForwardPass
@@ -25,12 +26,11 @@ from dibit.rules import positive
 from dibit.rules.common import first_order, running_config, without_reduction
 from dibit.rules.product import at_least_4_bits
 
-CHUNK = 1 << 13  # edges at a time: what is made of them stays in the caches
-_CHUNK_ON_GPU = 1 << 18  # many more, for a GPU to be busy
+_CHUNK_ON_GPU = 1 << 18  # edges at a time, where `programs.CHUNK` would leave a GPU idle
 
 
 def evaluate(call: PendingCall, start: int, stop: int) -> Tensor:
-    """The rows of some edges of what a deferred tensor stands for."""
+    """Rows start ... stop of the deferred tensor that a call makes: (stop - start, ...)."""
     if call.function is Tensor.index_select:
         x, _, index = call.args
         return x.detach().index_select(0, index[start:stop])  # type: ignore[no-any-return]
@@ -39,10 +39,10 @@ def evaluate(call: PendingCall, start: int, stop: int) -> Tensor:
 
 
 def summed(call: PendingCall, edges: int, shape: tuple[int, ...]) -> Tensor:
-    """The sum over the last dimension of what a deferred tensor stands for: (E, ...)."""
+    """The deferred tensor that a call makes, summed over its last dimension: (E, *shape)."""
     like = call.roots[0]
     out = torch.empty((edges, *shape), dtype=like.dtype, device=like.device)
-    chunk = CHUNK if out.device.type == "cpu" else _CHUNK_ON_GPU
+    chunk = programs.CHUNK if out.device.type == "cpu" else _CHUNK_ON_GPU
     with torch.no_grad():
         for start in range(0, edges, chunk):
             out[start : start + chunk] = evaluate(call, start, start + chunk).sum(-1)
@@ -128,7 +128,7 @@ def scalar_products(forward: ForwardPass, a: Tensor, b: Tensor, scores: Tensor, 
 def additive_scores(
     forward: ForwardPass, a: Tensor, b: Tensor, w: Tensor, slope: float, scores: Tensor, plan: Plan
 ) -> Tensor:
-    """The same of a, b and w (..., H, C)."""
+    """For a rule: scores (E, H) that were computed of a (N, H, C), b (M, H, C) and w (..., H, C)."""
     each = scores.shape[0] * a.shape[1:].numel() * a.element_size()
     forward.plain(each, each if w.requires_grad else None)
     edges = plan.by_target
@@ -142,7 +142,7 @@ def additive_scores(
 
 
 def _end(forward: ForwardPass, x: Tensor, by: Tensor) -> Any:
-    """What is kept of one end, which enters what comes before the other."""
+    """The residual of one end, x (N, H, C), from which the gradient of the other, `by`, is computed."""
     config = running_config(forward)
     if config.lossless or forward.held(x) or forward.cheaper_exact(x, without_reduction(config)):
         return forward.exact(x, copied=True)

@@ -157,7 +157,7 @@ def edge_sum(
     """out += A x, for a rule: with constant weights (E, 1), or with ones.
 
     Args:
-        target: the caller's (E,), of whose counts a mean is made; `None` where `out` may hold something else, so that
+        target: the caller's int64 (E,), whose counts divide the sum in a mean; `None` if `out` may not be zero, so that
             the result is not A x.
     """
     graph = edge_graph(plan, None if target is None else forward.holdings.key(target))

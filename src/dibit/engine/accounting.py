@@ -30,7 +30,7 @@ class Accounting:
         self._chunk: object = None
         self._operations: dict[tuple[str, str], int] = {}  # so far in this chunk
         self._copied: set[Any] = set()  # parameters that autocast has copied in this pass
-        self._saved: list[weakref.ref[Exact]] = []  # by the running rule; dead where it threw the graph away
+        self._saved: list[weakref.ref[Exact]] = []  # what the running rule has saved; dead if its graph is gone
 
     def begin_chunk(self, program: object) -> None:
         """Begin a chunk of a program on edges: its operations share the ledger's rows of the other chunks.
@@ -55,7 +55,7 @@ class Accounting:
             self.row = self.ledger.add(self._row(function, "", ()))
 
     def close(self, declined: bool) -> None:
-        """The rule has ended; where it declined there is no row."""
+        """The rule has ended; if it declined, its row is removed."""
         row, self.row = self.row, None
         if self.ledger is not None and row is not None:
             if declined:
@@ -65,12 +65,12 @@ class Accounting:
         self._saved.clear()
 
     def saved_by_rule(self, kept: Exact) -> None:
-        """The running rule saves this, which `note` or `kept` may have entered, or may yet."""
+        """The running rule saves this tensor, which `note` or `kept` may enter before or after."""
         if self.row is not None:
             self._saved.append(weakref.ref(kept))
 
     def _count(self, row: Row) -> None:
-        """Enter what the rule has saved and not named."""
+        """Enter tensors that the rule has saved, but entered neither by `note` nor by `kept`."""
         assert self.ledger is not None
         for reference in self._saved:
             kept = reference()
@@ -116,9 +116,9 @@ class Accounting:
         """What the running operation would keep without Dibit: tensors, or bytes that only it would allocate.
 
         Args:
-            saved: of a leaf of autograd's graph that a rule got as it is, that is the copy which autocast would make.
-            low: the dtype of that copy.
-            cached: autocast copies each parameter once.
+            saved: a tensor that autocast would convert counts as its copy in `low`.
+            low: the dtype that autocast converts to; `None`: it converts nothing.
+            cached: autocast converts each parameter only once.
         """
         if self.ledger is None or self.row is None:
             return

@@ -155,7 +155,7 @@ def _check_returns(model: nn.Module, found: list[Found]) -> None:
 
 
 def _check(name: str, value: object, what: str, *dtypes: torch.dtype) -> int:
-    """The number of rows that these are of, at least."""
+    """Check an argument of `batch`; returns the least number of rows that a tensor with these rows or nodes has."""
     if not isinstance(value, Tensor) or value.dtype not in dtypes:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"batch got {name} of type {got}; expected an int64 tensor, {what}.")

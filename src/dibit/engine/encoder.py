@@ -86,9 +86,9 @@ class Encoder:
             ids = ids.to(rows.device)
             if (each := shape[1:-1].numel()) > 1:  # the heads of a node are rows of their own
                 ids = (ids[: shape[0], None] * each + torch.arange(each, device=ids.device)).reshape(-1)
-            if ids.numel() < rows.shape[0]:  # they are no nodes: edges, which have no names
+            if ids.numel() < rows.shape[0]:  # the rows are edges, not nodes: they have no ids
                 return norm_scores(rows) if norms else None, None
-        scores = table.of(key, rows, ids)
+        scores = table.lookup(key, rows, ids)
         if scores is None and norms:
             scores = norm_scores(rows)
         elif scores is not None and norms and (leaf := table.plan.leaves.get(key)) is not None:

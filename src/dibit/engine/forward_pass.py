@@ -54,7 +54,7 @@ class _RunningRule:
 
 
 class ForwardPass:
-    """What lives as long as one forward pass, and what a rule may ask, keep and say.
+    """The state of one forward pass, and the methods by which a rule asks, keeps and reports.
 
     A rule asks for the running module's `config` and books by `plain` what torch would keep. What its backward pass
     needs it keeps by `keep` (a linear layer's input), `keep_affine` (a normalised input), `keep_factor` (a derivative),
@@ -63,7 +63,7 @@ class ForwardPass:
     Args:
         state: of the compressed model.
         inputs: arguments of the outermost module; data among them (no gradient history) is held by the caller.
-        name: of the outermost module; empty for the model itself, rows of whose output are those of the loss.
+        name: of the outermost module; empty for the model itself: `loss_rows` are rows of its output alone.
 
     Attributes:
         stack: the modules and the function that are running.
@@ -271,7 +271,7 @@ class ForwardPass:
         return self.accounting.note(residual)
 
     def kept(self, *tensors: Tensor, how: str = "") -> None:
-        """The running operation keeps these tensors as they are; `how`: in what form, where `note` has not said it."""
+        """The running operation keeps these tensors as they are; `how`: their form, if `note` has not given it."""
         self.accounting.kept(*tensors, how=how)
 
     def plain(self, *saved: Tensor | int | None) -> None:

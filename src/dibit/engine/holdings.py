@@ -22,12 +22,12 @@ class Holdings:
     """What somebody else holds through the backward pass, what this pass has made, and how often it wrote to it.
 
     Args:
-        owners: which of the tensors of others passes may rest on.
+        owners: on the content of which tensors of others a pass may rely.
 
     Attributes:
         roles: by storage, as what somebody else holds it: an argument, a parameter, a buffer.
-        referenced: keys of what the plain gradient rests on by itself, through a reference.
-        copies: by the key of a copy that autocast makes: what it is a copy of.
+        referenced: keys of tensors that plain torch would also keep by reference.
+        copies: by the key of a copy that autocast made, the original.
     """
 
     def __init__(self, owners: Owners) -> None:
@@ -80,15 +80,18 @@ class Holdings:
             self._made.add(self._alive.hold(x))
 
     def settled(self, x: Tensor) -> bool:
-        """Whether what is kept may rest on the content of x, which somebody else holds, as earlier passes showed."""
+        """Whether a residual may rely on the content of x, which somebody else holds, by what earlier passes showed."""
         return all(self.owners.steady(part, self.roles.get(storage_key(part), "")) for part in storages(x))
 
     def refer(self, *tensors: Tensor) -> None:
-        """The plain gradient rests on these themselves."""
+        """Note that plain torch, too, would keep these tensors by reference."""
         self.referenced.update(self.key(part) for x in tensors for part in storages(x))
 
     def on_use(self, x: Tensor) -> Callable[[], None] | None:
-        """What a reference to somebody else's numbers calls when a backward pass reads it."""
+        """A callback for a reference to the caller's tensor x, to be called when a backward pass reads it.
+
+        `None` if x is not floating-point: then its content is compared instead.
+        """
         storage = storage_key(x) if strided(x) else 0
         if storage not in self.owners.numbers:
             return None

@@ -129,7 +129,7 @@ class Keeper:
         self._leaves.clear()
 
     def _lossless(self, x: Tensor, copied: bool) -> Residual:
-        """Exact; by what it was summed up from where that is known."""
+        """An exact residual of x, or one that computes x again from tensors that others hold, if that is known."""
         origin = self.holdings.origin(x)
         known = None if self.holdings.held(origin) else self.sources.residual(origin)
         return self.exact(x, copied) if known is None else self._noted(known)

@@ -31,17 +31,17 @@ class KnownSources:
 
     def __init__(self, holdings: Holdings, tape: Tape) -> None:
         self.holdings, self.tape = holdings, tape
-        self._derived: dict[Any, Residual] = {}  # tensors that follow from what others hold
+        self._derived: dict[Any, Residual] = {}  # tensors that can be recomputed from what others hold
         self._aggregates: dict[Any, tuple[ConstantCSR, weakref.ref[Tensor], Any]] = {}
         self._estimated: dict[Any, Normed | Passed] = {}  # tensors of which a norm has kept every row
         self._changing: tuple[Any, Normed | Passed] | None = None  # what is known of one that is about to be written to
 
     def derived(self, y: Tensor, residual: Residual) -> None:
-        """y follows from what others hold: features, their dropout, their aggregate."""
+        """Remember that y can be recomputed from tensors of the caller (features, their dropout, their aggregate)."""
         self._derived[self.holdings.key(y)] = residual
 
     def aggregated(self, y: Tensor, graph: ConstantCSR, x: Tensor) -> None:
-        """y = A x, which holds as long as somebody else keeps x alive."""
+        """Remember that y = A x, as long as somebody else keeps x alive."""
         if self.holdings.held(x):
             self.tape.node(x)  # remembers the content
         self._aggregates[self.holdings.key(y)] = graph, weakref.ref(x), self.holdings.key(x)
@@ -103,7 +103,7 @@ class KnownSources:
             self._estimated[self.holdings.key(y)] = found
 
     def passed(self, source: Normed | Passed | None, y: Tensor, mask: Mask | SeededMask, scale: float = 1.0) -> None:
-        """y is what a mask passes of what `estimate` gave, times scale."""
+        """Remember that y is `mask` applied to `source` (what `estimate` gave), times scale."""
         if source is not None:
             self._estimated[self.holdings.key(y)] = Passed(source, mask, scale)
 
@@ -112,11 +112,11 @@ class KnownSources:
         return self._estimated.get(self.holdings.key(x)) if self._estimated else None
 
     def changed(self, x: Tensor, estimated: Normed | Passed | None) -> None:
-        """The function that runs writes to x, whose content has a new key already; `estimated`: of the old content."""
+        """The running function writes to x, whose key is new already; `estimated`: what `estimate` gave before."""
         self._changing = None if estimated is None else (self.holdings.key(x), estimated)
 
     def changing(self, x: Tensor) -> Normed | Passed | None:
-        """What `estimate` gave of a tensor that the function that runs is about to write to."""
+        """What `estimate` gave for x before the running function began to write to it."""
         key, found = self._changing or (None, None)
         return found if found is not None and key == self.holdings.key(x) else None
 

@@ -16,8 +16,8 @@ class Row:
     """One residual: `plain` bytes without Dibit, `kept` bytes with it, and how it is kept.
 
     Attributes:
-        chunk: the same for all rows of one operation that is run once for each of several chunks of its input; they
-            become one when the pass ends.
+        chunk: identity of an operation that runs once for each chunk of its input; `None` for others. Rows of the same
+            operation become one when the pass ends.
     """
 
     module: str

@@ -16,7 +16,7 @@ from dibit.engine.ledger import Ledger
 from dibit.engine.owners import is_whole
 from dibit.recompute.nodes import SMALL, Node, nbytes
 from dibit.recompute.recorder import Tape
-from dibit.residuals.exact import Exact, LosslessForm, Narrowed, Recomputed, exact, narrow, own
+from dibit.residuals.exact import Exact, LosslessForm, Narrowed, Recomputed, detach_copies, exact, narrow
 
 
 class LosslessForms:
@@ -25,7 +25,7 @@ class LosslessForms:
     What the words mean here, in `Holdings` and in `Owners`:
 
     - *held*: the caller or the model keeps the memory of a tensor through the backward pass. Its content may change.
-    - *steady*, *settled*: a residual may rest on the content of a held tensor, because of what earlier passes showed
+    - *steady*, *settled*: a residual may rely on the content of a held tensor, because of what earlier passes showed
       for its role (see `dibit.engine.owners`). `Owners.steady` answers for one part of a tensor, `Holdings.settled`
       for all parts. `LosslessForms.steady` also asks whether each part can be secured.
     - *relied*: steady, and not a small tensor of integers, which is rather copied (`Owners.relied`).
@@ -64,9 +64,9 @@ class LosslessForms:
         return role is not None and self.owners.relied(x, role)
 
     def steady(self, x: Tensor) -> bool:
-        """Whether what is kept may rest on the content that x has now, a tensor that somebody else holds.
+        """Whether a residual may rely on the content that x has now, a tensor that somebody else holds.
 
-        Of one that may change between the passes this is learnt from earlier ones: `dibit.engine.owners`.
+        Earlier passes have shown whether it changes before the backward pass: `dibit.engine.owners`.
         """
         parts = storages(x)
         nodes = [self.tape.node(part) for part in parts]  # remembers the content
@@ -101,7 +101,7 @@ class LosslessForms:
         return tuple(forms)
 
     def secure(self, node: Node, copied: bool = True) -> Exact | Narrowed | None:
-        """What is kept of the tensor of a node, so that it has the content in the backward pass that it was read with.
+        """Keep the tensor of a node so that the backward pass reads the content that the forward pass read.
 
         Args:
             copied: a small graph is copied, not relied upon. `False`: the residual must read the tensor itself.
@@ -161,7 +161,7 @@ class LosslessForms:
         return self._forms[key]
 
     def follow(self, kept: Exact, x: Tensor) -> None:
-        """A rule keeps x itself: it becomes a copy where somebody writes to what was kept before of it."""
+        """A rule keeps x itself: if a write turns earlier residuals of x into copies, this one becomes a copy, too."""
         if not strided(kept.x):
             return
         if (leaves := self._leaves.get(storage_key(kept.x))) is not None:
@@ -170,7 +170,7 @@ class LosslessForms:
             self._as_plain(kept, x)
 
     def _as_plain(self, kept: Exact, x: Tensor) -> Exact:
-        if kept.x is not x:  # a tensor of its own, to be told from those of others
+        if kept.x is not x:  # a tensor object of its own, which `let_go` can count
             self._plain.setdefault(storage_key(kept.x), []).append(weakref.ref(kept))
         return kept
 
@@ -178,10 +178,10 @@ class LosslessForms:
 
     def copy_leaves(self, storage: int) -> None:
         """Somebody writes to a storage: what is kept by a reference to it becomes a copy."""
-        own(self._leaves.pop(storage, ()))
+        detach_copies(self._leaves.pop(storage, ()))
 
     def copy_aliases(self, x: Tensor, storage: int) -> None:
-        """The same of storages on the same memory: what DLPack gives back has one of its own."""
+        """The same for other storages on the memory of x: what comes back through DLPack has a storage of its own."""
         address = x.untyped_storage().data_ptr()
         for node in list(self.tape.nodes.values()):
             other = node.ref()
@@ -200,7 +200,7 @@ class LosslessForms:
             others = holders(leaves[0].x)
             plain = [kept for ref in self._plain.get(storage, ()) if (kept := ref()) is not None]
             if others is None or others > len({id(kept.x) for kept in (*leaves, *plain)}):
-                own(leaves)
+                detach_copies(leaves)
                 if self._ledger is not None:
                     for leaf in leaves:
                         self._ledger.copied(storage, leaf.x)
@@ -229,7 +229,7 @@ class LosslessForms:
         return kept
 
     def _shared_content(self, kept: Exact | Narrowed) -> Exact | Narrowed:
-        """On an earlier constant of the same content: indices and normalised weights are made anew in each layer."""
+        """`kept` on an earlier constant of equal content: each layer makes indices and normalised weights anew."""
         if kept.x.nbytes < SMALL and kept.x.device.type != "cpu":
             return kept  # comparing would wait for the device
         known = self._content.setdefault((type(kept), kept.x.dtype, kept.x.shape), [])
@@ -241,7 +241,7 @@ class LosslessForms:
         return kept
 
     def _may_change(self, kept: Exact | Narrowed) -> Exact | Narrowed:
-        """What stands for more than plain torch's own reference becomes a copy where somebody else can write to it."""
+        """Note a residual that must become a copy before somebody else writes to its memory."""
         if (exposed := kept.exposed()) is not None:
             self._leaves.setdefault(storage_key(exposed.x), []).append(exposed)
         return kept

@@ -30,7 +30,7 @@ class Measuring:
         self.metered = False
         self._stack, self._state = stack, state
         self._residuals: dict[str, int] = {}  # residuals with a name so far, by module and function
-        self._operations: dict[str, int] = {}  # the same of operations that are measured
+        self._operations: dict[str, int] = {}  # measured operations with a name so far, likewise
 
     def residual(self) -> str:
         """A name for the residual that the running function keeps, the same in every pass."""
@@ -46,7 +46,7 @@ class Measuring:
         config = self._stack.config
         if config is None or config.noise is None:
             return False
-        self.plan.expect(config)  # a part that was unpickled has not said so
+        self.plan.expect(config)  # an unpickled part has not announced its bound yet
         # a captured graph waits for nothing, and keeps the rows it was captured with
         return self.plan.measures and not (torch.cuda.is_available() and capturing(torch.device("cuda")))
 

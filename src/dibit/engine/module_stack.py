@@ -18,8 +18,8 @@ class ModuleStack:
         names: as `compress` knows them; the model itself is "".
         configs: of each; `None` leaves what it computes exact.
         exact_within: everything is exact until fewer modules than this are running; `None`: nothing is.
-        asked: a gradient was asked for since that began.
-        function: of torch, that is running now; the ledger names it.
+        asked: whether the model has called `autograd.grad` or `backward` since `exact_within` was set.
+        function: the function of torch that is running now; the ledger names it.
         compresses: some module of this pass has a config.
     """
 
@@ -53,10 +53,11 @@ class ModuleStack:
         self.compresses |= config is not None
 
     def leave(self, depth: int) -> bool:
-        """Modules have ended until so many are left; those that end with an exception may not have said so.
+        """Leave modules until `depth` are running; a module that raised an exception has not left by itself.
 
         Returns:
-            Whether the module has ended that `exact_within` was about.
+            Whether the module that `exact_within` was set for has ended. If it has not asked for a gradient, whoever
+            called it may, so everything stays exact.
         """
         del self.names[depth:], self.configs[depth:]
         if self.exact_within is None or depth >= self.exact_within:
@@ -66,7 +67,7 @@ class ModuleStack:
 
     @contextmanager
     def resumed(self, config: Config | None) -> Iterator[None]:
-        """A block that computes as what had this config, after its module has ended."""
+        """Use this config in the block, although the module that had it has ended."""
         before, self.exact_within = self.exact_within, None
         self.configs.append(config)
         try:

@@ -1,12 +1,12 @@
-"""Tensors that somebody else owns: features, graphs, parameters, buffers; and what may rest on them.
+"""Tensors that somebody else owns (features, graphs, parameters, buffers), and whether residuals may rely on them.
 
 Where an operation saves a tensor itself, plain torch keeps a reference, and so does Dibit. Where an operation copies
-(`t[i]`, `t * 2`), plain torch keeps the copy; Dibit may compute it again from `t` only if `t` has the same content when
-the backward pass comes. Nothing tells of every change: `.data`, NumPy and DLPack write past the version counter. So
-what is needed is kept, except where
+(`t[i]`, `t * 2`), plain torch keeps the copy; Dibit may compute it again from `t` only if `t` has the same content in
+the backward pass. No counter shows every change: `.data`, NumPy and DLPack write past the version counter. So what is
+needed is kept, unless
 
-- the plain gradient rests on the very tensor anyway, by a reference of its own in the same pass (a layer that reads
-  the features beside their aggregate) to which every backward pass has come so far, or
+- plain torch, too, keeps a reference to the tensor in the same pass (a layer reads the features beside their
+  aggregate), and every backward pass so far has read it, or
 - the tensor holds integers or bools (a graph, of 32 KiB and more) and came through an earlier backward pass unchanged
   in the same *role* (an argument, a buffer). Its content is remembered by a fingerprint and compared in each backward
   pass; if it did change, the pass says so, and the role is not relied upon again.
@@ -38,15 +38,16 @@ class History:
     """What a model's passes have shown.
 
     Attributes:
-        steady: by role, whether what a pass keeps may rest on a tensor that comes in it.
+        steady: by role, whether what a pass keeps may rely on the content of the tensor in it.
     """
 
     steady: dict[str, bool] = field(default_factory=dict)
-    _unused: set[str] = field(default_factory=set, repr=False)  # roles whose reference a backward pass did not come to
+    _unused: set[str] = field(default_factory=set, repr=False)  # roles whose reference some backward pass did not read
     _uses: list[Uses] = field(default_factory=list, repr=False)  # of passes since the last one began
     _pending: list[tuple[str, Tensor]] = field(default_factory=list, repr=False)  # comparisons on a device
 
     def learn(self, role: str, same: bool | Tensor) -> None:
+        """Record whether the tensor in this role had the same content in the backward pass; bool 0-d on a device."""
         if isinstance(same, Tensor):
             self._pending.append((role, same))
         else:
@@ -63,11 +64,11 @@ class History:
             self.learn(role, bool(same))
 
     def referenced(self, role: str, here: bool) -> None:
-        """A pass has ended, in which the plain gradient rests on this tensor by itself or does not."""
+        """A pass has ended; `here`: plain torch, too, would keep a reference to the tensor in this role."""
         self.steady[role] = here and role not in self._unused
 
     def watch(self, uses: Uses) -> None:
-        """A pass has ended whose backward passes come to its references, or do not."""
+        """A pass has ended; `settle` looks at what its backward passes have read."""
         self._uses.append(uses)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -75,9 +76,9 @@ class History:
 
 
 class Uses:
-    """Which of the backward passes of a forward pass came to the references that plain torch keeps, too.
+    """Which backward passes of one forward pass read the references that plain torch would keep, too.
 
-    Where one did not (a head that is not in the loss, a loss that was first), plain torch did not rest on them.
+    If one did not (a head that is not in the loss, a loss that was first), its gradient did not depend on them.
     """
 
     def __init__(self) -> None:
@@ -86,7 +87,7 @@ class Uses:
         self._all: set[int] = set()
 
     def expect(self, storage: int, role: str) -> Callable[[], None]:
-        """A reference is kept; what it calls when a backward pass reads it."""
+        """A reference is kept. Returns what to call when a backward pass reads it."""
         self._roles[storage] = role
         return functools.partial(self._use, storage)
 
@@ -94,7 +95,7 @@ class Uses:
         self._seen.setdefault(storage, set()).add(backward_pass())
 
     def run(self, task: int) -> None:
-        """A backward pass has come to something of this forward pass."""
+        """The backward pass with this number has read something of this forward pass."""
         self._all.add(task)
 
     def missed(self) -> list[str]:
@@ -117,12 +118,12 @@ class Guard:
         self._watched.append((Weak(x), content, role))
 
     def rely(self, key: Any, x: Tensor, content: Print, role: str) -> None:
-        """Something that is kept rests on the content of x."""
+        """Something that is kept relies on the content of x."""
         if key not in self._relied:
-            self._relied[key] = Weak(x), content, role  # what rests on it holds it
+            self._relied[key] = Weak(x), content, role  # what relies on x keeps it alive
 
     def unpack(self, kept: Any) -> Tensor:
-        """What the hooks of autograd call for each tensor that the pass has saved."""
+        """Restore a tensor that the pass has saved: autograd's unpack hook. Each backward pass checks content first."""
         task = backward_pass()
         if task != self._checked or task == -1:
             if task != -1:
@@ -178,7 +179,7 @@ class Owners:
         return found
 
     def read(self, x: Tensor, role: str) -> Print | None:
-        """The content of a tensor as an operation is about to read it; `None` where nothing can rest on it anyway."""
+        """Fingerprint of a tensor that an operation is about to read; `None` if nothing can rely on it anyway."""
         if capturing(x.device):
             return 0  # the graph replays what is written down now: there is no later
         known, whole = self.history.steady.get(role), is_whole(x)
@@ -190,19 +191,22 @@ class Owners:
         return content
 
     def steady(self, x: Tensor, role: str) -> bool:
-        """Whether what is kept may rest on x."""
+        """Whether what is kept may rely on the content of x."""
         return not x.requires_grad and (self.history.steady.get(role) is True or capturing(x.device))
 
     def relied(self, x: Tensor, role: str) -> bool:
-        """Whether it does, in the place of a copy."""
+        """Whether it relies on x instead of a copy: it may, and x is no small tensor of integers."""
         small = is_whole(x) and x.nbytes < SMALL and not capturing(x.device)
         return not small and self.steady(x, role)
 
     def referenced(self, storages: Collection[int]) -> list[int]:
-        """A pass ends, and the plain gradient rests on these storages by itself, as it will in the next pass.
+        """A pass ends: the next one may rely on floating-point tensors that plain torch, too, keeps by reference.
+
+        Args:
+            storages: of the tensors that plain torch would keep by reference in this pass.
 
         Returns:
-            Storages of numbers that this pass took for such, and that are not.
+            Storages that this pass relied on although they are not among these.
         """
         wrong = []
         for storage, role in self.roles.items():

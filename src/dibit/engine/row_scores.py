@@ -1,4 +1,4 @@
-"""Scores: how large each row's gradient was in the last step, one byte a row, by which the next step's rows are kept.
+"""Scores: the size of each row's gradient in the last step, one byte a row. The next step samples its rows by them.
 
 Scores are stored outside the module's buffers: the `state_dict` is the plain model's, and each process has its own.
 """
@@ -22,11 +22,11 @@ from dibit.engine.noise.row_plan import RowPlan
 from dibit.engine.owners import History
 from dibit.residuals.gradient_norms import GradientNormObserver, decayed
 
-_PARAMETERS, _ELEMENTS = 16, 16  # whose values are compared, and how many of each
+_PARAMETERS, _ELEMENTS = 16, 16  # parameters whose values are compared, and values of each
 _HISTORY = "steady/"  # before the roles of `History`
 _ROWS = "rows/"  # before the names of `RowPlan.state_dict`
 _REACH = "reach/"  # before the keys of `LossReach.state_dict`, beside those of the scores
-_DRAWS = "draws/"  # before the names of `stream.given`
+_DRAWS = "draws/"  # before the names of `seed_stream.given`
 
 
 @dataclass
@@ -34,14 +34,15 @@ class Scores:
     """The table of one model.
 
     Scores change when the optimiser has changed a parameter, not before: passes that add up to one step are sampled
-    alike. Version counters tell of a change; where they stand still though gradients have come by, a few values of the
-    parameters tell, since some optimisers step through `p.data`. In a CUDA graph scores change with each replay, in a
-    table that belongs to the graph from then on.
+    alike. A change shows in the version counters. If they have not changed after a backward pass, a few values of the
+    parameters are compared, since some optimisers step through `p.data`. In a CUDA graph scores change with each
+    replay, in a table that belongs to the graph from then on.
 
     Attributes:
         known: by residual, uint8 (nodes,).
         reach: what passes with `loss_rows` have shown; it goes into checkpoints with the scores.
-        history: which tensors of others passes may rest on; likewise.
+        history: on the content of which tensors of others a pass may rely; likewise.
+        plan: how many rows each residual keeps, by the measured noise of the gradient; likewise.
     """
 
     known: dict[str, Tensor] = field(default_factory=dict)
@@ -74,7 +75,7 @@ class Scores:
             self._values = None
         self._stamp = stamp
         self.plan.decide()
-        # A residual that two steps have not had is not coming back: the first pass has some that later ones do without.
+        # Drop residuals that neither of two steps has kept: the first pass keeps some that later ones do without.
         self.known = {key: table for key, table in self._latest().items() if key in self._used | self._used_before}
         self._used_before, self._used = self._used, set()
         self._next.clear()
@@ -86,7 +87,7 @@ class Scores:
             if measured[0][0] is not None:
                 self._next[key] = _folded(self._next.get(key, self.known.get(key)), measured)
                 for _, watch in measured:
-                    watch.scores = None  # it tells again if there is more
+                    watch.scores = None  # the observer reports again if another backward pass measures more
         self._pending = {key: measured for key, measured in self._pending.items() if measured[0][0] is None}
 
     def _latest(self) -> dict[str, Tensor]:
@@ -98,7 +99,7 @@ class Scores:
                 found[key] = table
         return found
 
-    def of(self, key: str, x: Tensor, ids: Tensor | None) -> Tensor | None:
+    def lookup(self, key: str, x: Tensor, ids: Tensor | None) -> Tensor | None:
         """Scores of the rows of a residual x, uint8 (rows,); `None` where nothing is known of them."""
         if key not in self.known:
             return None
@@ -142,8 +143,8 @@ class Scores:
 
         Returns:
             The scores by residual, uint8 (nodes,); by "reach/" and residual how far the loss reaches, int64 (), as
-            far as passes were given `loss_rows`; by "steady/" and argument or attribute whether passes may rest on
-            its content, bool (); by "rows/" what was measured of the gradient's error, and how many rows are kept
+            far as passes were given `loss_rows`; by "steady/" and argument or attribute whether passes may rely
+            on its content, bool (); by "rows/" what was measured of the gradient's error, and how many rows are kept
             for it, float64 (values,); after "draws/" what the codec's next draws depend on beside torch's generator,
             int64 (), which is of this process rather than of the model.
         """
@@ -207,7 +208,7 @@ class Scores:
 
 
 def _values(parameters: list[Tensor]) -> list[float]:
-    """Some values of some trained parameters: enough to tell that an optimiser has stepped."""
+    """Some values of some trained parameters: enough to notice that an optimiser has stepped."""
     usual = [p for p in parameters if type(p) is nn.Parameter and strided(p)]
     trained = [p.detach() for p in usual if p.requires_grad and p.numel()]
     some = trained[:: len(trained) // _PARAMETERS + 1]

@@ -33,7 +33,7 @@ class Writes:
     def before(self, x: Any) -> None:
         """An operation is about to change x in place, a tensor or a list of them; anything else is passed over.
 
-        Plain torch would not mind where it keeps the result alone.
+        Plain torch allows it where it keeps only an operation's result, while Dibit may have kept the input.
         """
         if isinstance(x, list | tuple):
             for item in x:

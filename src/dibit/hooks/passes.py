@@ -25,7 +25,7 @@ from dibit.hooks.scripting import scripted
 from dibit.rules import RULES
 
 _TRACED = (torch.Tensor, nn.Parameter)
-_FEW = 1 << 14  # numbers in the largest argument: of a smaller graph there is little to save
+_MIN_NUMBERS = 1 << 14  # numbers in the largest argument: of a smaller graph there is little to save
 
 
 class Pass:
@@ -185,7 +185,7 @@ def _compiled(hook: Any, module: nn.Module, callback: Any, forward: Callable[...
         tensors = list(tensors_in((args, kwargs)))
         if not tensors or not all(type(x) in _TRACED and strided(x) for x in tensors):
             return _eager(hook, module, forward, args, kwargs)  # sparse matrices break every graph
-        if compiled_mode.weighs_edges(module) and max(x.numel() for x in tensors) >= _FEW:
+        if compiled_mode.weighs_edges(module) and max(x.numel() for x in tensors) >= _MIN_NUMBERS:
             return _eager(hook, module, forward, args, kwargs)  # a graph would keep what is made for each edge
     depth = len(mode.settings)
     try:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
-from dibit.reproduce.panels import Dot, Figure, Histogram, Rows
+from dibit.reproduce.panels import Dot, Figure, Histogram, RowPanel
 from dibit.tools.errors import require
 from dibit.tools.figures import INK, SOFT, figure, grid, legend_above, plain_log, svg_of
 from dibit.tools.number_format import number, short
@@ -91,7 +91,7 @@ def _figure(shown: Figure) -> Drawing:
         part = drawing.add_subfigure(places[divmod(i, columns)])
         part.suptitle(short(panel.title, 44 if columns == 1 else 24), x=0, ha="left")
         ax = part.subplots()
-        _draw_rows(ax, panel) if isinstance(panel, Rows) else _draw_histogram(ax, panel)
+        _draw_rows(ax, panel) if isinstance(panel, RowPanel) else _draw_histogram(ax, panel)
         handles, labels = ax.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
     if entries:
@@ -101,7 +101,7 @@ def _figure(shown: Figure) -> Drawing:
     return drawing
 
 
-def _height(panel: Rows | Histogram) -> float:
+def _height(panel: RowPanel | Histogram) -> float:
     """CSS pixels of a panel."""
     if isinstance(panel, Histogram):
         return 178
@@ -109,7 +109,7 @@ def _height(panel: Rows | Histogram) -> float:
     return _ROW * rows + 44 + 18 * bool(panel.xlabel)
 
 
-def _draw_rows(ax: Axes, panel: Rows) -> None:
+def _draw_rows(ax: Axes, panel: RowPanel) -> None:
     if panel.xlim:
         ax.set_xlim(panel.xlim)
     for guide in panel.guides:

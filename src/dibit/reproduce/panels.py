@@ -45,7 +45,7 @@ class Guide(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowPanel:
     """A panel of rows from the top down: groups (heading, [(label, dot)]); what lies outside of `xlim` is cut."""
 
     title: str
@@ -98,7 +98,7 @@ class Figure:
         panels: In order.
     """
 
-    def __init__(self, name: str, caption: str, panels: Sequence[Rows | Histogram]) -> None:
+    def __init__(self, name: str, caption: str, panels: Sequence[RowPanel | Histogram]) -> None:
         self.name, self.caption, self.panels = name, caption, [panel for panel in panels if panel.words]
 
     @property

@@ -40,7 +40,7 @@ class Saved(ABC):
         """
 
     def loaded(self) -> None:  # noqa: B027 - most have nothing to do
-        """The backward pass has come to what keeps this."""
+        """Called when `load` reads this residual in the backward pass."""
 
 
 class Residual(Saved):

@@ -22,8 +22,8 @@ class Compressed(Residual, GradientMap):
 
     Attributes:
         watch: measures the gradients that it is multiplied with, where the next step's rows depend on them.
-        key: of it among the residuals of a pass, the same in the next pass.
-        module: whose operation keeps it.
+        key: its name among the residuals of a pass, the same in every pass.
+        module: name of the module whose operation keeps it.
         drawn: key of the pass, whose `used` is called in the backward pass.
     """
 

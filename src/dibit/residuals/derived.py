@@ -1,4 +1,4 @@
-"""A tensor by what is kept of the one that it was computed from: linear, so unbiased."""
+"""Residuals of a tensor that is linear in another one: they are computed from what is kept of that, unbiased."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dibit.residuals.exact import Exact, Narrowed, with_tensors
 
 @dataclass(frozen=True)
 class Gathered(Residual):
-    """`x[index]`, a view or an expansion of a smaller tensor, by what is kept of that: linear, so unbiased."""
+    """`x[index]`, a view or an expansion of a smaller tensor, from the residual of that: linear, so unbiased."""
 
     source: Residual
     leaves: tuple[Exact | Narrowed, ...]
@@ -31,7 +31,7 @@ class Gathered(Residual):
         return (*self.source.tensors, *(leaf.x for leaf in self.leaves))
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Gathered:
-        count = max(0, len(tensors) - len(self.leaves))  # a description alone may not know how many it has
+        count = max(0, len(tensors) - len(self.leaves))  # without tensors, the source cannot tell how many it has
         return replace(
             self, source=self.source.with_tensors(tensors[:count]), leaves=with_tensors(self.leaves, tensors[count:])
         )
@@ -42,7 +42,7 @@ class Gathered(Residual):
 
 @dataclass(frozen=True)
 class Aggregated(Residual):
-    """A x of a constant graph, by what is kept of x: (A x)^T dY = x^T (A^T dY) needs no aggregate."""
+    """A x for a constant graph A, from the residual of x: (A x)^T dY = x^T (A^T dY) needs no aggregate."""
 
     graph: ConstantCSR
     source: Residual

@@ -43,7 +43,10 @@ class Exact:
         return version(self.x) == self.version
 
     def exposed(self) -> Exact | None:
-        """Itself, on a tensor of its own to be told from others', where somebody else can write to what is kept."""
+        """Replace the tensor by a detached alias, so that it can later be swapped for a copy; returns itself.
+
+        The alias also tells this holder of the memory apart from others.
+        """
         self.x = self.x.detach()
         return self
 
@@ -66,8 +69,8 @@ def exact(x: Tensor) -> Exact:
     return Exact(x.detach() if x.requires_grad else x, version(x))
 
 
-def own(kept: Iterable[Exact]) -> None:
-    """Take a copy, one of each tensor: their memory is about to change, or may from now on."""
+def detach_copies(kept: Iterable[Exact]) -> None:
+    """Replace tensors by copies, equal ones by one copy: their memory is about to change, or may from now on."""
     copies: dict[Any, Tensor] = {}
     for one in kept:
         key = one.x.storage_offset(), one.x.shape, one.x.stride(), one.x.dtype, one.x.is_conj(), one.x.is_neg()

@@ -1,4 +1,4 @@
-"""Norms of the gradients that a residual meets, by which the next step's rows are kept."""
+"""Norms of the gradients that a residual is multiplied with; the next step samples its rows by them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class GradientNormObserver:
     """Measures the norms of the gradients that one residual is multiplied with in the backward pass.
 
     Args:
-        on_first: called once there are any.
-        captured_table: the table of scores itself, where a CUDA graph must change it in its place.
+        on_first: called at the first gradient.
+        captured_table: the table of scores, uint8 (N,), if a CUDA graph must update it in place.
 
     Attributes:
-        scores: uint8 (N,) of their sum of squares, once a backward pass has come by.
+        scores: uint8 (N,), of the gradients' sum of squares; `None` before the first gradient.
     """
 
     def __init__(self, on_first: Callable[[GradientNormObserver], None], captured_table: Tensor | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Masks: where a gradient passes."""
+"""Masks of ReLU and dropout: one bit an element, or a seed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dibit.residuals.base import GradientMap, Residual
 
 @dataclass(frozen=True)
 class Stages:
-    """A tensor in parts: what it was computed from, then perhaps a ReLU, then perhaps dropout."""
+    """How a tensor was computed: from a source, then perhaps by a ReLU, then perhaps by dropout."""
 
     source: Any
     relu: Mask | None = None
@@ -57,7 +57,7 @@ class Mask(GradientMap):
 
 @dataclass(frozen=True)
 class SeededMask(Residual, GradientMap):
-    """Dropout: nothing but the seed, and the source where the dropped tensor itself is asked for."""
+    """Dropout: only the seed is kept, int64 (), and the source if the dropped tensor itself is needed."""
 
     seed: Tensor
     p: float

@@ -1,4 +1,4 @@
-"""A norm's result, also after ReLU and dropout, by what the norm keeps of its normalised input."""
+"""A norm's result, also after ReLU and dropout, from what the norm keeps of its normalised input."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Normed(Residual):
 
 @dataclass(frozen=True)
 class Passed(Residual):
-    """What ReLU or dropout make of a tensor, by what is kept of it and by their own mask: linear, so unbiased."""
+    """The result of ReLU or dropout, from the residual of its argument and its mask: linear, so unbiased."""
 
     source: Normed | Passed
     mask: Mask | SeededMask
@@ -99,8 +99,8 @@ class Passed(Residual):
         return _outer_by_parts(self, dy)
 
 
-def parts(kept: Residual) -> Iterator[tuple[slice, Tensor]]:
-    """An estimate of what is kept, (..., D) as rows (N, D), part by part: on a CPU no tensor of full size is made."""
+def row_chunks(kept: Residual) -> Iterator[tuple[slice, Tensor]]:
+    """Chunks of rows of a residual's value, (..., D) as (N, D): on a CPU no tensor of full size is made."""
     stages = kept.stages
     if stages is None or not stages.source.source.packed.plain_rows:
         x = kept.value()
@@ -144,7 +144,7 @@ def parts(kept: Residual) -> Iterator[tuple[slice, Tensor]]:
 def _outer_by_parts(kept: Residual, dy: Tensor) -> Tensor:
     """dY^T X, (O, D), for dy (N, O)."""
     grad: Tensor | None = None
-    for rows, x in parts(kept):
+    for rows, x in row_chunks(kept):
         if grad is None:
             grad = outer(x, dy[rows])
         else:

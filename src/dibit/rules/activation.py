@@ -129,7 +129,7 @@ def smooth(plain: Callable[..., Tensor], derivative: Callable[..., Tensor]) -> R
 
     Args:
         plain: the function of (x, inplace, *options).
-        derivative: of (x, *options), bounded, as exact as the function or more; it is kept at the recipe's bits.
+        derivative: of (x, *options), bounded, at least as exact as the function; it is kept at the recipe's bits.
     """
     return elementwise_rule(
         Pointwise(

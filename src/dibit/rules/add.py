@@ -80,7 +80,7 @@ def _counts_of_temporaries() -> tuple[int, int]:
 
 
 class _Probe(TorchFunctionMode):
-    """Counts references to both operands of an addition, on the way on which `Intercept` sends them to a rule."""
+    """Counts references to both operands of an addition, on the path by which `Intercept` sends them to a rule."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -82,8 +82,8 @@ class Pointwise:
             The arguments of either after the first are the function's options, by name and with their defaults.
         codec: how the derivative is kept: `RECIPE`, `SATURATING`, `RELATIVE`, `EIGHT_BIT` or `MEASURED`.
         in_place: the function of (x, *options), written over x; `None` where torch has none.
-        uses: how many residuals are not needed where x can be computed again, those of later operations included.
-        beside: of x, the bytes that plain torch keeps beside it: a buffer, or what a function is made of.
+        uses: how many residuals, those of later operations included, are not needed if x can be computed again.
+        beside: a function of x, the bytes that plain torch keeps in addition: a buffer, or intermediate results.
 
     Raises:
         ValueError: the codec is unknown, or neither derivative is given.

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dibit._torch.huge_pages import LEAST, empty, empty_like, worth_huge_pages
+from dibit._torch.huge_pages import MIN_BYTES, empty, empty_like, worth_huge_pages
 from dibit._torch.private import modes, operations
 
 _ROWS = 1 << 13  # of a product in parts: enough for its full speed, little enough for the caches
@@ -64,4 +64,4 @@ def _plain(x: Tensor, weight: Tensor) -> bool:
 
 
 def _pays(x: Tensor, width: int) -> bool:
-    return x.shape[0] * width * x.element_size() >= LEAST
+    return x.shape[0] * width * x.element_size() >= MIN_BYTES

@@ -153,13 +153,13 @@ class MatMul(torch.autograd.Function):
 
 
 def weight_gradient(ctx: Any, residual: Any, dy: Tensor) -> Tensor:
-    """dY^T X (O, D), measured where this pass is to be."""
+    """dY^T X (O, D) for dY (N, O); if this pass is measured, its noise is recorded."""
     dw: Tensor = residual.outer(dy) if ctx.meter is None else ctx.meter.weight_gradient(residual, dy)
     return dw
 
 
 def bias_gradient(ctx: Any, dy: Tensor) -> Tensor:
-    """The sum of dY (N, O) over its rows, which counts as signal where this pass is measured."""
+    """The sum of dY (N, O) over its rows: (O,); if this pass is measured, it is recorded as signal."""
     db = dy.sum(0)
     if ctx.meter is not None:
         ctx.meter.bias_gradient(db)
@@ -167,7 +167,7 @@ def bias_gradient(ctx: Any, dy: Tensor) -> Tensor:
 
 
 def input_gradient(ctx: Any, dx: Tensor) -> Tensor:
-    """dX, whose square is noted where this pass is measured."""
+    """dX; if this pass is measured, its square is recorded."""
     if ctx.meter is not None:
         ctx.meter.input_gradient(dx)
     return dx

@@ -49,7 +49,7 @@ def norm_config(forward: ForwardPass, shape: torch.Size, columns: bool, place: s
     return own.resolve(shape[:-1].numel())
 
 
-FEW_POSITIONS = 8  # of an instance
+FEW_POSITIONS = 8  # instances of fewer positions stay with torch
 
 
 class BatchNorm(torch.autograd.Function):

@@ -22,7 +22,7 @@ from dibit.engine.forward_pass import ForwardPass
 from dibit.recompute.nodes import Node
 from dibit.recompute.recorder import Tape
 from dibit.rules.common import running_config
-from dibit.rules.relative import geometric, octaves_of, relative, whole
+from dibit.rules.relative import full_range_levels, geometric, octaves_of, relative
 
 _MADE = torch_functions("exp sigmoid", in_place=True)
 _SELECTED = torch_functions(
@@ -50,7 +50,7 @@ def codec(forward: ForwardPass, x: Tensor, by: Tensor, both: bool) -> Config | N
         return None
     if x.device.type != "cpu" or not _LOOKS.get():
         certain = all(_positive(forward.lossless.tape, forward.holdings.origin(part)) for part in (x, by))
-        return relative(config, whole()) if certain else None
+        return relative(config, full_range_levels()) if certain else None
     octaves = _octaves(x.detach())
     if octaves is None or (_octaves(by.detach()) is None if both else not bool(by.detach().amin() >= 0)):
         return None

@@ -21,7 +21,7 @@ def _softplus_slope(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor
     return torch.where(x * beta > threshold, 1.0, torch.sigmoid(x * beta)).to(x.dtype)
 
 
-# What is exponentiated is a softmax, as a rule, which needs it twice more: in both factors of its quotient.
+# `exp` is mostly part of a softmax, whose quotient keeps the result twice more: in both of its factors.
 exp = elementwise(
     "exp", torch.exp, of_result=lambda y: y, codec=MEASURED, uses=3, autocast=full_precision(torch.exp), runs_again=True
 )

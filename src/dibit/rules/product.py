@@ -41,8 +41,8 @@ from dibit.rules.common import (
 from dibit.rules.registry import rule
 from dibit.rules.relative import keep_relative, keep_signed
 
-_BROADCAST = 4  # a factor that is at least so many times smaller than the product stays exact
-_ROW = 16  # elements for which a range of their own pays
+_BROADCAST = 4  # a factor with at most one element for this many of the product stays exact
+_ROW = 16  # rows of fewer elements do not get a range of their own
 
 
 class Product(torch.autograd.Function):
@@ -64,7 +64,7 @@ class Product(torch.autograd.Function):
 
 
 def _seen(kept: Any, dy: Tensor) -> Tensor:
-    """The factor, which sees what it is multiplied by."""
+    """The factor's value, after its residual has observed the gradient that it is multiplied by."""
     kept.observe(as_rows(dy))
     return kept.value()
 
@@ -115,7 +115,12 @@ def _exact(forward: ForwardPass, x: Tensor, count: int, config: Config, gathers:
 
 
 def factor(forward: ForwardPass, x: Tensor, by: Tensor, count: int, copied: bool = False) -> Any:
-    """What is kept of a factor x, which enters what comes before `by`; see `_factors` and `ForwardPass.keep`."""
+    """The residual of a factor x, from which the gradient of the factor `by` is computed.
+
+    Args:
+        count: elements of the product; 0: it has no broadcasting.
+        copied: see `ForwardPass.keep`.
+    """
     config = running_config(forward)
     if config.lossless or _exact(forward, x, count, without_reduction(config)):
         return forward.exact(x, copied)

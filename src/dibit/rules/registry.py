@@ -31,7 +31,7 @@ class Operation:
     Attributes:
         name: of the function and of its rule, such as "relu".
         rule: takes the pass and the function's arguments.
-        kind: of what it keeps, in reports of memory: "linear inputs", "norm inputs", "ReLU", "dropout" or "other".
+        kind: what it keeps, in reports of memory: "linear inputs", "norm inputs", "ReLU", "dropout" or "other".
         in_place: the rule has an argument `inplace`, and so serves `torch.relu_`, too.
         exact: the rule runs under `Config(lossless=True)`.
     """
@@ -56,9 +56,10 @@ def rule(
     saves_result: bool = False,
     exact: bool = False,
 ) -> Callable[[Rule], Rule]:
-    """Register the rule of a function, and say what others must know of the function.
+    """Register the rule of a function, and state the properties of the function that other parts of Dibit need.
 
-    How far a gradient goes in it, the rule's `torch.autograd.Function` says: `ctx.hops`, see `dibit.engine.loss_reach`.
+    The rule's `torch.autograd.Function` states itself how far a gradient spreads in it, by `ctx.hops`: see
+    `dibit.engine.loss_reach`.
 
     Args:
         name: of the function; default: that of the rule.

@@ -23,7 +23,7 @@ from dibit.residuals.base import GradientMap, Residual
 from dibit.rules.common import running_config
 
 _FINE, _ALL = 40, 124  # octaves below the largest element: a sigmoid's at +-28, and all that float32 has
-_MOST, _STEP = 128, 8  # of float32 there are no more; few different tables
+_MOST, _STEP = 128, 8  # octaves: float32 has no more; multiples of this, so that there are few tables
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,13 @@ def geometric(octaves: int) -> tuple[float, ...]:
 
 
 def octaves_of(span: float) -> int:
-    """How many octaves the levels for such a range, in powers of two, get."""
+    """How many octaves the levels cover, for magnitudes whose largest is 2**span times the smallest."""
     return min(_MOST, _STEP * math.ceil((1 + span) / _STEP))
 
 
 @functools.cache
-def whole() -> tuple[float, ...]:
-    """256 levels for elements that nobody looks at: 200 for the first `_FINE` octaves, 55 for all others, and zero."""
+def full_range_levels() -> tuple[float, ...]:
+    """256 levels for a tensor whose range is not read: 200 for the first `_FINE` octaves, 55 for others, and zero."""
     low = range(55, 0, -1)
     fine = (255 * 2.0 ** (-i * _FINE / 199) for i in range(199, -1, -1))
     return (0.0, *(255 * 2.0 ** (-_FINE - i * (_ALL - _FINE) / 55) for i in low), *fine)
@@ -105,8 +105,8 @@ def _saturating(top: int, linear: int) -> tuple[float, ...]:
 
 @functools.cache
 def relative(config: Config, levels: tuple[float, ...] | None = None) -> Config:
-    """The codec for such an element; default levels: `whole()`."""
-    levels = levels or whole()
+    """The config whose error is a part of each element; default levels: `full_range_levels()`."""
+    levels = levels or full_range_levels()
     config = replace(config, rounding="stochastic") if config.rounding == "dither" else config
     return replace(config, bits=len(levels).bit_length() - 1, reduce=None, levels=levels, block=1024, norm=None)
 
@@ -133,7 +133,7 @@ def keep_relative(forward: ForwardPass, x: Tensor) -> Signed | None:
 
 
 def keep_signed(forward: ForwardPass, x: Tensor) -> Signed:
-    """The same by the levels `whole()`, with a sign for each element, whatever they are: no number is waited for."""
+    """The same with `full_range_levels()` and a sign for each element, whatever x is: a GPU is not waited for."""
     return _with_signs(forward, x, x.abs(), relative(running_config(forward)))
 
 

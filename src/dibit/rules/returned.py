@@ -20,7 +20,7 @@ from dibit.residuals.exact import Exact
 
 
 class KeptApart:
-    """What a function keeps on its own, not through `save_for_backward`: freed as autograd frees what that keeps."""
+    """What a function keeps outside of `save_for_backward`; it is freed when autograd frees the saved tensors."""
 
     spent = False
 
@@ -45,7 +45,7 @@ class KeptApart:
 
 
 class Slope(KeptApart):
-    """A derivative by its codes, or by the result of the function if the model returns it.
+    """A derivative, kept as codes, or computed from the function's result if the model returns that.
 
     Args:
         kept: residual of the derivative.

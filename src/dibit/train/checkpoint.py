@@ -1,4 +1,4 @@
-"""Checkpoints: written whole, sealed with a digest, and gone on with only by the training that they are of."""
+"""Checkpoints: written atomically, with a digest, and resumed only by the same training."""
 
 from __future__ import annotations
 

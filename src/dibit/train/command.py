@@ -71,7 +71,7 @@ def _train_in(folder: RunFolder, settings: Settings, json_file: Path | None, wor
         if world.first:
             if folder.resume:  # before anything is written
                 for name, seed in runs:
-                    check_checkpoint(task, name, configs[name], seed, folder.of(name, seed))
+                    check_checkpoint(task, name, configs[name], seed, folder.path_for(name, seed))
             folder.open()
             if not settings.run.quiet:
                 print(
@@ -87,7 +87,7 @@ def _train_in(folder: RunFolder, settings: Settings, json_file: Path | None, wor
                     name,
                     configs[name],
                     seed,
-                    folder.of(name, seed),
+                    folder.path_for(name, seed),
                     last=(name, seed) == runs[-1],
                     note=folder.note,
                     resume=folder.resume,

@@ -99,7 +99,7 @@ class RunFolder:
 
     def _files(self) -> list[Path]:
         """What the run will write, but for the event files, whose names are new."""
-        folders = [self.of(recipe, seed) for recipe, seed in trainings(self.settings)]
+        folders = [self.path_for(recipe, seed) for recipe, seed in trainings(self.settings)]
         return [self.path / SETTINGS, *(folder / name for folder in folders for name in (CHECKPOINT, BEST))]
 
     def _look(self) -> None:
@@ -119,7 +119,7 @@ class RunFolder:
         found = sorted(p.name for p in self.path.iterdir() if p.name != lock.NAME) if self.path.is_dir() else []
         return [] if found == [MANIFEST] else found
 
-    def of(self, recipe: str, seed: int) -> Path:
+    def path_for(self, recipe: str, seed: int) -> Path:
         """Return the folder of one training: the folder itself, or one below it if there are several."""
         run = self.settings.run
         if not run.compare and run.seeds == 1:

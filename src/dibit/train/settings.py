@@ -19,7 +19,7 @@ BITS = (1, 2, 4, 8)
 LEVELS = ("uniform", "normal")
 LOADERS = ("full", "neighbor", "cluster", "saint-rw", "saint-node", "shadow")
 PRECISIONS = ("fp32", "bf16", "fp16")
-_MOST = 2**31 - 1  # of whole numbers that mean nothing larger
+_MOST = 2**31 - 1  # largest accepted whole number (int32)
 _MOST_REAL = 1e38  # float32 ends at 3.4e38
 
 

@@ -25,7 +25,7 @@ from dibit.compile.config_text import NORM, setting_of, settings
 from dibit.engine.model_state import state_of
 from dibit.engine.noise.meter import concentration, rounding_of
 from dibit.engine.noise.noise_flow import _ALIGNED, _ALIGNED_COLUMNS, _COLUMNS, Factor, Leaf, Level, Norm
-from dibit.engine.noise.prediction import DEEP, FINE, NEXT
+from dibit.engine.noise.prediction import DEEP, FINE, SHARE_NEAR_LOSS
 from dibit.engine.noise.row_plan import _MANY, _SPREAD, RowPlan
 from dibit.recipes import recipe
 from dibit.study import gradient_error
@@ -441,7 +441,7 @@ class TestNextToTheLoss:
         leaves = walked(Deep(layers, nn.BatchNorm1d), 5, rho=rho)
         q = columns = 0.0
         for i in reversed(range(layers)):
-            near = layers - 1 - i < NEXT * layers
+            near = layers - 1 - i < SHARE_NEAR_LOSS * layers
             variance = 0.2 * 4.0 ** (2 - FINE) if near else 0.2
             q = q * (1 + variance * _ALIGNED_COLUMNS) + variance * rho
             columns += _COLUMNS * variance * _SPREAD
@@ -466,7 +466,7 @@ class TestNextToTheLoss:
         assert all(each.reduce is None for each in found.values())
         assert {each.bits for each in found.values()} == bits
         near = [key for key, each in found.items() if each.bits == 4]
-        assert all(plan.norms[key].above < NEXT * layers for key in near)
+        assert all(plan.norms[key].above < SHARE_NEAR_LOSS * layers for key in near)
         assert any(key.startswith(f"norms.{layers - 1}:") for key in near) or bits == {2}
 
     @pytest.mark.parametrize(("terms", "level"), [(0.1, Level.ALL), (3.0, Level.FINE)])

@@ -13,11 +13,11 @@ from dibit.codec import decode, encode, seed_tensor
 from dibit.config import Config, Project
 from dibit.engine.noise.row_plan import RowPlan
 from dibit.residuals.base import Residual, outer
-from dibit.residuals.norm_results import parts
+from dibit.residuals.norm_results import row_chunks
 
-_COLUMNS = 512  # that are compared with one another at most
-_SOME = 1 << 11  # rows that tell how large rounding is
-_ROWS = 1 << 13  # that are counted at once: no mask of the whole
+_COLUMNS = 512  # columns of which `concentration` is computed, at most
+_SOME = 1 << 11  # rows from which a codec's rounding error is measured, at most
+_ROWS = 1 << 13  # rows whose non-zeros are counted at a time, to avoid a mask of the full size
 
 
 class Meter:
@@ -45,16 +45,18 @@ class Meter:
         return dw
 
     def bias_gradient(self, db: Tensor) -> None:
-        """A bias's gradient: it has no noise but that of dY, and is a part of the whole gradient."""
+        """Take in a bias's gradient db (O,): a part of the whole gradient, with no noise of its own."""
         self.plan.measured(self.key, (0.0, 0.0, 0.0, float(_square(db)), 0.0, 0.0, 0.0, 0.0))
 
     def input_gradient(self, dx: Tensor) -> None:
-        """The gradient that goes on."""
+        """Take in dX, the gradient of the input."""
         self.plan.measured(self.key, (0.0, 0.0, 0.0, 0.0, 0.0, float(_square(dx)), 1.0, 0.0))
 
     def _of_rows(self, residual: Residual, dy: Tensor) -> tuple[Tensor, tuple[Tensor, ...], int]:
-        """dY^T X by the rows kept; S, what the others and what rounding add to its variance, and the sums of rows'
-        lengths to the fourth and to the second power; the ratio."""
+        """Return dW (O, D) from the kept rows, five float32 0-d tensors, and the ratio.
+
+        The tensors are S, the variance of dW from sampling, that from rounding, sum |x_n|^4 and sum |x_n|^2.
+        """
         dw, packed = residual.outer(dy), residual.encoded
         assert packed is not None
         x, gradient = packed.reduced(), _squares(dy)
@@ -70,9 +72,9 @@ class Meter:
         return dw, (terms.sum(), (terms * (weight - 1)).sum(), rounding.sum(), *_powers(squares, weight)), ratio
 
     def _of_parts(self, residual: Residual, dy: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The same of a residual that keeps all rows, unpacked once for all."""
+        """The same (without the ratio) of a residual that keeps all rows, each unpacked once for all sums."""
         dw, (s, r, fourth, second) = None, dy.new_zeros((4,), dtype=torch.float32)
-        for rows, x in parts(residual):
+        for rows, x in row_chunks(residual):
             own = dy[rows]
             gradient = _squares(own)
             dw = outer(x, own) if dw is None else dw.addmm_(own.T, x.to(own.dtype))
@@ -89,8 +91,8 @@ class Meter:
         Args:
             along: the square of what it subtracts along x_hat, 0-d.
             dx: the gradient of its input (rows, D).
-            variance: of what it keeps of x_hat, over its square: so much of `along` was added to dX as noise.
-            normalised: x_hat (rows, D), as far as it was kept, where its statistics are those of columns.
+            variance: of what it keeps of x_hat, over its square; dX contains `variance * along` as noise.
+            normalised: the kept rows of x_hat (rows, D), if its statistics are those of columns.
         """
         spread = along.new_zeros(()) if normalised is None else concentration(normalised)
         part, whole, share = torch.stack((along.float(), _square(dx), spread.float())).tolist()
@@ -113,10 +115,13 @@ def concentration(x: Tensor) -> Tensor:
 
 
 def _rounding(residual: Residual, x: Tensor, start: int = 0) -> Tensor:
-    """The variance by rounding of each row of what is kept (rows, D), summed over its elements, about.
+    """Approximate variance (rows,) that rounding adds to each row of x (rows, D), summed over its elements.
 
     Args:
-        start: which of all rows the first of these is.
+        start: the number of the first of these rows in the residual.
+
+    Returns:
+        float32; a 0-d zero if the residual has no codes, or keeps a projection.
     """
     packed, gain = residual.rounded()
     if packed is None or isinstance(packed.config.reduce, Project):

@@ -18,7 +18,7 @@ from dibit._torch.private.autograd import sequence_number
 
 # Share of a norm's noise that lies along x_hat of the next one (W^T W x is near to x): of rows, and over columns.
 _ALIGNED, _ALIGNED_COLUMNS = 0.4, 0.15
-_MOST = 1e12  # q beyond which all is lost
+_MOST = 1e12  # larger q are cut to this: the gradient is lost anyway
 _COLUMNS = 0.3  # of S: what noise in the columns' means adds, times the variance and the norm's concentration
 
 
@@ -35,20 +35,21 @@ class Leaf:
     """What is known of the gradients of weights that share an input.
 
     Attributes:
-        noise: their variance by rows that are left out, at one row of two: it grows with (ratio - 1).
+        noise: their variance from rows that are left out, at ratio 2; it is proportional to (ratio - 1).
         terms: S, the sum of the squares of their terms.
         along: the same for noise that is large in the rows where x is, as that of norms over columns tends to be.
-        rounding: their variance by rounding where all rows are kept: it grows with the ratio.
+        rounding: their variance from rounding, if all rows are kept; it is proportional to the ratio.
         signal: their square, without noise.
-        sampled, all_rows, fine: q of their dY at each level of the norms, but for that of factors of the recipe's bits:
-        sampled_factors, all_rows_factors, fine_factors: that.
+        sampled, all_rows, fine: q, the noise in dY over |dY|^2, that norms (and factors of fixed bits) add at each
+            `Level`.
+        sampled_factors, all_rows_factors, fine_factors: the part of q that other factors add, at the recipe's bits.
         elements: of the input; 0 where the rows kept do not depend on a ratio (features).
         most: the recipe's ratio.
         served: norms that keep all rows keep this input, too.
-        outgoing: the square of the gradient of the input that one of its users passes on.
+        outgoing: |dX|^2, the mean over the linear layers that read this input.
         by_columns: some norm on the way to it is over columns.
-        uneven: its rows are of so different lengths that they are chosen by |dY_n| |x_n|.
-        missed: steps in a row that were measured, but this was not there.
+        uneven: the lengths of its rows differ so much that rows are chosen by |dY_n| |x_n|.
+        missed: measured steps in a row in which this input was not kept.
     """
 
     noise: float = 0.0
@@ -82,7 +83,7 @@ class Leaf:
         return self.path_error(level) + factors * self.terms + (1 + self.q(level, share)) * own
 
     def path_error(self, level: int) -> float:
-        """The part of it that norms make."""
+        """The part of the squared error that comes from noise which norms (and factors of fixed bits) add to dX."""
         return self.q(level, 0.0) * max(self.terms, self.along * self.by_columns)
 
 
@@ -97,8 +98,8 @@ class Norm:
         outgoing: the square of its dX.
         above: norms between it and the loss, at least.
         elements: of its input.
-        ratio: the recipe's, for so many rows.
-        missed: as of a leaf.
+        ratio: the recipe's, for this number of rows.
+        missed: measured steps in a row in which this norm did not run.
     """
 
     rho: float = 0.0
@@ -119,7 +120,7 @@ class Factor:
         elements: of it.
         bits: of its config.
         fixed: it keeps these, whatever the error is.
-        missed: as of a leaf.
+        missed: measured steps in a row in which this residual was not kept.
     """
 
     variance: float = 0.0
@@ -169,7 +170,7 @@ class _Flow:
         self.energy, self.above = whole, min(self.above, other.above) if both else other.above
 
     def times(self, factor: Factor) -> None:
-        """Be multiplied by a factor: where its errors are independent, their variance adds up."""
+        """Multiply by a factor, whose errors are independent: their relative variance adds to the noise."""
         noise = self.q if factor.fixed else self.factors
         noise[:] = (min(q + factor.variance, _MOST) for q in noise)
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 
 from dibit.engine.noise.noise_flow import Factor, Leaf, Level, Norm
 
-NEAR = 1.1  # times the least error is near it
+NEAR_OPTIMAL = 1.1  # errors of up to this times the least error count as near it
 _ROUNDED = 0.2  # variance of a normalised input at 2 bits with dither
-DEEP = 8  # norms behind one another, of which those next to the loss may keep more bits
-NEXT = 0.45  # share of the norms that are next to the loss
-FINE = 4  # bits of these
+DEEP = 8  # from this many norms behind one another on, those next to the loss may keep more bits
+SHARE_NEAR_LOSS = 0.45  # this share of the depth counts as next to the loss
+FINE = 4  # bits of the norms next to the loss
 
 
 class Prediction:
@@ -26,12 +26,12 @@ class Prediction:
 
     @property
     def depth(self) -> int:
-        """Norms behind one another, on the quietest way."""
+        """How many norms lie behind one another; where branches meet, the shorter one counts."""
         return 1 + max((norm.above for norm in self.norms.values()), default=-1)
 
     def bits(self, norm: Norm, level: int) -> int | None:
         """Bits of a norm that keeps all rows; `None`: the recipe's."""
-        fine = level == Level.FINE and self.depth >= DEEP and norm.above < NEXT * self.depth
+        fine = level == Level.FINE and self.depth >= DEEP and norm.above < SHARE_NEAR_LOSS * self.depth
         return FINE if fine else None
 
     def variance(self, norm: Norm, level: int) -> float:
@@ -45,11 +45,11 @@ class Prediction:
         return sum(leaf.error(self.ratio(key, level, ratios), level, share) for key, leaf in self.leaves.items())
 
     def path(self, level: int) -> float:
-        """The part of it that norms make."""
+        """The part of the squared error that comes from noise which norms (and factors of fixed bits) add to dX."""
         return sum(leaf.path_error(level) for leaf in self.leaves.values())
 
     def share(self, finer: int) -> float:
-        """What is left of the factors' variance at so many bits; 0 bits: the recipe's."""
+        """The factors' variance at `finer` bits over that at the recipe's bits; 1 if `finer` is 0 (the recipe's)."""
         given = min((factor.bits for factor in self.factors.values() if not factor.fixed), default=finer)
         return 4.0 ** min(0, given - finer) if finer else 1.0
 
@@ -59,7 +59,7 @@ class Prediction:
         return sum(leaf.signal for leaf in self.leaves.values())
 
     def ratio(self, key: str, level: int, ratios: Mapping[str, int]) -> int:
-        """Rows of which a leaf keeps one."""
+        """The ratio of a leaf: it keeps one row of this many."""
         leaf = self.leaves[key]
         return 1 if not leaf.elements or (level and leaf.served) else min(leaf.most, ratios.get(key, leaf.most))
 
@@ -71,7 +71,7 @@ class Prediction:
         slopes = {key: leaf.error(2, level, share) - leaf.error(1, level, share) for key, leaf in free.items()}
 
         def ratios(price: float) -> dict[str, int]:
-            """Where a byte less would cost more error than `price`, the ratio is as small as that asks for."""
+            """The ratios at which one element less costs the error `price`; each between 1 and the recipe's."""
             chosen = {}
             for key, leaf in free.items():
                 best = math.sqrt(price * leaf.elements / slopes[key]) if slopes[key] > 0 else math.inf
@@ -83,7 +83,7 @@ class Prediction:
 
         if error({key: leaf.most for key, leaf in free.items()}) <= bound:
             return {}
-        bound = max(bound, NEAR * least)
+        bound = max(bound, NEAR_OPTIMAL * least)
         low, high = -60.0, 60.0  # powers of e around error per element
         scale = sum(leaf.terms for leaf in free.values()) / max(1, sum(leaf.elements for leaf in free.values()))
         for _ in range(40):

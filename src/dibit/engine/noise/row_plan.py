@@ -17,8 +17,8 @@ Three kinds of noise meet in a weight gradient :math:`dW = \sum_n dY_n^T x_n`, w
 
 docs/gradient-error.md derives this. Where the sum would exceed the bound, more rows are kept: all of them by norms,
 which then serve the linear layers behind them too, or more of those by linear layers, whichever takes fewer bytes.
-What comes by the way of dX is known up to a power of the depth only, so that it has a share of the bound for itself;
-in deep models the norms next to the loss, whose noise passes through all others, then keep their rows at 4 bits.
+The predicted noise in dX is uncertain by a factor that grows with depth. So it may use only a quarter of the bound
+(`_PATH`); in deep models the norms next to the loss, whose noise passes through all others, then keep 4 bits.
 """
 
 from __future__ import annotations
@@ -36,22 +36,24 @@ from torch import Tensor, nn
 from dibit._torch.private.modules import NORMS
 from dibit.config import Config, Sample
 from dibit.engine.noise.noise_flow import Factor, Leaf, Level, Norm, pass_down
-from dibit.engine.noise.prediction import DEEP, NEAR, Prediction
+from dibit.engine.noise.prediction import DEEP, NEAR_OPTIMAL, Prediction
 
 FIRST_MEASURED = 4  # first passes that are measured
-_SOON, _EVERY = 4, 16  # of the later ones, in the beginning and where what is measured has changed; in the end
+# Steps between later measurements: at first and after the predicted error has changed; at most.
+_FIRST_INTERVAL, _LAST_INTERVAL = 4, 16
 _CHANGED = 1.25  # factor in the error that is a change
 _NEW, _LATER = 0.5, 0.75  # share of a new measurement in what is known: of the first ones, and of later ones
-_BACK = 0.7  # norms are sampled again where less than so much of the bound would be reached
-_PATH = 0.25  # share of the bound for what comes by the way of dX: it is known up to a power of the depth only
-_MANY = 64  # passes before one step that are measured at most
-_GONE = 4  # what so many measured steps have not had is forgotten
-_FEW = 3  # norms of a model that are sampled as long as nothing is known
-_FIRST = 2  # ratio of linear inputs in a model of more, as long as nothing is known
-_BLOCK = 128  # elements a range, of a norm that keeps all rows
-UNEVEN = 1.3  # of lengths, the mean square over the squared mean: so much noise rows by |dY| alone make too much
-_SPREAD = 0.035  # the concentration as long as it is not known
-_FINER = (4, 8)  # bits of factors, where the recipe's make too much noise
+_BACK = 0.7  # return to fewer rows or bits only if the error is then below this share of the bound
+_PATH = 0.25  # share of the bound for noise in dX: its prediction is uncertain by a factor that grows with depth
+_MANY = 64  # at most this many passes before one step are measured
+_FORGET_AFTER_STEPS = 4  # forget a residual that was absent from this many measured steps
+_MAX_SAMPLED_NORMS = 3  # models with at most this many norms sample rows before the first measurement
+_FIRST_LEAF_RATIO = 2  # before it, linear inputs of models with more norms keep one row of this many
+_BLOCK = 128  # elements that share a range, in a norm that keeps all rows
+# If mean(|x_n|^2) / mean(|x_n|)^2 exceeds this, rows are chosen by |dY_n| |x_n| instead of |dY_n|.
+UNEVEN = 1.3
+_SPREAD = 0.035  # a norm's concentration before the first measurement
+_FINER = (4, 8)  # bits of factors to choose from if the recipe's make too much noise
 _OF_LEAF, _OF_NORM, _OF_FACTOR = 8, 4, 2  # numbers of a measurement
 _TERMS = 1  # place of S among a leaf's
 
@@ -61,7 +63,7 @@ def norms_of(model: nn.Module) -> int:
     return sum(isinstance(module, NORMS) or type(module).__name__ == "LayerNorm" for module in model.modules())
 
 
-def whole(config: Config, bits: int | None = None) -> Config:
+def all_rows_config(config: Config, bits: int | None = None) -> Config:
     """The codec of a norm's input that keeps all rows."""
     return replace(config, reduce=None, block=_BLOCK, bits=bits or config.bits)
 
@@ -73,11 +75,12 @@ class RowPlan:
     Attributes:
         bound: on the squared error of the gradient over its square; 0: nothing is measured.
         leaves, norms, factors: by the name of the residual or norm.
-        ratios: by residual, rows of which one is kept, where that is not the recipe's.
+        ratios: by residual, its ratio (one row of this many is kept), if that is not the recipe's.
         level: what norms keep; `None`: not decided.
         finer: bits of factors at least; 0: the recipe's.
-        passes: after which an optimiser has stepped.
-        due, apart: the pass that is measured next, and how many after the one before: fewer while the error changes.
+        passes: steps of the optimiser so far.
+        due: the step that is measured next.
+        apart: steps from one measurement to the next; fewer while the error changes.
     """
 
     bound: float = 0.0
@@ -89,7 +92,7 @@ class RowPlan:
     finer: int = 0
     passes: int = 0
     due: int = 0
-    apart: int = _SOON
+    apart: int = _FIRST_INTERVAL
     _count: int = 0  # norms among the model's modules, once they were counted
     _pending: dict[str, tuple[float, ...]] = field(default_factory=dict)
     _walks: int = 0  # since the last step
@@ -124,7 +127,7 @@ class RowPlan:
             level = Level.ALL if self.deep(model) else Level.SAMPLED
         if level is Level.SAMPLED:
             return config
-        return whole(config, self.prediction.bits(norm, level))
+        return all_rows_config(config, self.prediction.bits(norm, level))
 
     @property
     def prediction(self) -> Prediction:
@@ -132,16 +135,16 @@ class RowPlan:
         return Prediction(self.leaves, self.norms, self.factors)
 
     def deep(self, model: nn.Module) -> bool:
-        """Whether a model has so many norms that they keep all rows as long as nothing is known."""
+        """Whether a model has more than `_MAX_SAMPLED_NORMS` norms: they keep all rows before the first measurement."""
         if not self._count:
             self._count = norms_of(model)
-        return self._count > _FEW
+        return self._count > _MAX_SAMPLED_NORMS
 
     def unmeasured(self, config: Config | None, model: nn.Module) -> Config | None:
         """A config for passes in which nothing is measured: compiled ones."""
         if config is None or config.noise is None or config.norm is None or not self.deep(model):
             return config
-        return replace(config, norm=whole(config.norm))
+        return replace(config, norm=all_rows_config(config.norm))
 
     def factor_config(self, key: str, config: Config, elements: int, fixed: bool) -> Config:
         """The codec of what multiplies the gradient element by element."""
@@ -158,7 +161,7 @@ class RowPlan:
         leaf = self.leaves.setdefault(key, Leaf())
         leaf.elements, leaf.most = shape.numel(), config.reduce.resolve(shape[:-1].numel()).ratio
         leaf.served = served or (leaf.served and not self.level)
-        first = _FIRST if self.level is None and self.deep(model) else leaf.most
+        first = _FIRST_LEAF_RATIO if self.level is None and self.deep(model) else leaf.most
         ratio = min(self.ratios.get(key, first), leaf.most)
         return replace(config, reduce=replace(config.reduce, ratio=ratio))
 
@@ -216,7 +219,7 @@ class RowPlan:
         self._forget()
         self._pending.clear()
         steady = before / _CHANGED <= self.predicted() <= before * _CHANGED
-        self.apart = min(_EVERY, max(_SOON, self.passes // 4)) if steady else _SOON
+        self.apart = min(_LAST_INTERVAL, max(_FIRST_INTERVAL, self.passes // 4)) if steady else _FIRST_INTERVAL
 
     def _choose(self) -> None:
         """Choose level and ratios: the fewest bytes within the bound or, out of reach, near the least error."""
@@ -236,7 +239,7 @@ class RowPlan:
             beyond.append((max(error, path / _PATH), choice))
         if not within:
             least = min(error for error, _ in beyond)
-            within = [choice for error, choice in beyond if error <= NEAR * least]
+            within = [choice for error, choice in beyond if error <= NEAR_OPTIMAL * least]
         _, chosen, self.finer, self.ratios = min(within, key=lambda choice: choice[:3])
         self.level = Level(-chosen)
 
@@ -302,12 +305,12 @@ class RowPlan:
         return bool(self.bound)
 
     def _forget(self) -> None:
-        """Drop what is not coming back: a part that is no longer used, a weight that was frozen."""
+        """Forget residuals that are no longer kept: of a part that is not used any more, of a frozen weight."""
         tables: tuple[dict[str, Any], ...] = (self.leaves, self.norms, self.factors)
         for table in tables:
             for key, known in list(table.items()):
                 known.missed = 0 if key in self._pending else known.missed + 1
-                if known.missed >= _GONE:
+                if known.missed >= _FORGET_AFTER_STEPS:
                     del table[key]
                     self.ratios.pop(key, None)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from dibit.reproduce.panels import Dot, Figure, Guide, Rows
+from dibit.reproduce.panels import Dot, Figure, Guide, RowPanel
 from dibit.reproduce.paper import CLAIMS
 from dibit.reproduce.records import SETTING, Fact, Record
 from dibit.reproduce.schema import JsonObject
@@ -177,13 +177,13 @@ def _figure(timing: Timing | None, graphs: Sequence[GraphBlocks]) -> Figure:
         "square (filled: after the last epoch, hollow: at the first one looked at), and the change of test accuracy "
         "against plain FP32 (small: each seed).",
         [
-            Rows("Saved MB", [("", saved)]),
-            Rows(
+            RowPanel("Saved MB", [("", saved)]),
+            RowPanel(
                 "Time a step, EXACT = 1",
                 [("", times)],
                 [Guide(1, "EXACT"), Guide(_FASTER, "ink", f"the paper’s time at {_BLOCKS}")],
             ),
-            Rows("Squared error of the gradient", by_graph(error), log=positive),
-            Rows("Test accuracy minus FP32, points", by_graph(change), [Guide(0, "FP32")]),
+            RowPanel("Squared error of the gradient", by_graph(error), log=positive),
+            RowPanel("Test accuracy minus FP32, points", by_graph(change), [Guide(0, "FP32")]),
         ],
     )

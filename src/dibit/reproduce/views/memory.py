@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from dibit.reproduce.panels import Dot, Figure, Rows
+from dibit.reproduce.panels import Dot, Figure, RowPanel
 from dibit.reproduce.records import SETTING, Fact, Record, paper
 from dibit.reproduce.schema import JsonObject
 from dibit.tools.markdown import Column, Table, strong, table
@@ -129,7 +129,7 @@ def _figure(shape: ShapeMemory) -> Figure:
         f"Saved MB on the {shape.name} shape by what is kept. First to one scale, then the compressed settings on an "
         "axis of their own; diamonds are the authors’ log.",
         [
-            Rows("Saved MB, to one scale", [("", [bar for bar in bars if bar[0] in ("FP32", *_MAIN)])]),
-            Rows("Saved MB, compressed alone", [("", [bar for bar in bars if bar[0] != "FP32"])]),
+            RowPanel("Saved MB, to one scale", [("", [bar for bar in bars if bar[0] in ("FP32", *_MAIN)])]),
+            RowPanel("Saved MB, compressed alone", [("", [bar for bar in bars if bar[0] != "FP32"])]),
         ],
     )

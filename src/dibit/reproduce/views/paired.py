@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from dibit.reproduce.panels import Dot, Figure, Guide, Rows
+from dibit.reproduce.panels import Dot, Figure, Guide, RowPanel
 from dibit.reproduce.records import Record, paper
 from dibit.reproduce.schema import JsonObject
 from dibit.tools.markdown import Column, strong, table
@@ -64,8 +64,8 @@ def trainings(
     changes = [(title, [(row.recipe, _change(row.difference)) for row in rows]) for title, rows in groups]
     levels = [(title, [(row.recipe, _level(row.test)) for row in rows]) for title, rows in groups]
     panels = [
-        Rows("Test accuracy minus FP32, points", changes, [Guide(0, "FP32"), *guides], xlim=(-end, end)),
-        Rows("Test accuracy, %", levels),
+        RowPanel("Test accuracy minus FP32, points", changes, [Guide(0, "FP32"), *guides], xlim=(-end, end)),
+        RowPanel("Test accuracy, %", levels),
     ]
     yield Figure(name, of_figure, panels)
     if groups:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 
-from dibit.reproduce.panels import Dot, Figure, Rows
+from dibit.reproduce.panels import Dot, Figure, RowPanel
 from dibit.reproduce.records import Fact, Record, paper
 from dibit.reproduce.schema import JsonObject
 from dibit.reproduce.views.layers import LAYER, LayerRow, by_setting, labels
@@ -175,7 +175,7 @@ def _measured_figure(graph: GraphVariance) -> Figure:
         counts = " or ".join(f"{count:,}" for count in sorted({row.count for row in rows}))
         dots = list(zip(labels(rows), map(dot, rows), strict=True))
         title = f"{setting}, {counts} share a range"
-        panels.append(Rows(title, [("", dots)], xlabel="variance, in squared bin widths"))
+        panels.append(RowPanel(title, [("", dots)], xlabel="variance, in squared bin widths"))
     return Figure(
         f"variance-{slug(graph.graph, graph.model, graph.epoch)}",
         f"On real activations ({_name(graph)}): the variance with uniform levels, with those of the clipped normal, "

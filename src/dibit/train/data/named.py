@@ -25,7 +25,7 @@ from dibit.train.data.splits import Masks, oriented
 
 
 @dataclass(frozen=True)
-class Source:
+class DatasetSource:
     """How a data set is constructed.
 
     Attributes:
@@ -41,26 +41,26 @@ class Source:
     metric: str = "accuracy"
 
 
-def _table() -> dict[str, Source]:
-    table: dict[str, Source] = {}
+def _table() -> dict[str, DatasetSource]:
+    table: dict[str, DatasetSource] = {}
     for name in ("Cora", "CiteSeer", "PubMed"):
-        table[name.lower()] = Source("Planetoid", {"name": name})
+        table[name.lower()] = DatasetSource("Planetoid", {"name": name})
     for name in ("Computers", "Photo"):
-        table[f"amazon-{name.lower()}"] = Source("Amazon", {"name": name})
+        table[f"amazon-{name.lower()}"] = DatasetSource("Amazon", {"name": name})
     for name in ("CS", "Physics"):
-        table[f"coauthor-{name.lower()}"] = Source("Coauthor", {"name": name})
+        table[f"coauthor-{name.lower()}"] = DatasetSource("Coauthor", {"name": name})
     for name in ("Cora", "Cora_ML", "CiteSeer", "DBLP", "PubMed"):
-        table[f"citationfull-{canonical(name)}"] = Source("CitationFull", {"name": name})
+        table[f"citationfull-{canonical(name)}"] = DatasetSource("CitationFull", {"name": name})
     for name in ("Cornell", "Texas", "Wisconsin"):
-        table[name.lower()] = Source("WebKB", {"name": name}, undirected=True)
+        table[name.lower()] = DatasetSource("WebKB", {"name": name}, undirected=True)
     for name in ("chameleon", "squirrel"):
-        table[name] = Source("WikipediaNetwork", {"name": name}, undirected=True)
+        table[name] = DatasetSource("WikipediaNetwork", {"name": name}, undirected=True)
     for name in ("Roman-empire", "Amazon-ratings", "Minesweeper", "Tolokers", "Questions"):
-        table[name.lower()] = Source("HeterophilousGraphDataset", {"name": name})
+        table[name.lower()] = DatasetSource("HeterophilousGraphDataset", {"name": name})
     for name in ("USA", "Brazil", "Europe"):
-        table[f"airports-{name.lower()}"] = Source("Airports", {"name": name})
+        table[f"airports-{name.lower()}"] = DatasetSource("Airports", {"name": name})
     for name in ("DE", "EN", "ES", "FR", "PT", "RU"):
-        table[f"twitch-{name.lower()}"] = Source("Twitch", {"name": name})
+        table[f"twitch-{name.lower()}"] = DatasetSource("Twitch", {"name": name})
     for name in (
         "Flickr",
         "Reddit",
@@ -71,15 +71,15 @@ def _table() -> dict[str, Source]:
         "LastFMAsia",
         "DeezerEurope",
     ):
-        table[name.lower()] = Source(name)
-    table["actor"] = Source("Actor", undirected=True)
-    table["nell"] = Source("NELL")
-    table["karate"] = Source("KarateClub")
-    table["yelp"] = Source("Yelp", metric="f1")
-    table["amazonproducts"] = Source("AmazonProducts", metric="f1")
-    table["ogbn-arxiv"] = Source("ogb", {"name": "ogbn-arxiv"}, undirected=True)
-    table["ogbn-products"] = Source("ogb", {"name": "ogbn-products"})
-    table["ogbn-proteins"] = Source("ogb", {"name": "ogbn-proteins"}, metric="rocauc")
+        table[name.lower()] = DatasetSource(name)
+    table["actor"] = DatasetSource("Actor", undirected=True)
+    table["nell"] = DatasetSource("NELL")
+    table["karate"] = DatasetSource("KarateClub")
+    table["yelp"] = DatasetSource("Yelp", metric="f1")
+    table["amazonproducts"] = DatasetSource("AmazonProducts", metric="f1")
+    table["ogbn-arxiv"] = DatasetSource("ogb", {"name": "ogbn-arxiv"}, undirected=True)
+    table["ogbn-products"] = DatasetSource("ogb", {"name": "ogbn-products"})
+    table["ogbn-proteins"] = DatasetSource("ogb", {"name": "ogbn-proteins"}, metric="rocauc")
     return table
 
 
@@ -88,7 +88,7 @@ def canonical(name: str) -> str:
     return re.sub(r"[_\s]+", "-", name.strip().lower())
 
 
-NAMES: Mapping[str, Source] = MappingProxyType(_table())
+NAMES: Mapping[str, DatasetSource] = MappingProxyType(_table())
 
 
 def load_named(name: str, root: Path, trust: bool = False) -> Raw:
@@ -182,7 +182,7 @@ def _refused(error: BaseException) -> str | None:
     return None
 
 
-def _constructor(source: Source) -> Callable[..., Any]:
+def _constructor(source: DatasetSource) -> Callable[..., Any]:
     """The data set's class: called with a folder, it downloads what that lacks."""
     if source.loader == "ogb":
         return require("ogb.nodeproppred", extra="ogb").PygNodePropPredDataset
@@ -191,7 +191,7 @@ def _constructor(source: Source) -> Callable[..., Any]:
     return getattr(datasets, source.loader)
 
 
-def _to_raw(name: str, source: Source, dataset: Any) -> Raw:
+def _to_raw(name: str, source: DatasetSource, dataset: Any) -> Raw:
     data = dataset[0]
     edge_index = data.edge_index.numpy()
     if source.undirected:
