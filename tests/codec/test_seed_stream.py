@@ -20,6 +20,7 @@ from dibit.codec.seed_stream import Key, dropout_seed
 from dibit.nn import NormReLUDropout
 from tests.hooks.test_dropout_masks import Reversible
 from tests.marks import nothing_compressed
+from tests.watched import watched
 
 pytestmark = nothing_compressed
 
@@ -100,11 +101,6 @@ def same(a: list[list[Tensor]], b: list[list[Tensor]]) -> bool:
     return all(torch.equal(p, q) for s, t in zip(a, b, strict=True) for p, q in zip(s, t, strict=True))
 
 
-def as_in_a_new_process() -> None:
-    """What this process has given before does not count."""
-    seed_stream._first, seed_stream._again, seed_stream._loaded = seed_stream._Given(), seed_stream._Given(), {}
-
-
 class TestSeeds:
     @pytest.mark.parametrize("steps", [1, 3])
     @pytest.mark.parametrize(
@@ -145,7 +141,7 @@ class TestSeeds:
         x, w = torch.randn(3 * N, D), torch.randn(3 * N, D)
         model = dibit.compress(nn.Sequential(copy.deepcopy(layer)), recipe)
         runs = []
-        as_in_a_new_process()
+        seed_stream.forget()
         for _ in range(3):
             torch.manual_seed(5)
             grads = []
@@ -168,7 +164,7 @@ class TestSeeds:
         state = torch.get_rng_state()
         first = [step(model, x) for _ in range(2)]
         torch.set_rng_state(state)
-        as_in_a_new_process()
+        seed_stream.forget()
         assert same(first, [step(model, x) for _ in range(2)])
 
     @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -219,7 +215,7 @@ class TestSeeds:
         first = steps(models, 3)
         models = made()
         if anew:
-            as_in_a_new_process()
+            seed_stream.forget()
         torch.set_rng_state(state)
         for model, scores, own in zip(models, saved, weights, strict=True):
             model.load_state_dict(own)
@@ -230,10 +226,10 @@ class TestSeeds:
         torch.manual_seed(5)
         keys = [Key(moves=False).value for _ in range(6)]
         torch.manual_seed(5)
-        as_in_a_new_process()
+        seed_stream.forget()
         Key(moves=False), Key(moves=False), Key(moves=False)
         found, state = seed_stream.given(), torch.get_rng_state()
-        as_in_a_new_process()
+        seed_stream.forget()
         seed_stream.go_on(**found)
         torch.rand(1), Key(moves=False)  # a state of its own
         torch.set_rng_state(state)
@@ -356,15 +352,7 @@ def test_a_pass_without_gradients_draws_the_same_masks(recipe: str, kind: str, f
         assert torch.equal(b, c)
 
 
-def test_recomputed_passes_of_one_backward_pass_have_keys_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[int] = []
-    make = Key.__init__
-
-    def noted(self: Key, *args: Any) -> None:
-        make(self, *args)
-        found.append(self.value)
-
-    monkeypatch.setattr(Key, "__init__", noted)
+def test_recomputed_passes_of_one_backward_pass_have_keys_of_their_own() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(D, D), nn.Linear(D, D), nn.Sigmoid(), nn.Linear(D, D)).train()
     tied = model[1]
@@ -377,7 +365,8 @@ def test_recomputed_passes_of_one_backward_pass_have_keys_of_their_own(monkeypat
         return h
 
     dibit.compress(model, "iexact")
-    for _ in range(2):
-        forward(torch.randn(N, D)).sum().backward()
+    with watched(Key.__init__, note=lambda local: local["self"].value, after=True) as found:
+        for _ in range(2):
+            forward(torch.randn(N, D)).sum().backward()
     assert len(found) > 12
     assert len(set(found)) == len(found)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from torch import Tensor
 
 from dibit.edges import functions
 from dibit.edges.deferred import PendingCall
+from tests.watched import watched
 
 
 @pytest.fixture(autouse=True)
@@ -18,15 +19,12 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The calls that were deferred, and then made after all."""
-    calls: list[Any] = []
-    make = PendingCall.make
+def made() -> Iterator[list[Any]]:
+    """The functions of calls that were deferred, and then made after all; `None` for one that was made before."""
 
-    def counted(cell: PendingCall) -> Tensor:
-        if cell.value is None:
-            calls.append(cell.function)
-        return make(cell)
+    def function(local: dict[str, Any]) -> Any:
+        call = local["self"]
+        return call.function if call.value is None else None
 
-    monkeypatch.setattr(PendingCall, "make", counted)
-    return calls
+    with watched(PendingCall.make, note=function) as calls:
+        yield calls

@@ -162,7 +162,7 @@ def test_forward_is_the_plain_one(name: str, order: str, made: list[Any]) -> Non
     for _ in range(4):
         made.clear()
         assert torch.equal(model(x, edge_index), plain)
-    assert not made, "in the first pass alone"
+    assert not any(made), "in the first pass alone"
 
 
 @pytest.mark.usefixtures("exact")
@@ -309,7 +309,7 @@ def test_where_linear_layers_have_other_bits_by_rows_all_is_as_before(
     model, x, edge_index = Net(MODELS["EdgeConv"]()).train(), torch.randn(N, D), graph()
     plain = model(x, edge_index)
     assert torch.equal(dibit.compress(model)(x, edge_index), plain)
-    assert made
+    assert any(made)
 
 
 def test_backward_runs_twice() -> None:

@@ -83,7 +83,7 @@ def configurations() -> list[Configuration]:
         )
         found[own] = None
 
-    with mock.patch.object(launch, "_run", note):
+    with mock.patch.object(launch, "run", note):
         _codec()
         _products()
         _elementwise()

@@ -100,7 +100,7 @@ def test_the_same_command_again_measures_nothing(
     def fail(*_: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(distribution, "_measure", fail)
+    monkeypatch.setattr(distribution, "measure", fail)
     words = ["reproduce", "distribution", "--out", done["folder"], "--dataset", done["graph"], *FAST]
     assert main([str(word) for word in words]) == 0
     assert capsys.readouterr().err == ""

@@ -375,7 +375,7 @@ def test_the_same_command_again_computes_nothing(
     def fail(*_: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(parallel, "_start", fail)
+    monkeypatch.setattr(parallel, "start", fail)
     gone = root.parent / "gone"  # not even the graph is needed
     before = results(copy)
     assert main(words(gone, copy)) == 0
@@ -442,7 +442,7 @@ def test_all_is_without_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     from dibit.reproduce import command
 
     ran: list[str] = []
-    monkeypatch.setattr(command, "_run", lambda run, section: ran.append(section))
+    monkeypatch.setattr(command, "measure_section", lambda run, section: ran.append(section))
     monkeypatch.setattr(Reproduction, "graphs", lambda self: [])
     assert main(["reproduce", "all", "--out", str(tmp_path / "out"), "--quiet"]) == 0
     assert ran == ["memory", "blocks", "variance", "distribution", "accuracy"]

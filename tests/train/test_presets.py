@@ -145,13 +145,13 @@ def test_names_that_are_not_known(given: str, sentence: str) -> None:
 
 def test_a_file_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.yaml").write_text("layers: 3\n")
-    monkeypatch.setattr(presets, "_FOLDER", tmp_path)
+    monkeypatch.setattr(presets, "FOLDER", tmp_path)
     assert preset_files() == {"mine": tmp_path / "mine.yaml"}
     assert settings_file("mine") == tmp_path / "mine.yaml"
 
 
 def test_without_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(presets, "_FOLDER", tmp_path)
+    monkeypatch.setattr(presets, "FOLDER", tmp_path)
     assert preset_files() == {}
     with pytest.raises(UserError, match=r"--config is 'soup', expected the path of a YAML file\.$"):
         settings_file("soup")

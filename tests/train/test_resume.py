@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import dibit
+from dibit.codec import seed_stream
 from dibit.train import Settings, checkpoint, generators
 from dibit.train.data import load_graph
 from dibit.train.loop import train_one
 from dibit.train.task import Task, compression_config
-from tests.codec.test_seed_stream import as_in_a_new_process
 
 pytestmark = pytest.mark.slow
 
@@ -85,7 +85,7 @@ def test_the_same_bits(tmp_path: Path, settings: dict[str, Any]) -> None:
     torch.manual_seed(999)  # what this process draws in between must not matter
     random.random()
     np.random.default_rng().random()
-    as_in_a_new_process()
+    seed_stream.forget()
     parts = train("parts", 7)
     assert (parts.loss, parts.test, parts.val) == (whole.loss, whole.test, whole.val)
     assert (parts.best_epoch, parts.saved_bytes) == (whole.best_epoch, whole.saved_bytes)

@@ -130,7 +130,7 @@ def test_results_that_cannot_be_written(small: Path, tmp_path: Path, capsys: pyt
 def test_a_bench_that_cannot_be_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "_measure", lambda *_: {"elements": 1, "rows": []})
+    monkeypatch.setattr(bench, "measure", lambda *_: {"elements": 1, "rows": []})
     monkeypatch.setattr("dibit.bench.show.show", lambda content: print("shown"))
     path = tmp_path / "result.json"
     path.write_text("old")

@@ -105,7 +105,7 @@ def bench(argv: Sequence[str]) -> int:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
         with MeasurementProgress(f"bench {args.kind}", 1, args.quiet) as progress:
-            results = _measure(args, progress, path)
+            results = measure(args, progress, path)
     content = _content(args.kind, results)
     show(content)
     if drawing is not None:
@@ -165,7 +165,7 @@ def _earlier(given: str) -> list[dict[str, Any]]:
     raise UserError(f"--resume is {given!r}, expected a file that dibit bench noise --json has written.")
 
 
-def _measure(args: argparse.Namespace, progress: MeasurementProgress, path: Path | None) -> dict[str, Any]:
+def measure(args: argparse.Namespace, progress: MeasurementProgress, path: Path | None) -> dict[str, Any]:
     progress.begin("measuring")
     if args.kind == "noise":
         return _measure_noise(args, progress, path)

@@ -155,6 +155,13 @@ def restart() -> None:
     go_on(_digest(_state()), 0, 0)
 
 
+def forget() -> None:
+    """Forget which keys this process has given, so that it goes on as a new process would."""
+    with _lock:
+        _first.state = _again.state = None
+        _loaded.clear()
+
+
 def draw() -> Tensor:
     """int64 0-d in [0, 2^63): one number of torch's default generator, drawn under the generator's own lock."""
     return torch.empty((), dtype=torch.int64, device="cpu").random_()

@@ -91,7 +91,7 @@ def reproduce(argv: Sequence[str]) -> int:
         try:
             every = [section for section in SECTIONS if section not in DAYS]
             for section in every if args.section == "all" else (args.section,):
-                _run(run, section)
+                measure_section(run, section)
         except KeyboardInterrupt as stop:
             command = shlex.join(["dibit", "reproduce", *(word for word in argv if word != "--overwrite")])
             raise Interrupted(f"interrupted; what was measured is kept, go on with: {command}") from stop
@@ -106,7 +106,7 @@ def reproduce(argv: Sequence[str]) -> int:
     return 0
 
 
-def _run(run: Reproduction, section: str) -> None:
+def measure_section(run: Reproduction, section: str) -> None:
     """Measure one section, and write it after every measurement."""
     from dibit.reproduce.report import render
     from dibit.reproduce.terminal import print_section

@@ -97,11 +97,11 @@ def _measurement(run: Reproduction, case: Case) -> Measurement:
     return Measurement(
         case.name,
         key("distribution", graph=case.graph.fingerprint(), stages=list(plan.stages), bins=BINS),
-        lambda note: _measure(case, plan.stages, note),
+        lambda note: measure(case, plan.stages, note),
     )
 
 
-def _measure(case: Case, epochs: tuple[int, ...], note: Callable[[str], None]) -> dict[str, Any]:
+def measure(case: Case, epochs: tuple[int, ...], note: Callable[[str], None]) -> dict[str, Any]:
     rows = []
     for stage in stages(case, epochs, variants()["i-EXACT"], note):
         for setting in DISTRIBUTION:

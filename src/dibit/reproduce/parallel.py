@@ -52,7 +52,7 @@ def run(
             while waiting and len(running) < processes:
                 name, compute = waiting.pop()
                 begin(name)
-                _start(running, name, compute)
+                start(running, name, compute)
             for line in wait(list(running)):
                 assert isinstance(line, Connection)
                 name = running[line][0]
@@ -71,7 +71,7 @@ def run(
         _stop(running)
 
 
-def _start(running: Running, name: str, compute: Compute) -> None:
+def start(running: Running, name: str, compute: Compute) -> None:
     """Start a process that gets no Ctrl-C from the terminal: this one says when to stop, so that it is said once."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()

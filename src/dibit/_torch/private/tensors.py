@@ -83,6 +83,8 @@ class Alive:
 class Weak:
     """A strided tensor's memory, held weakly: as long as anybody has any tensor on it."""
 
+    _reference: Any = None  # Ctrl-C may come before there is one
+
     def __init__(self, x: Tensor) -> None:
         self._held = None if _LOOKS else x.detach()
         self._reference = x.untyped_storage()._weak_ref() if _LOOKS else None
@@ -103,7 +105,7 @@ class Weak:
         return x.conj() if self._conj else x
 
     def __del__(self) -> None:
-        if _LOOKS:
+        if self._reference is not None:
             _free_weak_ref(self._reference)
 
 

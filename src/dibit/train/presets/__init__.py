@@ -7,12 +7,12 @@ from pathlib import Path
 
 from dibit.tools.errors import UserError, nearest, shown
 
-_FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent
 
 
 def preset_files() -> dict[str, Path]:
     """Return the papers' settings, files for ``dibit train --config``, by name (arxiv-sage, ...)."""
-    return {path.stem: path for path in sorted(_FOLDER.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
 
 
 def settings_file(given: str) -> Path:

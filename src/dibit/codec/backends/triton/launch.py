@@ -39,10 +39,10 @@ def launch(
     if 0 in programs:
         return
     with _current(device):
-        _run(kernel, programs, args, meta, options(warps, registers, hip=torch.version.hip is not None))
+        run(kernel, programs, args, meta, options(warps, registers, hip=torch.version.hip is not None))
 
 
-def _run(kernel: Any, programs: tuple[int, ...], args: Any, meta: dict[str, Any], chosen: dict[str, Any]) -> None:
+def run(kernel: Any, programs: tuple[int, ...], args: Any, meta: dict[str, Any], chosen: dict[str, Any]) -> None:
     kernel[programs](*args, **meta, **chosen)
 
 
