@@ -190,6 +190,20 @@ def test_an_element_wise_function_stays_in_its_row(name: str, act: str | None) -
     assert (found["a.lin_l"], found["b.lin_l"]) == (6, 4)
 
 
+def test_the_weight_of_a_prelu_has_its_gradient_from_the_rows_that_are_reached() -> None:
+    """PReLU keeps its own input for it; a block of one element is exact, so that no row may be missing."""
+    x, a, rows = inputs()
+    net = Headed("prelu")
+    grads = []
+    for model in (net, dibit.compress(copy.deepcopy(net), Config(bits=8, block=1, stats=torch.float32))):
+        for _ in range(2):
+            model.zero_grad()
+            with dibit.batch(model, loss_rows=rows):
+                F.cross_entropy(model(x, a)[rows], torch.zeros(len(rows), dtype=torch.long)).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert torch.allclose(*grads, rtol=1e-5, atol=1e-7)
+
+
 def test_masks_and_other_rows() -> None:
     x, a, rows = inputs()
     net = dibit.compress(Net(), Config(reduce=Sample(2)))
