@@ -1,4 +1,4 @@
-"""What is written in more than one place: versions, and the names of the commands."""
+"""What is written in more than one place: versions, the names of the commands and of the recipes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import pytest
 import dibit
 from dibit._torch.private import KNOWN
 from dibit.cli import COMMANDS
+from dibit.recipes import BOUNDED, RECIPES
+from dibit.train import settings
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -56,3 +58,28 @@ def test_a_command_has_a_page_and_a_line_in_the_diagram(command: str) -> None:
     assert re.search(rf"^ +(\w+ +)*{module}\b", diagram, flags=re.MULTILINE), (
         f"the diagram of docs/architecture.md has no line for {module}, where dibit {command} lies"
     )
+
+
+# Pages that name all recipes: the start of the line, and how a name is written there.
+LISTS = (
+    ("docs/README.md", "| recipe |", "`{}`"),
+    ("docs/train.md", "`--recipe` is ", "`{}`"),
+    ("docs/loops.md", "model = dibit.compress(model, ", '"{}"'),
+    ("docs/operations.md", '| `"{}"`', '`"{}"`'),
+    ("CHANGELOG.md", "- `dibit.compress(model)` trains ", '"{}"'),
+)
+
+
+@pytest.mark.parametrize(("page", "start", "written"), LISTS, ids=[page for page, *_ in LISTS])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_on_all_pages(recipe: str, page: str, start: str, written: str) -> None:
+    _, begin, rest = (ROOT / page).read_text(encoding="utf-8").partition("\n" + start.format(recipe))
+    assert written.format(recipe) in begin + rest.partition("\n\n")[0], f"name {recipe!r} in {page}"
+
+
+@pytest.mark.parametrize("recipe", BOUNDED)
+def test_the_bound_of_a_recipe_is_where_noise_is_explained(recipe: str) -> None:
+    bound = f"{RECIPES[recipe].noise:g}"
+    assert f"{bound} of {recipe!r}" in (settings.CompressionSettings.__doc__ or ""), "the help of --noise"
+    (row,) = [line for line in (DOCS / "train.md").read_text().splitlines() if line.startswith("| `--noise ")]
+    assert f"{bound} in `{recipe}`" in row

@@ -27,6 +27,7 @@ RECIPES: dict[str, Config] = {
 
 # They keep what they say, whatever the error of the gradient is.
 UNBOUNDED = tuple(name for name, config in RECIPES.items() if config.noise is None)
+BOUNDED = tuple(name for name in RECIPES if name not in UNBOUNDED)
 
 
 def recipe(name: str) -> Config:

@@ -190,6 +190,10 @@ def private_names(tree: ast.Module, known: set[str]) -> Iterator[tuple[int, str]
                 yield node.lineno, "torch.ops"
         elif isinstance(node, ast.Import):
             names = [part for alias in node.names for part in alias.name.split(".")]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
+            first = node.args[1].values[0] if isinstance(node.args[1], ast.JoinedStr) else node.args[1]
+            if isinstance(first, ast.Constant) and first.value.startswith("_"):
+                names = [ast.unparse(node.args[1]).lstrip("f").strip("\"'")]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             names = [node.value] if node.value in known or ALSO.fullmatch(node.value) else []
         for name in names:
@@ -284,6 +288,8 @@ def test_an_undocumented_function_is_found(code: str, found: str | None) -> None
         "from torch.overrides import _pop_mode",
         "import torch._ops",
         "getattr(x, '_cdata')",
+        "getattr(x, f'_{name}')",
+        "hasattr(x, '_of_somebody')",
         "torch.ops.aten.silu_backward",
         "from torch import ops",
         "aten.gelu_backward(dy, x)",

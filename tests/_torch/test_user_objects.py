@@ -196,6 +196,20 @@ def test_their_tensors_are_found_all_the_same(name: str) -> None:
     assert len(list(tensors_in(((OBJECTS[name](),), {})))) == 1
 
 
+@pytest.mark.parametrize(
+    ("storage", "count"),
+    [({"_row": torch.ones(1), "_value": None, "_colcount": torch.ones(1)}, 2), ({"row_": torch.ones(1)}, 0), (None, 0)],
+    ids=["as it is", "of another version", "none"],
+)
+def test_tensors_of_a_scripted_sparse_tensor_are_found(storage: dict[str, Any] | None, count: int) -> None:
+    """It has no `__dict__`; torch-sparse itself is needed to make one."""
+    kind = type("SparseTensor", (), {"__slots__": ("storage",), "__module__": "torch_sparse.tensor"})
+    value: Any = kind()
+    if storage is not None:
+        value.storage = types.SimpleNamespace(**storage)
+    assert len(list(tensors_in([value]))) == count
+
+
 @pytest.mark.parametrize("kind", ["partial", "static", "property", "wrapped"])
 def test_a_request_for_a_gradient_is_found_behind_wrappers(kind: str) -> None:
     import functools

@@ -18,6 +18,7 @@ import dibit
 from dibit.codec import seed_stream
 from dibit.codec.seed_stream import Key, dropout_seed
 from dibit.nn import NormReLUDropout
+from dibit.recipes import RECIPES
 from tests.hooks.test_dropout_masks import Reversible
 from tests.marks import nothing_compressed
 from tests.watched import watched
@@ -26,7 +27,6 @@ pytestmark = nothing_compressed
 
 N, D = 40, 16
 CPU = torch.device("cpu")
-RECIPES = ["default", "small", "exact", "iexact"]
 
 
 def in_threads(count: int, work: Callable[[list[Any]], None]) -> list[Any]:

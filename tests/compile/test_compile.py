@@ -681,7 +681,7 @@ def test_inductor_keeps_no_dense_tensor_of_a_model_on_edge_index() -> None:
 
 def test_a_config_survives_as_text() -> None:
     for config in (
-        *(dibit.recipe(name) for name in ("default", "small", "exact", "iexact")),
+        *RECIPES.values(),
         dibit.Config(bits=1, levels=(0.0, 1.0), block=dibit.Rows(3, most=64), reduce=dibit.Sample(2, by="norm")),
     ):
         assert config_of(text_of(config)) == config

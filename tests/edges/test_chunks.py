@@ -23,10 +23,12 @@ from dibit.edges.chunks import Gradient, RowSelection, Whole, cut
 from dibit.edges.plan import plan_of
 from dibit.engine.keeper import Keeper
 from dibit.rules import RULES
+from dibit.rules.elementwise import POINTWISE
 from tests.autograd_graph import nodes
 from tests.edges.test_programs import Doubled, scripted
 from tests.edges.test_sums import ORDERS, graph
 from tests.marks import nothing_compressed
+from tests.rules.domains import MORE, into_domain
 from tests.unbiased import bias_of, gradient
 
 N, E, D, CHUNK = 300, 4000, 32, 256
@@ -122,6 +124,17 @@ class Both(nn.Module):
 
     def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
         return self.conv((x, x[:290].relu()), edge_index)
+
+
+class Lambda(nn.Module):
+    """A Linear and a function."""
+
+    def __init__(self, call: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.lin, self.call = nn.Linear(2 * D, D), call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.lin(x))
 
 
 class Net(nn.Module):
@@ -300,6 +313,93 @@ def test_smooth_activations_have_torchs_bits(threads: int, width: int) -> None:
             assert torch.equal(dibit.compress(copy.deepcopy(model))(x, edge_index), plain)
     finally:
         torch.set_num_threads(before)
+
+
+class Called(nn.Module):
+    """A function of torch by its name, or PReLU, on what it is defined for."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.slope = name, nn.Parameter(torch.rand(33))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.name == "prelu":
+            return F.prelu(x, self.slope)
+        if self.name == "pow":
+            return into_domain("log", x).pow(1.7)  # not a product, which a whole number would give
+        return getattr(torch, self.name, getattr(F, self.name, None))(into_domain(self.name, x))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", [*POINTWISE, "relu", "leaky_relu", "prelu"])
+def test_every_element_wise_function_is_part_of_a_program(name: str, made: list[Any]) -> None:
+    """With the plain bits. A chunk has neither the alignment nor the end of the whole tensor."""
+    parts = nn.Linear(2 * D, 33), Called(name), nn.Linear(33, D)
+    model, x, edge_index = Net(g.EdgeConv(nn.Sequential(*parts))).train(), torch.randn(N, D), graph()
+    plain = model(x, edge_index)
+    dibit.compress(model)
+    assert torch.equal(model(x, edge_index), plain)
+    assert not made
+    if name not in POINTWISE or not POINTWISE[name].in_vectors:
+        edge_index = graph(edges=E - 1)
+        plain = dibit.decompress(copy.deepcopy(model))(x, edge_index)
+        assert torch.equal(model(x, edge_index), plain)
+        assert not made
+
+
+@pytest.mark.parametrize("name", [name for name, f in POINTWISE.items() if not f.in_vectors])
+def test_bits_do_not_depend_on_the_place_in_a_tensor(name: str) -> None:
+    """As the rule says: the vectorised loop, the loop for the last elements and that for strided tensors agree."""
+    f, x = POINTWISE[name].plain, into_domain(name, torch.cat([torch.randn(1 << 16) * size for size in (1, 10)]))
+    y = f(x, *MORE.get(name, ()))
+    assert torch.equal(f(torch.stack((x, x), 1)[:, 0]), y)
+    for first, count in ((1, 4097), (3, 1001), (5, 33), (17, 31), (0, 7)):
+        for start in range(first, 40 * (first + count), first + count):
+            part = slice(start, start + count)
+            assert torch.equal(f(x[part]), y[part])
+            assert torch.equal(f(x[part].clone()), y[part])
+
+
+@nothing_compressed
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda x: x + F.silu(x, True),
+        lambda x: x + F.elu(x, 0.7, inplace=True),
+        lambda x: torch.pow(x.abs() + 1, x.abs()),
+        lambda x: torch.pow(2.0, x),
+    ],
+    ids=["by name", "in place by position", "in place", "tensor", "number first"],
+)
+def test_calls_that_end_a_program(call: Callable[[Tensor], Tensor], frozen: bool) -> None:
+    """Without a gradient, torch's own function runs instead of the rule."""
+    model, x, edge_index = Net(g.EdgeConv(Lambda(call))).train(), torch.randn(N, D), graph()
+    model.requires_grad_(not frozen)
+    plain = model(x, edge_index)
+    assert torch.equal(dibit.compress(model)(x, edge_index), plain)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: F.elu(x, 0.7),
+        lambda x: F.elu(x, alpha=0.7, inplace=False),
+        lambda x: F.softplus(x, 2.0, 1.0),
+        lambda x: F.softplus(x, 1, 0.5),
+        lambda x: (x.abs() + 1) ** 1.5,
+    ],
+    ids=["position", "name", "two", "the second", "operator"],
+)
+def test_options_are_part_of_a_program(call: Callable[[Tensor], Tensor], made: list[Any]) -> None:
+    model, x, edge_index = Net(g.EdgeConv(Lambda(call))).train(), torch.randn(N, D), graph()
+    plain = model(x, edge_index)
+    truth = torch.autograd.grad(plain.sum(), [*model.parameters()])
+    y = dibit.compress(model, dibit.Config(bits=8))(x, edge_index)
+    assert torch.equal(y, plain)
+    assert not made
+    for a, b in zip(torch.autograd.grad(y.sum(), [*model.parameters()]), truth, strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=2e-2 * float(b.abs().max()))
 
 
 def test_where_linear_layers_have_other_bits_by_rows_all_is_as_before(

@@ -16,6 +16,8 @@ import dibit
 from dibit import Config, Sample
 from dibit.api import state_of
 from dibit.codec.row_sampling import LEFT_OUT
+from dibit.rules.elementwise import POINTWISE
+from tests.rules.domains import MORE, into_domain
 from tests.unbiased import bias_of
 
 N, D = 300, 16
@@ -150,6 +152,56 @@ def test_a_model_that_takes_another_way_is_told(way: int) -> None:
     found = kept_rows(net, x, a, rows)
     assert found["convs.1.lin_l"] == (N if way == 1 else 8)
     assert found["convs.2.lin_l"] == (N if way == 1 else 4)
+
+
+class Headed(nn.Module):
+    """Two SAGE layers, an element-wise function and a Linear."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.start, self.a, self.b = nn.Linear(D, D), SAGEConv(D, D), SAGEConv(D, D)
+        self.act, self.c = Called(name), nn.Linear(D, D)
+
+    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+        return self.c(self.act(self.b(self.a(self.start(x), adjacency), adjacency)))
+
+
+class Called(nn.Module):
+    """A function of torch by its name, on what it is defined for."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.slope = name, nn.Parameter(torch.rand(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        function = getattr(torch, self.name, getattr(F, self.name, None))
+        more = (self.slope,) if self.name == "prelu" else MORE.get(self.name, ())
+        return function(into_domain(self.name, x), *more)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("act", [None, "*"], ids=["without its rule", "with it"])
+@pytest.mark.parametrize("name", [*POINTWISE, "relu", "leaky_relu", "prelu"])
+def test_an_element_wise_function_stays_in_its_row(name: str, act: str | None) -> None:
+    x, a, rows = inputs()
+    config = Config(reduce=Sample(2))
+    net = dibit.compress(Headed(name), {"act": config if act else None, "*": config})
+    kept_rows(net, x, a, rows)
+    found = kept_rows(net, x, a, rows)
+    assert (found["a.lin_l"], found["b.lin_l"]) == (6, 4)
+
+
+def test_the_weight_of_a_prelu_has_its_gradient_from_the_rows_that_are_reached() -> None:
+    """PReLU keeps its own input for it; a block of one element is exact, so that no row may be missing."""
+    x, a, rows = inputs()
+    net = Headed("prelu")
+    grads = []
+    for model in (net, dibit.compress(copy.deepcopy(net), Config(bits=8, block=1, stats=torch.float32))):
+        for _ in range(2):
+            model.zero_grad()
+            with dibit.batch(model, loss_rows=rows):
+                F.cross_entropy(model(x, a)[rows], torch.zeros(len(rows), dtype=torch.long)).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert torch.allclose(*grads, rtol=1e-5, atol=1e-7)
 
 
 def test_masks_and_other_rows() -> None:

@@ -58,7 +58,7 @@ class Molecule(nn.Module):
         return e, self.force(e, x)
 
 
-@pytest.mark.parametrize("recipe", ["default", "small", "exact", "iexact"])
+@pytest.mark.parametrize("recipe", dibit.recipes.RECIPES)
 @pytest.mark.parametrize("how", ["given", "made", "made by a part", "set", "backward"])
 @pytest.mark.filterwarnings("ignore")
 def test_forces_are_exact_and_can_be_trained_on(how: str, recipe: str) -> None:

@@ -57,7 +57,7 @@ def outcome(model: nn.Module, shape: tuple[int, ...]) -> str | list[Tensor | Non
     return [out, x.grad, *(p.grad for p in model.parameters())]
 
 
-@pytest.mark.parametrize("recipe", ["default", "small", "exact", "iexact"])
+@pytest.mark.parametrize("recipe", dibit.recipes.RECIPES)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.filterwarnings("ignore")
 def test_nothing_is_as_in_the_plain_model(form: str, recipe: str) -> None:

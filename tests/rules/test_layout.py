@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from dibit.rules import RULES, large_outputs
 from dibit.rules.elementwise import POINTWISE
 from dibit.rules.registry import spellings
 from tests.marks import nothing_compressed
+from tests.rules.domains import MORE, into_domain
 from tests.unbiased import bias_of
 
 RECIPES: dict[str, Any] = {
@@ -91,18 +94,22 @@ def every(operation: str) -> list[Any]:
     return sorted(spellings(operation), key=lambda f: (type(f).__name__, f.__qualname__))
 
 
-POSITIVE = {"sqrt", "rsqrt", "reciprocal", "log"}  # functions of positive numbers
-MORE = {"pow": (3,)}
+def _with_option(option: str) -> list[Any]:
+    """Element-wise functions of `torch.nn.functional` that have this argument."""
+    found = [f for name in (*POINTWISE, "relu", "leaky_relu") for f in every(name) if isinstance(f, FunctionType)]
+    return [f for f in found if option in inspect.signature(f, follow_wrapped=False).parameters]
+
+
 # functions with a rule, and a call of each
 OPERATIONS: list[tuple[list[Any], Callable[[Any, Tensor, Net], Any]]] = [
     *[
         (
             every(name),
-            lambda f, x, net, name=name: f(x.abs() + 0.1 if name in POSITIVE else x, *MORE.get(name, ())),
+            lambda f, x, net, name=name: f(into_domain(name, x), *MORE.get(name, ())),
         )
         for name in (*POINTWISE, "relu", "leaky_relu")
     ],
-    ([F.relu, F.leaky_relu, F.elu, F.silu, F.mish, F.hardswish], lambda f, x, net: f(x, inplace=True)),
+    (_with_option("inplace"), lambda f, x, net: f(x, inplace=True)),
     ([F.dropout], lambda f, x, net: f(x, 0.4, True)),
     ([F.dropout], lambda f, x, net: f(x, 0.4, True, True)),
     ([F.dropout], lambda f, x, net: f(x, 0.0, True)),
@@ -205,6 +212,7 @@ def test_layout(number: int, function: Any, call: Callable[..., Any], monkeypatc
         if isinstance(plain, Exception):
             continue
         works += 1
+        assert plain[0].isfinite().all(), "add the function to DOMAIN of tests/rules/domains.py"
         for recipe, config in RECIPES.items():
             net = dibit.compress(Net(make, lambda x, net: call(function, x, net), shape), config)
             found = outcome(net, x, change)

@@ -17,8 +17,9 @@ from dibit.hooks.dropout_masks import DROPOUTS
 from dibit.nn import norm_relu_dropout
 from dibit.recompute.repeatable import AUTOCAST, IN_PLACE, PURE, SAVES_RESULT
 from dibit.rules import KINDS, RULES
-from dibit.rules.elementwise import elementwise
+from dibit.rules.elementwise import POINTWISE, elementwise
 from dibit.rules.registry import OPERATIONS, rule, spellings
+from tests.rules.domains import DOMAIN, MORE
 
 
 def test_a_function_has_one_rule() -> None:
@@ -63,6 +64,16 @@ def test_what_a_rule_says_reaches_the_tape() -> None:
     assert not {torch.sqrt, torch.relu, torch.sigmoid} & AUTOCAST
     assert {torch.exp, F.relu, Tensor.sqrt_} <= SAVES_RESULT
     assert not {torch.log, F.leaky_relu, torch.mul} & SAVES_RESULT
+
+
+def test_positive_results_that_the_tape_knows_are_called_positive() -> None:
+    x = torch.arange(-20.0, 21.0)
+    found = {
+        name
+        for name, f in POINTWISE.items()
+        if name not in DOMAIN and spellings(name).keys() & PURE and (f.plain(x, *MORE.get(name, ())) > 0).all()
+    }
+    assert found == {name for name, operation in OPERATIONS.items() if operation.positive}
 
 
 def test_every_rule_is_booked() -> None:

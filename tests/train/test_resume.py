@@ -15,11 +15,11 @@ from dibit.codec import seed_stream
 from dibit.train import Settings, checkpoint, generators
 from dibit.train.data import load_graph
 from dibit.train.loop import train_one
+from dibit.train.settings import RECIPES
 from dibit.train.task import Task, compression_config
 
 pytestmark = pytest.mark.slow
 
-RECIPES = ("default", "small", "iexact", "exact", "none")
 MODELS = ("sage", "gcn", "gin", "gat", "gcn2")
 NORMS = ("none", "batch", "layer", "graph", "pair")
 LOADERS: tuple[dict[str, Any], ...] = (

@@ -1,4 +1,7 @@
-"""`python -m tests.twin --minutes 30 [--seed N] [--jobs 2]`: random programs until time is up; exit 1 if any find."""
+"""`python -m tests.twin --minutes 30 [--seed N] [--jobs 2] [--recipe NAME]`: random programs until time is up.
+
+The exit status is 1 if any find.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.progress import TextColumn, TimeElapsedColumn
 
+from tests.twin.run import CONFIGS
 from tests.twin.search import work
 
 
@@ -28,6 +32,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--recipe", choices=CONFIGS, default="", help="of all programs; default: a drawn one of each")
     parser.add_argument("--out", type=Path, help="folder for the programs found")
     given = parser.parse_args()
     console = Console(soft_wrap=True)
@@ -38,7 +43,7 @@ def main() -> int:
     for job in range(given.jobs):
         seed = given.seed + job
         running = folder / f"running{seed}.py"
-        jobs[seed] = context.Process(target=work, args=(given.minutes, seed, out, str(running))), running
+        jobs[seed] = context.Process(target=work, args=(given.minutes, seed, out, str(running), given.recipe)), running
         jobs[seed][0].start()
     counts: dict[int, tuple[int, int, int]] = dict.fromkeys(jobs, (0, 0, 0))
     events: Counter[str] = Counter()

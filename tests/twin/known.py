@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.twin.grammar import Fill, Op, Program, Read, Twins
+from tests.twin.run import CONFIGS
 
 INTERRUPTED = {
     f"{error} in a pass, then a plain model": Program(
@@ -136,4 +137,10 @@ WORKS = {
     f"works plain: {name}": Program((Op("linear"), Op(name), Op("linear")))
     for name in ("lazy linear", "SAGE lazy", "GAT lazy", "vmap", "func.grad", "teacher", "linear in place in 3d", "FA")
 }
-KNOWN = WORKS | LEFT | INTERRUPTED | SHARED | CHANGED | FILLED | DRAWN_AGAIN | STRIDES | TYPICAL
+RECIPES = {
+    f"recipe {recipe}": Program(
+        tuple(map(Op, ("BatchNorm1d", "relu", "SAGE", "gelu", "GAT"))), recipe=recipe, features_need_gradient=True
+    )
+    for recipe in CONFIGS
+}
+KNOWN = RECIPES | WORKS | LEFT | INTERRUPTED | SHARED | CHANGED | FILLED | DRAWN_AGAIN | STRIDES | TYPICAL

@@ -23,15 +23,15 @@ from dibit import Config, Sample
 from dibit._torch.private.autograd import top_hooks
 from dibit._torch.private.modes import set_callback
 from dibit.api import state_of
-from dibit.recipes import recipe
+from dibit.recipes import RECIPES
 from tests.twin.grammar import Op, Program
 from tests.twin.pieces import ENDS_COMPRESSION
 
 CONFIGS: dict[str, Config] = {
-    **{name: replace(recipe(name), dropout="mask") for name in ("default", "small", "exact", "iexact")},
+    **{name: replace(config, dropout="mask") for name, config in RECIPES.items()},
     "8 bits": Config(bits=8, block=128, dropout="mask"),
     "rows": Config(bits=2, block=128, reduce=Sample(4), dropout="mask"),
-    "seed": recipe("default"),
+    "seed": RECIPES["default"],
 }
 
 

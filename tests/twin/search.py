@@ -64,9 +64,16 @@ class Progress:
 
 
 def search(
-    until: float, first: int, events: Counter[str], on: Callable[[Progress, Find | None, Program | None], None]
+    until: float,
+    first: int,
+    events: Counter[str],
+    on: Callable[[Progress, Find | None, Program | None], None],
+    recipe: str = "",
 ) -> None:
-    """Judge programs until `until` (`time.monotonic`); `on` hears of each program before it runs and after it."""
+    """Judge programs until `until` (`time.monotonic`); `on` hears of each program before it runs and after it.
+
+    All have the recipe, if one is given.
+    """
     progress, known, began = Progress(), Counter[str](), time.monotonic()
     chunk = first * 1_000_000
     while time.monotonic() < until:
@@ -79,7 +86,7 @@ def search(
             phases=(Phase.generate,),
             suppress_health_check=list(HealthCheck),
         )
-        @given(programs())
+        @given(programs(recipe=recipe))
         def look(program: Program) -> None:
             if time.monotonic() > until:
                 return
@@ -100,7 +107,7 @@ def search(
         chunk += 1
 
 
-def work(minutes: float, seed: int, out: Any, running: str) -> None:
+def work(minutes: float, seed: int, out: Any, running: str, recipe: str = "") -> None:
     """Search in this process; tell `out` of programs and finds. `running` is the file of the program that runs."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -114,7 +121,7 @@ def work(minutes: float, seed: int, out: Any, running: str) -> None:
             told = None if find is None else (find.text(), find.problems, find.number, find.seconds)
             out.put((seed, (progress.programs, progress.compared, progress.failed), told))
 
-    search(time.monotonic() + 60 * minutes, seed, events, on)
+    search(time.monotonic() + 60 * minutes, seed, events, on, recipe)
     faulthandler.cancel_dump_traceback_later()
     out.put((seed, None, events))
 

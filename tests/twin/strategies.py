@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from tests.twin import events
 from tests.twin.grammar import Fill, Index, Op, Program, Read, Twins
 from tests.twin.pieces import FAMILIES, PIECES
+from tests.twin.run import CONFIGS
 from tests.twin.scenarios import FIRST, LOSSES, OUTPUTS, SCENARIOS
 
 WRAPS = ("checkpoint", "reentrant", "no_grad", "inference", "autocast")
 ERRORS = ("ValueError", "KeyboardInterrupt", "SystemExit", "GeneratorExit")
 # What only the compressed run does around the program: `tests.twin.run`.
 AROUND = ("", "", "", "", "track", "batch", "held", "averaged", "copied", "by name", "again")
-RECIPES = ("default", "default", "default", "small", "exact", "iexact", "lossless", "8 bits", "rows", "seed")
+RECIPES = ("default", "default", *CONFIGS)
 
 
 def _of(table: dict) -> st.SearchStrategy[str]:  # type: ignore[type-arg]
@@ -50,12 +51,12 @@ _elements = st.one_of(_ops, _ops, _ops, _ops, _ops, _reads, _reads, _indices, _f
 
 
 @st.composite
-def programs(draw: st.DrawFn, most: int = 5) -> Program:
-    """A program of up to `most` pieces."""
+def programs(draw: st.DrawFn, most: int = 5, recipe: str = "") -> Program:
+    """A program of up to `most` pieces, under one recipe if that is given."""
     calm = draw(st.booleans())  # nothing of someone else's memory
     ops = tuple(draw(st.lists(_ops if calm else _elements, min_size=1, max_size=most)))
     scenario = draw(st.sampled_from(("once",) * 12 + tuple(SCENARIOS)))
-    recipe = draw(st.sampled_from(RECIPES))
+    recipe = recipe or draw(st.sampled_from(RECIPES))
     return sensible(
         Program(
             ops,

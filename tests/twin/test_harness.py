@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import Phase, given, settings
 from torch import Tensor, nn
 
-from tests.twin.compare import judge
+from dibit import recipes
+from tests.twin.compare import WORST, judge
 from tests.twin.grammar import Fill, Index, Op, Program, Read, Twins
-from tests.twin.run import Twin
+from tests.twin.run import CONFIGS, Twin
 from tests.twin.scenarios import SCENARIOS
+from tests.twin.strategies import RECIPES, programs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -108,6 +111,22 @@ def test_plain_is_right_where_copies_are_kept(op: Any) -> None:
     plain, ideal = twin.plain(), twin.ideal()
     assert plain.gradients
     assert all(torch.equal(g, ideal.gradients[name]) for name, g in plain.gradients.items())
+
+
+def test_every_recipe_is_tried() -> None:
+    assert set(recipes.RECIPES) <= set(CONFIGS) == set(RECIPES) == set(WORST)
+
+
+def test_a_search_may_have_one_recipe() -> None:
+    found = []
+
+    @settings(max_examples=10, database=None, phases=(Phase.generate,))
+    @given(programs(recipe="lossless"))
+    def look(program: Program) -> None:
+        found.append(program.recipe)
+
+    look()
+    assert set(found) == {"lossless"}
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)

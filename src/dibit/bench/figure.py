@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dibit.bench.gradient import FAMILIES
+from dibit.recipes import BOUNDED
 from dibit.tools.figures import INK, SOFT, figure, grid, legend_above, plain_log, svg_of
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ COLORS = {
     "rows by norm": "#aa4499",
     "rows by gradient": "#009e73",
 }
-_MARKED = ("default", "small")
 
 
 def gradient_figure(results: Sequence[Mapping[str, Any]]) -> bytes:
@@ -42,7 +42,7 @@ def gradient_figure(results: Sequence[Mapping[str, Any]]) -> bytes:
                     if points:
                         style = "o" if family in ("papers", "all rows") else "o-"
                         ax.plot(*zip(*points, strict=True), style, color=COLORS[family], markersize=3.5)
-                for name in _MARKED:
+                for name in BOUNDED:
                     if name in known:
                         at = known[name]["bytes_per_node"], known[name]["errors"][str(epoch)]
                         ax.plot(*at, "o", color=COLORS["rows by gradient"], markersize=7, markerfacecolor="none")

@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import dibit
 from dibit import Config, Sample
-from dibit.recipes import RECIPES
+from dibit.recipes import BOUNDED, RECIPES
 
 
 def _rows(
@@ -48,8 +47,7 @@ FAMILIES: dict[str, dict[str, Config]] = {
 # The recipes, and what lies beside the default at about its bytes.
 _BESIDE: dict[str, Config] = {
     **RECIPES,
-    "default ratios": replace(dibit.recipe("default"), noise=None),  # without the bound on the error
-    "small ratios": replace(dibit.recipe("small"), noise=None),
+    **{f"{name} ratios": replace(RECIPES[name], noise=None) for name in BOUNDED},  # without the bound on the error
     "rows/3 at 1 bit": _rows(3, 16, bits=1),
     "rows/12 at 4 bit": _rows(12, 16, bits=4),
     "rows/24 at 8 bit": _rows(24, 16, bits=8),

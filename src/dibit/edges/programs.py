@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 from dibit._torch.spellings import torch_functions
 from dibit.edges.deferred import Deferred, PendingCall
 from dibit.rules.common import is_plain_float
+from dibit.rules.elementwise import POINTWISE, Pointwise
+from dibit.rules.registry import spellings
 
 CHUNK = 1 << 13  # edges of a chunk, at least: their tensors stay in the caches
 CHUNKS = 16  # aim for this many chunks, if they have at least `CHUNK` edges,
@@ -27,14 +30,16 @@ MOST_CALLS = 200  # calls in one program; one that is used twice counts twice
 _VECTOR = 32  # elements that torch's vectorised loops take at once; those left at the end may have other bits
 _BINARY = torch_functions("add sub mul div")
 _CAT = torch_functions("cat")
-# Their arguments after the first.
-_UNARY: dict[Any, tuple[str, ...]] = dict.fromkeys(torch_functions("relu silu"), ("inplace",))
-_UNARY |= dict.fromkeys(torch_functions("neg tanh exp sigmoid"), ())
-_UNARY |= dict.fromkeys(torch_functions("leaky_relu"), ("negative_slope", "inplace"))
-_UNARY |= dict.fromkeys(torch_functions("gelu"), ("approximate",))
+# Every element-wise function whose rule keeps a derivative, and what its rule says of it.
+_SMOOTH: dict[Any, Pointwise] = {
+    function: f for name, f in POINTWISE.items() for function, adapter in spellings(name).items() if adapter is None
+}
+# Others, and their arguments after the first.
+_LINEAR_IN_PARTS: dict[Any, tuple[str, ...]] = dict.fromkeys(torch_functions("relu"), ("inplace",))
+_LINEAR_IN_PARTS |= dict.fromkeys(torch_functions("leaky_relu"), ("negative_slope", "inplace"))
+_LINEAR_IN_PARTS |= dict.fromkeys(torch_functions("neg"), ())
+_PRELU = torch_functions("prelu")
 _NORM = "normalized_shape", "weight", "bias", "eps"
-# Their vectorised and their scalar loops differ in the last bit.
-_IN_VECTORS = torch_functions("silu sigmoid gelu")
 
 
 def concatenate(*parts: Tensor) -> Tensor:
@@ -58,13 +63,21 @@ def extend(function: Any, args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...],
     x = args[0]
     if type(x) is not Deferred:
         return None
-    if function in _UNARY:
-        given = _given(_UNARY[function], args, kwargs)
-        if given is None or given.pop("inplace", False) or given.pop("approximate", "none") != "none":
+    if function in _LINEAR_IN_PARTS:
+        given = _given(_LINEAR_IN_PARTS[function], args, kwargs)
+        return (
+            None if given is None or given.pop("inplace", False) else (function, (x, *given.values()), tuple(x.shape))
+        )
+    if function in _SMOOTH:
+        options = _options(_SMOOTH[function], function, args[1:], kwargs)
+        if options is None or (_SMOOTH[function].in_vectors and x.numel() % multiple()):
             return None
-        if function in _IN_VECTORS and x.numel() % multiple():
+        return function, (x, *options), tuple(x.shape)
+    if function in _PRELU:
+        given = _given(("weight",), args, kwargs)
+        if not given or not _are_parameters(weight := given["weight"]) or weight.numel() not in (1, x.shape[1]):
             return None
-        return function, (x, *given.values()), tuple(x.shape)
+        return function, (x, weight), tuple(x.shape)
     if function is F.linear:
         given = _given(("weight", "bias"), args, kwargs)
         if given is None or not _are_parameters(weight := given.get("weight"), bias := given.get("bias")):
@@ -91,6 +104,18 @@ def _given(names: tuple[str, ...], args: Any, kwargs: Any) -> dict[str, Any] | N
     if len(args) > 1 + len(names) or set(found) - set(names):
         return None
     return {name: found[name] for name in names if name in found}
+
+
+def _options(f: Pointwise, function: Any, args: Any, kwargs: Any) -> list[Any] | None:
+    """The arguments after the first, by position, without defaults at the end; `None` where that cannot be."""
+    found = f.arguments(args, kwargs)
+    if found is None or found[1]:
+        return None
+    options, defaults = found[0], list(f.options.values())
+    while options and options[-1] == defaults[len(options) - 1]:
+        options.pop()
+    by_position = isinstance(function, FunctionType) or len(options) <= len(args)
+    return options if by_position else None  # torch's own functions may take some by name alone
 
 
 def _are_parameters(*tensors: Any) -> bool:
@@ -161,7 +186,7 @@ def padding(rows: int, widths: Iterable[int]) -> int:
 
 def in_vectors(call: PendingCall) -> bool:
     """Whether the bits of this operation depend on where vectors begin."""
-    return call.function in _IN_VECTORS
+    return call.function in _SMOOTH and _SMOOTH[call.function].in_vectors
 
 
 @functools.cache

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from dibit._torch.private.autograd import next_sequence_number, sequence_number
-from dibit._torch.private.tensors import base_of, flattened
+from dibit._torch.private.tensors import base_of, flattened, scripted
 from dibit._torch.storage_identity import Alive, storage_key, storages, strided, version
 from dibit._torch.user_objects import attributes as own_attributes
-from dibit._torch.user_objects import is_a, items, mapped, static
+from dibit._torch.user_objects import is_a, items, mapped
 from dibit.engine.owners import Owners, is_whole
 
 _DEEPEST = 6  # nested containers that are searched for the caller's tensors
@@ -143,7 +143,7 @@ def tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:
     else:
         held: Iterable[Any] | None = items(value)
         if held is None:
-            held = own_attributes(value).values() or mapped(value) or _scripted(value)
+            held = own_attributes(value).values() or mapped(value) or scripted(value)
         for item in list(held):
             yield from tensors_in(item, depth + 1)
 
@@ -161,16 +161,4 @@ def _inside(x: Tensor) -> list[Any]:
     try:
         return flattened(x)
     except Exception:  # one that cannot be flattened has nothing that it shows
-        return []
-
-
-def _scripted(value: Any) -> list[Tensor]:
-    """The tensors in a TorchScript object: torch_sparse.SparseTensor keeps a scripted storage."""
-    if not str(static(type(value), "__module__")).startswith("torch"):
-        return []
-    try:
-        names = ("row", "rowptr", "col", "value", "colptr", "csr2csc", "csc2csr")
-        parts = [getattr(value.storage, f"_{name}", None) for name in names]
-        return [part for part in parts if isinstance(part, Tensor)]
-    except Exception:  # it has no storage
         return []

@@ -18,11 +18,23 @@ from dibit._torch.private.autograd import operation_of, saved_dim
 from dibit._torch.storage_identity import Alive, version
 from dibit.residuals.constant_csr import pattern
 
-# Operations of torch whose gradient stays in its row, whatever their settings.
-_ROW_BY_ROW = set(
-    "AccumulateGrad ToCopy Add Sub Mul Div Neg Relu LeakyRelu Elu Gelu Silu Sigmoid Tanh Exp".split()  # noqa: SIM905
-)
+# Operations of torch whose gradient stays in its row, whatever their settings, by `_word`; `row_by_row` enters more.
+_ROW_BY_ROW = {"accumulategrad", "tocopy", "add", "sub", "mul", "div", "neg"}
 _LAST_DIMENSION = {"LogSoftmax", "Softmax"}
+
+
+def row_by_row(name: str) -> None:
+    """Enter a function of torch whose gradient stays in its row, for passes in which it runs without its rule.
+
+    Args:
+        name: of the function, such as "leaky_relu", or of the operation in autograd's graph where that has another.
+    """
+    _ROW_BY_ROW.add(_word(name))
+
+
+def _word(name: str) -> str:
+    """The function `leaky_relu` and the operation `LeakyRelu` by the same word."""
+    return name.replace("_", "").lower()
 
 
 @dataclass
@@ -146,7 +158,7 @@ def _aggregations(node: Any, matrix: tuple[Any, ...] | None) -> int | None:
     if hops is not None:
         return hops if hops == 0 or (matrix is not None and getattr(node, "matrix", None) == matrix) else None
     name = operation_of(node)
-    if name in _ROW_BY_ROW:
+    if _word(name) in _ROW_BY_ROW:
         return 0
     if name in _LAST_DIMENSION:
         return 0 if saved_dim(node) in (1, 2**64 - 1, -1) else None

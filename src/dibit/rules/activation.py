@@ -42,7 +42,7 @@ from dibit.rules.elementwise import (
 from dibit.rules.registry import rule
 
 
-@rule(kind="ReLU", in_place=True, runs_again=True, saves_result=True, exact=True)
+@rule(kind="ReLU", in_place=True, runs_again=True, saves_result=True, exact=True, in_its_row=True)
 def relu(forward: ForwardPass, input: Tensor, inplace: bool = False) -> Any:
     if not is_plain_float(input) or not input.requires_grad:
         return NotImplemented
@@ -56,7 +56,7 @@ def relu(forward: ForwardPass, input: Tensor, inplace: bool = False) -> Any:
     return _masked(forward, input, bits, 0.0, lambda _: result, False)
 
 
-@rule(in_place=True, runs_again=True, exact=True)
+@rule(in_place=True, runs_again=True, exact=True, in_its_row=True)
 def leaky_relu(forward: ForwardPass, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
     if not is_plain_float(input) or not input.requires_grad or negative_slope < 0:
         return NotImplemented
@@ -91,6 +91,7 @@ class PReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Mask, negative: Any, low: torch.dtype | None) -> Tensor:
+        ctx.hops = 0
         save(ctx, mask, negative, weight)
         ctx.dtypes = x.dtype, weight.dtype
         return F.prelu(*copies(low, x, weight))
@@ -112,7 +113,7 @@ class PReLU(torch.autograd.Function):
         return dx, dw, None, None, None
 
 
-@rule(autocast=low_precision)
+@rule(autocast=low_precision, in_its_row="PreluKernel")
 def prelu(forward: ForwardPass, input: Tensor, weight: Tensor) -> Any:
     if not is_plain_float(input, weight) or not (input.requires_grad or weight.requires_grad) or input.dim() < 2:
         return NotImplemented
@@ -149,11 +150,20 @@ def _gelu(x: Tensor, approximate: str) -> Tensor:
 gelu = elementwise("gelu", _gelu, derivatives.gelu, codec=RECIPE)
 silu = elementwise("silu", F.silu, derivatives.silu, codec=RECIPE)
 mish = elementwise("mish", F.mish, derivatives.mish, codec=RECIPE)
-hardswish = elementwise("hardswish", F.hardswish, derivatives.hardswish, codec=RECIPE)
+hardswish = elementwise("hardswish", F.hardswish, derivatives.hardswish, codec=RECIPE, in_vectors=False)
 elu = elementwise("elu", F.elu, derivatives.elu, derivatives.elu_of_result, codec=SATURATING)
-sigmoid = elementwise("sigmoid", torch.sigmoid, of_result=lambda y: y * (1 - y), codec=RELATIVE, runs_again=True)
+sigmoid = elementwise(
+    "sigmoid", torch.sigmoid, of_result=lambda y: y * (1 - y), codec=RELATIVE, runs_again=True, positive=True
+)
 erf = elementwise("erf", torch.erf, lambda x: 2 / math.pi**0.5 * torch.exp(-x * x), codec=SATURATING)
 softsign = elementwise(
-    "softsign", F.softsign, lambda x: (1 + x.abs()).square().reciprocal(), codec=SATURATING, beside=lambda x: x.nbytes
+    "softsign",
+    F.softsign,
+    lambda x: (1 + x.abs()).square().reciprocal(),
+    codec=SATURATING,
+    beside=lambda x: x.nbytes,
+    in_vectors=False,
 )
-tanh = elementwise("tanh", torch.tanh, of_result=lambda y: 1 - y**2, codec=SATURATING, runs_again=True)
+tanh = elementwise(
+    "tanh", torch.tanh, of_result=lambda y: 1 - y**2, codec=SATURATING, in_vectors=False, runs_again=True
+)

@@ -84,6 +84,8 @@ class Pointwise:
         in_place: the function of (x, *options), written over x; `None` where torch has none.
         uses: how many residuals, those of later operations included, are not needed if x can be computed again.
         beside: a function of x, the bytes that plain torch keeps in addition: a buffer, or intermediate results.
+        in_vectors: the last bit of a result may depend on where the element lies in the tensor, because torch's
+            vectorised loop and the scalar loop for the last elements differ.
 
     Raises:
         ValueError: the codec is unknown, or neither derivative is given.
@@ -98,12 +100,13 @@ class Pointwise:
         in_place: Callable[..., Tensor] | None,
         uses: int = 1,
         beside: Callable[[Tensor], int] | None = None,
+        in_vectors: bool = True,
     ) -> None:
         if codec not in (*CODECS, MEASURED):
             raise ValueError(f"codec = {codec!r} was given; choose one of {', '.join((*CODECS, MEASURED))}.")
         if derivative is None and of_result is None:
             raise ValueError("neither a derivative nor of_result was given; an element-wise rule needs one of them.")
-        self.beside = beside
+        self.beside, self.in_vectors = beside, in_vectors
         self.plain, self.derivative, self.of_result = plain, derivative, of_result
         self.codec, self.in_place, self.uses = codec, in_place, uses
         self.options = _options(of_result if derivative is None else derivative)
@@ -157,13 +160,14 @@ def elementwise(
     codec: str,
     uses: int = 1,
     beside: Callable[[Tensor], int] | None = None,
+    in_vectors: bool = True,
     **traits: Any,
 ) -> Rule:
     """Register an element-wise function: its rule, and what compiled code makes of it.
 
     Args:
         name: of the function, by which `torch.name`, `Tensor.name`, `F.name` and the same with `name_` are found.
-        plain, derivative, of_result, codec, uses, beside: see `Pointwise`.
+        plain, derivative, of_result, codec, uses, beside, in_vectors: see `Pointwise`.
         traits: of the function, see `dibit.rules.registry.rule`.
 
     Raises:
@@ -173,12 +177,13 @@ def elementwise(
         raise ValueError(
             f"torch has no function {name!r}; expected a name in torch, torch.Tensor or torch.nn.functional."
         )
-    f = POINTWISE[name] = Pointwise(plain, derivative, of_result, codec, _in_place(name, plain), uses, beside)
+    in_place = _in_place(name, plain)
+    f = POINTWISE[name] = Pointwise(plain, derivative, of_result, codec, in_place, uses, beside, in_vectors)
     made = elementwise_rule(f)
     # a pickle finds the rule by its module and its name there, `exp` or `abs_`; without a module's name, by a search
     made.__module__ = calling_module()  # type: ignore[assignment]
     made.__qualname__ = made.__name__ = f"{name}_" if hasattr(builtins, name) else name
-    return rule(name, in_place=f.in_place is not None, saves_result=derivative is None, **traits)(made)
+    return rule(name, in_place=in_place is not None, saves_result=derivative is None, in_its_row=True, **traits)(made)
 
 
 def _in_place(name: str, plain: Callable[..., Tensor]) -> Callable[..., Tensor] | None:

@@ -7,6 +7,7 @@ result does not qualify: its elements lie about evenly between 0 and the largest
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,9 +23,9 @@ from dibit.engine.forward_pass import ForwardPass
 from dibit.recompute.nodes import Node
 from dibit.recompute.recorder import Tape
 from dibit.rules.common import running_config
+from dibit.rules.registry import OPERATIONS, spellings
 from dibit.rules.relative import full_range_levels, geometric, octaves_of, relative
 
-_MADE = torch_functions("exp sigmoid", in_place=True)
 _SELECTED = torch_functions(
     "view reshape unsqueeze squeeze expand transpose permute t flatten contiguous narrow select __getitem__ "
     "index_select"
@@ -93,11 +94,17 @@ def _made(node: Any, depth: int) -> bool:
     if node.call is None:
         return (x := node.ref()) is not None and _by_softmax(x)
     function, args = node.call[0], (*node.call[1], *node.call[2].values())
-    if function in _MADE:
+    if function in _makers():
         return True
     if depth == _DEEPEST or not args or not (function in _PRODUCTS or function in _SELECTED):
         return False
     return all(_made(part, depth + 1) for part in (args if function in _PRODUCTS else args[:1]))
+
+
+@functools.cache
+def _makers() -> frozenset[Any]:
+    """The functions whose rules say so."""
+    return frozenset(f for name, operation in OPERATIONS.items() if operation.positive for f in spellings(name))
 
 
 def _by_softmax(x: Tensor) -> bool:

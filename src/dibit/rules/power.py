@@ -23,14 +23,23 @@ def _softplus_slope(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor
 
 # `exp` is mostly part of a softmax, whose quotient keeps the result twice more: in both of its factors.
 exp = elementwise(
-    "exp", torch.exp, of_result=lambda y: y, codec=MEASURED, uses=3, autocast=full_precision(torch.exp), runs_again=True
+    "exp",
+    torch.exp,
+    of_result=lambda y: y,
+    codec=MEASURED,
+    uses=3,
+    in_vectors=False,
+    autocast=full_precision(torch.exp),
+    runs_again=True,
+    positive=True,
 )
-sqrt = elementwise("sqrt", torch.sqrt, of_result=lambda y: 0.5 / y, codec=MEASURED, runs_again=True)
+sqrt = elementwise("sqrt", torch.sqrt, of_result=lambda y: 0.5 / y, codec=MEASURED, in_vectors=False, runs_again=True)
 rsqrt = elementwise(
     "rsqrt",
     torch.rsqrt,
     of_result=lambda y: -0.5 * y**3,
     codec=MEASURED,
+    in_vectors=False,
     autocast=full_precision(torch.rsqrt),
     runs_again=True,
 )
@@ -39,6 +48,7 @@ reciprocal = elementwise(
     torch.reciprocal,
     of_result=lambda y: -(y**2),
     codec=MEASURED,
+    in_vectors=False,
     autocast=full_precision(torch.reciprocal),
     runs_again=True,
 )
@@ -53,8 +63,8 @@ pow_ = elementwise(
     autocast=full_precision(lambda x: torch.pow(x, 1.5)),
     runs_again=True,
 )
-square = elementwise("square", torch.square, lambda x: 2 * x, codec=MEASURED, runs_again=True)
-abs_ = elementwise("abs", torch.abs, torch.sign, codec=MEASURED, runs_again=True)
+square = elementwise("square", torch.square, lambda x: 2 * x, codec=MEASURED, in_vectors=False, runs_again=True)
+abs_ = elementwise("abs", torch.abs, torch.sign, codec=MEASURED, in_vectors=False, runs_again=True)
 softplus = elementwise("softplus", F.softplus, _softplus_slope, codec=MEASURED, autocast=full_precision(F.softplus))
 sin = elementwise("sin", torch.sin, torch.cos, codec=EIGHT_BIT)
 cos = elementwise("cos", torch.cos, lambda x: -torch.sin(x), codec=EIGHT_BIT)

@@ -18,6 +18,7 @@ from torch import Tensor
 from dibit import nn
 from dibit._torch.private.operations import VARIABLE_FUNCTIONS
 from dibit._torch.spellings import torch_functions
+from dibit.engine.loss_reach import row_by_row
 from dibit.engine.model_state import Rule
 from dibit.recompute.repeatable import repeatable
 
@@ -34,6 +35,7 @@ class Operation:
         kind: what it keeps, in reports of memory: "linear inputs", "norm inputs", "ReLU", "dropout" or "other".
         in_place: the rule has an argument `inplace`, and so serves `torch.relu_`, too.
         exact: the rule runs under `Config(lossless=True)`.
+        positive: its results are positive and have a wide range, see `dibit.rules.positive`.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Operation:
     kind: str
     in_place: bool
     exact: bool
+    positive: bool
 
 
 OPERATIONS: dict[str, Operation] = {}
@@ -55,6 +58,8 @@ def rule(
     runs_again: bool = False,
     saves_result: bool = False,
     exact: bool = False,
+    in_its_row: str | bool = False,
+    positive: bool = False,
 ) -> Callable[[Rule], Rule]:
     """Register the rule of a function, and state the properties of the function that other parts of Dibit need.
 
@@ -71,6 +76,9 @@ def rule(
         saves_result: plain torch keeps the result, not the input.
         exact: what the rule keeps is exact if `ForwardPass.keep` gives exact residuals, and no more than plain torch
             keeps.
+        in_its_row: a gradient stays in its row where torch's own function runs, too; the name of its operation in
+            autograd's graph if that is not the function's.
+        positive: see `Operation`.
     """
 
     def register(function: Rule) -> Rule:
@@ -80,8 +88,10 @@ def rule(
                 f"a rule was registered for {name or function.__name__!r}, but torch has no function of this name; "
                 "choose the name of one, or give the rule to dibit.compress(rules=...)."
             )
-        operation = Operation(name or function.__name__, made, kind, in_place, exact)
+        operation = Operation(name or function.__name__, made, kind, in_place, exact, positive)
         OPERATIONS[operation.name] = operation
+        if in_its_row:
+            row_by_row(operation.name if in_its_row is True else in_its_row)
         if runs_again:
             found = spellings(operation.name)
             written = {each for each, adapter in found.items() if adapter is _in_place}

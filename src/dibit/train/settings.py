@@ -280,7 +280,7 @@ class CompressionSettings:
         if self.noise is not None:
             _positive("noise", self.noise)
             if self.recipe in recipes.UNBOUNDED:
-                others = " or ".join(name for name in recipes.RECIPES if name not in recipes.UNBOUNDED)
+                others = " or ".join(recipes.BOUNDED)
                 raise UserError(
                     f"--noise {self.noise} has no meaning with --recipe {self.recipe}, which has no rows that a bound "
                     f"could add; take --recipe {others}, or leave it out."

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from dibit._torch.private.registry import find
-from dibit._torch.user_objects import attributes, defines, is_a
+from dibit._torch.user_objects import attributes, defines, is_a, static
 
 _SLOWER = "time, and a Ctrl-C that comes while one of torch's own weak references dies"
 _cdata = find("torch.UntypedStorage._cdata", "tell memory apart", _SLOWER)
@@ -240,6 +240,24 @@ def flattened(x: Tensor) -> list[Tensor]:
     if _flattens is None:
         return [value for value in attributes(x).values() if is_a(value, Tensor)]
     return [getattr(x, name) for name in x.__tensor_flatten__()[0]]  # type: ignore[attr-defined]
+
+
+# The attributes of a storage of torch_sparse. Its public methods would run code, and make what is not there yet.
+_PARTS = "_row", "_rowptr", "_col", "_value", "_rowcount", "_colptr", "_colcount", "_csr2csc", "_csc2csr"
+
+
+def scripted(value: Any) -> list[Tensor]:
+    """The tensors in a `torch_sparse.SparseTensor` that TorchScript has made, which shows no attributes of its own.
+
+    Empty where they have other names: then nobody knows that the caller holds them, and they are kept once more.
+    """
+    if not str(static(type(value), "__module__")).startswith("torch"):
+        return []
+    try:
+        parts: list[Any] = [getattr(value.storage, name, None) for name in _PARTS]
+    except Exception:  # it has no storage
+        return []
+    return [part for part in parts if is_a(part, Tensor)]
 
 
 # -- tensors without memory ---------------------------------------------------------------------------------------
