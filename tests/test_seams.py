@@ -11,8 +11,9 @@ import pytest
 TESTS = Path(__file__).parent
 # What a test may replace for a while: thresholds and tables that make a small case run as a large one does, sizes and
 # probes of a machine, what takes a command minutes, and the launch of a GPU's kernels. Before you add to them, look at
-# the seams that Dibit has: rules of one's own, `dispatch.using_backend`, `layout.parts_of`, `seed_stream.forget`,
-# `seed_stream.as_if_captured` and `positive.without_looking`; and at `tests.watched`, which replaces nothing.
+# the seams that Dibit has: rules of one's own, `dispatch.using_backend`, `layout.parts_of`, `keeper.without_codes`,
+# `seed_stream.forget`, `seed_stream.as_if_captured` and `positive.without_looking`; and at `tests.watched`, which
+# replaces nothing.
 SEAMS = """
     dibit.doctor.trial dibit.encode dibit.recipe
     dibit.codec.fingerprint.MIN_BYTES_FOR_KERNEL dibit.codec.backends.triton.launch.run
@@ -30,7 +31,6 @@ SEAMS = """
 # Internals that tests still replace. This list only gets shorter.
 INTERNALS = """
     dibit.codec.backends.cpu.kernels.elementwise.dropout.parallel
-    dibit.engine.keeper.Keeper.gathered dibit.engine.keeper.Keeper.keep
 """
 DOORS = "dibit._torch.private."  # closed by tests, to see what is there without an API of torch
 ALLOWED = {*SEAMS.split(), *INTERNALS.split()}

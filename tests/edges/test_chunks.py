@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ from dibit._torch.spellings import torch_functions
 from dibit.edges import programs
 from dibit.edges.chunks import Gradient, RowSelection, Whole, cut
 from dibit.edges.plan import plan_of
-from dibit.engine.keeper import Keeper
+from dibit.engine.keeper import without_codes
 from dibit.rules import RULES
 from dibit.rules.elementwise import POINTWISE
 from tests.autograd_graph import nodes
@@ -40,17 +40,13 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Codes are replaced by exact residuals, so that every gradient is plain torch's to the order of its sums."""
-
-    def exactly(keeper: Keeper, x: Tensor, *args: Any, copied: bool = False, **more: Any) -> Any:
-        return keeper.exact(x, copied)
-
-    monkeypatch.setattr(Keeper, "keep", exactly)
-    monkeypatch.setattr(Keeper, "gathered", exactly)
+def exact(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """There are no codes, so that every gradient is plain torch's to the order of its sums."""
     for function in torch_functions("silu sigmoid gelu tanh layer_norm mul div square"):
         if function in RULES:
             monkeypatch.delitem(RULES, function)
+    with without_codes():
+        yield
 
 
 def mlp(inputs: int, act: Callable[[], nn.Module] = nn.SiLU, norm: bool = True) -> nn.Sequential:

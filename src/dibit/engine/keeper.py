@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +23,18 @@ from dibit.recompute.nodes import nbytes
 from dibit.residuals.base import Residual
 from dibit.residuals.derived import Gathered
 from dibit.residuals.exact import Reference, exact
+
+_CODES: ContextVar[bool] = ContextVar("codes", default=True)
+
+
+@contextmanager
+def without_codes() -> Iterator[None]:
+    """Forward passes within it keep exactly what they would encode: to test all but the codec."""
+    token = _CODES.set(False)
+    try:
+        yield
+    finally:
+        _CODES.reset(token)
 
 
 class Keeper:
@@ -53,6 +68,8 @@ class Keeper:
         config = config or own
         if own.lossless:
             return self._lossless(x, copied)
+        if not _CODES.get():
+            return self.exact(x, copied)
         origin = self.holdings.origin(x)
         if own.inputs == "reference":
             if self.holdings.held(origin) and self._by_reference(x, origin, copied):
@@ -108,6 +125,8 @@ class Keeper:
         """See `ForwardPass.gathered`."""
         if self.stack.config is not None and self.stack.config.lossless:
             return self._lossless(x, copied)
+        if not _CODES.get():
+            return self.exact(x, copied)
         origin, tape = self.holdings.origin(x), self.lossless.tape
         found = tape.gathered(origin)
         beside = None if found is None else self.lossless.secured(found[1])
