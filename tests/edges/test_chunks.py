@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +22,7 @@ from dibit._torch.spellings import torch_functions
 from dibit.edges import programs
 from dibit.edges.chunks import Gradient, RowSelection, Whole, cut
 from dibit.edges.plan import plan_of
-from dibit.engine.keeper import without_codes
+from dibit.engine.keeper import inputs_kept_exactly
 from dibit.rules import RULES
 from dibit.rules.elementwise import POINTWISE
 from tests.autograd_graph import nodes
@@ -41,11 +42,11 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """There are no codes, so that every gradient is plain torch's to the order of its sums."""
+    """No codes, and no rules that need some: every gradient is plain torch's to the order of its sums."""
     for function in torch_functions("silu sigmoid gelu tanh layer_norm mul div square"):
         if function in RULES:
             monkeypatch.delitem(RULES, function)
-    with without_codes():
+    with inputs_kept_exactly():
         yield
 
 
@@ -280,12 +281,51 @@ def test_chunks_are_all_edges_of_some_nodes(order: str, widths: set[int]) -> Non
         assert chunk.nodes.start == nodes
         assert torch.equal(target[own], chunk.targets + chunk.nodes.start)
         assert torch.equal(chunk.select(source), source[own])
-        assert all((chunk.size + chunk.padding) * width % programs.multiple() == 0 for width in widths)
+        assert all(programs.in_whole_vectors((chunk.size + chunk.padding) * width) for width in widths)
         seen.append(own)
         nodes = chunk.nodes.stop
     assert nodes == N
     assert torch.equal(torch.cat(seen), target.argsort(stable=True))
     assert len(seen) > 5
+
+
+@pytest.mark.parametrize("threads", [1, 3, 12, 16, 64])
+@pytest.mark.parametrize("function", [F.silu, F.softplus], ids=["silu", "softplus"])
+def test_where_torchs_threads_share_whole_vectors(function: Callable[[Tensor], Tensor], threads: int) -> None:
+    """Each element then has the bits that it has in a vector on one thread."""
+    before, sizes = torch.get_num_threads(), random.Random(0)
+    x = torch.randn(1 << 20)
+    torch.set_num_threads(1)
+    expected = function(x)
+    torch.set_num_threads(threads)
+    try:
+        found = [n for n in (32 * sizes.randrange(1, 1 << 15) for _ in range(300)) if programs.in_whole_vectors(n)]
+        assert found
+        assert all(torch.equal(function(x[:n]), expected[:n]) for n in found)
+        for rows, width in itertools.product((1, 8192, 12_345, 32_768), (1, 3, 32, 33, 128)):
+            more = programs.padding(rows, {width, 8})
+            assert more < 128 * threads
+            assert programs.in_whole_vectors((rows + more) * width)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("act", [nn.SiLU, nn.Softplus])
+def test_many_threads_have_torchs_bits(act: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks of their usual size, on more threads than torch uses for a chunk."""
+    monkeypatch.setattr(programs, "CHUNK", 1 << 13)
+    before, nodes, edges = torch.get_num_threads(), 4000, 200_192
+    model = Net(g.EdgeConv(nn.Sequential(nn.Linear(2 * D, D), act(), nn.Linear(D, D)), aggr="sum")).train()
+    x, edge_index = torch.randn(nodes, D), torch.randint(nodes, (2, edges))
+    torch.set_num_threads(16)
+    try:
+        plain = model(x, edge_index)
+        y = dibit.compress(model)(x, edge_index)
+        assert torch.equal(y, plain)
+        assert alive(Gradient), "it was computed in chunks"
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("width", [32, 33, 40])

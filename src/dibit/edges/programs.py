@@ -8,7 +8,7 @@ torch can be recorded: the rows of a chunk must have the same bits as in a compu
 from __future__ import annotations
 
 import functools
-import math
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType
 from typing import Any
@@ -28,6 +28,7 @@ CHUNKS = 16  # aim for this many chunks, if they have at least `CHUNK` edges,
 LARGEST = 1 << 15  # and at most this many
 MOST_CALLS = 200  # calls in one program; one that is used twice counts twice
 _VECTOR = 32  # elements that torch's vectorised loops take at once; those left at the end may have other bits
+_GRAIN = 1 << 15  # elements for which torch starts another thread (at::internal::GRAIN_SIZE)
 _BINARY = torch_functions("add sub mul div")
 _CAT = torch_functions("cat")
 # Every element-wise function whose rule keeps a derivative, and what its rule says of it.
@@ -70,7 +71,7 @@ def extend(function: Any, args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...],
         )
     if function in _SMOOTH:
         options = _options(_SMOOTH[function], function, args[1:], kwargs)
-        if options is None or (_SMOOTH[function].in_vectors and x.numel() % multiple()):
+        if options is None or (_SMOOTH[function].in_vectors and not in_whole_vectors(x.numel())):
             return None
         return function, (x, *options), tuple(x.shape)
     if function in _PRELU:
@@ -171,17 +172,16 @@ def _walk(call: PendingCall, ends: Callable[[PendingCall], bool]) -> Iterator[Pe
             waiting += [] if ends(one) else [x.pending for x in one.args if type(x) is Deferred]
 
 
-def multiple() -> int:
-    """A tensor's elements must be a multiple of this, so that each thread of torch works on whole vectors."""
-    return _VECTOR * torch.get_num_threads()
+def in_whole_vectors(elements: int) -> bool:
+    """Whether each of torch's threads works on whole vectors of a contiguous tensor with so many elements."""
+    threads = max(1, min(torch.get_num_threads(), -(-elements // _GRAIN)))
+    return elements % _VECTOR == 0 and -(-elements // threads) % _VECTOR == 0
 
 
 def padding(rows: int, widths: Iterable[int]) -> int:
-    """How many rows to add to `rows` rows, so that a matrix of any of these widths fills whole vectors."""
-    step = 1
-    for width in widths:
-        step = math.lcm(step, multiple() // math.gcd(width, multiple()))
-    return -rows % step
+    """How many rows to add to so many, so that rows of each of these widths fill whole vectors."""
+    widths = [*widths]
+    return next(more for more in itertools.count() if all(in_whole_vectors((rows + more) * width) for width in widths))
 
 
 def in_vectors(call: PendingCall) -> bool:
