@@ -11,9 +11,9 @@ import pytest
 TESTS = Path(__file__).parent
 # What a test may replace for a while: thresholds and tables that make a small case run as a large one does, sizes and
 # probes of a machine, what takes a command minutes, and the launch of a GPU's kernels. Before you add to them, look at
-# the seams that Dibit has: rules of one's own, `dispatch.using_backend`, `layout.parts_of`, `keeper.without_codes`,
-# `seed_stream.forget`, `seed_stream.as_if_captured` and `positive.without_looking`; and at `tests.watched`, which
-# replaces nothing.
+# the seams that Dibit has: rules of one's own, `dispatch.using_backend`, `layout.parts_of`,
+# `keeper.inputs_kept_exactly`, `seed_stream.forget`, `seed_stream.as_if_captured` and `positive.without_looking`; and
+# at `tests.watched`, which replaces nothing.
 SEAMS = """
     dibit.doctor.trial dibit.encode dibit.recipe
     dibit.codec.fingerprint.MIN_BYTES_FOR_KERNEL dibit.codec.backends.triton.launch.run
@@ -21,7 +21,9 @@ SEAMS = """
     dibit.rules.large_outputs.MIN_BYTES
     dibit.reproduce.tuned.CELLS dibit.reproduce.tuned.FIRST dibit.reproduce.plan.Reproduction.graphs
     dibit.reproduce.command.measure_section dibit.reproduce.distribution.measure dibit.reproduce.parallel.start
-    dibit.bench.command.measure dibit.bench.show.show dibit.bench.workload.TrainingStep.__call__
+    dibit.rules.RULES dibit.recipes.RECIPES
+    dibit.bench.command.measure dibit.bench.show.show
+    dibit.bench.workload.TrainingStep.__call__ dibit.bench.workload.TrainingStep.forward
     dibit.experiments.data.load_raw
     dibit.train.data.graph.memory_bytes dibit.train.data.npz.memory_bytes dibit.train.data.split_file.memory_bytes
     dibit.train.data.named.require dibit.train.loop.measure dibit.train.loop.train_one dibit.train.presets.FOLDER
@@ -58,16 +60,26 @@ def replaced(text: str) -> Iterator[str]:
         name, *rest = ast.unparse(node).split(".")
         return ".".join((known.get(name, name), *rest))
 
+    def table(node: ast.expr) -> str:
+        return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else dotted(node)
+
     def targets(node: ast.AST) -> Iterator[str]:
-        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("setattr", "object", "patch"):
+        called = ast.unparse(node.func).split(".")[-1] if isinstance(node, ast.Call) else ""
+        called = "" if called == "dict" and isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else called
+        if isinstance(node, ast.Call) and called in ("setitem", "delitem", "dict") and node.args:
+            yield table(node.args[0])
+        elif isinstance(node, ast.Call) and called in ("setattr", "delattr", "object", "patch"):
             first, *rest = (
                 part.value if isinstance(part, ast.Constant) else part for part in (*node.args[:2], None, None)
             )
             owner = first if isinstance(first, str) else dotted(first) if isinstance(first, ast.expr) else ""
             yield owner if isinstance(first, str) else f"{owner}.{rest[0]}"
-        elif isinstance(node, ast.Assign):
-            flat = [part for each in node.targets for part in getattr(each, "elts", [each])]
+        elif isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
+            given = node.targets if isinstance(node, ast.Assign) else [node.target]
+            flat = [part for each in given for part in getattr(each, "elts", [each])]
             yield from (dotted(part) for part in flat if isinstance(part, ast.Attribute))
+            tables = (table(part.value) for part in flat if isinstance(part, ast.Subscript))
+            yield from (name for name in tables if "(" not in name)  # else what an object holds
 
     for node in ast.walk(tree):
         yield from (name for name in targets(node) if name.startswith("dibit.") and not name.startswith(DOORS))
@@ -94,6 +106,11 @@ def test_what_is_allowed_is_done() -> None:
         ("from dibit.engine import keeper as k\nk.Keeper.keep = f", "keeper.Keeper.keep"),
         ("import dibit.engine.keeper\ndibit.engine.keeper.LEAST, x = 1, 2", "keeper.LEAST"),
         ("patch.setattr('dibit.engine.keeper.LEAST', 1)", "keeper.LEAST"),
+        ("from dibit.engine.keeper import TABLE\npatch.setitem(TABLE, 1, 2)", "keeper.TABLE"),
+        ("from dibit.engine.keeper import TABLE\nTABLE[1] = 2", "keeper.TABLE"),
+        ("from dibit.engine.keeper import TABLE\nwith mock.patch.dict(TABLE, {}): pass", "keeper.TABLE"),
+        ("from dibit.engine import keeper\nkeeper.COUNT += 1", "keeper.COUNT"),
+        ("from dibit.engine import keeper\npatch.delattr(keeper, 'LEAST')", "keeper.LEAST"),
         ("from dibit.engine import keeper\nwith mock.patch.object(keeper, 'LEAST', 1): pass", "keeper.LEAST"),
     ],
 )

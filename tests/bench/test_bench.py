@@ -131,6 +131,27 @@ def test_every_workload_computes_what_the_plain_model_computes(how: dict[str, An
     assert losses[0] == losses[1], "the recipe lossless has torch's own masks of dropout"
 
 
+def test_batches_of_other_sizes_have_graphs_of_their_own() -> None:
+    found = speed.measure(
+        Workload(shape="cora", model="gcn", loader="neighbor"), ("plain", "default"), 2, lambda _: None
+    )
+    assert all("seconds" in row for row in found["rows"])
+
+
+def test_a_setting_that_fails_in_a_later_round_loses_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = TrainingStep.forward
+
+    def failing(self: TrainingStep) -> torch.Tensor:
+        if self.autocast and self.optimizer.state:
+            raise RuntimeError("no memory is left")
+        return forward(self)
+
+    monkeypatch.setattr(TrainingStep, "forward", failing)
+    found = speed.measure(Workload(scale=0.002, hidden=8, form="edge_index"), ("plain", "bf16"), 2, lambda _: None)
+    assert found["rows"][1] == {"setting": "bf16", "failed": "RuntimeError: no memory is left"}
+    assert "seconds" in found["rows"][0]
+
+
 def test_edges_come_in_the_order_that_was_asked_for() -> None:
     target, source, shuffled = (
         Workload(form="edge_index", scale=0.01, order=order).batches()[0].graph for order in ORDERS
@@ -202,6 +223,11 @@ def test_the_resident_peak_can_be_begun_anew() -> None:
             "expected arxiv, flickr, products-small, cora, mesh. Did you",
         ),
         (["speed", "--order", "sources"], "--order has 'sources', expected target, source, shuffled. Did you"),
+        (["speed", "--order", "shuffled"], "--order shuffled is for --form edge_index on the full graph."),
+        (
+            ["speed", "--model", "gcn2", "--loader", "neighbor"],
+            "--model gcn2 takes the graph as csr, on the full graph.",
+        ),
         (["memory", "--loader", "cluster"], "--loader has 'cluster', expected full, neighbor."),
         (["speed", "--model", "sgae"], "Did you mean 'sage' or 'gat'?"),
         (["speed", "--settings", "plain", "defualt"], "Did you mean 'default'?"),

@@ -183,8 +183,8 @@ def measure(args: argparse.Namespace, progress: MeasurementProgress, path: Path 
         return gradient.measure(args.graphs, args.root, model, epochs, args.draws, settings, progress.note)
     from dibit.bench import footprint, speed
     from dibit.bench.workload import FORMS, LOADERS, ORDERS, SETTINGS, Workload
+    from dibit.experiments.shapes import BY_EDGES, NAMED
     from dibit.experiments.shapes import MODELS as BUILDERS
-    from dibit.experiments.shapes import NAMED
 
     _known("shape", [args.shape], NAMED)
     _known("model", [args.model], BUILDERS)
@@ -193,12 +193,21 @@ def measure(args: argparse.Namespace, progress: MeasurementProgress, path: Path 
     settings = _known("settings", args.settings or [*SETTINGS], SETTINGS)
     if not args.scale > 0:
         raise UserError(f"--scale is {args.scale}, expected a number above 0.")
+    _check_form(args, BY_EDGES)
     layers = None if args.kind == "memory" else args.layers
     how = args.form, args.scale, args.order, args.loader
     workload = Workload(args.shape, args.model, layers, args.hidden, *how)
     if args.kind == "memory":
         return footprint.measure(workload, args.layers, settings, progress.note)
     return speed.measure(workload, settings, args.rounds, progress.note)
+
+
+def _check_form(args: argparse.Namespace, by_edges: Sequence[str]) -> None:
+    """Whether the model takes its graph in the form and the order that were asked for."""
+    if args.order != "target" and (args.loader != "full" or not (args.form == "edge_index" or args.model in by_edges)):
+        raise UserError(f"--order {args.order} is for --form edge_index on the full graph.")
+    if args.model == "gcn2" and (args.form == "edge_index" or args.loader != "full"):
+        raise UserError("--model gcn2 takes the graph as csr, on the full graph.")
 
 
 def _content(kind: str, results: dict[str, Any]) -> dict[str, Any]:

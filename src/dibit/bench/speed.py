@@ -49,12 +49,17 @@ def measure(workload: Workload, settings: Sequence[str], rounds: int, note: Call
         for setting, step in steps.items():
             note(f"round {done} of {rounds}, {setting}")
             step.batch = batches[done % len(batches)]
-            start = time.perf_counter()
-            loss = step.forward()
-            middle = time.perf_counter()
-            step.backward(loss)
-            times[setting].append((middle - start, time.perf_counter() - middle))
-    counted = {setting: own[1:] for setting, own in times.items()}
+            if setting in failed:
+                continue
+            try:
+                start = time.perf_counter()
+                loss = step.forward()
+                middle = time.perf_counter()
+                step.backward(loss)
+                times[setting].append((middle - start, time.perf_counter() - middle))
+            except Exception as error:
+                failed[setting] = reason(error)
+    counted = {setting: own[1:] for setting, own in times.items() if setting not in failed}
     base = "plain" if "plain" in counted else next(iter(counted), "")
     rows = [_row(setting, counted, base) if setting in counted else failed_row(setting, failed) for setting in settings]
     return {"workload": str(workload), "rounds": rounds, "base": base, "rows": rows}

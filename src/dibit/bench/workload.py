@@ -61,6 +61,10 @@ class Workload:
     def network(self) -> nn.Module:
         """The model, in training mode."""
         model: nn.Module = MODELS[self.model](self.sizes())
+        if self.loader != "full":
+            for module in model.modules():
+                if getattr(module, "cached", False):  # GCN would use the first batch's edges for all
+                    setattr(module, "cached", False)  # noqa: B010 - mypy knows no such attribute
         return model
 
     def batches(self) -> list[BenchmarkBatch]:

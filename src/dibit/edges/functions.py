@@ -82,6 +82,8 @@ class Edges:
         x, dim, index = given
         if type(index) is not Tensor or index.dtype != torch.int64 or index.dim() != 1 or not is_plain_float(x):
             return NotImplemented
+        if index.device != x.device:
+            return NotImplemented  # x[index] takes an index on the CPU, too
         if x.dim() < 2 or dim not in (0, -x.dim()) or x.dtype != torch.float32 or not _has_kernels(x.device):
             return NotImplemented
         width = x.shape[1:].numel()

@@ -208,6 +208,8 @@ def _fits(out: Any, dim: Any, target: Any, messages: Deferred) -> bool:
     """Whether messages can be reduced into `out` without being computed as a tensor."""
     if type(target) is not Tensor or target.dtype != torch.int64 or target.dim() != 1:
         return False
+    if not messages.device == target.device == getattr(out, "device", None):
+        return False
     if dim not in (0, -messages.dim()) or not is_plain_float(out) or out.dtype != messages.dtype:
         return False
     if out.shape[1:] != messages.shape[1:] or target.shape[0] != messages.shape[0] or not out.is_contiguous():

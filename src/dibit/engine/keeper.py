@@ -24,17 +24,20 @@ from dibit.residuals.base import Residual
 from dibit.residuals.derived import Gathered
 from dibit.residuals.exact import Reference, exact
 
-_CODES: ContextVar[bool] = ContextVar("codes", default=True)
+_ENCODES: ContextVar[bool] = ContextVar("encodes", default=True)
 
 
 @contextmanager
-def without_codes() -> Iterator[None]:
-    """Forward passes within it keep exactly what they would encode: to test all but the codec."""
-    token = _CODES.set(False)
+def inputs_kept_exactly() -> Iterator[None]:
+    """To test what surrounds the codec: forward passes within it keep the inputs of linear layers exactly.
+
+    Rules that need codes of their own, such as those of norms and smooth activations, cannot run within it.
+    """
+    token = _ENCODES.set(False)
     try:
         yield
     finally:
-        _CODES.reset(token)
+        _ENCODES.reset(token)
 
 
 class Keeper:
@@ -68,7 +71,7 @@ class Keeper:
         config = config or own
         if own.lossless:
             return self._lossless(x, copied)
-        if not _CODES.get():
+        if not _ENCODES.get():
             return self.exact(x, copied)
         origin = self.holdings.origin(x)
         if own.inputs == "reference":
@@ -125,7 +128,7 @@ class Keeper:
         """See `ForwardPass.gathered`."""
         if self.stack.config is not None and self.stack.config.lossless:
             return self._lossless(x, copied)
-        if not _CODES.get():
+        if not _ENCODES.get():
             return self.exact(x, copied)
         origin, tape = self.holdings.origin(x), self.lossless.tape
         found = tape.gathered(origin)

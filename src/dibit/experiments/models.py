@@ -24,6 +24,8 @@ class TransformerNetwork(nn.Module):
 
     def __init__(self, features: int, hidden: int, layers: int, classes: int, dropout: float, heads: int = 4) -> None:
         super().__init__()
+        if hidden % heads:
+            raise ValueError(f"hidden = {hidden} was given; expected a multiple of heads = {heads}.")
         widths = [features] + [hidden] * (layers - 1)
         self.convs = nn.ModuleList([TransformerConv(width, hidden // heads, heads) for width in widths[:-1]])
         self.convs.append(TransformerConv(widths[-1], classes))

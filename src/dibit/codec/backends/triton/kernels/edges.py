@@ -31,7 +31,7 @@ def add_scaled(
     d = tl.program_id(1) * D + tl.arange(0, D)
     inside = d < width
     head = d // (width // HEADS)
-    start, stop = tl.load(crow_ptr + row), tl.load(crow_ptr + row + 1)
+    start, stop = tl.load(crow_ptr + row).to(tl.int64), tl.load(crow_ptr + row + 1).to(tl.int64)
     total = tl.load(out_ptr + row * width + d, mask=inside, other=0.0)
     for first in range(0, stop - start, AT_ONCE):
         for step in tl.static_range(AT_ONCE):
@@ -55,7 +55,7 @@ def edge_products(
     d = tl.arange(0, D)
     inside = d < width
     a = tl.load(a_ptr + (row * heads + head) * width + d, mask=inside, other=0.0)
-    start, stop = tl.load(crow_ptr + row), tl.load(crow_ptr + row + 1)
+    start, stop = tl.load(crow_ptr + row).to(tl.int64), tl.load(crow_ptr + row + 1).to(tl.int64)
     for first in range(0, stop - start, AT_ONCE):
         for step in tl.static_range(AT_ONCE):
             e = start + first + step
@@ -74,7 +74,7 @@ def edge_signs(
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     byte = tl.arange(0, B)
     size = (width + 7) // 8
-    start, stop = tl.load(crow_ptr + row), tl.load(crow_ptr + row + 1)
+    start, stop = tl.load(crow_ptr + row).to(tl.int64), tl.load(crow_ptr + row + 1).to(tl.int64)
     for number in range(stop - start):
         e = start + number
         column = tl.load(col_ptr + e).to(tl.int64)
@@ -108,7 +108,7 @@ def add_signed(
     own_width = width // HEADS
     head, feature = d // own_width, d % own_width
     size = (own_width + 7) // 8
-    start, stop = tl.load(crow_ptr + row), tl.load(crow_ptr + row + 1)
+    start, stop = tl.load(crow_ptr + row).to(tl.int64), tl.load(crow_ptr + row + 1).to(tl.int64)
     total = tl.load(out_ptr + row * width + d, mask=inside, other=0.0)
     for first in range(0, stop - start, AT_ONCE):
         for step in tl.static_range(AT_ONCE):
@@ -129,7 +129,7 @@ def edge_extremes(crow_ptr, col_ptr, x_ptr, out_ptr, width, LEAST: tl.constexpr,
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * D + tl.arange(0, D)
     inside = d < width
-    start, stop = tl.load(crow_ptr + row), tl.load(crow_ptr + row + 1)
+    start, stop = tl.load(crow_ptr + row).to(tl.int64), tl.load(crow_ptr + row + 1).to(tl.int64)
     total = tl.load(out_ptr + row * width + d, mask=inside, other=0.0)
     for first in range(0, stop - start, AT_ONCE):
         for step in tl.static_range(AT_ONCE):
