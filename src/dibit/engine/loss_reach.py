@@ -18,8 +18,8 @@ from dibit._torch.private.autograd import operation_of, saved_dim
 from dibit._torch.storage_identity import Alive, version
 from dibit.residuals.constant_csr import pattern
 
-# Operations of torch whose gradient stays in its row, whatever their settings, by `_word`; `row_by_row` enters more.
-_ROW_BY_ROW = {"accumulategrad", "tocopy", "add", "sub", "mul", "div", "neg"}
+# Operations without a rule whose gradient stays in its row, by `_word`; the rules enter those of their functions.
+_ROW_BY_ROW = {"accumulategrad", "tocopy", "sub", "neg"}
 _LAST_DIMENSION = {"LogSoftmax", "Softmax"}
 
 

@@ -40,7 +40,7 @@ class Add(torch.autograd.Function):
         return dy, dy, None
 
 
-@rule(runs_again=True, exact=True)
+@rule(runs_again=True, exact=True, in_its_row=True)
 def add(forward: ForwardPass, input: Any, other: Any, *, alpha: Any = 1, out: Any = None) -> Any:
     if out is not None or alpha != 1 or not (is_plain_float(input, other) and worth_huge_pages(input, other)):
         return NotImplemented

@@ -74,7 +74,7 @@ def _gradient(g: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return g.sum_to_size(shape).to(dtype)
 
 
-@rule(runs_again=True)
+@rule(runs_again=True, in_its_row=True)
 def mul(forward: ForwardPass, input: Tensor, other: Any, *, out: Any = None) -> Any:
     if out is not None or not _operands(input, other):
         return NotImplemented
@@ -201,7 +201,7 @@ class QuotientByConstant(torch.autograd.Function):
         return dy / load(ctx)[0].value(), None, None
 
 
-@rule(runs_again=True)
+@rule(runs_again=True, in_its_row=True)
 def div(forward: ForwardPass, input: Tensor, other: Any, *, rounding_mode: Any = None, out: Any = None) -> Any:
     if out is not None or rounding_mode is not None or not _operands(input, other):
         return NotImplemented
