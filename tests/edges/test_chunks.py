@@ -163,6 +163,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", MODELS)
 def test_forward_is_the_plain_one(name: str, order: str, made: list[Any]) -> None:
@@ -366,6 +367,7 @@ class Called(nn.Module):
         return getattr(torch, self.name, getattr(F, self.name, None))(into_domain(self.name, x))  # type: ignore[misc]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*POINTWISE, "relu", "leaky_relu", "prelu"])
 def test_every_element_wise_function_is_part_of_a_program(name: str, made: list[Any]) -> None:
     """With the plain bits. A chunk has neither the alignment nor the end of the whole tensor."""
