@@ -16,7 +16,7 @@ TESTS = Path(__file__).parent
 # at `tests.watched`, which replaces nothing.
 SEAMS = """
     dibit.doctor.trial dibit.encode dibit.recipe
-    dibit.codec.fingerprint.MIN_BYTES_FOR_KERNEL dibit.codec.backends.triton.launch.run
+    dibit.codec.fingerprint.MAX_HASHED_BYTES dibit.codec.backends.triton.launch.run
     dibit.edges.functions.MIN_DEFERRED_ELEMENTS dibit.edges.programs.CHUNK dibit.edges.programs.linear_by_rows
     dibit.rules.large_outputs.MIN_BYTES
     dibit.reproduce.tuned.CELLS dibit.reproduce.tuned.FIRST dibit.reproduce.plan.Reproduction.graphs
@@ -30,12 +30,8 @@ SEAMS = """
     dibit.train.task.Task.evaluate dibit.train.task.Task.noise dibit.train.task.Task.scaler dibit.train.task.Task.step
     dibit.tools.errors.__file__
 """
-# Internals that tests still replace. This list only gets shorter.
-INTERNALS = """
-    dibit.codec.backends.cpu.kernels.elementwise.dropout.parallel
-"""
 DOORS = "dibit._torch.private."  # closed by tests, to see what is there without an API of torch
-ALLOWED = {*SEAMS.split(), *INTERNALS.split()}
+ALLOWED = {*SEAMS.split()}
 
 
 def imported(tree: ast.Module) -> dict[str, str]:

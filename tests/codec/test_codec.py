@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from dibit.codec.backends import reference
 from dibit.codec.normal_levels import expected_variance, normal_levels
 from dibit.residuals.compressed import Compressed
 from tests.unbiased import bias_of
+from tests.watched import watched
 
 BITS = (1, 2, 4, 8)
 CONFIGS = {
@@ -362,31 +364,26 @@ def test_threads_may_use_the_parallel_kernels_at_once() -> None:
     assert found == [True] * 100
 
 
-def test_as_many_threads_as_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_many_threads_as_torch() -> None:
     import numba
 
-    from dibit.codec.backends.cpu.kernels import elementwise as kernels
+    from dibit.codec.backends.cpu import jit
+    from dibit.codec.backends.cpu.kernels.elementwise import dropout
 
     before = torch.get_num_threads()
-    used: list[int] = []
-    parallel = kernels.dropout.parallel
 
-    class Spy:
-        def __getattr__(self, name: str) -> object:
-            return getattr(parallel, name)
+    def threads_of(local: dict[str, Any]) -> int:
+        """0: the serial kernel."""
+        return numba.get_num_threads() if local["kernel"] is dropout.parallel else 0
 
-        def __call__(self, *args: object) -> None:
-            used.append(numba.get_num_threads())
-            parallel(*args)
-
-    monkeypatch.setattr(kernels.dropout, "parallel", Spy())
     try:
-        for threads in (2, 1):
-            torch.set_num_threads(threads)
-            ops.dropout(big(0), seed_tensor(1), 0.5)
+        with watched(jit._called, note=threads_of) as used:
+            for threads in (2, 1):
+                torch.set_num_threads(threads)
+                ops.dropout(big(0), seed_tensor(1), 0.5)
     finally:
         torch.set_num_threads(before)
-    assert used == ([2] if numba.config.NUMBA_NUM_THREADS > 1 else []), "with one thread the serial kernel serves"
+    assert used == ([2, 0] if numba.config.NUMBA_NUM_THREADS > 1 else [0, 0]), "with one thread the serial one serves"
 
 
 def test_ctrl_c_while_a_kernel_is_loaded_comes_afterwards() -> None:

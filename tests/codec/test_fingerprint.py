@@ -22,7 +22,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int32
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 1000, 2**14 * 8, 2**17 + 3, 2**20 + 1])
 @pytest.mark.parametrize("offset", [0, 1, 8])
 def test_the_kernel_gives_the_definitions_number(size: int, offset: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dibit.codec.fingerprint.MIN_BYTES_FOR_KERNEL", 0)
+    monkeypatch.setattr("dibit.codec.fingerprint.MAX_HASHED_BYTES", 0)
     x = torch.randint(256, (size + offset,), dtype=torch.uint8)[offset:]
     assert fingerprint(x) == int(ops.fingerprint(x)) == int(reference.fingerprint(x.clone()))
     for found in (ops.fingerprint(x), reference.fingerprint(x)):

@@ -229,9 +229,6 @@ def edges(scale: int) -> Iterator[Case]:
         for values in (None, scales[:, 0].contiguous()):
             how = "sums" if values is None else "weighted sums"
             yield Case(f"{how}, {title}", "add_neighbours", (flat[0], crow, col, values, flat[1]))
-        for least in (False, True):
-            how = "minima" if least else "maxima"
-            yield Case(f"{how}, {title}", "edge_extremes", (flat[0], crow, col, flat[1], least))
         for own in (None, order):
             graph, how = (crow, col, own), f"{title}{'' if own is None else ', in the order of the caller'}"
             signs = reference.edge_signs(*graph, a, x)

@@ -178,8 +178,6 @@ def _edges() -> None:
         flat = a.flatten(1), crow, col
         for values in (None, scale[:, 0].contiguous()):
             cuda.add_neighbours(*flat, values, x.flatten(1))
-        for least in (False, True):
-            cuda.edge_extremes(*flat, x.flatten(1), least)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ KERNELS = (
     "count_scores",
     "dequantize",
     "dropout",
-    "edge_extremes",
     "edge_products",
     "edge_signs",
     "ends",

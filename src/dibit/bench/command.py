@@ -166,6 +166,7 @@ def _earlier(given: str) -> list[dict[str, Any]]:
 
 
 def measure(args: argparse.Namespace, progress: MeasurementProgress, path: Path | None) -> dict[str, Any]:
+    """What the arguments ask for, as the module of that kind returns it; checks them first."""
     progress.begin("measuring")
     if args.kind == "noise":
         return _measure_noise(args, progress, path)

@@ -46,11 +46,10 @@ def measure(workload: Workload, settings: Sequence[str], rounds: int, note: Call
             failed[setting] = reason(error)
     times: Times = {setting: [] for setting in steps}
     for done in range(rounds + 1):
-        for setting, step in steps.items():
+        for setting in [each for each in steps if each not in failed]:
             note(f"round {done} of {rounds}, {setting}")
+            step = steps[setting]
             step.batch = batches[done % len(batches)]
-            if setting in failed:
-                continue
             try:
                 start = time.perf_counter()
                 loss = step.forward()

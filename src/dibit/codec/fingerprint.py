@@ -8,7 +8,7 @@ from torch import Tensor
 from dibit.codec import ops
 from dibit.codec.numpy_views import array
 
-MIN_BYTES_FOR_KERNEL = 1 << 13  # for a CPU's tensor of up to this many bytes, Python's hash is faster
+MAX_HASHED_BYTES = 1 << 13  # up to this many bytes of a CPU's tensor, Python's hash is faster than a kernel
 
 
 def fingerprint(x: Tensor) -> int | Tensor:
@@ -21,6 +21,6 @@ def fingerprint(x: Tensor) -> int | Tensor:
     flat = (x if x.is_contiguous() else x.contiguous()).resolve_conj().resolve_neg().view(-1).view(torch.uint8)
     if flat.device.type != "cpu":
         return ops.fingerprint(flat)
-    if flat.numel() <= MIN_BYTES_FOR_KERNEL:
+    if flat.numel() <= MAX_HASHED_BYTES:
         return hash(array(flat).tobytes())
     return int(ops.fingerprint(flat))

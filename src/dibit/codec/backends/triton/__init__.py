@@ -9,7 +9,6 @@ from dibit.codec.backends.triton.edges import (
     add_neighbours,
     add_scaled,
     add_signed,
-    edge_extremes,
     edge_products,
     edge_signs,
 )
@@ -36,7 +35,6 @@ __all__ = [
     "column_sums",
     "dequantize",
     "dropout",
-    "edge_extremes",
     "edge_products",
     "edge_signs",
     "finite",

@@ -13,14 +13,20 @@ _TILE = 128  # features that a program has: one warp, four a thread
 _WIDEST = 1024  # features of a head that a program holds for scalar products and signs
 
 
+def _tiles(out: Tensor) -> tuple[int, int, tuple[int, int]]:
+    """Features of a row, those of a program, and the grid: a program for each row and tile."""
+    width = out.shape[1:].numel()
+    tile = power(width, 16, _TILE)
+    return width, tile, (out.shape[0], parts(width, tile))
+
+
 def _add(
     out: Tensor, crow: Tensor, col: Tensor, order: Tensor | None, scale: Tensor | None, x: Tensor, heads: int
 ) -> None:
-    width = out.numel() // max(1, out.shape[0])
-    d = power(width, 16, _TILE)
+    width, tile, programs = _tiles(out)
     launch(
         kernels.add_scaled,
-        (out.shape[0], parts(width, d)),
+        programs,
         out.device,
         crow,
         col,
@@ -32,7 +38,7 @@ def _add(
         HEADS=heads,
         SCALED=scale is not None,
         ORDERED=order is not None,
-        D=d,
+        D=tile,
         warps=1,
     )
 
@@ -99,11 +105,10 @@ def edge_signs(crow: Tensor, col: Tensor, order: Tensor | None, a: Tensor, b: Te
 
 @kernel(out=torch.float32, scale=torch.float32)
 def add_signed(out: Tensor, crow: Tensor, order: Tensor | None, signs: Tensor, scale: Tensor, slope: float) -> None:
-    width = out.shape[1] * out.shape[2]
-    d = power(width, 16, _TILE)
+    width, tile, programs = _tiles(out)
     launch(
         kernels.add_signed,
-        (out.shape[0], parts(width, d)),
+        programs,
         out.device,
         crow,
         crow if order is None else order,
@@ -114,14 +119,6 @@ def add_signed(out: Tensor, crow: Tensor, order: Tensor | None, signs: Tensor, s
         float(slope),
         HEADS=out.shape[1],
         ORDERED=order is not None,
-        D=d,
+        D=tile,
         warps=1,
     )
-
-
-@kernel(out=torch.float32, x=torch.float32)
-def edge_extremes(out: Tensor, crow: Tensor, col: Tensor, x: Tensor, least: bool) -> None:
-    width = out.shape[1]
-    d = power(width, 16, _TILE)
-    programs = out.shape[0], parts(width, d)
-    launch(kernels.edge_extremes, programs, out.device, crow, col, x, out, width, LEAST=least, D=d, warps=1)

@@ -13,6 +13,18 @@ AT_ONCE = tl.constexpr(4)
 
 
 @triton.jit
+def _edges_of(crow_ptr, row):
+    """Where the edges of a node begin and end, in 64 bits: the last of `AT_ONCE` may lie beyond the graph's."""
+    return tl.load(crow_ptr + row).to(tl.int64), tl.load(crow_ptr + row + 1).to(tl.int64)
+
+
+@triton.jit
+def _to_caller(order_ptr, e, here, ORDERED: tl.constexpr):
+    """The caller's number of the edge e."""
+    return tl.load(order_ptr + e, mask=here, other=0).to(tl.int64) if ORDERED else e
+
+
+@triton.jit
 def add_scaled(
     crow_ptr,
     col_ptr,
@@ -31,7 +43,7 @@ def add_scaled(
     d = tl.program_id(1) * D + tl.arange(0, D)
     inside = d < width
     head = d // (width // HEADS)
-    start, stop = tl.load(crow_ptr + row).to(tl.int64), tl.load(crow_ptr + row + 1).to(tl.int64)
+    start, stop = _edges_of(crow_ptr, row)
     total = tl.load(out_ptr + row * width + d, mask=inside, other=0.0)
     for first in range(0, stop - start, AT_ONCE):
         for step in tl.static_range(AT_ONCE):
@@ -40,7 +52,7 @@ def add_scaled(
             column = tl.load(col_ptr + e, mask=here, other=0).to(tl.int64)
             part = tl.load(x_ptr + column * width + d, mask=inside & here, other=0.0)
             if SCALED:
-                own = (tl.load(order_ptr + e, mask=here, other=0) if ORDERED else e).to(tl.int64)
+                own = _to_caller(order_ptr, e, here, ORDERED)
                 part = part * tl.load(scale_ptr + own * HEADS + head, mask=inside & here, other=0.0)
             total = tl.where(here, total + part, total)
     tl.store(out_ptr + row * width + d, total, mask=inside)
@@ -55,13 +67,13 @@ def edge_products(
     d = tl.arange(0, D)
     inside = d < width
     a = tl.load(a_ptr + (row * heads + head) * width + d, mask=inside, other=0.0)
-    start, stop = tl.load(crow_ptr + row).to(tl.int64), tl.load(crow_ptr + row + 1).to(tl.int64)
+    start, stop = _edges_of(crow_ptr, row)
     for first in range(0, stop - start, AT_ONCE):
         for step in tl.static_range(AT_ONCE):
             e = start + first + step
             here = e < stop
             column = tl.load(col_ptr + e, mask=here, other=0).to(tl.int64)
-            own = (tl.load(order_ptr + e, mask=here, other=0) if ORDERED else e).to(tl.int64)
+            own = _to_caller(order_ptr, e, here, ORDERED)
             x = tl.load(x_ptr + (column * heads + head) * width + d, mask=inside & here, other=0.0)
             tl.store(out_ptr + own * heads + head, tl.sum(a * x), mask=here)
 
@@ -74,11 +86,11 @@ def edge_signs(
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     byte = tl.arange(0, B)
     size = (width + 7) // 8
-    start, stop = tl.load(crow_ptr + row).to(tl.int64), tl.load(crow_ptr + row + 1).to(tl.int64)
+    start, stop = _edges_of(crow_ptr, row)
     for number in range(stop - start):
         e = start + number
         column = tl.load(col_ptr + e).to(tl.int64)
-        own = (tl.load(order_ptr + e) if ORDERED else e).to(tl.int64)
+        own = _to_caller(order_ptr, e, e < stop, ORDERED)
         packed = tl.zeros((B,), tl.int32)
         for place in tl.static_range(8):
             d = byte * 8 + place
@@ -108,38 +120,16 @@ def add_signed(
     own_width = width // HEADS
     head, feature = d // own_width, d % own_width
     size = (own_width + 7) // 8
-    start, stop = tl.load(crow_ptr + row).to(tl.int64), tl.load(crow_ptr + row + 1).to(tl.int64)
+    start, stop = _edges_of(crow_ptr, row)
     total = tl.load(out_ptr + row * width + d, mask=inside, other=0.0)
     for first in range(0, stop - start, AT_ONCE):
         for step in tl.static_range(AT_ONCE):
             e = start + first + step
             here = e < stop
-            own = (tl.load(order_ptr + e, mask=here, other=0) if ORDERED else e).to(tl.int64)
+            own = _to_caller(order_ptr, e, here, ORDERED)
             scale = tl.load(scale_ptr + own * HEADS + head, mask=inside & here, other=0.0)
             byte = (own * HEADS + head) * size + feature // 8
             bits = tl.load(signs_ptr + byte, mask=inside & here, other=0).to(tl.int32)
             part = tl.where(((bits >> (feature % 8)) & 1) == 1, scale, scale * slope)
             total = tl.where(here, total + part, total)
     tl.store(out_ptr + row * width + d, total, mask=inside)
-
-
-@triton.jit
-def edge_extremes(crow_ptr, col_ptr, x_ptr, out_ptr, width, LEAST: tl.constexpr, D: tl.constexpr):
-    """out[n] = max of x[col[e]], or min; as it is without edges."""
-    row = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * D + tl.arange(0, D)
-    inside = d < width
-    start, stop = tl.load(crow_ptr + row).to(tl.int64), tl.load(crow_ptr + row + 1).to(tl.int64)
-    total = tl.load(out_ptr + row * width + d, mask=inside, other=0.0)
-    for first in range(0, stop - start, AT_ONCE):
-        for step in tl.static_range(AT_ONCE):
-            e = start + first + step
-            here = e < stop
-            column = tl.load(col_ptr + e, mask=here, other=0).to(tl.int64)
-            part = tl.load(x_ptr + column * width + d, mask=inside & here, other=0.0)
-            if LEAST:
-                both = tl.minimum(total, part, propagate_nan=tl.PropagateNan.ALL)
-            else:
-                both = tl.maximum(total, part, propagate_nan=tl.PropagateNan.ALL)
-            total = tl.where(e == start, part, tl.where(here, both, total))
-    tl.store(out_ptr + row * width + d, total, mask=inside & (start < stop))
