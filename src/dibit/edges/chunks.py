@@ -175,7 +175,7 @@ class Take(torch.autograd.Function):
         ctx.rows, ctx.chunk, ctx.gradient = rows, chunk, gradient
         # the caller may change an index of its own before the backward pass
         ctx.index = None if rows.planned else index.to(chunk.plan.by_target.crow.dtype, copy=True)
-        return _taken(x, index, chunk)
+        return select_rows(x, index, chunk)
 
     @staticmethod
     @first_order
@@ -185,7 +185,8 @@ class Take(torch.autograd.Function):
         return None, None, None, None
 
 
-def _taken(x: Tensor, index: Tensor, chunk: Chunk) -> Tensor:
+def select_rows(x: Tensor, index: Tensor, chunk: Chunk) -> Tensor:
+    """Rows of x for the edges of a chunk, with those that fill up its last vector."""
     if chunk.padding:
         index = torch.cat((index, index[-1:].expand(chunk.padding)))
     return x.index_select(0, index)
@@ -366,7 +367,7 @@ class Computation:
     def _take(self, x: Tensor, index: Tensor | None, chunk: Chunk) -> Tensor:
         rows = RowSelection(index, "" if index is None else self._end(index))
         if not x.requires_grad:
-            return _taken(x, rows.index_for(chunk), chunk)
+            return select_rows(x, rows.index_for(chunk), chunk)
         if id(x) not in self._sources:
             gradient = Gradient(x)
             self._sources[id(x)] = ChunkedTensor.apply(x, gradient), gradient

@@ -65,6 +65,7 @@ class PendingCall:
         used: a sum was computed without the result, so that a gradient may bypass it.
         counted: it is in the ledger as something that plain torch keeps.
         program: it is a part of a program (`dibit.edges.programs`); `shape`: that of its result.
+        lossless: the recipe of its module keeps no rounded residual.
         size: of the program, in calls, each as often as it is used.
         again: called if the tensor is needed after its sum was computed without it.
     """
@@ -74,7 +75,7 @@ class PendingCall:
         self.roots = tuple({id(root): root for root in roots}.values())
         self.value: Tensor | None = None
         self.path = GradientPath()
-        self.used = self.making = self.counted = self.program = False
+        self.used = self.making = self.counted = self.program = self.lossless = False
         self.size: int = 1 + sum(x.pending.size for x in args if type(x) is Deferred)
         self.shape: tuple[int, ...] = ()
         self.again: Callable[[], None] | None = None

@@ -199,7 +199,7 @@ class Edges:
     def _extended(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Append an operation to a program on edges."""
         forward, config = self.forward, self.forward.config
-        if config is None or config.lossless or not (torch.is_grad_enabled() and self.free()):
+        if config is None or not (torch.is_grad_enabled() and self.free()):
             return NotImplemented
         if modes.autocasts("cpu"):
             return NotImplemented
@@ -217,7 +217,7 @@ class Edges:
             return NotImplemented
         roots = *(root for x in deferred for root in x.pending.roots), *plain
         call = PendingCall(func, args, roots, self._run_here())
-        call.program, call.shape = True, shape
+        call.program, call.shape, call.lossless = True, shape, config.lossless
         return self._defer(call, torch.Size(shape), roots[0]) if call.size <= MOST_CALLS else NotImplemented
 
     def _run_here(self) -> Run:

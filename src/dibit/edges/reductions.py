@@ -22,7 +22,8 @@ from dibit.edges.deferred import Deferred, materialized
 from dibit.edges.extremes import LEAST_WIDTH, picks_torchs_zeros
 from dibit.edges.patterns import gather_and_scale, kind, one_column, sources
 from dibit.edges.plan import Plans, known_plans
-from dibit.edges.rules import chunked_rule, extreme_rule, score_rule, sum_rule
+from dibit.edges.recomputed import EdgeProgram
+from dibit.edges.rules import chunked_rule, extreme_rule, recomputed_rule, score_rule, sum_rule
 from dibit.edges.scores import summed
 from dibit.edges.sums import row_sum
 from dibit.engine.forward_pass import ForwardPass
@@ -114,6 +115,9 @@ class Reductions:
             return NotImplemented
         if not (torch.is_grad_enabled() and self.free()) or forward.config is None:
             return NotImplemented
+        lossless = {call.lossless for call in calls if call.program}
+        if len(lossless) > 1:
+            return NotImplemented  # modules of different recipes
         message.check()
         gathers = [call for call in calls if call.function is Tensor.index_select]
         key = forward.holdings.key
@@ -130,19 +134,31 @@ class Reductions:
         zeros = self._is_zero(out)
         reduction = Reduction(self._to_write(func, out), how, zeros)
         wholes = [(call, Whole(out.new_empty(call.shape))) for call in needed]
-        forward.stack.function = func
-        begin = functools.partial(forward.accounting.begin_chunk, name)
-        try:
-            own = Computation(message, plan, lambda index: ends.get(key(index), ""))
-            y, *values = own.run([(message, reduction), *wholes], begin)
-        finally:
-            forward.accounting.begin_chunk(None)
-        self.rule(func, chunked_rule, (y, reduction, [call.args[2] for call in gathers], target))
+        sinks, end = [(message, reduction), *wholes], lambda index: ends.get(key(index), "")
+        indices = [call.args[2] for call in gathers]
+        if lossless == {True}:
+            program = EdgeProgram([call for call, _ in sinks], messages.shape[0], end)
+            y, *values = self.rule(
+                func, recomputed_rule, (program, plan, reduction, [sink for _, sink in wholes], indices, target)
+            )
+        else:
+            y, *values = self._in_chunks(func, Computation(message, plan, end), sinks, name)
+            self.rule(func, chunked_rule, (y, reduction, indices, target))
         for call in calls:
             call.used = True
         for call, value in zip(needed, values, strict=True):
             call.value = value
         return y
+
+    def _in_chunks(self, func: Any, computation: Computation, sinks: Any, name: str) -> list[Tensor]:
+        """Run a program chunk by chunk, each operation by its own rule."""
+        forward = self.forward
+        forward.stack.function = func
+        begin = functools.partial(forward.accounting.begin_chunk, name)
+        try:
+            return computation.run(sinks, begin)
+        finally:
+            forward.accounting.begin_chunk(None)
 
     def sum_of_rows(self, func: Any, out: Any, dim: Any, target: Any, messages: Deferred) -> Any:
         """Sum messages that have been computed. Torch would keep a reference to them, only for their shape."""

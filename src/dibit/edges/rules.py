@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dibit.edges.chunks import Reduction
+from dibit.edges.chunks import Reduction, Sink
 from dibit.edges.deferred import PendingCall
 from dibit.edges.extremes import HOW, edge_extreme
 from dibit.edges.plan import Plan
+from dibit.edges.recomputed import EdgeProgram, compute_again
 from dibit.edges.scores import additive_scores, scalar_products
 from dibit.edges.sums import edge_sum, scaled_sum
 from dibit.engine.forward_pass import ForwardPass
@@ -61,6 +62,28 @@ def extreme_rule(
         forward.plain(source, target)
         _count(forward, gathered)
     return edge_extreme(forward, x, out, plan, least, zeros)
+
+
+def recomputed_rule(
+    forward: ForwardPass,
+    program: EdgeProgram,
+    plan: Plan,
+    sink: Reduction,
+    wholes: Sequence[Sink],
+    indices: Sequence[Tensor],
+    target: Tensor,
+) -> tuple[Tensor, ...]:
+    """Reduce a program so that the backward pass computes it again; other arguments as in `chunked_rule`.
+
+    Args:
+        program: its results are the messages, and what `wholes` store for each edge.
+
+    Returns:
+        The result of each sink.
+    """
+    results = compute_again(forward, program, plan, [sink, *wholes])
+    chunked_rule(forward, results[0], sink, indices, target)
+    return results
 
 
 def chunked_rule(forward: ForwardPass, y: Tensor, sink: Reduction, indices: Sequence[Tensor], target: Tensor) -> bool:
