@@ -106,7 +106,33 @@ class Into(Net):
         return self.conv_(h - h.detach() + h.detach().round(), edge_index)
 
 
+class OfRows(Into):
+    """Of messages that exist as a tensor: a BatchNorm over all edges needs them."""
+
+    def __init__(self, start: float, reduce: str) -> None:
+        super().__init__(start, reduce)
+        self.norm = nn.BatchNorm1d(32)
+
+    def conv_(self, h: Tensor, edge_index: Tensor) -> Tensor:
+        rows = self.norm(h[edge_index[0]])
+        rows = rows - rows.detach() + rows.detach().round()
+        out, index = torch.full((N, 32), self.start), edge_index[1][:, None].expand(E, 32)
+        return out.scatter_reduce_(0, index, rows, self.reduce, include_self=False)
+
+
+class Wrong(Net):
+    """The same with targets in columns, and of a part of the rows' features: no rows of memory."""
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        h = torch.cat([self.lin(x)[edge_index[0]].sin()] * 2, -1)[:, 16:48]
+        index = (edge_index[1][:, None] + torch.arange(32)) % N
+        return torch.zeros(N, 32).scatter_reduce_(0, index, h, "amax", include_self=False)
+
+
 NETS = {
+    "of rows, max": lambda: OfRows(0.0, "amax"),
+    "of rows, min": lambda: OfRows(1.0, "amin"),
+    "each column by its own index": lambda: Wrong("max"),
     "max": lambda: Net("max"),
     "min": lambda: Net("min"),
     "three": lambda: Net(["min", "sum", "max"]),
@@ -143,6 +169,36 @@ def test_no_more_bytes_than_one_bit_a_message(features: str, parallel: bool, nod
     assert planes.nbytes <= len(source) * 64 // 8
     if features != "few numbers" and not parallel and nodes <= 300:
         assert planes.nbytes < len(source) * 64 // 8 / 2
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("least", [False, True])
+def test_messages_that_exist_have_torchs_bits(features: str, least: bool, order: str) -> None:
+    """The kernel that takes messages as rows; some nodes have none."""
+    edge_index, name = graph(order), "amin" if least else "amax"
+    messages = FEATURES[features](E, 32)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(E, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            index = edge_index[1][:, None].expand(E, 32)
+            return torch.zeros(N + 9, 32).scatter_reduce_(0, index, x * self.weight, name, include_self=False)
+
+    model = Model().train()
+    plain, dy = model(messages), torch.randn(N + 9, 32)
+    plain.backward(dy)
+    (truth, model.weight.grad), own = (model.weight.grad, None), dibit.compress(model, "lossless")
+    with dibit.track(own) as saved:
+        y = own(messages)
+    assert same_bits(y.detach(), plain.detach())
+    assert [row.how for row in saved.rows if row.operation == "scatter_reduce_"] == ["winners of each target"]
+    y.backward(dy)
+    assert truth is not None
+    assert torch.allclose(own.weight.grad, truth, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 def test_nothing_of_one_row_an_edge_is_kept() -> None:

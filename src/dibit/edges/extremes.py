@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dibit._torch.huge_pages import empty
 from dibit.codec import ops
-from dibit.edges.plan import Plan
+from dibit.edges.plan import SortedEdges
 from dibit.engine.forward_pass import ForwardPass
 from dibit.residuals.base import load, released, save
 from dibit.rules.common import first_order
@@ -24,23 +24,25 @@ LEAST_WIDTH = 16  # features from which torch takes a row at once; of equal zero
 
 
 class EdgeExtreme(torch.autograd.Function):
-    """`out` (N, ...), in place: maxima or minima of x[source of e] over the edges e to each node, if it has any."""
+    """`out` (N, ...), in place: maxima or minima of x[column of e] over the edges e to each node, if it has any."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, out: Tensor, plan: Plan, least: bool, zeros: bool, forward: ForwardPass) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, out: Tensor, edges: SortedEdges, least: bool, zeros: bool, forward: ForwardPass
+    ) -> Tensor:
         ctx.mark_dirty(out)
-        edges, shape = plan.by_target, x.shape
+        shape = x.shape
         kept = extremes(_rows(out), edges.crow, edges.col, _rows(x.detach()).contiguous(), least, zeros)
         forward.kept(*kept, how=HOW)
         save(ctx, *kept, *(None,) * (3 - len(kept)))
-        ctx.plan, ctx.shape = plan, shape
+        ctx.edges, ctx.shape = edges, shape
         return out
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         planes, many, initial = load(ctx)
-        edges = released(ctx, "plan").by_target
+        edges = released(ctx, "edges")
         dx = empty((ctx.shape[0], ctx.shape[1:].numel()), dy.dtype, dy.device).zero_()
         ops.add_winners(dx, edges.crow, edges.col, planes, many, _rows(dy).contiguous(), initial)
         return dx.reshape(ctx.shape), None, None, None, None, None
@@ -61,20 +63,20 @@ def extremes(y: Tensor, crow: Tensor, col: Tensor, x: Tensor, least: bool, zeros
     return (planes, many, _bits(attained)) if bool(attained.any()) else (planes, many)
 
 
-def edge_extreme(forward: ForwardPass, x: Tensor, out: Tensor, plan: Plan, least: bool, zeros: bool) -> Tensor:
+def edge_extreme(forward: ForwardPass, x: Tensor, out: Tensor, edges: SortedEdges, least: bool, zeros: bool) -> Tensor:
     """For a rule: `out` becomes the extremes over the edges.
 
     Args:
         x: (M, ...), of at least `LEAST_WIDTH` features.
+        edges: by target; their columns are rows of x.
         out: contiguous (N, ...); rows of nodes without an edge stay as they are.
         zeros: `out` is zero.
     """
     if not x.requires_grad:
-        edges = plan.by_target
         ops.edge_extremes(_rows(out), edges.crow, edges.col, _rows(x).contiguous(), least)
         return out
     forward.plain(out.nbytes)
-    y: Tensor = EdgeExtreme.apply(x, out, plan, least, zeros, forward)
+    y: Tensor = EdgeExtreme.apply(x, out, edges, least, zeros, forward)
     forward.plain(y)
     return y
 

@@ -53,7 +53,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _LEAKY = torch_functions("leaky_relu")
 _SCATTERS = torch_functions("scatter_add", in_place=True)
 _ADDS = torch_functions("index_add", in_place=True)
-_EXTREMES = torch_functions("scatter_reduce", in_place=True)
+EXTREMES = torch_functions("scatter_reduce", in_place=True)
 
 
 class Edges:
@@ -97,6 +97,14 @@ class Edges:
         call = PendingCall(Tensor.index_select, (x, 0, index), (x,), self.run)
         return self._defer(call, torch.Size((index.numel(), *x.shape[1:])), x)
 
+    def reduce(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A maximum or minimum by target of messages that are no deferred tensor; else `NotImplemented`."""
+        if func in self.forward.state.rules:
+            return NotImplemented  # the user's own
+        if not any(type(x) is Tensor and x.numel() >= MIN_DEFERRED_ELEMENTS for x in (*args[3:4], kwargs.get("src"))):
+            return NotImplemented
+        return self.reductions.extreme(func, *args, **kwargs)
+
     def take(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Handle a call with a deferred tensor among its arguments; `NotImplemented` if the gather must be executed."""
         if func in METADATA:
@@ -127,8 +135,8 @@ class Edges:
         """Handle a call that is part of a pattern computed from node tensors alone, or that completes one."""
         if func in _LEAKY and len(args) == 1 and not kwargs.get("inplace", False):
             args, kwargs = (*args, kwargs.get("negative_slope", 0.01)), {}
-        if func in _EXTREMES:
-            return self.reductions.extreme(func, found, *args, **kwargs)
+        if func in EXTREMES:
+            return self.reductions.extreme(func, *args, **kwargs)
         if kwargs:
             return NotImplemented
         if func in LIKE and len(args) == 2 and type(args[0]) is Tensor:

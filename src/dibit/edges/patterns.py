@@ -44,7 +44,7 @@ def is_weight(weight: Tensor, x: Deferred) -> bool:
     return weight.shape[-x.dim() + 1 :] == x.shape[1:] and weight.numel() == x.shape[1:].numel()
 
 
-def one_column(index: Any, messages: Deferred) -> Any:
+def one_column(index: Any, messages: Tensor) -> Any:
     """The index (E,) that was expanded to the shape of the messages; `None` if it is another one."""
     if type(index) is not Tensor or index.shape != messages.shape:
         return None

@@ -88,12 +88,12 @@ class Plans:
     """The plans that a pass uses; the others of its model go when it ends.
 
     Args:
-        known: of the model, by the content of the edges.
+        known: of the model, by the content of the edges; both ends of them, or their targets alone.
     """
 
-    def __init__(self, known: dict[Any, Plan]) -> None:
+    def __init__(self, known: dict[Any, Any]) -> None:
         self._known = known
-        self._seen: dict[Any, Plan] = {}  # by the identities of this pass
+        self._seen: dict[Any, Any] = {}  # by the identities of this pass
         self._prints: dict[Any, Any] = {}
 
     def find(self, forward: ForwardPass, source: Tensor, target: Tensor, sources: int, targets: int) -> Plan | None:
@@ -111,7 +111,24 @@ class Plans:
             for part in plan.tensors:
                 holdings.hold(part, "the plan of a graph")
             self._seen[seen] = plan
-        return self._seen[seen]
+        return self._seen[seen]  # type: ignore[no-any-return]
+
+    def by_target(self, forward: ForwardPass, target: Tensor, targets: int) -> SortedEdges | None:
+        """Edges sorted by target, with the caller's numbers of the edges as columns; `None` as in `find`."""
+        holdings = forward.holdings
+        seen = holdings.key(target), targets
+        if seen not in self._seen:
+            content = self._print(target, seen[0]), target.device, target.numel(), targets
+            edges = self._known.get(content)
+            if edges is None:
+                if not _within(target, targets):
+                    return None
+                crow, order = ops.sort_edges(target, targets)
+                edges = self._known[content] = SortedEdges(crow, order, None)
+            for part in edges.tensors:
+                holdings.hold(part, "the plan of a graph")
+            self._seen[seen] = edges
+        return self._seen[seen]  # type: ignore[no-any-return]
 
     def _print(self, index: Tensor, key: Any) -> Any:
         if key not in self._prints:
@@ -133,9 +150,9 @@ def _within(index: Tensor, count: int) -> bool:
     return bool((low >= 0) & (high < count))
 
 
-_of: weakref.WeakKeyDictionary[ModelState, dict[Any, Plan]] = weakref.WeakKeyDictionary()
+_of: weakref.WeakKeyDictionary[ModelState, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
-def known_plans(state: ModelState) -> dict[Any, Plan]:
+def known_plans(state: ModelState) -> dict[Any, Any]:
     """The plans of a compressed model, by the content of the edges."""
     return _of.setdefault(state, {})

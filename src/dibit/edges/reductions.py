@@ -23,7 +23,7 @@ from dibit.edges.extremes import LEAST_WIDTH, picks_torchs_zeros
 from dibit.edges.patterns import gather_and_scale, kind, one_column, sources
 from dibit.edges.plan import Plans, known_plans
 from dibit.edges.recomputed import EdgeProgram
-from dibit.edges.rules import chunked_rule, extreme_rule, recomputed_rule, score_rule, sum_rule
+from dibit.edges.rules import chunked_rule, extreme_rule, recomputed_rule, row_extreme_rule, score_rule, sum_rule
 from dibit.edges.scores import summed
 from dibit.edges.sums import row_sum
 from dibit.engine.forward_pass import ForwardPass
@@ -66,7 +66,6 @@ class Reductions:
     def extreme(
         self,
         func: Any,
-        messages: Deferred,
         input: Any,
         dim: Any = None,
         index: Any = None,
@@ -76,19 +75,31 @@ class Reductions:
         include_self: bool = True,
         **more: Any,
     ) -> Any:
-        """Maxima or minima of messages of the same target."""
-        if src is not messages or reduce not in ("amax", "amin") or include_self or more:
+        """Maxima or minima of messages of the same target: deferred ones, or a tensor (E, ...)."""
+        if reduce not in ("amax", "amin") or include_self or more or not (type(src) is Deferred or is_plain_float(src)):
             return NotImplemented
         if not is_plain_float(input) or input.requires_grad or input.device.type != "cpu":
             return NotImplemented
-        if messages.shape[1:].numel() < LEAST_WIDTH or not picks_torchs_zeros():
+        if src.shape[1:].numel() < LEAST_WIDTH or not picks_torchs_zeros():
             return NotImplemented
-        if kind(messages) == "program":
-            return self._chunked(func, input, dim, one_column(index, messages), messages, reduce)
-        if kind(messages) != "gather":
+        target = one_column(index, src)
+        if type(src) is not Deferred:
+            return self._extreme_of_rows(func, input, dim, target, src, reduce == "amin")
+        if kind(src) == "program":
+            return self._chunked(func, input, dim, target, src, reduce)
+        if kind(src) != "gather":
             return NotImplemented
-        rule = functools.partial(extreme_rule, reduce == "amin")
-        return self._reduced(func, input, dim, one_column(index, messages), messages, rule)
+        return self._reduced(func, input, dim, target, src, functools.partial(extreme_rule, reduce == "amin"))
+
+    def _extreme_of_rows(self, func: Any, out: Any, dim: Any, target: Any, rows: Tensor, least: bool) -> Any:
+        """Maxima or minima of messages that exist as a tensor."""
+        if not (rows.requires_grad and rows.is_contiguous()) or not _fits(out, dim, target, rows):
+            return NotImplemented
+        edges = self.plans.by_target(self.forward, target, out.shape[0])
+        if edges is None:
+            return NotImplemented
+        zeros = self._is_zero(out)
+        return self.rule(func, row_extreme_rule, (rows, self._to_write(func, out), edges, target, least, zeros))
 
     def _reduced(self, func: Any, out: Any, dim: Any, target: Any, messages: Deferred, rule: Any) -> Any:
         """Reduce messages by target into `out`, by a rule."""
@@ -220,8 +231,8 @@ class Reductions:
         return call is not None and call[0] is torch.zeros
 
 
-def _fits(out: Any, dim: Any, target: Any, messages: Deferred) -> bool:
-    """Whether messages can be reduced into `out` without being computed as a tensor."""
+def _fits(out: Any, dim: Any, target: Any, messages: Tensor) -> bool:
+    """Whether a kernel can reduce messages (E, ...) into the rows of `out`."""
     if type(target) is not Tensor or target.dtype != torch.int64 or target.dim() != 1:
         return False
     if not messages.device == target.device == getattr(out, "device", None):
@@ -232,4 +243,5 @@ def _fits(out: Any, dim: Any, target: Any, messages: Deferred) -> bool:
         return False
     if is_view(out) or (out.is_leaf and out.requires_grad) or not out.numel():
         return False
-    return all(storage_key(out) != storage_key(x) for x in sources(messages.pending))
+    read = sources(messages.pending) if type(messages) is Deferred else [messages]
+    return all(storage_key(out) != storage_key(x) for x in read)

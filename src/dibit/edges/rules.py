@@ -9,7 +9,7 @@ from torch import Tensor
 from dibit.edges.chunks import Reduction, Sink
 from dibit.edges.deferred import PendingCall
 from dibit.edges.extremes import HOW, edge_extreme
-from dibit.edges.plan import Plan
+from dibit.edges.plan import Plan, SortedEdges
 from dibit.edges.recomputed import EdgeProgram, compute_again
 from dibit.edges.scores import additive_scores, scalar_products
 from dibit.edges.sums import edge_sum, scaled_sum
@@ -61,7 +61,21 @@ def extreme_rule(
     if x.requires_grad:
         forward.plain(source, target)
         _count(forward, gathered)
-    return edge_extreme(forward, x, out, plan, least, zeros)
+    return edge_extreme(forward, x, out, plan.by_target, least, zeros)
+
+
+def row_extreme_rule(
+    forward: ForwardPass, rows: Tensor, out: Tensor, edges: SortedEdges, target: Tensor, least: bool, zeros: bool
+) -> Tensor:
+    """`out` becomes the maxima (`least`: the minima) of messages that exist as a tensor.
+
+    Args:
+        rows: float32 (E, ...).
+        edges: by target; their columns are the messages.
+        target: int64 (E,).
+    """
+    forward.plain(rows, target)
+    return edge_extreme(forward, rows, out, edges, least, zeros)
 
 
 def recomputed_rule(

@@ -24,7 +24,7 @@ from dibit._torch.private.tensors import is_wrapped
 from dibit._torch.spellings import torch_functions
 from dibit._torch.storage_identity import storage_key, storages, strided
 from dibit.edges.deferred import first_deferred, materialized
-from dibit.edges.functions import Edges
+from dibit.edges.functions import EXTREMES, Edges
 from dibit.engine.forward_pass import ForwardPass
 from dibit.engine.holdings import tensors_in
 from dibit.engine.model_state import Rule
@@ -123,6 +123,10 @@ class Intercept(TorchFunctionMode):
             if result is not NotImplemented:
                 return result
             args, kwargs = materialized(args), materialized(kwargs)
+        if func in EXTREMES:
+            result = self.edges.reduce(func, args, kwargs)
+            if result is not NotImplemented:
+                return result
         forward_pass = self.forward_pass
         if func in inner_gradients.ASKING:
             return self._inner_gradient(func, args, kwargs)
@@ -194,7 +198,12 @@ class Intercept(TorchFunctionMode):
             result = self.edges.gather(func, args, kwargs)
             if result is not NotImplemented:
                 return result
-        if rule is not None and keeps and not (func in DROPOUTS and self.calls.torchs(forward_pass.config, func)):
+        if (
+            result is NotImplemented
+            and rule is not None
+            and keeps
+            and not (func in DROPOUTS and self.calls.torchs(forward_pass.config, func))
+        ):
             result = forward_pass.run_rule(func, rule, args, kwargs)
         if result is NotImplemented and func in DROPOUTS:
             result = self.calls.masked(forward_pass.stack.configs[-1], func, args, kwargs)
