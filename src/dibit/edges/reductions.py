@@ -19,7 +19,7 @@ from dibit._torch.storage_identity import storage_key
 from dibit.edges import programs
 from dibit.edges.chunks import Computation, Reduction, Whole, wanted
 from dibit.edges.deferred import Deferred, materialized
-from dibit.edges.extremes import LEAST_WIDTH, picks_torchs_zeros
+from dibit.edges.extremes import has_torchs_bits
 from dibit.edges.patterns import gather_and_scale, kind, one_column, sources
 from dibit.edges.plan import Plans, known_plans
 from dibit.edges.rules import chunked_rule, extreme_rule, score_rule, sum_rule
@@ -78,9 +78,9 @@ class Reductions:
         """Maxima or minima of messages of the same target."""
         if src is not messages or reduce not in ("amax", "amin") or include_self or more:
             return NotImplemented
-        if not is_plain_float(input) or input.requires_grad or input.device.type != "cpu":
+        if not is_plain_float(input) or input.requires_grad:
             return NotImplemented
-        if messages.shape[1:].numel() < LEAST_WIDTH or not picks_torchs_zeros():
+        if not has_torchs_bits(input.device, messages.shape[1:].numel()):
             return NotImplemented
         if kind(messages) == "program":
             return self._chunked(func, input, dim, one_column(index, messages), messages, reduce)
