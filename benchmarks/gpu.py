@@ -9,6 +9,7 @@ with `TRITON_INTERPRET=1` runs the same in Triton's interpreter, at a small `--s
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import importlib.util
 import json
@@ -46,7 +47,7 @@ from dibit.codec import ops, seed_tensor  # noqa: E402
 from dibit.codec.backends import triton as cuda  # noqa: E402
 
 SETTINGS = ("plain", "compile", "checkpoint", "bf16", "exact", "iexact", "small", "default")
-PARTS = ("check", "graph", "kernels", "train", "profile")
+PARTS = ("check", "graph", "programs", "kernels", "train", "profile")
 MB = 2.0**20
 _SHARED = ("shape", "model", "form", "scale", "rounds", "steps", "device")  # options that every part takes
 _CALLS = 10  # in a row, where one is timed
@@ -92,6 +93,8 @@ def _wrong(results: dict[str, Any]) -> list[str]:
     found = [row["case"] for row in results.get("check", ()) if isinstance(row, dict) and not row["agrees"]]
     if results.get("graph", {}).get("fresh") is False:
         found.append("seeds in a CUDA graph")
+    layers = (row for row in results.get("programs", ()) if isinstance(row, dict))
+    found += [f"bits of {row['layer']}" for row in layers if not row["plain_bits"]]
     found += [part for part, result in results.items() if isinstance(result, dict) and "failed" in result]
     if found:
         print(f"gpu.py: not as it should be: {', '.join(found[:9])}{' ...' if len(found) > 9 else ''}")
@@ -234,6 +237,71 @@ def graph(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
     return {"fresh": fresh, "z": z}
 
 
+# -- networks on each edge ----------------------------------------------------------------------------------------
+
+
+def programs(device: torch.device, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Whether layers with a network on each edge have plain torch's bits, and what a step takes beside a plain one."""
+    from torch_geometric.nn import EdgeConv
+
+    nodes, rows = max(1200, round(169_343 * args.scale)), []
+    x, edge_index = torch.randn(nodes, 64, device=device), torch.randint(nodes, (2, 14 * nodes), device=device)
+    for aggr in ("max", "sum"):
+        network = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 64))
+        layers = [EdgeConv(network, aggr=aggr).to(device).train()]
+        layers.append(dibit.compress(copy.deepcopy(layers[0])))
+        say(f"programs, {aggr}")
+        plain, own = (layer(x, edge_index).detach() for layer in layers)
+        exact = aggr == "max" or device.type == "cpu"  # torch's own sums have no fixed order on a GPU
+        same = torch.equal(own, plain) if exact else torch.allclose(own, plain, rtol=1e-4, atol=1e-4)
+        steps = [partial(_layer_step, layer, x, edge_index) for layer in layers]
+        times = [[_seconds(step, device) for step in steps] for _ in range(args.rounds + 1)][1:]
+        ratio = statistics.median(b / a for a, b in times)
+        peaks = [_peak(step, device) for step in steps]
+        rows.append(
+            {"layer": f"EdgeConv, {aggr}", "plain_bits": same, "ratio": ratio, "plain": peaks[0], "peak": peaks[1]}
+        )
+    table(
+        ("layer", "bits", "time to plain", "plain peak MB", "peak MB"),
+        [
+            (
+                r["layer"],
+                "plain" if r["plain_bits"] else "OTHER",
+                f"{r['ratio']:.2f}",
+                f"{r['plain']:.0f}",
+                f"{r['peak']:.0f}",
+            )
+            for r in rows
+        ],
+    )
+    return rows
+
+
+def _layer_step(layer: nn.Module, x: torch.Tensor, edge_index: torch.Tensor) -> None:
+    layer.zero_grad()
+    layer(x, edge_index).square().mean().backward()
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    run()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _peak(run: Callable[[], Any], device: torch.device) -> float:
+    """MB that a call allocates at most, beside what was there before."""
+    if device.type != "cuda":
+        return float("nan")
+    _let_go(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    _synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / MB
+
+
 # -- kernels against a copy ---------------------------------------------------------------------------------------
 
 
@@ -374,6 +442,18 @@ def _kernels(device: torch.device, nodes: int) -> dict[str, tuple[Callable[[], A
     found["scores of rows"] = partial(own.row_scores, x), size + scores.nbytes
     found["pick a sixth of the rows"] = partial(own.pick_rows, scores, seed, m), 2 * scores.nbytes + 12 * m
     found["look for NaN and inf"] = partial(own.finite, x), size
+    targets = nodes if device.type == "cuda" else 5  # the interpreter takes its time
+    crow = torch.arange(0, 14 * targets + 1, 14, dtype=torch.int32, device=device)
+    col, y, dx = (
+        torch.randint(targets, (14 * targets,), dtype=torch.int32, device=device),
+        *x.new_zeros(2, targets, width),
+    )
+    read = 14 * y.nbytes + col.nbytes
+    found["maxima over 14 edges a node"] = partial(own.edge_extremes, y, crow, col, x, False), read + y.nbytes
+    own.edge_extremes(y, crow, col, x, False)
+    kept = own.edge_winners(crow, col, x, y)  # it waits for the device, so no CUDA graph can contain it
+    gradient = partial(own.add_winners, dx, crow, col, *kept, dy[:targets], None)
+    found["their gradient"] = gradient, read + 2 * y.nbytes + kept[0].nbytes
     return found
 
 

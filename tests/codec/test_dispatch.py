@@ -121,6 +121,15 @@ def test_another_backend_serves_for_a_while() -> None:
     assert ops.signs(seed_tensor(1), 1).abs() == 1
 
 
+def test_which_operators_have_a_kernel() -> None:
+    assert dispatch.has_kernel("cpu", "edge_winners")
+    assert not dispatch.has_kernel("cpu", "no_operator")
+    assert not dispatch.has_kernel("xpu", "edge_winners"), "the definition is none"
+    with dispatch.using_backend("xpu", SimpleNamespace(edge_winners=reference.edge_winners)):
+        assert dispatch.has_kernel("xpu", "edge_winners")
+        assert not dispatch.has_kernel("xpu", "edge_extremes")
+
+
 def test_kernels_are_loaded_with_the_first_tensor() -> None:
     code = (
         "import sys, torch, dibit\n"

@@ -7,6 +7,7 @@ import gc
 import itertools
 import random
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,13 +15,17 @@ import torch
 import torch.nn.functional as F
 import torch_geometric.nn as g
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import dibit
 from dibit._torch.spellings import torch_functions
+from dibit.codec import dispatch
+from dibit.codec.backends import reference
 from dibit.edges import programs
-from dibit.edges.chunks import Gradient, RowSelection, Whole, cut
+from dibit.edges.chunks import Gradient, RowSelection, Whole, cut, size_of
+from dibit.edges.deferred import defer
 from dibit.edges.plan import plan_of
 from dibit.engine.keeper import inputs_kept_exactly
 from dibit.rules import RULES
@@ -518,6 +523,69 @@ def test_indices_may_change_before_the_backward_pass(order: str) -> None:
     found = torch.autograd.grad((y * readout).sum(), [*model.parameters()])
     for a, b in zip(found, truth, strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()))
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("order", ORDERS)
+def test_nodes_without_edges_may_have_no_features(order: str) -> None:
+    """The last targets are there in the result alone."""
+
+    class Fewer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start, self.lin = nn.Linear(D, D), nn.Linear(2 * D, D)
+
+        def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+            source, target = edge_index
+            ends = [self.start(x).index_select(0, source), self.start(x[:290]).index_select(0, target)]
+            return torch.zeros(N, D).index_add_(0, target, self.lin(torch.cat(ends, -1)))
+
+    model, x, edge_index, readout = Fewer().train(), torch.randn(N, D), graph(order), torch.randn(N, D)
+    assert int(edge_index[1].max()) < 290
+    truth = torch.autograd.grad((model(x, edge_index) * readout).sum(), [*model.parameters()])
+    found = torch.autograd.grad((dibit.compress(model)(x, edge_index) * readout).sum(), [*model.parameters()])
+    for a, b in zip(found, truth, strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()))
+
+
+class TestOnAGpu:
+    """What is decided there before anything is computed. `tests/gpu` runs programs on the kernels themselves."""
+
+    device = torch.device("cuda")
+
+    def test_programs_are_computed_in_chunks_where_there_are_kernels(self) -> None:
+        for kernels, expected in ((reference, False), (SimpleNamespace(edge_winners=None), True)):
+            for kind in ("cuda", "xpu"):
+                with dispatch.using_backend(kind, kernels):
+                    assert programs.run_on(torch.device(kind)) == (expected and kind == "cuda")
+        assert programs.run_on(torch.device("cpu"))
+
+    def test_chunks_are_larger(self) -> None:
+        sizes = [size_of(edges, self.device) for edges in (1 << 17, 1 << 20, 1 << 21, 1 << 30)]
+        assert sizes == [1 << 16, 1 << 16, 1 << 17, 1 << 17]
+        assert size_of(1 << 30, torch.device("cpu")) == programs.LARGEST
+
+    def test_where_vectors_begin_does_not_matter(self) -> None:
+        """For a function whose bits depend on that on a CPU."""
+        for device, expected in (("cpu", False), ("cuda", True)):
+            with FakeTensorMode():
+                x, index = torch.empty(9, 33, device=device), torch.empty(E - 1, dtype=torch.int64, device=device)
+            call = programs.PendingCall(Tensor.index_select, (x, 0, index), (), lambda *args: None)
+            rows = defer(call, torch.Size((E - 1, 33)), x)
+            assert (programs.extend(F.silu, (rows,), {}) is not None) == expected
+            own = programs.PendingCall(F.silu, (rows,), (), lambda *args: None)
+            assert programs.in_vectors(own) != expected
+
+    def test_linear_layers_are_tried_for_each_setting(self) -> None:
+        before, found = torch.get_float32_matmul_precision(), set()
+        try:
+            for precision in ("highest", "high"):
+                torch.set_float32_matmul_precision(precision)
+                found.add(programs.product_settings(self.device))
+                assert programs.product_settings(torch.device("cpu")) == (torch.get_num_threads(),)
+        finally:
+            torch.set_float32_matmul_precision(before)
+        assert len(found) == 2
 
 
 def test_second_derivatives_are_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ import torch_geometric.nn as g
 from torch import Tensor, nn
 
 import dibit
-from dibit.codec import ops
+from dibit.codec import dispatch, ops
 from dibit.codec.backends import reference
+from dibit.edges.extremes import has_torchs_bits
 from tests.edges.test_sums import ORDERS, E, N, graph
 
 ODD = torch.tensor([float("nan"), -torch.inf, torch.inf])
@@ -153,6 +155,33 @@ def test_the_gradient_of_ties_is_torchs(name: str, order: str) -> None:
         grads.append(torch.cat([p.grad.flatten() for p in each.parameters() if p.grad is not None]))
     assert torch.equal(own(x, edge_index), model(x, edge_index))
     assert torch.allclose(grads[1], grads[0], rtol=1e-4, atol=1e-4)
+
+
+def test_torchs_bits_by_device() -> None:
+    """Of rows of few elements torch takes the first of equal zeros, on a CPU."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert has_torchs_bits(cpu, 16)
+    assert not has_torchs_bits(cpu, 15)
+    with dispatch.using_backend("cuda", reference):
+        assert not has_torchs_bits(cuda, 16)
+    with dispatch.using_backend("cuda", SimpleNamespace(edge_winners=None)):
+        assert has_torchs_bits(cuda, 8)
+
+
+@pytest.mark.parametrize("width", [16, 33])
+def test_the_gradient_of_rows_of_edges(width: int) -> None:
+    """Without columns, edge e has row e."""
+    crow = ops.sort_edges(graph()[1], N)[0]
+    x, y = torch.randint(-2, 3, (E, width)).float(), torch.zeros(N, width)
+    col = torch.arange(E, dtype=crow.dtype)
+    ops.edge_extremes(y, crow, col, x, False)
+    kept, dy = ops.edge_winners(crow, col, x, y), torch.randn(N, width)
+    for backend in (ops, reference):
+        found, expected = torch.zeros(2, E, width)
+        backend.add_winners(found, crow, None, *kept, dy, None)
+        backend.add_winners(expected, crow, col, *kept, dy, None)
+        assert found.any()
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("nodes", [60, 300, 3000])

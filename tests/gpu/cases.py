@@ -17,6 +17,7 @@ from torch import Tensor
 from dibit.codec import seed_tensor
 from dibit.codec.backends import reference
 from dibit.codec.keep_probabilities import LEFT_OUT
+from dibit.edges.extremes import LEAST_WIDTH
 
 BITS = (1, 2, 4, 8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,6 +55,8 @@ def computed(kernels: Any, case: Case, device: str = "cpu") -> Any:
     found = getattr(kernels, case.operator)(*args)
     if found is None:
         found = args[0]
+    if case.operator == "edge_extremes":
+        found = found, found.signbit() & ~found.isnan()  # also of zeros
     return tuple(x.cpu() for x in found) if isinstance(found, tuple) else found.cpu()
 
 
@@ -239,10 +242,48 @@ def edges(scale: int) -> Iterator[Case]:
                 yield Case(f"sums by sign, slope {slope}, {how}", "add_signed", (out, crow, own, signs, scales, slope))
 
 
+def extremes(scale: int) -> Iterator[Case]:
+    """Maxima and minima over edges, those that attain them, and the gradient: ties, NaN, infinities, zeros of both
+    signs, nodes without edges, with one and with many, and with an equal value that was there before."""
+    for (nodes, others, each, pointers), width in itertools.product(
+        ((1, 1, 1, torch.int32), (5, 7, 2, torch.int32), (2, 20, 9, torch.int64)), (1, 17, 130)
+    ):
+        nodes = nodes * scale
+        degree = torch.randint(2 * each + 1, (nodes,)) * (torch.rand(nodes) < 0.8)
+        degree[0], degree[-1] = 1, 2 * each
+        crow = torch.cat((torch.zeros(1, dtype=torch.int64), degree.cumsum(0))).to(pointers)
+        count = int(crow[-1])
+        col, plain = torch.randint(others, (count,)).to(pointers), torch.randn(others, width)
+        odd = torch.tensor([math.nan, -math.inf, math.inf])[torch.randint(3, plain.shape)]
+        features = {
+            "no ties": plain,
+            "few numbers": torch.randint(-1, 2, plain.shape).float(),
+            "after a ReLU": (plain - 1).relu(),
+            "not finite": torch.where(torch.rand(plain.shape) < 0.9, plain, odd),
+        }
+        if width >= LEAST_WIDTH:  # else torch on the CPU picks another of several zeros
+            features["zeros of both signs"] = plain.sign() * 0.0
+        for kind, x in features.items():
+            title = f"{kind}, {nodes} nodes, width {width}, {str(pointers)[6:]}"
+            y = torch.randn(nodes, width)
+            for least in (True, False):
+                yield Case(f"{'minima' if least else 'maxima'} of {title}", "edge_extremes", (y, crow, col, x, least))
+            reference.edge_extremes(y := y.clone(), crow, col, x, False)
+            yield Case(f"winners of {title}", "edge_winners", (crow, col, x, y))
+            kept, grad = reference.edge_winners(crow, col, x, y), torch.randn(nodes, width)
+            grad[0, 0] = math.inf
+            before = torch.randint(256, (nodes, -(-width // 8)), dtype=torch.uint8)
+            for own, initial in ((col, before), (None, None)) if kind != "no ties" else ((col, None),):
+                out = torch.randn(others if own is not None else count, width)
+                how = f"{title}{', rows of edges' if own is None else ''}{'' if initial is None else ', shared'}"
+                yield Case(f"gradient of {how}", "add_winners", (out, crow, own, *kept, grad, initial))
+
+
 FAMILIES: dict[str, Callable[[int], Iterator[Case]]] = {
     "elementwise": elementwise,
     "sampling": sampling,
     "edges": edges,
+    "extremes": extremes,
 }
 for _bits in BITS:
     FAMILIES[f"codes, {_bits} bit"] = partial(codes, _bits)

@@ -178,6 +178,12 @@ def _edges() -> None:
         flat = a.flatten(1), crow, col
         for values in (None, scale[:, 0].contiguous()):
             cuda.add_neighbours(*flat, values, x.flatten(1))
+        y, rows = a.flatten(1), x.flatten(1)
+        for least in (False, True):
+            cuda.edge_extremes(y, crow, col, rows, least)
+        kept = cuda.edge_winners(crow, col, rows, y)
+        for own, initial in itertools.product((col, None), (None, torch.zeros(29, 16, dtype=torch.uint8))):
+            cuda.add_winners(rows, crow, own, *kept, y, initial)
 
 
 if __name__ == "__main__":

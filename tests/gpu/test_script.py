@@ -38,13 +38,14 @@ def run(*args: str, without: str, **environment: str) -> subprocess.CompletedPro
 def test_kernels_and_steps(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     small = "--device cpu --scale 0.0005 --rounds 1 --steps 1 --settings plain default"
-    parts = "--only graph kernels train profile"
+    parts = "--only graph programs kernels train profile"
     done = run(*small.split(), *parts.split(), "--out", str(out), without="numba rich matplotlib", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert found["machine"]["device"] == "interpreter"
     assert [row["setting"] for row in found["train"]["rows"]] == ["plain", "default"]
     assert all(row["seconds"] > 0 for row in found["train"]["rows"])
+    assert [row["plain_bits"] for row in found["programs"]] == [True, True]
     assert found["kernels"][0]["kernel"] == "copy"
     assert len(found["kernels"]) > 20
     assert "quantise + pack, 2 bit, block 1024" in done.stdout

@@ -28,24 +28,29 @@ TARGETS = {
 KERNELS = (
     "add_scaled",
     "add_signed",
+    "add_winners",
     "apply_mask",
     "column_sums",
     "count_scores",
     "dequantize",
     "dropout",
+    "edge_extremes",
     "edge_products",
     "edge_signs",
     "ends",
+    "find_winners",
     "finite",
     "keep_probabilities",
     "norm_gradient",
     "norm_relu_dropout",
     "pack_mask",
+    "pack_winners",
     "pick_rows",
     "quantize",
     "relu_dropout_gradient",
     "row_scores",
     "scale_masked",
+    "share_gradient",
     "signs",
     "sum_probabilities",
     "weight_gradient",
@@ -61,11 +66,11 @@ def known() -> dict[str, list[Configuration]]:
 
 
 def test_every_kernel_is_launched(known: dict[str, list[Configuration]]) -> None:
-    from dibit.codec.backends.triton.kernels import blocks, edges, elementwise, products, sampling
+    from dibit.codec.backends.triton.kernels import blocks, edges, elementwise, products, sampling, winners
 
     written = {
         name
-        for module in (blocks, edges, elementwise, products, sampling)
+        for module in (blocks, edges, elementwise, products, sampling, winners)
         for name, value in vars(module).items()
         if hasattr(value, "arg_names") and value.__module__ == module.__name__ and not name.startswith("_")
     }

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run with TRITON_INTERPRET=1", allow_module_level=True)
@@ -28,9 +29,22 @@ from dibit.codec import Affine, dispatch
 from dibit.codec.backends import reference
 from dibit.codec.backends import triton as cuda
 from dibit.codec.keep_probabilities import LEFT_OUT
-from dibit.edges import functions
+from dibit.edges import functions, programs
+from dibit.engine.keeper import inputs_kept_exactly
 from dibit.recipes import RECIPES
-from tests.gpu.cases import BITS, Case, apart, codes, computed, edges, elementwise, expected, rows, sampling
+from tests.gpu.cases import (
+    BITS,
+    Case,
+    apart,
+    codes,
+    computed,
+    edges,
+    elementwise,
+    expected,
+    extremes,
+    rows,
+    sampling,
+)
 
 # NumPy warns of numbers that a GPU makes without a word.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -60,6 +74,10 @@ def test_masks_and_dropout() -> None:
 
 def test_sums_over_edges() -> None:
     check(edges(1))
+
+
+def test_extremes_over_edges() -> None:
+    check(extremes(1))
 
 
 def test_the_same_rows_are_picked() -> None:
@@ -156,6 +174,80 @@ def test_message_passing_on_these_kernels(name: str, monkeypatch: pytest.MonkeyP
     assert noted.names >= {*kernels.split()}
     for own, other in zip(*found, strict=True):
         assert torch.allclose(own, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()) + 1e-6)
+
+
+class MeshBlock(nn.Module):
+    """New edges from both ends and the old ones, and new nodes from their sums."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.edges, self.nodes = mlp(24, 8), mlp(16, 8)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        source, target = edge_index
+        e = torch.linspace(-1, 1, 8 * len(source)).view(-1, 8)
+        e = e + self.edges(torch.cat([x[target], x[source], e], -1))
+        total = x.new_zeros(x.shape).index_add_(0, target, e)
+        return x + self.nodes(torch.cat([x, total], -1))
+
+
+def mlp(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, 16), nn.ReLU(), nn.Linear(16, outputs))
+
+
+PROGRAMS = {
+    "EdgeConv, max": (lambda: g.EdgeConv(mlp(16, 16)), "edge_extremes edge_winners add_winners add_neighbours"),
+    "EdgeConv, sum": (lambda: g.EdgeConv(mlp(16, 16), aggr="sum"), "add_neighbours"),
+    "mesh": (MeshBlock, "add_neighbours"),
+    "SAGE, max of few": (lambda: Rounded("max"), "edge_extremes edge_winners add_winners"),
+    "SAGE, min of few": (lambda: Rounded("min"), "edge_extremes edge_winners add_winners"),
+}
+
+
+class Rounded(nn.Module):
+    """Extremes among whole numbers, of which many tie."""
+
+    def __init__(self, aggr: str) -> None:
+        super().__init__()
+        self.lin, self.conv = nn.Linear(8, 16), g.SAGEConv(16, 16, aggr=aggr)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        h = self.lin(x)
+        return self.conv(h - h.detach() + h.detach().round(), edge_index)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_and_extremes_on_these_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The results have plain torch's bits, the gradients are its own, but for the order of sums."""
+    monkeypatch.setattr(functions, "MIN_DEFERRED_ELEMENTS", 1)
+    monkeypatch.setattr(programs, "CHUNK", 64)
+    torch.manual_seed(1)
+    x = torch.randn(30, 8, requires_grad=True)
+    edges = erdos_renyi_graph(30, 0.1 if name.startswith("SAGE") else 0.2)
+    build, kernels = PROGRAMS[name]
+    model, found, noted = build().train(), [], Noted()
+    for compressed in (False, True, True):  # what the first pass shows changes the second
+        with dispatch.using_backend("cpu", noted), inputs_kept_exactly(), Chunks() as chunks:
+            y = (dibit.compress(model) if compressed else model)(x, edges)
+            grads = torch.autograd.grad(y.square().sum(), [x, *model.parameters()])
+        found.append((y.detach(), *grads))
+    assert noted.names >= {*kernels.split()}
+    assert chunks.largest < edges.shape[1], "in chunks"
+    for own in found[1:]:
+        assert torch.equal(own[0], found[0][0])
+        for a, b in zip(own, found[0], strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()) + 1e-6)
+
+
+class Chunks(TorchDispatchMode):
+    """How many rows the largest input of a linear layer has."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.addmm, torch.ops.aten.linear):
+            self.largest = max(self.largest, args[1].shape[0])
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.usefixtures("interpreted")

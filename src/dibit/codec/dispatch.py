@@ -120,6 +120,12 @@ def serving(device: str) -> Any:
     return _instead.get(device) or backend(device)
 
 
+def has_kernel(device: str, name: str) -> bool:
+    """Whether the backend that serves a type of device has a kernel of its own for the operator of this name."""
+    found = serving(device)
+    return found is not reference and hasattr(found, name)
+
+
 def kernel(**served: torch.dtype | tuple[torch.dtype, ...]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorate a backend's function of an operator: the definition runs in its place for what it does not serve.
 

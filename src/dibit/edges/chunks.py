@@ -105,9 +105,10 @@ class RowSelection:
         return chunk.targets + chunk.nodes.start if self.end == "target" else chunk.select(self.index)
 
 
-def size_of(edges: int) -> int:
-    """About how many edges a chunk has, in a graph of `edges` edges."""
-    return max(programs.CHUNK, min(edges // programs.CHUNKS, programs.LARGEST))
+def size_of(edges: int, device: torch.device) -> int:
+    """About how many edges a chunk has, in a graph of `edges` edges on a device."""
+    least, most = programs.chunk_bounds(device)
+    return max(least, min(edges // programs.CHUNKS, most))
 
 
 def cut(plan: Plan, widths: set[int]) -> Iterator[Chunk]:
@@ -117,8 +118,9 @@ def cut(plan: Plan, widths: set[int]) -> Iterator[Chunk]:
         plan: of the graph.
         widths: of the rows whose bits depend on where vectors begin.
     """
-    crow = plan.by_target.crow
-    edges, size, first, start = int(crow[-1]), size_of(int(crow[-1])), 0, 0
+    crow = plan.by_target.crow.cpu()  # a GPU is waited for once, not for each chunk
+    edges, first, start = int(crow[-1]), 0, 0
+    size = size_of(edges, plan.by_target.crow.device)
     while start < edges:
         last = int(torch.searchsorted(crow, start + size, right=True)) - 1
         # no small chunk before a node of many edges: products of few rows may have other bits
@@ -139,13 +141,23 @@ class Gradient:
         self.sum: Tensor | None = None
         self._pass = -1
 
-    def add(self, index: Tensor, rows: Tensor) -> None:
-        """Add rows of the gradient."""
+    def add(self, selection: RowSelection, chunk: Chunk, index: Tensor | None, rows: Tensor) -> None:
+        """Add rows of the gradient.
+
+        Args:
+            selection: how the chunk took the rows.
+            index: where they come from; `None` where the plan has it.
+            rows: contiguous (edges of the chunk, D).
+        """
         if self._pass != backward_pass():  # an earlier one may have ended with an exception, halfway
             self._pass, self.sum = backward_pass(), None
         if self.sum is None:
             self.sum = empty(self.shape, self.dtype, self.device).zero_()
-        ops.add_rows(self.sum, index, rows)
+        if selection.end == "target":  # they are sorted: on a GPU too they are added in their order
+            own = self.sum[chunk.nodes]  # without the last nodes of the graph, if x does not have them
+            ops.add_neighbours(own, chunk.crow[: own.shape[0] + 1], chunk.places, None, rows)
+        else:
+            ops.add_rows(self.sum, selection.index_for(chunk) if index is None else index, rows)
 
     def taken(self) -> Tensor | None:
         found, self.sum = self.sum, None
@@ -180,8 +192,7 @@ class Take(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        index = ctx.rows.index_for(ctx.chunk) if ctx.index is None else ctx.index
-        ctx.gradient.add(index, dy[: ctx.chunk.size].contiguous())
+        ctx.gradient.add(ctx.rows, ctx.chunk, ctx.index, dy[: ctx.chunk.size].contiguous())
         return None, None, None, None
 
 
@@ -268,7 +279,7 @@ class Reduction(Sink):
         planes, many, *initial = kept
         rows = grad.new_zeros(chunk.size, grad.shape[1])
         before = initial[0] if initial else None
-        ops.add_winners(rows, chunk.crow, chunk.places, planes, many, grad.contiguous(), before)
+        ops.add_winners(rows, chunk.crow, None, planes, many, grad.contiguous(), before)
         return rows
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dibit._torch.huge_pages import empty
 from dibit.codec import ops
+from dibit.codec.dispatch import has_kernel
 from dibit.edges.plan import SortedEdges
 from dibit.engine.forward_pass import ForwardPass
 from dibit.residuals.base import load, released, save
@@ -79,6 +80,16 @@ def edge_extreme(forward: ForwardPass, x: Tensor, out: Tensor, edges: SortedEdge
     y: Tensor = EdgeExtreme.apply(x, out, edges, least, zeros, forward)
     forward.plain(y)
     return y
+
+
+def has_torchs_bits(device: torch.device, width: int) -> bool:
+    """Whether there is a kernel for extremes of rows of so many elements that gives what torch gives on this device.
+
+    On a GPU torch compares by atomic operations, in no particular order, so that equal zeros have either sign.
+    """
+    if device.type == "cpu":
+        return width >= LEAST_WIDTH and picks_torchs_zeros()
+    return has_kernel(device.type, "edge_winners")
 
 
 @functools.cache

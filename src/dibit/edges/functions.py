@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dibit._torch.autocast import autocast_on
 from dibit._torch.huge_pages import MIN_BYTES, empty
-from dibit._torch.private import modes
 from dibit._torch.private.tensors import DEFERS, TensorWeakRef, natively
 from dibit._torch.spellings import torch_functions
 from dibit._torch.storage_identity import storage_key
@@ -209,11 +209,11 @@ class Edges:
         forward, config = self.forward, self.forward.config
         if config is None or not (torch.is_grad_enabled() and self.free()):
             return NotImplemented
-        if modes.autocasts("cpu"):
-            return NotImplemented
         args = _made(args)
         first = first_deferred(args)
-        if first is None or first.shape[0] < 2 * programs.CHUNK or first.device.type != "cpu":
+        if first is None or not programs.run_on(first.device) or autocast_on(first.device):
+            return NotImplemented
+        if first.shape[0] < 2 * programs.chunk_bounds(first.device)[0]:
             return NotImplemented
         found = extend(func, args, kwargs)
         if found is None:

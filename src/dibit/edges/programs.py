@@ -18,14 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dibit._torch.spellings import torch_functions
+from dibit.codec.dispatch import has_kernel
 from dibit.edges.deferred import Deferred, PendingCall
 from dibit.rules.common import is_plain_float
 from dibit.rules.elementwise import POINTWISE, Pointwise
 from dibit.rules.registry import spellings
 
-CHUNK = 1 << 13  # edges of a chunk, at least: their tensors stay in the caches
-CHUNKS = 16  # aim for this many chunks, if they have at least `CHUNK` edges,
-LARGEST = 1 << 15  # and at most this many
+CHUNKS = 16  # aim for this many chunks, of a number of edges within these bounds
+CHUNK, LARGEST = 1 << 13, 1 << 15  # on a CPU, where their tensors stay in the caches
+CHUNK_ON_GPU, LARGEST_ON_GPU = 1 << 16, 1 << 17  # smaller ones would leave a GPU idle
 MOST_CALLS = 200  # calls in one program; one that is used twice counts twice
 _VECTOR = 32  # elements that torch's vectorised loops take at once; those left at the end may have other bits
 _GRAIN = 1 << 15  # elements for which torch starts another thread (at::internal::GRAIN_SIZE)
@@ -71,7 +72,7 @@ def extend(function: Any, args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...],
         )
     if function in _SMOOTH:
         options = _options(_SMOOTH[function], function, args[1:], kwargs)
-        if options is None or (_SMOOTH[function].in_vectors and not in_whole_vectors(x.numel())):
+        if options is None or (_depends_on_vectors(function, x) and not in_whole_vectors(x.numel())):
             return None
         return function, (x, *options), tuple(x.shape)
     if function in _PRELU:
@@ -85,7 +86,7 @@ def extend(function: Any, args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...],
             return None
         if weight is None or weight.dim() != 2 or weight.shape[1] != x.shape[1]:
             return None
-        if not linear_by_rows(*weight.shape, bias is not None, torch.get_num_threads()):
+        if not _rows_alike(weight.shape[0], weight.shape[1], bias is not None, x.device):
             return None
         return function, (x, weight, bias), (edges, weight.shape[0])
     if function is F.layer_norm:
@@ -186,18 +187,56 @@ def padding(rows: int, widths: Iterable[int]) -> int:
 
 def in_vectors(call: PendingCall) -> bool:
     """Whether the bits of this operation depend on where vectors begin."""
-    return call.function in _SMOOTH and _SMOOTH[call.function].in_vectors
+    return call.function in _SMOOTH and _depends_on_vectors(call.function, call.args[0])
+
+
+def _depends_on_vectors(function: Any, x: Tensor) -> bool:
+    # on a GPU each thread computes its elements by the same code, wherever they lie
+    return x.device.type == "cpu" and _SMOOTH[function].in_vectors
+
+
+def run_on(device: torch.device) -> bool:
+    """Whether programs are computed in chunks on this device: on CPUs, and on GPUs that Triton's kernels serve."""
+    return device.type == "cpu" or (device.type == "cuda" and has_kernel("cuda", "edge_winners"))
+
+
+def chunk_bounds(device: torch.device) -> tuple[int, int]:
+    """About how many edges a chunk has on this device, at least and at most."""
+    return (CHUNK, LARGEST) if device.type == "cpu" else (CHUNK_ON_GPU, LARGEST_ON_GPU)
+
+
+def _rows_alike(outputs: int, inputs: int, bias: bool, device: torch.device) -> bool:
+    try:
+        return linear_by_rows(outputs, inputs, bias, device, product_settings(device))
+    except torch.OutOfMemoryError:  # the model itself may still have room
+        return False
+
+
+def product_settings(device: torch.device) -> tuple[Any, ...]:
+    """What decides, beside their sizes, how torch multiplies matrices on this device."""
+    if device.type == "cpu":
+        return (torch.get_num_threads(),)
+    matmul = torch.backends.cuda.matmul
+    own = getattr(matmul, "fp32_precision", None)  # torch 2.9; the older flag then refuses some settings
+    general = getattr(torch.backends, "fp32_precision", None)
+    library, fixed = torch.backends.cuda.preferred_blas_library(), torch.are_deterministic_algorithms_enabled()
+    return own or matmul.allow_tf32, general, library, fixed
 
 
 @functools.cache
-def linear_by_rows(outputs: int, inputs: int, bias: bool, threads: int) -> bool:
-    """Whether torch's linear layer, on this processor, gives a row the same bits among few rows as among many."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = LARGEST, CHUNK, 8 * (CHUNK // 9) + 1, CHUNK // 2 + 77
-    x = torch.randn(sum(sizes) + 397, inputs, generator=generator)
-    weight = torch.randn(outputs, inputs, generator=generator)
-    b = torch.randn(outputs, generator=generator) if bias else None
-    y, order = F.linear(x, weight, b), torch.randperm(len(x), generator=generator)
+def linear_by_rows(outputs: int, inputs: int, bias: bool, device: torch.device, settings: tuple[Any, ...]) -> bool:
+    """Whether torch's linear layer, on this device, gives a row the same bits among few rows as among many.
+
+    Args:
+        settings: what else decides how torch multiplies there; it is tried once for each.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    least, most = chunk_bounds(device)
+    sizes = most, least, 8 * (least // 9) + 1, least // 2 + 77
+    x = torch.randn(sum(sizes) + 397, inputs, generator=generator, device=device)
+    weight = torch.randn(outputs, inputs, generator=generator, device=device)
+    b = torch.randn(outputs, generator=generator, device=device) if bias else None
+    y, order = F.linear(x, weight, b), torch.randperm(len(x), generator=generator, device=device)
     at = 0
     for rows in sizes:
         part = order[at : at + rows]

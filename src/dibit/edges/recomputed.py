@@ -218,7 +218,7 @@ def _add_gradients(
     for key, dx in zip(taken, found, strict=False):
         if dx is not None:
             gradient = sums.setdefault(key.tensor, Gradient(tensors[key.tensor]))
-            gradient.add(selection(key, tensors).index_for(chunk), dx[: chunk.size].contiguous())
+            gradient.add(selection(key, tensors), chunk, None, dx[: chunk.size].contiguous())
     for number, dw in zip(parameters, found[len(taken) :], strict=True):
         if dw is not None:
             sums[number] = dw if number not in sums else sums[number].add_(dw)

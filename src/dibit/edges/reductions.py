@@ -19,7 +19,7 @@ from dibit._torch.storage_identity import storage_key
 from dibit.edges import programs
 from dibit.edges.chunks import Computation, Reduction, Whole, wanted
 from dibit.edges.deferred import Deferred, materialized
-from dibit.edges.extremes import LEAST_WIDTH, picks_torchs_zeros
+from dibit.edges.extremes import has_torchs_bits
 from dibit.edges.patterns import gather_and_scale, kind, one_column, sources
 from dibit.edges.plan import Plans, known_plans
 from dibit.edges.recomputed import EdgeProgram
@@ -78,9 +78,9 @@ class Reductions:
         """Maxima or minima of messages of the same target: deferred ones, or a tensor (E, ...)."""
         if reduce not in ("amax", "amin") or include_self or more or not (type(src) is Deferred or is_plain_float(src)):
             return NotImplemented
-        if not is_plain_float(input) or input.requires_grad or input.device.type != "cpu":
+        if not is_plain_float(input) or input.requires_grad:
             return NotImplemented
-        if src.shape[1:].numel() < LEAST_WIDTH or not picks_torchs_zeros():
+        if src.dtype != torch.float32 or not has_torchs_bits(input.device, src.shape[1:].numel()):
             return NotImplemented
         target = one_column(index, src)
         if type(src) is not Deferred:

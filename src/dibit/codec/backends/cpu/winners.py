@@ -32,8 +32,9 @@ def edge_winners(crow: Tensor, col: Tensor, x: Tensor, y: Tensor) -> tuple[Tenso
 
 @kernel(out=torch.float32, grad=torch.float32)
 def add_winners(
-    out: Tensor, crow: Tensor, col: Tensor, planes: Tensor, many: Tensor, grad: Tensor, initial: Tensor | None
+    out: Tensor, crow: Tensor, col: Tensor | None, planes: Tensor, many: Tensor, grad: Tensor, initial: Tensor | None
 ) -> None:
+    col = torch.arange(out.shape[0], dtype=crow.dtype) if col is None else col
     graph = array(crow), array(col), array(first_planes(crow, many))
     has = initial is not None
     before = array(initial) if initial is not None else array(planes.new_empty(0, planes.shape[1]))

@@ -49,7 +49,7 @@ def edge_winners(crow: Tensor, col: Tensor, x: Tensor, y: Tensor) -> tuple[Tenso
 
 
 def add_winners(
-    out: Tensor, crow: Tensor, col: Tensor, planes: Tensor, many: Tensor, grad: Tensor, initial: Tensor | None
+    out: Tensor, crow: Tensor, col: Tensor | None, planes: Tensor, many: Tensor, grad: Tensor, initial: Tensor | None
 ) -> None:
     """The gradient of `edge_extremes`: each element of `grad` goes to those that attain the result, in equal shares.
 
@@ -57,16 +57,18 @@ def add_winners(
 
     Args:
         out: contiguous (M, D).
-        crow, col, planes, many: see `edge_winners`.
+        crow, planes, many: see `edge_winners`.
+        col: see there; `None`: each edge has a row of its own, which has the edge's number.
         grad: contiguous (N, D), of the dtype of `out`.
         initial: uint8 (N, ceil(D / 8)): whether what was there before has a share, too; `None`: nowhere.
     """
     width, rows, degree = grad.shape[1], _rows(crow), crow.diff().long()
+    col = torch.arange(len(rows), device=crow.device) if col is None else col
     node, plane = _planes(crow, many)
     bits, own = _unpacked(planes, width).long(), many[node]
     digits = torch.zeros(grad.shape, dtype=torch.int64, device=grad.device)
     digits.index_add_(0, node[~own], bits[~own] << plane[~own][:, None])
-    place = torch.arange(col.numel(), device=col.device) - crow[:-1].long()[rows]
+    place = torch.arange(len(rows), device=crow.device) - crow[:-1].long()[rows]
     won = (digits[rows] == place[:, None]) | (digits[rows] == degree[rows][:, None])
     won = won.to(grad.dtype)
     won[crow[:-1].long()[node[own]] + plane[own]] = bits[own].to(grad.dtype)

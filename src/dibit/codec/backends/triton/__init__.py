@@ -26,17 +26,21 @@ from dibit.codec.backends.triton.elementwise import (
 )
 from dibit.codec.backends.triton.products import column_sums, norm_gradient, weight_gradient
 from dibit.codec.backends.triton.sampling import pick_rows, row_scores
+from dibit.codec.backends.triton.winners import add_winners, edge_extremes, edge_winners
 
 __all__ = [
     "add_neighbours",
     "add_scaled",
     "add_signed",
+    "add_winners",
     "apply_mask",
     "column_sums",
     "dequantize",
     "dropout",
+    "edge_extremes",
     "edge_products",
     "edge_signs",
+    "edge_winners",
     "finite",
     "norm_gradient",
     "norm_relu_dropout",

@@ -13,7 +13,7 @@ _TILE = 128  # features that a program has: one warp, four a thread
 _WIDEST = 1024  # features of a head that a program holds for scalar products and signs
 
 
-def _tiles(out: Tensor) -> tuple[int, int, tuple[int, int]]:
+def tiles(out: Tensor) -> tuple[int, int, tuple[int, int]]:
     """Features of a row, those of a program, and the grid: a program for each row and tile."""
     width = out.shape[1:].numel()
     tile = power(width, 16, _TILE)
@@ -23,7 +23,7 @@ def _tiles(out: Tensor) -> tuple[int, int, tuple[int, int]]:
 def _add(
     out: Tensor, crow: Tensor, col: Tensor, order: Tensor | None, scale: Tensor | None, x: Tensor, heads: int
 ) -> None:
-    width, tile, programs = _tiles(out)
+    width, tile, programs = tiles(out)
     launch(
         kernels.add_scaled,
         programs,
@@ -105,7 +105,7 @@ def edge_signs(crow: Tensor, col: Tensor, order: Tensor | None, a: Tensor, b: Te
 
 @kernel(out=torch.float32, scale=torch.float32)
 def add_signed(out: Tensor, crow: Tensor, order: Tensor | None, signs: Tensor, scale: Tensor, slope: float) -> None:
-    width, tile, programs = _tiles(out)
+    width, tile, programs = tiles(out)
     launch(
         kernels.add_signed,
         programs,
