@@ -140,12 +140,14 @@ def weighs_edges(module: torch.nn.Module) -> bool:
 
 
 def _makes_numbers(layer: torch.nn.Module) -> bool:
-    """Weights of edges that are the caller's, or their products with degrees, are none: compilers make those again.
-
-    Where self-loops are added, the graph breaks, and the next graph has all edges and weights as its arguments.
-    """
-    more = _more_than_features(type(layer))
-    return bool(more - {"edge_weight"}) or bool(more and getattr(layer, "add_self_loops", False))
+    """Weights of edges that are the caller's are none, but their products with degrees are, and those of self-loops."""
+    kind: Any = type(layer)
+    more = _more_than_features(kind)
+    if more != {"edge_weight"}:
+        return bool(more)
+    forward = static(kind, "forward")
+    normalizes = is_a(forward, FunctionType) and "gcn_norm" in forward.__code__.co_names
+    return bool(getattr(layer, "normalize", normalizes) or getattr(layer, "add_self_loops", False))
 
 
 @functools.cache

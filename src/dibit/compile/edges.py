@@ -113,7 +113,8 @@ def _column(index: Tensor, like: Tensor) -> Tensor | None:
         return None
     if any(stride and size != 1 for stride, size in zip(index.stride()[1:], index.shape[1:], strict=True)):
         return None
-    return index[(slice(None), *(0,) * (index.dim() - 1))]
+    first: tuple[Any, ...] = (slice(None), *(0,) * (index.dim() - 1))
+    return index[first]
 
 
 def _sum(out: Tensor, index: Tensor, src: Tensor, how: str) -> Tensor:
