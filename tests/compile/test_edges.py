@@ -98,9 +98,7 @@ class Stack(BasicGNN):
 class Own(nn.Module):
     """A sum by target that is written by hand."""
 
-    def __init__(
-        self, messages: Callable[..., Tensor], add: Callable[..., Tensor], shape: tuple[int, ...] = ()
-    ) -> None:
+    def __init__(self, messages: Callable[..., Tensor], add: Callable[..., Tensor], *shape: int) -> None:
         super().__init__()
         self.messages, self.add, self.shape = messages, add, shape or (D,)
         self.gain = nn.Parameter(torch.rand(D))
@@ -246,6 +244,26 @@ def test_a_write_between_the_gather_and_the_sum_is_seen(what: str) -> None:
     y = torch.compile(dibit.compress(copy.deepcopy(plain), CONFIG), backend=graphs.backend)(x, edge_index, w)
     assert torch.equal(y, expected)
     assert bool(graphs.calls("edge_sum")) == (what == "nothing")
+
+
+@pytest.mark.parametrize("which", ["rows", "features"])
+def test_what_is_cut_off_from_its_gradient_stays_cut_off(which: str) -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.rand(D))
+
+        def forward(self, x: Tensor, edge_index: Tensor, w: Tensor) -> Tensor:
+            h = x * self.gain
+            rows = h[edge_index[0]]
+            (rows if which == "rows" else h).detach_()
+            return self.gain + torch.zeros(x.shape).index_add_(0, edge_index[1], rows)
+
+    data = inputs()
+    plain = Cut()
+    expected = torch.compile(copy.deepcopy(plain), backend="aot_eager")
+    model = torch.compile(dibit.compress(copy.deepcopy(plain), CONFIG), backend="aot_eager")
+    agree(run(model, *data), run(expected, *data))
 
 
 def test_small_gathers_stay_with_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dibit._torch.private.tensors import gradient_asked
 from dibit._torch.private.traces import traced_through, traced_value
 from dibit.compile import edge_ops, ops
 from dibit.edges.functions import WIDE
@@ -32,7 +33,7 @@ class Messages:
         index: int64 (E,).
         weight: float32 (E, ..., 1) or `None`.
         wraps: negative numbers in the index count from the end.
-        values: of the rows themselves and of all of these, when the note was made.
+        values: of the rows themselves and of all of these, and which have a gradient, when the note was made.
     """
 
     x: Tensor
@@ -43,7 +44,8 @@ class Messages:
 
     def now(self, rows: Tensor) -> tuple[Any, ...]:
         """The values now."""
-        return tuple(traced_value(x) for x in (rows, self.x, self.index, self.weight) if x is not None)
+        about = [x for x in (rows, self.x, self.index, self.weight) if x is not None]
+        return *map(traced_value, about), *(x.requires_grad for x in about)
 
 
 def _note(rows: Tensor, messages: Messages) -> Tensor:
@@ -56,7 +58,9 @@ def _note(rows: Tensor, messages: Messages) -> Tensor:
 def _messages(rows: Tensor) -> Messages | None:
     """How rows came about, if that is known and still true."""
     found: Messages | None = getattr(rows, "dibit_messages", None)
-    if found is None or any(a is not b for a, b in zip(found.values, found.now(rows), strict=True)):
+    if found is None or gradient_asked(rows):
+        return None
+    if any(before is not now for before, now in zip(found.values, found.now(rows), strict=True)):
         return None
     return found
 

@@ -38,6 +38,7 @@ def traced_through(schema: str, function: Callable[..., Any]) -> Any:
         schema: name, arguments and results.
         function: what it does, in functions of torch.
     """
-    name = _operators.define(schema).partition("(")[0].rpartition("::")[2]
+    name = schema.partition("(")[0]
+    _operators.define(schema)
     _operators.impl(name, function, "CompositeImplicitAutograd")
     return getattr(torch.ops.dibit, name).default
