@@ -132,21 +132,31 @@ def end(mode: CompiledMode) -> None:
 
 
 def weighs_edges(module: torch.nn.Module) -> bool:
-    """Whether a layer of PyTorch Geometric makes numbers for each edge (attention, normalised weights).
+    """Whether a layer of PyTorch Geometric makes numbers for each edge (attention, weights of self-loops).
 
     A graph would keep them all; an uncompiled pass computes them again from the nodes' (`dibit.recompute.recorder`).
     """
-    kinds: dict[int, Any] = {id(type(layer)): type(layer) for layer in module.modules()}
-    return any(map(_message_has_more, kinds.values()))
+    return any(map(_makes_numbers, module.modules()))
+
+
+def _makes_numbers(layer: torch.nn.Module) -> bool:
+    """Weights of edges that are the caller's are none, but their products with degrees are, and those of self-loops."""
+    kind: Any = type(layer)
+    more = _more_than_features(kind)
+    if more != {"edge_weight"}:
+        return bool(more)
+    forward = static(kind, "forward")
+    normalizes = is_a(forward, FunctionType) and "gcn_norm" in forward.__code__.co_names
+    return bool(getattr(layer, "normalize", normalizes) or getattr(layer, "add_self_loops", False))
 
 
 @functools.cache
-def _message_has_more(kind: Any) -> bool:
-    """Whether a class's messages are made of more than the neighbour's features."""
+def _more_than_features(kind: Any) -> frozenset[str]:
+    """What a class's messages are made of beside the neighbour's features."""
     message = static(kind, "message")
     if not is_a(message, FunctionType) or static(kind, "propagate") is None:
-        return False
-    return not set(inspect.signature(message).parameters) <= {"self", "x_j"}
+        return frozenset()
+    return frozenset(inspect.signature(message).parameters) - {"self", "x_j"}
 
 
 def alone(*functions: Any) -> None:

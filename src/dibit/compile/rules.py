@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dibit._torch.private import operations
-from dibit.compile import autograd, ops
+from dibit.compile import autograd, edge_rules, ops
 from dibit.rules.elementwise import CODECS, POINTWISE, Pointwise
 from dibit.rules.norm import FEW_POSITIONS, rows_of_one
 from dibit.rules.registry import table
@@ -221,13 +221,6 @@ def layer_norm(
     return autograd.LayerNorm.apply(input, shape, weight, bias, eps, two, mode.key, next_index(mode, 2), setting.text)
 
 
-def new_zeros(mode: Any, input: Tensor, *size: Any, **options: Any) -> Any:
-    """What a scatter begins with: torch's partitioner would keep it for the backward pass, which needs zeros too."""
-    if options or not size or not traceable_float(input) or not input.dim():
-        return NotImplemented
-    return ops.zeros(input.detach(), list(size[0] if isinstance(size[0], (tuple, list)) else size))
-
-
 # By name; `dibit.rules.registry` has the functions of each.
 COMPILED: dict[str, Any] = {
     **{name: elementwise_rule(f) for name, f in POINTWISE.items() if f.codec in CODECS},
@@ -241,6 +234,5 @@ COMPILED: dict[str, Any] = {
     "batch_norm": batch_norm,
     "instance_norm": instance_norm,
     "layer_norm": layer_norm,
-    "new_zeros": new_zeros,
 }
-RULES: dict[Any, Any] = table(COMPILED)
+RULES: dict[Any, Any] = edge_rules.RULES | table(COMPILED)

@@ -44,7 +44,7 @@ from dibit.recompute.repeatable import LIKE, SIZES_ONLY
 from dibit.rules.common import is_plain_float
 
 MIN_DEFERRED_ELEMENTS = 1 << 16  # elements of a gather: a smaller one is made at once
-_WIDE = 8  # elements a row below which the index weighs as much as the row
+WIDE = 8  # elements a row below which the index weighs as much as the row
 _GATHERS = torch_functions("index_select")
 _GATHERS_EACH = torch_functions("gather")
 _SUMS = torch_functions("add")
@@ -87,7 +87,7 @@ class Edges:
         if x.dim() < 2 or dim not in (0, -x.dim()) or x.dtype != torch.float32 or not _has_kernels(x.device):
             return NotImplemented
         width = x.shape[1:].numel()
-        if width < _WIDE or index.numel() * width < MIN_DEFERRED_ELEMENTS or index.numel() < x.shape[0]:
+        if width < WIDE or index.numel() * width < MIN_DEFERRED_ELEMENTS or index.numel() < x.shape[0]:
             return NotImplemented
         if self.forward.holdings.is_exposed(x) or self.forward.holdings.is_exposed(index):
             return NotImplemented

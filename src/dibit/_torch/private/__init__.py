@@ -6,7 +6,7 @@ modules, which choose a fallback when they are imported. A later version of torc
 compression or speed, and never the import: `dibit doctor` prints the list.
 """
 
-from dibit._torch.private import autograd, derivatives, frames, generator, modes, modules, operations, tensors
+from dibit._torch.private import autograd, derivatives, frames, generator, modes, modules, operations, tensors, traces
 from dibit._torch.private.registry import APIS, KNOWN, WITHOUT, PrivateApi, missing, warn_if_missing
 
 # Whether Dibit can compress at all. If not, compressed models train exactly as plain ones do.
@@ -30,5 +30,6 @@ __all__ = [
     "modules",
     "operations",
     "tensors",
+    "traces",
     "warn_if_missing",
 ]
