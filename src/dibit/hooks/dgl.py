@@ -91,7 +91,9 @@ def _expected(module: ModuleType) -> bool:
             (module.GSpMM, (index, op, how, x, y)) for op in ("mul", "add", "copy_lhs") for how in ("sum", "max")
         ]
         calls += [(module.GSDDMM, (index, op, x, x + 1, "u", "v")) for op in ("mul", "dot")]
-        return all(_alike(owner, args) for owner, args in calls)
+        if not all(_alike(owner, args) for owner, args in calls):
+            return False
+        return all(_extreme(module.GSpMM, index, *case) for case in (("copy_lhs", "max", x), ("copy_rhs", "min", y)))
     except Exception:
         return False
 
@@ -112,3 +114,17 @@ def _alike(owner: Any, args: tuple[Any, ...]) -> bool:
         a is b is None or torch.equal(torch.zeros_like(x) if a is None else a, torch.zeros_like(x) if b is None else b)
         for a, b, x in zip(expected, grads, args, strict=True)
     )
+
+
+def _extreme(owner: Any, index: Any, op: str, how: str, x: Tensor) -> bool:
+    """Whether the winners that Dibit keeps give DGL's gradient."""
+    x = x.clone().requires_grad_()
+    with torch.enable_grad():
+        result = owner.apply(index, op, how, *((x, None) if op == "copy_lhs" else (None, x)))
+        grad = torch.arange(1.0, 1 + result.numel()).view(result.shape)
+        result.backward(grad)
+    with torch.no_grad():
+        own, edge = dgl.extreme(owner, index, op, how, x)
+        places = dgl.places_of(index, edge)
+        found = dgl.gradient_of_extreme(index, op, x.shape, places, grad)
+    return torch.equal(own, result) and x.grad is not None and torch.equal(found, x.grad)

@@ -9,7 +9,7 @@ Nothing here imports DGL: `dibit.hooks.dgl` brings its functions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +94,80 @@ class OnEdges(torch.autograd.Function):
         return None, None, *ctx.function.backward(context, dy)
 
 
+class Extreme(torch.autograd.Function):
+    """Maxima or minima by target of the rows of sources (X) or edges (Y): gspmm with copy_lhs or copy_rhs.
+
+    DGL saves the number of the node or edge that it has taken each element from. Kept: its place among the edges of the
+    target, in a byte or two.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, forward: ForwardPass, function: Any, gidx: Any, op: str, reduce_op: str, x: Tensor) -> Tensor:
+        y, edge = extreme(function, gidx, op, reduce_op, x)
+        places = places_of(gidx, edge.view(edge.shape[0], -1))
+        forward.plain(edge.numel() * edge.element_size())
+        forward.kept(places, how=f"winner in {places.element_size()} B")
+        save(ctx, places)
+        ctx.of = gidx, op, x.shape
+        return y
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        (places,) = load(ctx)
+        return None, None, None, None, None, gradient_of_extreme(*ctx.of, places, dy)
+
+
+def extreme(function: Any, gidx: Any, op: str, reduce_op: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The extremes by target, and the number of the edge that each element is from, by DGL's `GSpMM`."""
+    context = Context()
+    if op == "copy_lhs":  # times one: the same bits, and DGL tells the edge, too
+        ones = x.new_ones((gidx.num_edges(0),) + (1,) * (x.dim() - 1))
+        y = function.forward(context, gidx, "mul", reduce_op, x, ones)
+    else:
+        y = function.forward(context, gidx, op, reduce_op, None, x)
+    return y, context.saved_tensors[-1]
+
+
+def gradient_of_extreme(gidx: Any, op: str, shape: torch.Size, places: Tensor, dy: Tensor) -> Tensor:
+    """The gradient of what `extreme` took (`shape`), from `places_of` its edges: (N, D)."""
+    pointers, sources, edges = _by_target(gidx)
+    dx = dy.new_zeros(shape[0], shape[1:].numel())
+    rows, ids = dy.reshape(places.shape), sources if op == "copy_lhs" else edges
+    for start, stop in _chunks(places):
+        at = places[start:stop].long().add_(pointers[start:stop, None]).clamp_(max=len(ids) - 1)
+        index = ids[at].mul_((pointers[start + 1 : stop + 1] > pointers[start:stop])[:, None])
+        dx.scatter_add_(0, index.long(), rows[start:stop])  # DGL gives what comes to a node without edges to row 0
+    return dx.reshape(shape)
+
+
+def places_of(gidx: Any, edge: Tensor) -> Tensor:
+    """The places (N, D) of edges (N, D) among those of their targets; 0 where a target has none."""
+    pointers, _, edges = _by_target(gidx)
+    at = torch.empty_like(edges)
+    at[edges] = torch.arange(len(edges), dtype=edges.dtype)
+    degrees = pointers.diff()
+    most = int(degrees.max())
+    small = torch.uint8 if most <= 256 else torch.int16 if most < 2**15 else torch.int32
+    places = torch.empty(edge.shape, dtype=small)
+    for start, stop in _chunks(edge):
+        own = at[edge[start:stop]].sub_(pointers[start:stop, None])
+        places[start:stop] = own.mul_((degrees[start:stop] > 0)[:, None])
+    return places
+
+
+def _by_target(gidx: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """DGL's own arrays of edges sorted by target: pointers (N + 1,), sources (E,) and numbers of the edges (E,)."""
+    pointers, sources, edges = gidx.adjacency_matrix_tensors(0, True, "csr")[2:]
+    return pointers, sources, edges if len(edges) else torch.arange(len(sources), dtype=sources.dtype)
+
+
+def _chunks(x: Tensor) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of x (N, D) of about a million elements."""
+    step = max(1, (1 << 20) // max(x.shape[1], 1))
+    return ((start, min(start + step, x.shape[0])) for start in range(0, x.shape[0], step))
+
+
 @dataclass(frozen=True)
 class Operand:
     """What is kept in the place of an operand, where DGL saves it; `None`: its backward does not read it."""
@@ -138,6 +212,8 @@ def gspmm(function: Any, call: Callable[..., Tensor]) -> Rule:
             return NotImplemented
         if op == "copy_lhs" and reduce_op == "sum":
             return _aggregate(forward, gidx, X, function, call)
+        if reduce_op != "sum" and op in ("copy_lhs", "copy_rhs"):
+            return _extreme(forward, function, gidx, op, reduce_op, X if op == "copy_lhs" else Y)
         needs = [x is not None and x.requires_grad for x in (X, Y)]
         if X is None or Y is None or not any(needs) or op not in ("mul", "add") or reduce_op != "sum":
             return NotImplemented
@@ -170,6 +246,16 @@ def _aggregate(forward: ForwardPass, gidx: Any, x: Any, function: Any, call: Cal
         forward.sources.aggregated(y, graph, x)
     forward.keeps_nothing()
     return y
+
+
+def _extreme(forward: ForwardPass, function: Any, gidx: Any, op: str, reduce_op: str, x: Tensor | None) -> Any:
+    if x is None or not x.requires_grad or x.dim() < 2 or not gidx.num_edges(0) or reduce_op not in ("max", "min"):
+        return NotImplemented
+    formats = gidx.formats()
+    if "csc" not in (*formats["created"], *formats["not created"]):
+        return NotImplemented  # the edges are not to be had sorted by target
+    with forward.writes.reading():
+        return Extreme.apply(forward, function, gidx, op, reduce_op, x)
 
 
 def gsddmm(function: Any) -> Rule:
