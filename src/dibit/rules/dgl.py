@@ -21,8 +21,6 @@ from dibit.engine.forward_pass import ForwardPass
 from dibit.engine.model_state import Rule
 from dibit.residuals.base import load, save
 from dibit.residuals.constant_csr import ConstantCSR
-from dibit.residuals.derived import Aggregated
-from dibit.residuals.exact import Reference
 from dibit.rules.common import first_order, is_plain_float, running_config, without_reduction
 from dibit.rules.product import LEAST_ROW, end_of_dot, factor, stays_exact
 
@@ -115,7 +113,8 @@ class Extreme(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         (places,) = load(ctx)
-        return None, None, None, None, None, gradient_of_extreme(*ctx.of, places, dy)
+        gidx, op, shape = ctx.of
+        return None, None, None, None, None, gradient_of_extreme(gidx, op, shape, places, dy)
 
 
 def extreme(function: Any, gidx: Any, op: str, reduce_op: str, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,7 +219,10 @@ def gspmm(function: Any, call: Callable[..., Tensor]) -> Rule:
         kept_x = kept_y = None
         if op == "mul":
             config = running_config(forward)
-            messages = Y.shape[0] * torch.broadcast_shapes(X.shape[1:], Y.shape[1:]).numel()
+            try:
+                messages = Y.shape[0] * torch.broadcast_shapes(X.shape[1:], Y.shape[1:]).numel()
+            except RuntimeError:
+                return NotImplemented  # DGL raises its own error
             parts = [(x, by, n) for x, by, n in ((X, Y, X.numel()), (Y, X, messages)) if by.requires_grad]
             if config.lossless or all(stays_exact(forward, x, n, without_reduction(config)) for x, _, n in parts):
                 return NotImplemented
@@ -237,12 +239,9 @@ def gspmm(function: Any, call: Callable[..., Tensor]) -> Rule:
 
 def _aggregate(forward: ForwardPass, gidx: Any, x: Any, function: Any, call: Callable[..., Tensor]) -> Tensor:
     """A x: nothing is kept, in plain torch neither; a linear layer behind it may keep x."""
-    features = not x.requires_grad and x.dim() == 2 and forward.held(x) and forward.lossless.steady(x)
     y = call(gidx, "copy_lhs", "sum", x, None)
     graph = Graph((), torch.Size((y.shape[0], x.shape[0])), False, None, gidx, function)
-    if features:
-        forward.sources.derived(y, Aggregated(graph, Reference(x, x.shape)))
-    elif x.requires_grad and x.dim() == 2:
+    if x.requires_grad and x.dim() == 2:
         forward.sources.aggregated(y, graph, x)
     forward.keeps_nothing()
     return y
