@@ -160,8 +160,8 @@ class TestSeam:
         compressed(dibit.compress(Weighted().train()), g, torch.randn(100, 16))
         assert not Own.apply(g._graph, "copy_lhs", "sum", x, None).any()
 
-    def test_arguments_are_not_handed_out(self) -> None:
-        """What DGL's kernels only read can still be relied upon: attention is computed again."""
+    def test_attention_is_computed_again(self) -> None:
+        """From scores of nodes, which DGL's kernels only read."""
         model = dibit.compress(Attends().train())
         g, x = graph(), torch.randn(100, 16)
         model(g, x).sum().backward()
