@@ -9,7 +9,6 @@ Scores are computed by torch's own operations, some thousand edges at a time, wh
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,9 +21,8 @@ from dibit.edges.deferred import Deferred, PendingCall
 from dibit.edges.plan import Plan
 from dibit.engine.forward_pass import ForwardPass
 from dibit.residuals.base import load, released, save
-from dibit.rules import positive
 from dibit.rules.common import first_order, running_config, without_reduction
-from dibit.rules.product import at_least_4_bits
+from dibit.rules.product import end_of_dot
 
 _CHUNK_ON_GPU = 1 << 18  # edges at a time, where `programs.CHUNK` would leave a GPU idle
 
@@ -120,8 +118,8 @@ class AdditiveScores(torch.autograd.Function):
 
 def scalar_products(forward: ForwardPass, a: Tensor, b: Tensor, scores: Tensor, plan: Plan) -> Tensor:
     """For a rule: scores (E, H) that were computed of a (N, H, C) and b (M, H, C)."""
-    kept_a = _end(forward, a, b) if b.requires_grad else None
-    kept_b = _end(forward, b, a) if a.requires_grad else None
+    kept_a = end_of_dot(forward, a, b) if b.requires_grad else None
+    kept_b = end_of_dot(forward, b, a) if a.requires_grad else None
     return ScalarProducts.apply(a, b, scores, kept_a, kept_b, plan)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -139,12 +137,3 @@ def additive_scores(
         config = without_reduction(running_config(forward))
         kept_a, kept_b = (forward.keep(x, leaf=w.is_leaf, config=config, copied=True) for x in (a, b))
     return AdditiveScores.apply(a, b, w, scores, signs, slope, kept_a, kept_b, plan)  # type: ignore[no-any-return,no-untyped-call]
-
-
-def _end(forward: ForwardPass, x: Tensor, by: Tensor) -> Any:
-    """The residual of one end, x (N, H, C), from which the gradient of the other, `by`, is computed."""
-    config = running_config(forward)
-    if config.lossless or forward.held(x) or forward.cheaper_exact(x, without_reduction(config)):
-        return forward.exact(x, copied=True)
-    wide = positive.codec(forward, x, by, both=True)
-    return forward.keep(x, leaf=False, config=wide or replace(at_least_4_bits(config), block="row"), copied=True)

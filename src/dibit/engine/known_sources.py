@@ -85,6 +85,10 @@ class KnownSources:
         """Whether a quotient divides this key's sum over neighbours by the number of neighbours."""
         if graph.mean or parts[0] is not self.tape.nodes.get(key):
             return False
+        if (divisor := parts[1].tensor()) is not None and graph.divides_by(divisor):
+            return True
+        if not graph.parts:
+            return False
         if graph.counted is not None:
             return is_count_of(parts[1], self.tape.nodes.get(graph.counted))
         return is_degree_of(parts[1], self.tape.nodes.get(self.holdings.key(graph.parts[0])))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +26,7 @@ class Writes:
         self.holdings = lossless.holdings
         self.lossless, self.sources = lossless, sources
         self._listeners: list[Callable[[int], None]] = []
+        self._reads = False
 
     def listen(self, listener: Callable[[int], None]) -> None:
         """Call `listener` with the identity of a storage before something writes to it."""
@@ -52,9 +54,18 @@ class Writes:
 
     def exposed(self, x: Any) -> None:
         """The memory of x is handed to somebody whose writes cannot be seen: NumPy, DLPack, a kernel by its address."""
-        if is_a(x, Tensor) and strided(x):
+        if not self._reads and is_a(x, Tensor) and strided(x):
             self.before(x)
             self.holdings.expose(self.holdings.storage(x))
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """A block that runs a kernel known to read what it is given, to write what it makes, and to keep neither."""
+        before, self._reads = self._reads, True
+        try:
+            yield
+        finally:
+            self._reads = before
 
     def clear(self) -> None:
         """The pass has ended."""

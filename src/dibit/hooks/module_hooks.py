@@ -19,7 +19,7 @@ from dibit.compile import compiled_mode
 from dibit.compile.config_text import setting_of
 from dibit.config import Config
 from dibit.engine.model_state import Hook, ModelState, state_of
-from dibit.hooks import passes
+from dibit.hooks import dgl, passes
 from dibit.hooks.inner_gradients import asks
 from dibit.hooks.scripting import scripted
 from dibit.portable import Portable
@@ -50,6 +50,7 @@ class Enter(Hook):
 
     def called(self, module: nn.Module) -> None:
         super().called(module)
+        dgl.watch()
         if self.state.scripted:  # copies of what TorchScript runs come without hooks
             for name, part in self.state.root.named_modules():
                 if scripted(part) and state_of(part) is None:

@@ -41,6 +41,10 @@ class ConstantCSR:
         """The same on parts that come back from autograd."""
         return replace(self, parts=tuple(parts))
 
+    def divides_by(self, divisor: Tensor) -> bool:
+        """Whether the elements of a divisor (N, 1) are known to be the number of elements of each row, at least 1."""
+        return False
+
     def product(self, x: Tensor) -> Tensor:
         """A x: (N, D) for x (M, D)."""
         crow, col, values = self.parts

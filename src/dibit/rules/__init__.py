@@ -31,10 +31,17 @@ __all__ = [
     "product",
 ]
 
-RULES: Mapping[Any, Rule] = table({name: operation.rule for name, operation in OPERATIONS.items()})
+RULES: dict[Any, Rule] = table({name: operation.rule for name, operation in OPERATIONS.items()})
 # The functions whose rules run under `Config(lossless=True)`.
-EXACT = frozenset(function for name, operation in OPERATIONS.items() if operation.exact for function in spellings(name))
+EXACT = {function for name, operation in OPERATIONS.items() if operation.exact for function in spellings(name)}
 # What the ledger's rows hold, by the name that they have there; see `dibit.rules.registry.Operation.kind`.
 KINDS: Mapping[str, str] = {
     function_name(function): operation.kind for name, operation in OPERATIONS.items() for function in spellings(name)
 }
+
+
+def serve(function: Any, rule: Rule, exact: bool) -> None:
+    """Let a rule serve a function of another package from now on; `exact`: see `dibit.rules.registry.Operation`."""
+    RULES[function] = rule
+    if exact:
+        EXACT.add(function)

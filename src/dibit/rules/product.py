@@ -42,7 +42,7 @@ from dibit.rules.registry import rule
 from dibit.rules.relative import keep_relative, keep_signed
 
 _BROADCAST = 4  # a factor with at most one element for this many of the product stays exact
-_ROW = 16  # rows of fewer elements do not get a range of their own
+LEAST_ROW = 16  # rows of fewer elements do not get a range of their own
 
 
 class Product(torch.autograd.Function):
@@ -94,14 +94,14 @@ def _factors(forward: ForwardPass, a: Tensor, b: Tensor, count: int) -> tuple[An
         return None
     pairs = (a, b), (b, a)
     needed = [x for x, by in pairs if by.requires_grad]
-    if all(_exact(forward, x, count, without_reduction(config)) for x in needed):
+    if all(stays_exact(forward, x, count, without_reduction(config)) for x in needed):
         return None  # torch's own operation, kept by the hooks
     forward.plain(*needed)
     kept_a, kept_b = (factor(forward, x, by, count) if by.requires_grad else None for x, by in pairs)
     return kept_a, kept_b
 
 
-def _exact(forward: ForwardPass, x: Tensor, count: int, config: Config, gathers: bool = True) -> bool:
+def stays_exact(forward: ForwardPass, x: Tensor, count: int, config: Config, gathers: bool = True) -> bool:
     """Whether a factor is kept exactly: held by others, small, or computed again for less than its codes.
 
     Args:
@@ -122,7 +122,7 @@ def factor(forward: ForwardPass, x: Tensor, by: Tensor, count: int, copied: bool
         copied: see `ForwardPass.keep`.
     """
     config = running_config(forward)
-    if config.lossless or _exact(forward, x, count, without_reduction(config)):
+    if config.lossless or stays_exact(forward, x, count, without_reduction(config)):
         return forward.exact(x, copied)
     if by.is_leaf:  # a parameter: x enters its gradient and no other, as a linear layer's input does
         many = isinstance(config.reduce, Sample) and x.dim() > 1 and by.numel() * _BROADCAST <= x.numel()
@@ -135,11 +135,20 @@ def factor(forward: ForwardPass, x: Tensor, by: Tensor, count: int, copied: bool
         if x is by and not gathered:
             return keep_signed(forward, x)
         if x.shape == by.shape or made_by_reciprocal(forward.lossless.tape, by):
-            if x.shape[-1] < _ROW and not gathered:
+            if x.shape[-1] < LEAST_ROW and not gathered:
                 return keep_signed(forward, x)
             if config.block_size(x.shape[:-1].numel(), x.shape[-1]) > x.shape[-1]:
                 config = replace(config, block="row")
     return forward.gathered(x, config, copied)
+
+
+def end_of_dot(forward: ForwardPass, x: Tensor, by: Tensor) -> Any:
+    """The residual of x (N, ..., C) in scalar products of its rows with those of `by`, whose gradient it is for."""
+    config = running_config(forward)
+    if config.lossless or forward.held(x) or forward.cheaper_exact(x, without_reduction(config)):
+        return forward.exact(x, copied=True)
+    wide = positive.codec(forward, x, by, both=True)
+    return forward.keep(x, leaf=False, config=wide or replace(at_least_4_bits(config), block="row"), copied=True)
 
 
 def at_least_4_bits(config: Config) -> Config:
@@ -207,7 +216,7 @@ def div(forward: ForwardPass, input: Tensor, other: Any, *, rounding_mode: Any =
         return NotImplemented
     count = torch.broadcast_shapes(input.shape, other.shape).numel()
     needed = [other, input] if other.requires_grad else [other]
-    exact = [_exact(forward, x, count, eight_bit(running_config(forward)), gathers=False) for x in needed]
+    exact = [stays_exact(forward, x, count, eight_bit(running_config(forward)), gathers=False) for x in needed]
     own = input.is_contiguous() and input.dtype == other.dtype and input.numel() == count
     if all(exact) and not other.requires_grad and own and worth_huge_pages(input):
         forward.plain(other)

@@ -47,6 +47,11 @@ def may_have_mode(mode: TorchFunctionMode) -> bool:
     return _stack is None or any(other is mode for other in _stack())
 
 
+def is_innermost(mode: TorchFunctionMode) -> bool:
+    """Whether a mode is the first to see this thread's calls; no where torch does not tell."""
+    return _stack is not None and any(other is mode for other in _stack()[-1:])
+
+
 # -- autocast -----------------------------------------------------------------------------------------------------
 
 _MULTIPLIES = "time: a product of two numbers is computed to see it"
