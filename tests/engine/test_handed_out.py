@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import types
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from torch_geometric.nn import SAGEConv
 
 import dibit
 from dibit import Config
+from dibit._torch.private.tensors import natively
+from dibit.hooks import passes
 from tests.engine.test_owners import by_data, by_numpy, in_place
 
 N, D = 2000, 64
@@ -25,6 +28,8 @@ EIGHT = Config(bits=8)
 
 class Source(nn.Module):
     """Makes one number a node, from which N x D are computed again rather than kept."""
+
+    reads = False
 
     def __init__(self, keep: Callable[[Source, Tensor], None] = lambda model, q: None) -> None:
         super().__init__()
@@ -176,3 +181,22 @@ def test_written_to_after_it_was_read(write: str) -> None:
         grads.append(torch.cat([p.grad.flatten() for p in of.parameters() if p.grad is not None]))
     assert near(grads[1], grads[0])
     assert near(grads[2], grads[0])
+
+
+def test_a_kernel_that_only_reads_exposes_nothing() -> None:
+    """Memory that goes to a kernel which writes elsewhere can still be computed from; memory handed out cannot."""
+    exposed: dict[bool, bool] = {}
+
+    def hand_out(model: Source, q: Tensor) -> None:
+        active = passes.running()
+        assert active is not None
+        forward = active.forward_pass
+        with forward.writes.reading() if model.reads else contextlib.nullcontext():
+            q.detach().numpy()
+        exposed[model.reads] = natively(forward.holdings.is_exposed, (q,), {})  # the mode would see it look
+
+    for reads in (True, False):
+        model = Source(hand_out)
+        model.reads = reads
+        dibit.compress(model, EIGHT)(torch.randn(N, 16))
+    assert exposed == {True: False, False: True}
