@@ -158,6 +158,27 @@ def test_writes_after_the_sum_do_not_reach_the_backward_pass() -> None:
     assert all(torch.allclose(found[name], truth[name], rtol=1e-3, atol=1e-4) for name in truth)
 
 
+class Itself(nn.Module):
+    """Node features that are gathered and are the weight of the Linear on them, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.table = nn.Linear(D, D), nn.Parameter(torch.randn(N, D) / 5)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        source, target = edge_index
+        message = F.linear(self.lin(x)[target].tanh() + self.table[source], self.table)
+        return torch.zeros(N, N).index_add_(0, target, message)
+
+
+def test_a_tensor_may_be_read_in_rows_and_as_a_whole() -> None:
+    x, edge_index = torch.randn(N, D), graph()
+    model, readout = Itself().train(), torch.randn(N, N)
+    own = dibit.compress(copy.deepcopy(model), "lossless")
+    truth, found = (grads(each, x, edge_index, readout=readout) for each in (model, own))
+    assert all(torch.allclose(found[name], truth[name], rtol=1e-3, atol=1e-3) for name in truth)
+
+
 class Mixed(nn.Module):
     """Parts of one program in modules of different recipes."""
 

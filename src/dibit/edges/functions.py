@@ -99,8 +99,10 @@ class Edges:
 
     def reduce(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A maximum or minimum by target of messages that are no deferred tensor; else `NotImplemented`."""
-        if func in self.forward.state.rules:
-            return NotImplemented  # the user's own
+        if func in self.forward.state.rules or self.forward.config is None or not torch.is_grad_enabled():
+            return NotImplemented  # the user's own rule, or nothing is compressed
+        if not self.free():
+            return NotImplemented
         if not any(type(x) is Tensor and x.numel() >= MIN_DEFERRED_ELEMENTS for x in (*args[3:4], kwargs.get("src"))):
             return NotImplemented
         return self.reductions.extreme(func, *args, **kwargs)

@@ -187,14 +187,18 @@ class RecomputedProgram(torch.autograd.Function):
         tensors = [kept.value().detach() for kept in saved[:count]]
         for sink, grad in zip(sinks, grads, strict=True):
             sink.arrived(grad, len(chunks))
-        sums: dict[int, Any] = {}
+        by_rows: dict[int, Gradient] = {}  # by the number of the tensor
+        whole: dict[int, Tensor] = {}
         leaves = [x.requires_grad_(need) if need else x for x, need in zip(tensors, needs, strict=False)]
         for chunk, counts in zip(chunks, ctx.counts, strict=True):
             held = [tuple(next(planes) for _ in range(number)) for number in counts]
             own = [sink.gradient(chunk, kept) for sink, kept in zip(sinks, held, strict=True)]
-            _add_gradients(program, leaves, needs, chunk, own, sums)
-        found = [sums[i].taken() if isinstance(sums.get(i), Gradient) else sums.get(i) for i in range(count)]
-        return *(None,) * 5, *found, grads[0] if needs[count] else None
+            _add_gradients(program, leaves, needs, chunk, own, by_rows, whole)
+        found = {number: gradient.taken() for number, gradient in by_rows.items()}
+        for number, grad in whole.items():
+            rows = found.get(number)
+            found[number] = grad if rows is None else grad.add_(rows)
+        return *(None,) * 5, *(found.get(number) for number in range(count)), grads[0] if needs[count] else None
 
 
 def _add_gradients(
@@ -203,9 +207,10 @@ def _add_gradients(
     needs: Sequence[bool],
     chunk: Chunk,
     grads: Sequence[Tensor | None],
-    sums: dict[int, Any],
+    by_rows: dict[int, Gradient],
+    whole: dict[int, Tensor],
 ) -> None:
-    """Add a chunk's gradients to `sums`, by the number of the tensor: `Gradient` for rows, a tensor for parameters."""
+    """Add a chunk's gradients: of tensors whose rows it takes to `by_rows`, of parameters to `whole`."""
     with torch.enable_grad():
         values, rows = program.run(tensors, chunk, needs)
     pairs = [(y, dy) for y, dy in zip(values, grads, strict=True) if dy is not None and y.requires_grad]
@@ -217,11 +222,11 @@ def _add_gradients(
     found = torch.autograd.grad([y for y, _ in pairs], wanted, [dy for _, dy in pairs], allow_unused=True)
     for key, dx in zip(taken, found, strict=False):
         if dx is not None:
-            gradient = sums.setdefault(key.tensor, Gradient(tensors[key.tensor]))
+            gradient = by_rows.setdefault(key.tensor, Gradient(tensors[key.tensor]))
             gradient.add(selection(key, tensors), chunk, None, dx[: chunk.size].contiguous())
     for number, dw in zip(parameters, found[len(taken) :], strict=True):
         if dw is not None:
-            sums[number] = dw if number not in sums else sums[number].add_(dw)
+            whole[number] = dw if number not in whole else whole[number].add_(dw)
 
 
 def compute_again(forward: ForwardPass, program: EdgeProgram, plan: Plan, sinks: Sequence[Sink]) -> tuple[Tensor, ...]:
