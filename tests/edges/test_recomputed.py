@@ -194,7 +194,7 @@ class Mixed(nn.Module):
 
 @pytest.mark.parametrize("recipes", [{"first": "lossless", "*": "default"}, {"first": "default", "*": "lossless"}])
 def test_recipes_of_modules_differ(recipes: dict[str, str]) -> None:
-    """The program then runs as in plain torch, and the result has the plain bits."""
+    """Each part keeps what its own recipe keeps; the result has the plain bits."""
     x, edge_index = torch.randn(N, D), graph()
     model = Mixed().train()
     plain = model(x, edge_index)

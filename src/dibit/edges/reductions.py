@@ -126,9 +126,6 @@ class Reductions:
             return NotImplemented
         if not (torch.is_grad_enabled() and self.free()) or forward.config is None:
             return NotImplemented
-        lossless = {call.lossless for call in calls if call.program}
-        if len(lossless) > 1:
-            return NotImplemented  # modules of different recipes
         message.check()
         gathers = [call for call in calls if call.function is Tensor.index_select]
         key = forward.holdings.key
@@ -147,7 +144,7 @@ class Reductions:
         wholes = [(call, Whole(out.new_empty(call.shape))) for call in needed]
         sinks, end = [(message, reduction), *wholes], lambda index: ends.get(key(index), "")
         indices = [call.args[2] for call in gathers]
-        if lossless == {True}:
+        if all(call.lossless for call in calls if call.program):
             program = EdgeProgram([call for call, _ in sinks], messages.shape[0], end)
             y, *values = self.rule(
                 func, recomputed_rule, (program, plan, reduction, [sink for _, sink in wholes], indices, target)
