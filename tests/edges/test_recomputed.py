@@ -158,6 +158,21 @@ def test_writes_after_the_sum_do_not_reach_the_backward_pass() -> None:
     assert all(torch.allclose(found[name], truth[name], rtol=1e-3, atol=1e-4) for name in truth)
 
 
+def test_autocast_around_the_backward_pass_changes_nothing() -> None:
+    """The operations are run again in the dtype that they had."""
+    x, edge_index = torch.randn(N, D), graph()
+    model = dibit.compress(Net(edge_conv("sum", nn.SiLU)()).train(), "lossless")
+    truth = grads(model, x, edge_index, readout=(readout := torch.randn(N, D)))
+    model.zero_grad(set_to_none=True)
+    loss = (model(x, edge_index) * readout).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss.backward()
+    for name, p in model.named_parameters():
+        if name.startswith("conv."):  # the first Linear's gradient is torch's own
+            assert p.grad is not None
+            assert torch.allclose(p.grad, truth[name], rtol=1e-4, atol=1e-4), name
+
+
 class Itself(nn.Module):
     """Node features that are gathered and are the weight of the Linear on them, too."""
 

@@ -6,7 +6,6 @@ may write over the result of an operator, and what is kept for later steps must 
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from typing import Any
 
@@ -23,7 +22,6 @@ from dibit.edges.plan import SortedEdges, sort
 MOST_KEPT = 8  # sorted lists of edges: both directions of four graphs
 
 _kept: OrderedDict[Any, SortedEdges] = OrderedDict()  # by the content of the edges, the last used at the end
-_lock = threading.Lock()
 
 
 def sorted_edges(by: Tensor, count: int, other: Tensor, others: int, wraps: tuple[bool, bool]) -> SortedEdges:
@@ -38,16 +36,12 @@ def sorted_edges(by: Tensor, count: int, other: Tensor, others: int, wraps: tupl
         IndexError: an edge has no node at one of its ends.
     """
     key = int(fingerprint(by)), int(fingerprint(other)), by.numel(), count, others, wraps
-    with _lock:
-        found = _kept.get(key)
-        if found is not None:
-            _kept.move_to_end(key)
-            return found
-    found = sort(_within(by, count, wraps[0]), count, _within(other, others, wraps[1]))
-    with _lock:
-        _kept[key] = found
-        while len(_kept) > MOST_KEPT:
-            _kept.popitem(last=False)
+    found = _kept.pop(key, None)
+    if found is None:
+        found = sort(_within(by, count, wraps[0]), count, _within(other, others, wraps[1]))
+    _kept[key] = found  # each step is atomic, so no lock is needed, which a forked child might wait for
+    while len(_kept) > MOST_KEPT:
+        _kept.popitem(last=False)
     return found
 
 

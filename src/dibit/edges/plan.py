@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,44 +92,42 @@ class Plans:
         known: of the model, by the content of the edges; both ends of them, or their targets alone.
     """
 
-    def __init__(self, known: dict[Any, Any]) -> None:
+    def __init__(self, known: dict[Any, Plan | SortedEdges]) -> None:
         self._known = known
-        self._seen: dict[Any, Any] = {}  # by the identities of this pass
+        self._seen: dict[Any, Plan | SortedEdges] = {}  # by the identities of this pass
         self._prints: dict[Any, Any] = {}
 
     def find(self, forward: ForwardPass, source: Tensor, target: Tensor, sources: int, targets: int) -> Plan | None:
         """The plan of a graph; `None` where an edge has no node at one of its ends."""
-        holdings = forward.holdings
-        seen = holdings.key(source), holdings.key(target), sources, targets
-        if seen not in self._seen:
-            prints = self._print(source, seen[0]), self._print(target, seen[1])
-            content = *prints, source.device, source.numel(), sources, targets
-            plan = self._known.get(content)
-            if plan is None:
-                if not (_within(source, sources) and _within(target, targets)):
-                    return None
-                plan = self._known[content] = plan_of(source, target, sources, targets)
-            for part in plan.tensors:
-                holdings.hold(part, "the plan of a graph")
-            self._seen[seen] = plan
-        return self._seen[seen]  # type: ignore[no-any-return]
+        found = self._found(forward, ((source, sources), (target, targets)), _plan)
+        return found if isinstance(found, Plan) else None
 
     def by_target(self, forward: ForwardPass, target: Tensor, targets: int) -> SortedEdges | None:
         """Edges sorted by target, with the caller's numbers of the edges as columns; `None` as in `find`."""
+        found = self._found(forward, ((target, targets),), _numbered)
+        return found if isinstance(found, SortedEdges) else None
+
+    def _found(
+        self, forward: ForwardPass, ends: tuple[tuple[Tensor, int], ...], make: Callable[..., Plan | SortedEdges]
+    ) -> Plan | SortedEdges | None:
+        """What `make` gives for ends of edges, each with its number of nodes: of this pass, of earlier ones, or new."""
         holdings = forward.holdings
-        seen = holdings.key(target), targets
+        seen = tuple((holdings.key(index), count) for index, count in ends)
         if seen not in self._seen:
-            content = self._print(target, seen[0]), target.device, target.numel(), targets
-            edges = self._known.get(content)
-            if edges is None:
-                if not _within(target, targets):
+            first = ends[0][0]
+            prints = tuple(
+                (self._print(index, key), count) for (index, count), (key, _) in zip(ends, seen, strict=True)
+            )
+            content = prints, first.device, first.numel()
+            found = self._known.get(content)
+            if found is None:
+                if not all(_within(index, count) for index, count in ends):
                     return None
-                crow, order = ops.sort_edges(target, targets)
-                edges = self._known[content] = SortedEdges(crow, order, None)
-            for part in edges.tensors:
+                found = self._known[content] = make(*ends)
+            for part in found.tensors:
                 holdings.hold(part, "the plan of a graph")
-            self._seen[seen] = edges
-        return self._seen[seen]  # type: ignore[no-any-return]
+            self._seen[seen] = found
+        return self._seen[seen]
 
     def _print(self, index: Tensor, key: Any) -> Any:
         if key not in self._prints:
@@ -145,14 +144,23 @@ class Plans:
         self._prints.clear()
 
 
+def _plan(source: tuple[Tensor, int], target: tuple[Tensor, int]) -> Plan:
+    return plan_of(source[0], target[0], source[1], target[1])
+
+
+def _numbered(target: tuple[Tensor, int]) -> SortedEdges:
+    crow, order = ops.sort_edges(*target)
+    return SortedEdges(crow, order, None)
+
+
 def _within(index: Tensor, count: int) -> bool:
     low, high = index.aminmax()
     return bool((low >= 0) & (high < count))
 
 
-_of: weakref.WeakKeyDictionary[ModelState, dict[Any, Any]] = weakref.WeakKeyDictionary()
+_of: weakref.WeakKeyDictionary[ModelState, dict[Any, Plan | SortedEdges]] = weakref.WeakKeyDictionary()
 
 
-def known_plans(state: ModelState) -> dict[Any, Any]:
+def known_plans(state: ModelState) -> dict[Any, Plan | SortedEdges]:
     """The plans of a compressed model, by the content of the edges."""
     return _of.setdefault(state, {})

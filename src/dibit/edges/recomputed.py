@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dibit._torch.autocast import exact_dtypes
 from dibit._torch.storage_identity import storage_key
 from dibit.edges import programs
 from dibit.edges.chunks import Chunk, Gradient, RowSelection, Sink, cut, select_rows
@@ -53,70 +54,24 @@ class Result:
     step: int
 
 
+@dataclass(frozen=True)
 class EdgeProgram:
-    """A program on edges, apart from the tensors that it reads.
-
-    Args:
-        calls: those whose results are needed.
-        edges: the number of edges.
-        end: whether an index (E,) has the graph's sources or targets: "source", "target" or empty.
+    """A program on edges, apart from the tensors that it reads: their numbers stand for them.
 
     Attributes:
         steps: functions and their arguments, each after those that it reads.
-        results: the steps that give the results of `calls`.
-        tensors: what it reads; `forget` drops them.
+        results: the steps that give what is needed.
         widths: of the rows whose bits depend on where vectors begin.
     """
 
-    def __init__(self, calls: Sequence[PendingCall], edges: int, end: Callable[[Tensor], str]) -> None:
-        self.steps: list[tuple[Any, list[Any]]] = []
-        self.tensors: list[Tensor] = []
-        self.widths: set[int] = set()
-        self._edges, self._end = edges, end
-        self._numbers: dict[int, int] = {}
-        known: dict[int, Any] = {}
-        self.results = [self._operand(call, known).step for call in calls]
+    steps: Sequence[tuple[Any, Sequence[Any]]]
+    results: Sequence[int]
+    widths: set[int]
 
-    def _operand(self, call: PendingCall, known: dict[int, Any]) -> Any:
-        if id(call) not in known:
-            if call.value is not None:
-                known[id(call)] = Rows(self._number(call.value), None, "")
-            elif call.function is Tensor.index_select:
-                x, _, index = call.args
-                end = self._end(index)
-                known[id(call)] = Rows(self._number(x), None if end else self._number(index), end)
-            else:
-                args = [self._argument(call, x, known) for x in call.args]
-                if programs.in_vectors(call):
-                    self.widths.add(call.args[0].shape[1])
-                self.steps.append((call.function, args))
-                known[id(call)] = Result(len(self.steps) - 1)
-        return known[id(call)]
-
-    def _argument(self, call: PendingCall, x: Any, known: dict[int, Any]) -> Any:
-        if type(x) is Deferred:
-            return self._operand(x.pending, known)
-        if not isinstance(x, Tensor):
-            return x
-        number = self._number(x)
-        return Rows(number, None, "") if programs.is_of_edges(call, x, self._edges) else Parameter(number)
-
-    def _number(self, x: Tensor) -> int:
-        if id(x) not in self._numbers:
-            self._numbers[id(x)] = len(self.tensors)
-            self.tensors.append(x)
-        return self._numbers[id(x)]
-
+    @property
     def parameters(self) -> list[int]:
         """The numbers of the tensors that are the same for all edges."""
         return sorted({x.tensor for _, args in self.steps for x in args if type(x) is Parameter})
-
-    def forget(self) -> list[Tensor]:
-        """Return the tensors, which this object does not hold any longer."""
-        found, self.tensors = self.tensors, []
-        self._numbers.clear()
-        self._end = str
-        return found
 
     def run(
         self, tensors: Sequence[Tensor], chunk: Chunk, needs: Sequence[bool]
@@ -149,6 +104,63 @@ class EdgeProgram:
         for function, args in self.steps:
             values.append(function(*(operand(x) for x in args)))
         return [values[step] for step in self.results], rows
+
+
+class Writer:
+    """Writes an `EdgeProgram` for calls that were recorded.
+
+    Args:
+        edges: the number of edges.
+        end: whether an index (E,) has the graph's sources or targets: "source", "target" or empty.
+
+    Attributes:
+        tensors: what the program reads, by their numbers.
+    """
+
+    def __init__(self, edges: int, end: Callable[[Tensor], str]) -> None:
+        self.tensors: list[Tensor] = []
+        self._edges, self._end = edges, end
+        self._steps: list[tuple[Any, list[Any]]] = []
+        self._widths: set[int] = set()
+        self._numbers: dict[int, int] = {}
+        self._known: dict[int, Any] = {}
+
+    def program(self, calls: Sequence[PendingCall]) -> EdgeProgram:
+        """The program that computes these calls."""
+        results = [self._operand(call).step for call in calls]
+        return EdgeProgram(self._steps, results, self._widths)
+
+    def _operand(self, call: PendingCall) -> Any:
+        if id(call) not in self._known:
+            self._known[id(call)] = self._written(call)
+        return self._known[id(call)]
+
+    def _written(self, call: PendingCall) -> Any:
+        if call.value is not None:
+            return Rows(self._number(call.value), None, "")
+        if call.function is Tensor.index_select:
+            x, _, index = call.args
+            end = self._end(index)
+            return Rows(self._number(x), None if end else self._number(index), end)
+        args = [self._argument(call, x) for x in call.args]
+        if programs.in_vectors(call):
+            self._widths.add(call.args[0].shape[1])
+        self._steps.append((call.function, args))
+        return Result(len(self._steps) - 1)
+
+    def _argument(self, call: PendingCall, x: Any) -> Any:
+        if type(x) is Deferred:
+            return self._operand(x.pending)
+        if not isinstance(x, Tensor):
+            return x
+        number = self._number(x)
+        return Rows(number, None, "") if programs.is_of_edges(call, x, self._edges) else Parameter(number)
+
+    def _number(self, x: Tensor) -> int:
+        if id(x) not in self._numbers:
+            self._numbers[id(x)] = len(self.tensors)
+            self.tensors.append(x)
+        return self._numbers[id(x)]
 
 
 def selection(rows: Rows, tensors: Sequence[Tensor]) -> RowSelection:
@@ -211,13 +223,14 @@ def _add_gradients(
     whole: dict[int, Tensor],
 ) -> None:
     """Add a chunk's gradients: of tensors whose rows it takes to `by_rows`, of parameters to `whole`."""
-    with torch.enable_grad():
+    device = tensors[0].device
+    with torch.enable_grad(), exact_dtypes(device):  # autocast was off in the forward pass
         values, rows = program.run(tensors, chunk, needs)
     pairs = [(y, dy) for y, dy in zip(values, grads, strict=True) if dy is not None and y.requires_grad]
     if not pairs:
         return
     taken = [key for key, x in rows.items() if x.requires_grad]
-    parameters = [number for number in program.parameters() if needs[number]]
+    parameters = [number for number in program.parameters if needs[number]]
     wanted = [*(rows[key] for key in taken), *(tensors[number] for number in parameters)]
     found = torch.autograd.grad([y for y, _ in pairs], wanted, [dy for _, dy in pairs], allow_unused=True)
     for key, dx in zip(taken, found, strict=False):
@@ -229,11 +242,12 @@ def _add_gradients(
             whole[number] = dw if number not in whole else whole[number].add_(dw)
 
 
-def compute_again(forward: ForwardPass, program: EdgeProgram, plan: Plan, sinks: Sequence[Sink]) -> tuple[Tensor, ...]:
+def compute_again(
+    forward: ForwardPass, program: EdgeProgram, tensors: Sequence[Tensor], plan: Plan, sinks: Sequence[Sink]
+) -> tuple[Tensor, ...]:
     """Compute a program chunk by chunk, for a rule. Returns what each sink has got; the first one is the reduction."""
-    parameters = program.parameters()
-    tensors = program.forget()
     # torch keeps a reference to a parameter, and reports a change; a gather and `cat` copy what they read
+    parameters = program.parameters
     kept = [forward.exact(x, copied=number not in parameters) for number, x in enumerate(tensors)]
     needs = [x.requires_grad for x in tensors]
 

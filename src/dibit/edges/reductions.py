@@ -22,7 +22,7 @@ from dibit.edges.deferred import Deferred, materialized
 from dibit.edges.extremes import has_torchs_bits
 from dibit.edges.patterns import gather_and_scale, kind, one_column, sources
 from dibit.edges.plan import Plans, known_plans
-from dibit.edges.recomputed import EdgeProgram
+from dibit.edges.recomputed import Writer
 from dibit.edges.rules import chunked_rule, extreme_rule, recomputed_rule, row_extreme_rule, score_rule, sum_rule
 from dibit.edges.scores import summed
 from dibit.edges.sums import row_sum
@@ -145,10 +145,10 @@ class Reductions:
         sinks, end = [(message, reduction), *wholes], lambda index: ends.get(key(index), "")
         indices = [call.args[2] for call in gathers]
         if all(call.lossless for call in calls if call.program):
-            program = EdgeProgram([call for call, _ in sinks], messages.shape[0], end)
-            y, *values = self.rule(
-                func, recomputed_rule, (program, plan, reduction, [sink for _, sink in wholes], indices, target)
-            )
+            writer = Writer(messages.shape[0], end)
+            program, own = writer.program([call for call, _ in sinks]), [sink for _, sink in wholes]
+            given = program, writer.tensors, plan, reduction, own, indices, target
+            y, *values = self.rule(func, recomputed_rule, given)
         else:
             y, *values = self._in_chunks(func, Computation(message, plan, end), sinks, name)
             self.rule(func, chunked_rule, (y, reduction, indices, target))

@@ -81,6 +81,7 @@ def row_extreme_rule(
 def recomputed_rule(
     forward: ForwardPass,
     program: EdgeProgram,
+    tensors: Sequence[Tensor],
     plan: Plan,
     sink: Reduction,
     wholes: Sequence[Sink],
@@ -91,11 +92,12 @@ def recomputed_rule(
 
     Args:
         program: its results are the messages, and what `wholes` store for each edge.
+        tensors: what it reads.
 
     Returns:
         The result of each sink.
     """
-    results = compute_again(forward, program, plan, [sink, *wholes])
+    results = compute_again(forward, program, tensors, plan, [sink, *wholes])
     chunked_rule(forward, results[0], sink, indices, target)
     return results
 

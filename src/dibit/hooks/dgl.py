@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -40,10 +41,16 @@ _watched: set[int] = set()  # identities of modules; they stay loaded
 def watch() -> None:
     """Make DGL's functions visible, if it is loaded and its backend is torch."""
     module = sys.modules.get(_MODULE)
-    if module is None or id(module) in _watched or not all(hasattr(module, name) for name in _SEEN):
+    if module is None or id(module) in _watched:
         return
     _watched.add(id(module))
     if not _expected(module):
+        warnings.warn(
+            f"dibit: this version of DGL ({getattr(sys.modules.get('dgl'), '__version__', 'unknown')}) is not as Dibit "
+            "expects, so its functions on edges keep what they keep without Dibit; the rest of the model is "
+            "compressed. Dibit was tested with DGL 1.1.3.",
+            stacklevel=2,
+        )
         return
     calls = {name: _watch(getattr(module, name), *_SEEN[name]) for name in _SEEN}
     serve(calls["GSpMM"], dgl.gspmm(module.GSpMM, calls["GSpMM"]), exact=True)
