@@ -173,6 +173,30 @@ def test_autocast_around_the_backward_pass_changes_nothing() -> None:
             assert torch.allclose(p.grad, truth[name], rtol=1e-4, atol=1e-4), name
 
 
+class Unused(nn.Module):
+    """The messages are used again, and no gradient reaches their sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.mlp = nn.Linear(D, D), mlp(2 * D)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        h, (source, target) = self.lin(x), edge_index
+        message = self.mlp(torch.cat([h[target], h[source]], -1))
+        total = torch.zeros(N, D).index_add_(0, target, message).detach()
+        return total + torch.zeros(N, D).index_add_(0, source, message.sin())
+
+
+def test_no_gradient_may_reach_the_sum() -> None:
+    x, edge_index = torch.randn(N, D), graph()
+    model, readout = Unused().train(), torch.randn(N, D)
+    own = dibit.compress(copy.deepcopy(model), "lossless")
+    truth = grads(model, x, edge_index, readout=readout)
+    for _ in range(3):
+        found = grads(own, x, edge_index, readout=readout)
+        assert all(torch.allclose(found[name], truth[name], rtol=1e-3, atol=1e-3) for name in truth)
+
+
 class Itself(nn.Module):
     """Node features that are gathered and are the weight of the Linear on them, too."""
 

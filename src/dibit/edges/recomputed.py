@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dibit._torch.autocast import exact_dtypes
 from dibit._torch.storage_identity import storage_key
 from dibit.edges import programs
 from dibit.edges.chunks import Chunk, Gradient, RowSelection, Sink, cut, select_rows
@@ -223,8 +222,7 @@ def _add_gradients(
     whole: dict[int, Tensor],
 ) -> None:
     """Add a chunk's gradients: of tensors whose rows it takes to `by_rows`, of parameters to `whole`."""
-    device = tensors[0].device
-    with torch.enable_grad(), exact_dtypes(device):  # autocast was off in the forward pass
+    with torch.enable_grad():
         values, rows = program.run(tensors, chunk, needs)
     pairs = [(y, dy) for y, dy in zip(values, grads, strict=True) if dy is not None and y.requires_grad]
     if not pairs:

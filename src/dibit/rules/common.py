@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,9 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(backward)
     def checked(ctx: Any, *grads: Any) -> Any:
         refuse_second_derivatives()
-        with exact_dtypes(grads[0].device):  # the caller's autocast block may include its call of backward()
+        devices = [grad.device for grad in grads if grad is not None]  # of several results, some may be unused
+        # the caller's autocast block may include its call of backward()
+        with exact_dtypes(devices[0]) if devices else nullcontext():
             return inner(ctx, *grads)
 
     return checked
